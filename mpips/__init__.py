@@ -1,0 +1,40 @@
+"""An MPI parameter server for PyTorch: rank 0 serves the weights, the other ranks train on shards of the data.
+
+    ps = mpips.connect(model, optimizer)
+    for epoch in ps.epochs(5):
+        for x, y in ps.batches(train_set, batch_size=64):
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            ps.step(loss)
+        ps.validate(lambda: accuracy(model, test_set))
+
+Importing this package does not initialise MPI.
+"""
+
+__version__ = "0.1.0"
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpips.config import Config, ConfigError, add_arguments
+    from mpips.run import Run, connect, device
+    from mpips.server import Server
+    from mpips.worker import Worker
+
+__all__ = ["Config", "ConfigError", "Run", "Server", "Worker", "add_arguments", "connect", "device"]
+
+_HOMES = {
+    "mpips.config": ("Config", "ConfigError", "add_arguments"),
+    "mpips.run": ("Run", "connect", "device"),
+    "mpips.server": ("Server",),
+    "mpips.worker": ("Worker",),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used: the command line starts without waiting for torch."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module 'mpips' has no attribute {name!r}")

@@ -1,0 +1,237 @@
+"""The settings of a run: one frozen tree, resolved once, before MPI starts.
+
+Flags win over `MPIPS_*` variables, these over the YAML file given by `--config`, this over the arguments of `connect`,
+these over the defaults below. Whatever is not allowed is a `ConfigError` of one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+import sys
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+BAD_CONFIGURATION = 2  # exit status
+
+
+class ConfigError(ValueError):
+    """A setting that is not allowed: names the key, what was given and what is allowed."""
+
+
+def _allow(key: str, given: object, allowed: str, ok: bool) -> None:
+    if not ok:
+        raise ConfigError(f"{key}: given {given!r}, allowed: {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointing:
+    """When checkpoints are written and how many stay."""
+
+    every: int = field(default=0, metadata={"help": "also after so many rounds; 0: at the end of each epoch only"})
+    keep: int = field(default=3, metadata={"help": "the newest so many stay on disk"})
+
+    def __post_init__(self) -> None:
+        _allow("checkpoint.every", self.every, "a whole number, 0 or more", self.every >= 0)
+        _allow("checkpoint.keep", self.keep, "a whole number, 1 or more", self.keep >= 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopping:
+    """When the server ends the run early, judged on the value that `validate` returns."""
+
+    patience: int = field(default=0, metadata={"help": "stop after so many validations without a gain; 0: never"})
+    min_gain: float = field(default=0.0, metadata={"help": "a smaller gain over the best value does not count"})
+    target: float | None = field(default=None, metadata={"help": "stop once the value is at least this good"})
+    goal: Literal["max", "min"] = field(default="max", metadata={"help": "whether a larger or a smaller value is better"})
+
+    def __post_init__(self) -> None:
+        _allow("stop.patience", self.patience, "a whole number, 0 or more", self.patience >= 0)
+        _allow("stop.min_gain", self.min_gain, "a number, 0 or more", self.min_gain >= 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every setting of a run. `--help` of any script that connects lists them."""
+
+    mode: Literal["sync"] = field(default="sync", metadata={"help": "how workers and server take turns"})
+    rule: str = field(default="mean", metadata={"help": "how contributions are combined"})
+    deterministic: bool = field(
+        default=False, metadata={"help": "the same bits from any MPI library, algorithm and placement (Gather, not Reduce)"}
+    )
+    server_trains: bool = field(default=False, metadata={"help": "rank 0 also trains, so that no GPU serves alone"})
+    buffers: Literal["mean", "server", "local"] = field(
+        default="mean", metadata={"help": "BatchNorm statistics and other buffers: combined, rank 0's, or each rank's own"}
+    )
+    nonfinite: Literal["raise", "drop", "skip"] = field(
+        default="raise", metadata={"help": "a NaN or Inf update: end the run, leave that worker out, or skip the round"}
+    )
+    clip: float | None = field(default=None, metadata={"help": "the combined gradient's largest global norm"})
+    loss_scale: float | None = field(
+        default=None, metadata={"help": "fp16: the first loss scale; it is then halved and doubled as needed"}
+    )
+    schedule: Literal["epoch", "round"] = field(default="epoch", metadata={"help": "when the LR scheduler steps"})
+    metrics: tuple[str, ...] = field(default=(), metadata={"help": "names of the extra metrics given to step()"})
+    seed: int = field(default=0, metadata={"help": "order of the data, and the workers' random streams"})
+    bucket_mb: float = field(default=16.0, metadata={"help": "largest single message, in MB (10^6 bytes)"})
+    cuda_aware: bool = field(default=False, metadata={"help": "hand device pointers to MPI; only for a CUDA-aware MPI"})
+    run_dir: str | None = field(default=None, metadata={"help": "the run's folder; default runs/<time>-<script>"})
+    resume: str = field(default="no", metadata={"help": "no, auto (the newest checkpoint, if any), or a file or run folder"})
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
+    stop: Stopping = field(default_factory=Stopping)
+
+    def __post_init__(self) -> None:
+        _allow("clip", self.clip, "a number above 0", self.clip is None or self.clip > 0)
+        _allow("loss_scale", self.loss_scale, "a number above 0", self.loss_scale is None or self.loss_scale > 0)
+        _allow("bucket_mb", self.bucket_mb, "a number from 0.001 to 1000", 0.001 <= self.bucket_mb <= 1000)
+        _allow("resume", self.resume, "no, auto, or a path", self.resume != "")
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting by its dotted key, in a fixed order."""
+        return dict(_flatten("", dataclasses.asdict(self)))
+
+    def yaml(self) -> str:
+        """The tree as a YAML file that `--config` takes."""
+        tree = dataclasses.asdict(self) | {"metrics": list(self.metrics)}
+        return yaml.safe_dump(tree, sort_keys=False)
+
+
+def _flatten(prefix: str, tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(f"{prefix}{key}.", value)
+        else:
+            yield prefix + key, value
+
+
+def fields(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
+    """Dotted key -> (type, help) of every setting."""
+    hints = typing.get_type_hints(cls)
+    found: dict[str, tuple[Any, str]] = {}
+    for f in dataclasses.fields(cls):
+        kind = hints[f.name]
+        if dataclasses.is_dataclass(kind):
+            found |= fields(typing.cast(type, kind), f"{prefix}{f.name}.")
+        else:
+            found[prefix + f.name] = (kind, str(f.metadata["help"]))
+    return found
+
+
+def allowed(kind: Any) -> str:
+    """A setting's type in words."""
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return ", ".join(map(str, options))
+    if typing.get_origin(kind) is tuple:
+        return "a list of names, as [a,b]"
+    if options:  # X | None
+        return " or ".join(allowed(option) for option in options)
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[kind]
+
+
+def flags_of(argv: Sequence[str]) -> list[str]:
+    """The flags in `argv` that are ours, as `--key=value`; the script's own flags are left to the script.
+
+    Raises:
+        ConfigError: a flag that is nobody's but looks like one of ours, or one of ours without a value.
+    """
+    known = {key: kind for key, (kind, _) in fields().items()} | {"config": str}
+    ours, rest = [], list(argv)
+    while rest:
+        token = rest.pop(0)
+        if token == "--":
+            break
+        name, equals, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--"):
+            continue
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            if near:
+                raise ConfigError(f"--{name}: unknown flag; did you mean --{near[0]}?")
+        elif equals:
+            ours.append(token)
+        elif known[name] is bool and (not rest or rest[0].lower() not in ("true", "false")):
+            ours.append(f"--{name}=true")
+        elif rest:
+            ours.append(f"--{name}={rest.pop(0)}")
+        else:
+            raise ConfigError(f"--{name}: given nothing, allowed: {allowed(known[name])}")
+    return ours
+
+
+def _check_variables(environ: Mapping[str, str]) -> None:
+    known = {"MPIPS_CONFIG", "MPIPS_LAUNCH_DIR"} | {f"MPIPS_{key.replace('.', '__').upper()}" for key in fields()}
+    for name in environ:
+        if name.startswith("MPIPS_") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(f"{name}: unknown variable; " + (f"did you mean {near[0]}?" if near else "see --help"))
+
+
+def resolve(arguments: Mapping[str, Any], argv: Sequence[str] | None = None) -> Config:
+    """The configuration of this process.
+
+    Args:
+        arguments: what the script gave to `connect`; nested settings as dicts (`checkpoint={"every": 50}`).
+        argv: the command line, `sys.argv[1:]` when None.
+
+    Raises:
+        ConfigError: one line with the key, what was given and what is allowed.
+    """
+    import jsonargparse
+
+    _check_variables(os.environ)
+    ours = flags_of(sys.argv[1:] if argv is None else argv)
+    defaults = dict(_flatten("", arguments))
+    for key in defaults:
+        if key not in fields():
+            near = difflib.get_close_matches(key, fields(), n=1, cutoff=0.5)
+            raise ConfigError(f"{key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+    parser = jsonargparse.ArgumentParser(prog="mpips", exit_on_error=False, default_env=True, env_prefix="MPIPS")
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Config)
+    try:
+        parser.set_defaults(defaults)
+        tree = parser.parse_args(ours)
+        return typing.cast(Config, _instance(Config, tree.as_dict()))
+    except ConfigError:
+        raise
+    except Exception as error:  # jsonargparse raises several kinds, all about the settings
+        raise ConfigError(_one_line(str(error))) from None
+
+
+def _instance(cls: type, tree: Mapping[str, Any]) -> object:
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for f in dataclasses.fields(cls):
+        value = tree[f.name]
+        if dataclasses.is_dataclass(hints[f.name]):
+            value = _instance(typing.cast(type, hints[f.name]), value)
+        values[f.name] = value
+    return cls(**values)
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's paragraph as: key, what was given, what is allowed."""
+    key = re.search(r'key "([^"]+)"', message)
+    given = re.search(r"(?:Given value|Got value): (.*)", message)
+    if key and given and key[1] in fields():
+        return f"{key[1]}: given {given[1]!r}, allowed: {allowed(fields()[key[1]][0])}"
+    return " ".join(message.split())
+
+
+def add_arguments(parser: "argparse.ArgumentParser") -> None:
+    """Let a script's own `argparse` parser accept and list mpips' flags; `connect` reads them from the command line."""
+    group = parser.add_argument_group("mpips")
+    group.add_argument("--config", metavar="FILE", help="YAML file with any of these settings")
+    for key, (kind, text) in fields().items():
+        if f"--{key}" in parser._option_string_actions:  # the script's own flag of that name serves both
+            continue
+        few = {"nargs": "?"} if kind is bool else {}
+        group.add_argument(f"--{key}", metavar="X", help=f"{text} ({allowed(kind)})", **few)

@@ -1,0 +1,95 @@
+"""How bytes move between the ranks: the seam that everything above is written against.
+
+Every call is collective: all ranks make the same calls in the same order. Rank 0 is the server's.
+
+| call      | every rank gives             | arrives                                      | MPI              |
+|-----------|------------------------------|----------------------------------------------|------------------|
+| combine   | its contribution             | at the server, as a sum or as rows, to apply | Reduce or Gather |
+| publish   | room; the server the content | at every rank                                | Bcast            |
+| collect   | a few bytes of its own       | at the server, one by one                    | Send, Recv       |
+| compare   | a digest of 32 bytes         | at every rank, all digests                   | Allgather        |
+
+Two implementations pass one contract suite (`tests/contract_exchange.py`): `mpi` and `simulated`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mpips.rule import Needs
+
+SERVER = 0  # the server's rank
+
+Apply = Callable[[slice, Tensor], None]
+
+
+class ExchangeError(RuntimeError):
+    """Ranks that no longer agree on what comes next, or a rank that is gone: names the ranks and the calls."""
+
+
+class Exchange(Protocol):
+    """One rank's end.
+
+    Attributes:
+        rank: this rank, 0 being the server's.
+        size: the number of ranks.
+        name: which implementation and library this is, for people.
+        traffic: calls made and bytes handed over by this rank, by kind of call.
+    """
+
+    rank: int
+    size: int
+    name: str
+    traffic: Counter[str]
+
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A `(numel,)` tensor of zeros that this exchange moves without a further copy where it can."""
+
+    def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
+        """Bring every rank's `(numel,)` float32 or float64 `message` together at the server.
+
+        The tail `message[tail:]` arrives summed, in the server's own `message`, before `apply` is first called. Then
+        `apply(part, rows)` is called there, slice by slice of `message[:tail]`: with `rows` of shape `(1, len)`, the sum
+        over ranks, for needs="sum"; with shape `(size, len)`, in rank order, for needs="rows". `rows` may be memory of
+        `message` itself and is only valid during the call.
+        """
+
+    def publish(self, message: Tensor) -> None:
+        """The server's contiguous `message` of any dtype lands in every rank's."""
+
+    def collect(self, blob: bytes) -> list[bytes]:
+        """Every rank's blob, by rank, at the server; an empty list elsewhere."""
+
+    def compare(self, digest: bytes) -> list[bytes]:
+        """Every rank's digest (32 bytes), by rank, at every rank."""
+
+    def clock(self) -> float:
+        """Seconds since some moment; virtual ones where the time is simulated."""
+
+    def abort(self, status: int) -> None:
+        """End every rank now, with this exit status."""
+
+    def close(self, patience: float | None) -> None:
+        """Leave together. With `patience` (seconds), abort if a rank has not come by then."""
+
+
+def pieces(numel: int, itemsize: int, largest: int) -> Iterator[slice]:
+    """Slices of at most `largest` bytes that cover `numel` elements: no single MPI count then nears 2^31."""
+    step = max(1, largest // itemsize)
+    return (slice(start, min(start + step, numel)) for start in range(0, numel, step))
+
+
+def share(exchange: Exchange, blob: bytes) -> bytes:
+    """The server's bytes, at every rank; what the others give is not looked at."""
+    length = torch.tensor([len(blob)])
+    exchange.publish(length)
+    data = torch.zeros(int(length), dtype=torch.uint8)
+    if exchange.rank == SERVER:
+        data.copy_(torch.frombuffer(bytearray(blob), dtype=torch.uint8)) if blob else None
+    exchange.publish(data)
+    return data.numpy().tobytes()

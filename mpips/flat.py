@@ -1,0 +1,195 @@
+"""One flat buffer: all trainable parameters, and their gradients, are views of one contiguous tensor each.
+
+A slot keeps its place for the whole run. Slots begin on 64-byte boundaries, as torch's own allocations do, so kernels take
+the same path, and give the same bits, as on parameters that were allocated one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 64  # bytes
+WRAPPERS = {"module", "_orig_mod", "_module"}  # DDP and DataParallel, torch.compile, Opacus
+
+
+class LayoutError(ValueError):
+    """A model that cannot be laid out flat: names the tensor and says what to do."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor's place in the flat buffer, in elements."""
+
+    name: str
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    numel: int
+
+    def view(self, flat: Tensor) -> Tensor:
+        """This slot of `flat`, with the tensor's own shape and strides."""
+        return flat[self.offset : self.offset + self.numel].as_strided(
+            self.shape, self.stride, flat.storage_offset() + self.offset
+        )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside DDP, `torch.compile` and the like, so that names carry no prefix."""
+    while True:
+        children = dict(model.named_children())
+        own = next(model.parameters(recurse=False), None)
+        if own is not None or len(children) != 1 or not WRAPPERS & children.keys():
+            return model
+        model = next(iter(children.values()))
+
+
+def clean(name: str) -> str:
+    """A parameter's name without the prefixes of modules that were compiled one by one."""
+    return name.replace("_orig_mod.", "")
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides to keep: the tensor's own if it is dense (channels-last is), else row-major."""
+    if torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        return tensor.stride()
+    return torch.empty(tensor.shape, device="meta").stride()
+
+
+def lay_out(named: Iterable[tuple[str, Tensor]]) -> tuple[list[Slot], int]:
+    """Slots for `named` tensors one after another, and the length of the whole in elements."""
+    slots, end = [], 0
+    for name, tensor in named:
+        slots.append(Slot(name, tensor.shape, _strides(tensor), end, tensor.numel()))
+        step = max(1, ALIGNMENT // tensor.element_size())
+        end += -(-tensor.numel() // step) * step
+    return slots, end
+
+
+class Flat:
+    """A model's trainable parameters in one tensor.
+
+    Attributes:
+        model: the module whose parameters these are, unwrapped.
+        parameters: the trainable parameters, each once, in the order of the slots.
+        frozen: name -> parameter of those that are not trained.
+        aliases: further name -> first name, for tied parameters.
+        slots: the places of the parameters.
+        weights: `(numel,)` tensor in the model's dtype; every parameter's data is a view of it.
+        grad: `(numel,)` tensor in the model's dtype; every parameter's `.grad` is a view of it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = unwrap(model)
+        self.aliases = _aliases(self.model)
+        named = [(clean(n), p) for n, p in self.model.named_parameters() if p.requires_grad]
+        _check(named)
+        self.frozen = {clean(n): p for n, p in self.model.named_parameters() if not p.requires_grad}
+        self.parameters: list[nn.Parameter] = [p for _, p in named]
+        self.slots, self.numel = lay_out(named)
+        first = self.parameters[0]
+        self.weights = torch.zeros(self.numel, dtype=first.dtype, device=first.device)
+        self.grad = torch.zeros_like(self.weights)
+        self._touched: set[nn.Parameter] = set()
+        for p in self.parameters:
+            p.register_post_accumulate_grad_hook(self._touched.add)
+        self.attach_weights(self.weights)
+
+    def attach_weights(self, flat: Tensor) -> None:
+        """Move the weights into `flat` (`(numel,)`, the model's dtype), whose views the parameters become."""
+        for slot, p in zip(self.slots, self.parameters, strict=True):
+            view = slot.view(flat)
+            view.copy_(p.data)
+            p.data = view
+        self.weights = flat
+
+    def attach_grad(self, flat: Tensor) -> None:
+        """Let gradients accumulate in `flat` (`(numel,)`, the model's dtype)."""
+        self.grad = flat
+        self.clear()
+
+    def clear(self) -> None:
+        """All gradients zero, and none of them counted as present."""
+        self.grad.zero_()
+        self._touched.clear()
+        for slot, p in zip(self.slots, self.parameters, strict=True):
+            if p.grad is None or p.grad.data_ptr() != self._at(slot):
+                p.grad = slot.view(self.grad)
+
+    def collect(self) -> list[bool]:
+        """Bring gradients that autograd or the user put elsewhere back into the flat buffer.
+
+        `zero_grad(set_to_none=True)` and an assignment to `p.grad` both part a gradient from its view.
+
+        Returns:
+            For each parameter whether it has a gradient this step.
+        """
+        present = []
+        for slot, p in zip(self.slots, self.parameters, strict=True):
+            view = slot.view(self.grad)
+            if p.grad is None:
+                view.zero_()
+                found = False
+            elif p.grad.data_ptr() != self._at(slot):
+                view.copy_(p.grad)
+                found = True
+            else:  # written in place: by backward, which calls the hook, or by hand
+                found = p in self._touched or bool(view.any())
+            p.grad = view
+            present.append(found)
+        return present
+
+    @property
+    def pending(self) -> bool:
+        """Whether backward has left gradients here since the last `clear`."""
+        return bool(self._touched)
+
+    def _at(self, slot: Slot) -> int:
+        return self.grad.data_ptr() + slot.offset * self.grad.element_size() if slot.numel else 0
+
+    def first_nonfinite(self, flat: Tensor) -> int | None:
+        """The index of the first slot of `flat` that holds a NaN or Inf, or None."""
+        if torch.isfinite(torch.dot(flat, flat)):  # one pass; overflows only far beyond any useful gradient
+            return None
+        return next((i for i, s in enumerate(self.slots) if not torch.isfinite(s.view(flat)).all()), None)
+
+    def named(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Name -> view of `flat`, slot by slot."""
+        return ((slot.name, slot.view(flat)) for slot in self.slots)
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    first: dict[nn.Parameter, str] = {}
+    aliases = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if p in first:
+            aliases[clean(name)] = first[p]
+        else:
+            first[p] = clean(name)
+    return aliases
+
+
+def _check(named: list[tuple[str, nn.Parameter]]) -> None:
+    """Raise LayoutError unless the tensors can share one buffer."""
+    if not named:
+        raise LayoutError("the model has no trainable parameter; expected at least one with requires_grad=True")
+    name, first = named[0]
+    memory: dict[int, str] = {}
+    for other, p in named:
+        if not p.dtype.is_floating_point or p.element_size() < 2:
+            raise LayoutError(f"{other} is {p.dtype}; trainable parameters must be float16, bfloat16, float32 or float64")
+        if (p.dtype, p.device) != (first.dtype, first.device):
+            raise LayoutError(
+                f"{other} is {p.dtype} on {p.device}, {name} is {first.dtype} on {first.device}; one flat buffer holds one "
+                f"dtype on one device: cast or move the model, or freeze one of them with requires_grad_(False)"
+            )
+        if p.layout != torch.strided:
+            raise LayoutError(f"{other} has layout {p.layout}; expected a dense tensor")
+        if p.numel() and memory.setdefault(p.data_ptr(), other) != other:
+            raise LayoutError(
+                f"{other} and {memory[p.data_ptr()]} share memory but are two Parameters; tie them by assigning one "
+                f"Parameter to both places"
+            )

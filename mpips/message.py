@@ -1,0 +1,242 @@
+"""The two messages of a round, each one tensor that is allocated once: Push to the server, Pull back.
+
+    Push  float32 or float64   | gradients | float buffers || integer buffers | presence | one row per rank |
+    Pull  bytes                | control   | weights (the model's dtype)      | buffers                     |
+
+Left of `||` is the body, which a rule combines; right of it the tail, which is summed. A rank writes its own row of the tail
+and leaves the others zero, so the sum is all rows: counts, losses, flags and metrics of every rank, without a message more.
+All of the tail is exact in float32: counts below 2^24, and integers in four limbs of 16 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor, nn
+
+from mpips.buffers import Buffers
+from mpips.config import Config
+from mpips.flat import ALIGNMENT, Flat
+
+LIMBS = 4  # 16-bit pieces of an int64
+ROUNDS = 1 << 20  # a row carries its round modulo this
+
+Allocate = Callable[[int, torch.dtype, torch.device], Tensor]
+
+
+class NonFiniteError(RuntimeError):
+    """An update that holds a NaN or Inf: names the rank, the tensor and the round."""
+
+
+@dataclass
+class Row:
+    """What one rank says of its step: the tail's fixed columns.
+
+    Attributes:
+        samples: samples behind the contribution.
+        weight: what the contribution was multiplied by; 0 when it does not count.
+        loss: sum over samples of the loss.
+        bad: 1 + the index of the first tensor that is not finite; 0 when all are.
+        done: 1 when this rank's shard is exhausted.
+        stop: 1 when this rank asks to end the run, 2 when it has left its loop.
+        signal: 1 when it was told to write a checkpoint and end.
+        round: the round this rank believes to be in, modulo ROUNDS.
+        train, wait: seconds since the last round spent outside and inside the exchange.
+    """
+
+    samples: float = 0
+    weight: float = 0
+    loss: float = 0
+    bad: float = 0
+    done: float = 0
+    stop: float = 0
+    signal: float = 0
+    round: float = 0
+    train: float = 0
+    wait: float = 0
+
+
+COLUMNS = tuple(asdict(Row()))
+
+
+class Stop(IntEnum):
+    """Why the run ends."""
+
+    NO = 0
+    PATIENCE = 1
+    TARGET = 2
+    REQUESTED = 3
+    LEFT = 4
+    PREEMPTED = 5
+
+
+@dataclass
+class Control:
+    """What the server says to all ranks, in front of the weights.
+
+    Attributes:
+        round: rounds done; the next one's number.
+        version: server updates done.
+        active: training ranks whose shard is not exhausted.
+        stop: a `Stop`.
+        checkpoint: 1 when all ranks are to write a checkpoint now.
+        loss_scale: what to multiply the next loss by.
+        lr: learning rate of the first parameter group.
+        loss: mean loss over the round's samples.
+        culprit: the rank whose update is not finite and ends the run, else -1.
+        slot: the index of its first such tensor.
+        value: the last validation's value.
+    """
+
+    round: float = 0
+    version: float = 0
+    active: float = 0
+    stop: float = 0
+    checkpoint: float = 0
+    loss_scale: float = 1
+    lr: float = 0
+    loss: float = 0
+    culprit: float = -1
+    slot: float = 0
+    value: float = float("nan")
+
+
+CONTROL_BYTES = -(-8 * len(asdict(Control())) // ALIGNMENT) * ALIGNMENT
+
+
+def wire_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """What a model's gradients travel in: MPI cannot sum 16-bit floats, and the server steps on float32 masters."""
+    return torch.float64 if model_dtype == torch.float64 else torch.float32
+
+
+class Push:
+    """The message to the server.
+
+    Attributes:
+        message: all of it.
+        tail_at: where the tail begins.
+        gradients, floats, limbs, presence: views of its parts.
+        rows: `(size, columns)` view, one row per rank.
+    """
+
+    def __init__(self, flat: Flat, buffers: Buffers, size: int, metrics: Sequence[str], allocate: Allocate) -> None:
+        dtype = wire_dtype(flat.weights.dtype)
+        self.columns = COLUMNS + tuple(metrics)
+        lengths = [
+            flat.numel,
+            buffers.float_numel,
+            LIMBS * buffers.integer_numel,
+            len(flat.slots),
+            size * len(self.columns),
+        ]
+        self.message = allocate(sum(lengths), dtype, flat.weights.device)
+        parts = torch.split(self.message, lengths)
+        self.gradients, self.floats, self.limbs, self.presence = parts[:4]
+        self.rows = parts[4].view(size, len(self.columns))
+        self.tail_at = lengths[0] + lengths[1]
+
+    @property
+    def body(self) -> Tensor:
+        """What a rule combines."""
+        return self.message[: self.tail_at]
+
+    @property
+    def tail(self) -> Tensor:
+        """What is summed."""
+        return self.message[self.tail_at :]
+
+    def write(self, rank: int, row: Row, metrics: Sequence[float]) -> None:
+        """Say `row` and the metrics' sums for this rank."""
+        values = [*asdict(row).values(), *metrics]
+        self.rows[rank].copy_(torch.tensor(values, dtype=self.message.dtype))
+
+
+class Pull:
+    """The message back.
+
+    Attributes:
+        message: all of it, as bytes.
+        weights: view in the model's dtype.
+        buffers: views, in the order of `Buffers.tensors`.
+    """
+
+    def __init__(self, flat: Flat, buffers: Buffers, allocate: Allocate) -> None:
+        sizes = [flat.numel * flat.weights.element_size(), *(t.numel() * t.element_size() for t in buffers.tensors)]
+        starts, end = [], CONTROL_BYTES
+        for size in sizes:
+            starts.append(end)
+            end += -(-size // ALIGNMENT) * ALIGNMENT
+        self.message = allocate(end, torch.uint8, flat.weights.device)
+        spans = [self.message[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+        self.weights = spans[0].view(flat.weights.dtype)
+        self.buffers = [
+            span.view(t.dtype).view(t.shape) for span, t in zip(spans[1:], buffers.tensors, strict=True)
+        ]
+
+    @property
+    def control_message(self) -> Tensor:
+        """The control alone, for what is said between rounds."""
+        return self.message[:CONTROL_BYTES]
+
+    @property
+    def control(self) -> Control:
+        """What the server said last."""
+        values = self.control_message.view(torch.float64).tolist()
+        return Control(*values[: len(asdict(Control()))])
+
+    @control.setter
+    def control(self, said: Control) -> None:
+        values = torch.tensor(list(asdict(said).values()), dtype=torch.float64)
+        self.control_message.view(torch.float64)[: len(values)].copy_(values)
+
+
+class Replica:
+    """This rank's copy of the model, laid out flat inside the two messages.
+
+    Attributes:
+        flat: the model's parameters; their data are views of `pull`, their gradients of `push` where the dtypes agree.
+        buffers: the model's buffers.
+        push, pull: the messages.
+        wire_is_grad: whether gradients accumulate directly in the push message.
+    """
+
+    def __init__(self, flat: Flat, buffers: Buffers, size: int, metrics: Sequence[str], allocate: Allocate) -> None:
+        self.flat, self.buffers = flat, buffers
+        self.push = Push(flat, buffers, size, metrics, allocate)
+        self.pull = Pull(flat, buffers, allocate)
+        flat.attach_weights(self.pull.weights)
+        self.wire_is_grad = self.push.message.dtype == flat.weights.dtype
+        if self.wire_is_grad:
+            flat.attach_grad(self.push.gradients)
+
+    def clear(self) -> None:
+        """Nothing to push: zero gradients, empty tail."""
+        self.push.message.zero_()
+        self.flat.clear()
+
+    @property
+    def everything(self) -> list[Tensor]:
+        """All that the ranks must have alike before the first round, the pull message first."""
+        rest = [p.data for p in self.flat.frozen.values()]
+        return [self.pull.message, *rest, *self.buffers.named.values()]
+
+    def check_finite(self, control: Control) -> None:
+        """Raise NonFiniteError if the server ended the run for it."""
+        if control.culprit >= 0:
+            raise NonFiniteError(
+                f"rank {control.culprit:.0f} has a NaN or Inf in the gradient of {self.flat.slots[int(control.slot)].name}, "
+                f"round {control.round:.0f}; no rank has taken the update. Look for the cause there, or choose "
+                f'nonfinite="drop" (leave that worker out) or "skip" (skip the round)'
+            )
+
+
+def replicate(model: nn.Module, config: Config, size: int, allocate: Allocate) -> Replica:
+    """Lay `model` out flat."""
+    flat = Flat(model)
+    buffers = Buffers(flat.model, config.buffers, wire_dtype(flat.weights.dtype))
+    replica = Replica(flat, buffers, size, config.metrics, allocate)
+    buffers.store(replica.pull.buffers)
+    return replica

@@ -1,0 +1,129 @@
+"""The optimizer and LR scheduler, which live on the server only, and the weights they step on.
+
+A model in float32 or float64 is stepped in place. One in float16 or bfloat16 has float32 master weights here, whose gradients
+are the push message itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from mpips import snapshot
+from mpips.config import ConfigError
+from mpips.message import Replica
+
+Scheduler = LRScheduler | ReduceLROnPlateau
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+MakeScheduler = Callable[[Optimizer], Scheduler]
+
+
+class ServerOptimizer:
+    """A `torch.optim` optimizer on the server's weights.
+
+    Args:
+        replica: the model's flat buffers.
+        optimizer: an optimizer of the model's own parameters, with groups as the user likes, or a function from a list of
+            parameters to one.
+        scheduler: a scheduler of that optimizer, or a function from an optimizer to one.
+
+    Attributes:
+        weights: the parameters that are stepped: the model's, or their float32 masters.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        optimizer: Optimizer | MakeOptimizer,
+        scheduler: Scheduler | MakeScheduler | None,
+    ) -> None:
+        self.replica = replica
+        self.weights = replica.flat.parameters if replica.wire_is_grad else self._masters()
+        self.names: dict[Tensor, str] = {p: s.name for p, s in zip(self.weights, replica.flat.slots, strict=True)}
+        self.torch = self._adopt(optimizer) if isinstance(optimizer, Optimizer) else optimizer(list(self.weights))
+        if isinstance(self.torch, torch.optim.LBFGS):
+            raise ConfigError("optimizer: given LBFGS, allowed: optimizers that step without evaluating the loss again")
+        given = isinstance(scheduler, (LRScheduler, ReduceLROnPlateau))
+        self.scheduler = scheduler if scheduler is None or given else scheduler(self.torch)
+        if self.scheduler is not None and self.scheduler.optimizer is not self.torch:
+            raise ConfigError("scheduler: given one of another optimizer, allowed: one built from the optimizer given here")
+
+    @property
+    def lr(self) -> float:
+        """The first group's learning rate."""
+        return float(self.torch.param_groups[0]["lr"])
+
+    def _masters(self) -> list[nn.Parameter]:
+        flat = self.replica.flat
+        self._whole = flat.weights.to(self.replica.push.message.dtype)
+        masters = [nn.Parameter(view) for _, view in flat.named(self._whole)]
+        for master, (_, grad) in zip(masters, flat.named(self.replica.push.gradients), strict=True):
+            master.grad = grad
+        return masters
+
+    def _adopt(self, given: Optimizer) -> Optimizer:
+        """The user's optimizer, on the masters where there are any."""
+        ours = dict(zip(self.replica.flat.parameters, self.weights, strict=True))
+        frozen = set(self.replica.flat.frozen.values())
+        for group in given.param_groups:
+            strangers = [p for p in group["params"] if p not in ours and p not in frozen]
+            if strangers:
+                raise ConfigError(
+                    f"optimizer: given one with {len(strangers)} parameter(s) that the model does not have, allowed: an "
+                    f"optimizer of this model's parameters"
+                )
+            group["params"] = [ours[p] for p in group["params"] if p in ours]
+        return given
+
+    def step(self, present: Sequence[float], clip: float | None) -> None:
+        """One step with the gradients in the push message.
+
+        Args:
+            present: for each parameter how many workers have a gradient; without any it is passed over, as in PyTorch.
+            clip: the largest global norm.
+        """
+        absent = [(p, p.grad) for p, seen in zip(self.weights, present, strict=True) if not seen]
+        for p, _ in absent:
+            p.grad = None
+        if clip is not None:
+            nn.utils.clip_grad_norm_(self.weights, clip)
+        self.torch.step()
+        for p, grad in absent:
+            p.grad = grad
+        if not self.replica.wire_is_grad:
+            self.replica.pull.weights.copy_(self._whole)
+
+    def schedule(self, value: float | None = None) -> None:
+        """One step of the scheduler; `value` is what ReduceLROnPlateau watches."""
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            if value is not None:
+                self.scheduler.step(value)
+        elif self.scheduler is not None:
+            self.scheduler.step()
+
+    def tree(self) -> dict[str, Any]:
+        """Optimizer, scheduler and master weights for a checkpoint."""
+        names, whole = self.names, None if self.replica.wire_is_grad else self._whole
+        return {
+            "optimizer": snapshot.take_optimizer(self.torch, names),
+            "scheduler": "" if self.scheduler is None else snapshot.to_json(self.scheduler.state_dict()),
+            "masters": {} if whole is None else dict(self.replica.flat.named(whole)),
+        }
+
+    def put(self, tree: dict[str, Any]) -> None:
+        """Take back what `tree` gave; the model's weights have been put back before."""
+        snapshot.put_optimizer(tree["optimizer"], self.torch, self.names)
+        if bool(tree["scheduler"]) != (self.scheduler is not None):
+            saved = "a" if tree["scheduler"] else "no"
+            raise snapshot.SnapshotError(f"the checkpoint has {saved} scheduler; give the one of that run")
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(snapshot.from_json(tree["scheduler"]))
+        if not self.replica.wire_is_grad:
+            self._whole.copy_(self.replica.flat.weights)
+            for name, master in self.replica.flat.named(self._whole):
+                master.copy_(tree["masters"].get(name, master))

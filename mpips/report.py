@@ -1,0 +1,159 @@
+"""What a run leaves behind to be read: one folder, written line by line.
+
+    config.yaml  env.json  events.jsonl  metrics.csv  logs/rank_0000.log  checkpoints/*.h5  DONE
+
+Metrics hold only what a repeat of the run would give again, so a resumed run's file equals the uninterrupted one's; whatever
+depends on the clock is an event. Ranks write plain lines; drawing is the launcher's business.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+LOG = logging.getLogger("mpips")
+FIXED = ("round", "epoch", "version", "samples", "loss", "lr")  # metrics.csv, then the script's own
+EVENTS_A_SECOND = 5.0
+LINE_EVERY = 10.0  # seconds between progress lines where no launcher draws
+
+
+def script_name() -> str:
+    """The running script's name without its ending."""
+    return Path(sys.argv[0]).stem or "python"
+
+
+def log_to(folder: Path, rank: int) -> None:
+    """Send this rank's log lines to its file in the run folder."""
+    path = folder / "logs" / f"rank_{rank:04d}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for old in LOG.handlers[:]:
+        LOG.removeHandler(old)
+        old.close()
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+
+
+class Report:
+    """The server's report of a run.
+
+    Args:
+        folder: the run folder; None writes and prints nothing.
+        metrics: names of the script's own metrics.
+    """
+
+    def __init__(self, folder: Path | None, metrics: Sequence[str] = ()) -> None:
+        self.folder = folder
+        self.columns = FIXED + tuple(metrics)
+        self.rows: list[tuple[float, ...]] = []  # as in metrics.csv
+        self.values: list[tuple[float, float, float]] = []  # round, epoch, validation value
+        self.epochs: int | None = None
+        self.begun = time.time()
+        self.name = "validation"
+        self._last_event = self._last_line = 0.0
+        self._drawn = "MPIPS_LAUNCH_DIR" in os.environ
+        if folder is not None:
+            (folder / "logs").mkdir(parents=True, exist_ok=True)
+            (folder / "DONE").unlink(missing_ok=True)
+            self._events = (folder / "events.jsonl").open("a", buffering=1)
+            self._metrics = (folder / "metrics.csv").open("w", buffering=1 << 16)
+            self._tell_launcher(folder)
+        self.restore([], [])
+
+    def restore(self, rows: Sequence[Sequence[float]], values: Sequence[Sequence[float]]) -> None:
+        """Begin with what a checkpoint held."""
+        self.rows = [tuple(row) for row in rows]
+        self.values = [(v[0], v[1], v[2]) for v in values]
+        if self.folder is not None:
+            self._metrics.seek(0)
+            self._metrics.truncate()
+            self._metrics.write(",".join(self.columns) + "\n" + "".join(_csv(row) for row in self.rows))
+
+    def start(self, config_yaml: str, environment: dict[str, Any], **facts: Any) -> None:
+        """Once, before the first round."""
+        if self.folder is not None:
+            (self.folder / "config.yaml").write_text(config_yaml)
+            (self.folder / "env.json").write_text(json.dumps(environment, indent=2, default=str) + "\n")
+        self.event("start", **facts, run_dir=str(self.folder))
+        self.line("{workers} worker(s), {mpi}, torch {torch} on {device}, {parameters:,} trainable parameters"
+                  .format(**facts), always=True)  # fmt: skip
+
+    def round(self, row: Sequence[float], **facts: Any) -> None:
+        """One round: its metrics always, its event a few times a second."""
+        self.rows.append(tuple(row))
+        if self.folder is None:
+            return
+        self._metrics.write(_csv(row))
+        now = time.time()
+        if now - self._last_event >= 1 / EVENTS_A_SECOND:
+            self._last_event = now
+            self.event("round", **dict(zip(self.columns, row, strict=True)), epochs=self.epochs, **facts)
+            speed = facts["samples_per_s"]
+            self.line(f"round {row[0]:.0f}  epoch {row[1]:.0f}  loss {row[4]:.4f}  {speed:.0f} samples/s")
+
+    def validated(self, epoch: int, number: int, value: float, best: float, name: str) -> None:
+        """One validation on the server."""
+        self.name = name
+        self.values.append((number, epoch, value))
+        self.event("validate", epoch=epoch, round=number, value=value, best=best, name=name)
+        loss = next((row[4] for row in reversed(self.rows) if row[3]), float("nan"))
+        self.line(f"epoch {epoch}  round {number}  loss {loss:.4f}  {name} {value:.4f}", always=True)
+
+    def event(self, event: str, **facts: Any) -> None:
+        """One line of events.jsonl."""
+        if self.folder is not None:
+            self._events.write(json.dumps({"time": time.time(), "event": event, "rank": 0, **facts}) + "\n")
+            if event != "round":
+                LOG.info("%s %s", event, facts)
+
+    def line(self, text: str, always: bool = False) -> None:
+        """A plain line for the screen; progress at most every few seconds, and none where the launcher draws."""
+        now = time.time()
+        if self.folder is None or self._drawn or not (always or now - self._last_line >= LINE_EVERY):
+            return
+        self._last_line = now
+        print(f"mpips: {text}", flush=True)
+
+    def flush(self) -> None:
+        """Everything so far is in the files."""
+        if self.folder is not None:
+            self._metrics.flush()
+
+    def done(self, summary: dict[str, Any]) -> None:
+        """The run has ended as it should: all is on disk before DONE appears."""
+        self.event("done", **summary)
+        if self.folder is None:
+            return
+        self.flush()
+        beside = self.folder / ".DONE"
+        beside.write_text(json.dumps(summary, indent=2) + "\n")
+        beside.replace(self.folder / "DONE")
+
+        value = "" if summary["value"] is None else f", {self.name} {summary['value']:.4f}"
+        self.line(f"done: {summary['seconds']:.1f} s, {summary['rounds']} rounds{value}", always=True)
+        self.line(f"run folder {self.folder}", always=True)
+        self.line(f"checkpoint {summary['checkpoint']}", always=True)
+
+    def preempted(self, path: Path | None) -> None:
+        """The run ends early and can go on from the checkpoint."""
+        self.event("stop", reason="preempted", path=str(path))
+        self.flush()
+        self.line(f"preempted: checkpoint {path}; start again with --resume auto", always=True)
+
+    def _tell_launcher(self, folder: Path) -> None:
+        if launch := os.environ.get("MPIPS_LAUNCH_DIR"):
+            beside = Path(launch) / ".run_dir"
+            beside.write_text(str(folder))
+            beside.replace(Path(launch) / "run_dir")
+
+
+def _csv(row: Sequence[float]) -> str:
+    return ",".join(str(int(x)) if i < 4 else repr(x) for i, x in enumerate(row)) + "\n"

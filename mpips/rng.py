@@ -1,0 +1,53 @@
+"""The state of every random stream of a process: Python, numpy, torch, CUDA.
+
+`restore(capture())` changes nothing; a resumed rank that restores goes on exactly where it was.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+State = dict[str, np.ndarray]
+
+
+def capture() -> State:
+    """The streams' states as plain arrays."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    assert kind == "MT19937"
+    state = {
+        "python": np.array([version, *words], dtype=np.uint64),
+        "python_gauss": np.array([] if gauss is None else [gauss], dtype=np.float64),
+        "numpy": np.asarray(keys, dtype=np.uint32),
+        "numpy_position": np.array([position, has_gauss], dtype=np.int64),
+        "numpy_gauss": np.array([cached], dtype=np.float64),
+        "torch": torch.get_rng_state().numpy(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state().numpy()  # of the current device, which is this rank's
+    return state
+
+
+def restore(state: State) -> None:
+    """Put every stream back to a captured state."""
+    version, *words = (int(word) for word in state["python"])
+    gauss = float(state["python_gauss"][0]) if len(state["python_gauss"]) else None
+    random.setstate((version, tuple(words), gauss))
+    position, has_gauss = (int(x) for x in state["numpy_position"])
+    np.random.set_state(("MT19937", state["numpy"], position, has_gauss, float(state["numpy_gauss"][0])))
+    torch.set_rng_state(torch.from_numpy(state["torch"].copy()))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.from_numpy(state["cuda"].copy()))
+
+
+def diverge(index: int) -> None:
+    """Give worker `index` streams of its own; worker 0 keeps the script's, so that one worker equals plain PyTorch."""
+    if index == 0:
+        return
+    seed = (torch.initial_seed() + index * 0x9E3779B9) % 2**63
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)

@@ -1,0 +1,410 @@
+"""A run, as the user's script sees it: one object, the same calls on every rank.
+
+This is the only place that asks whether this rank is the server. A server that does not train gets no batches: its `batches`
+loop serves until every worker's shard is exhausted.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mpips import failure, folder, report, rng
+from mpips.config import BAD_CONFIGURATION, Config, ConfigError, resolve
+from mpips.data import Place, Shard
+from mpips.environment import environment
+from mpips.exchange import SERVER, Exchange, mpi, share
+from mpips.exchange.simulated import World
+from mpips.message import Control, Stop
+from mpips.optimizer import MakeOptimizer, MakeScheduler, Scheduler
+from mpips.rule import choose
+from mpips.server import Server
+from mpips.worker import Worker, place_of
+
+
+def connect(
+    model: nn.Module,
+    optimizer: Optimizer | MakeOptimizer,
+    scheduler: Scheduler | MakeScheduler | None = None,
+    *,
+    validation_data: Callable[[], Any] | None = None,
+    exchange: Exchange | None = None,
+    **settings: Any,
+) -> Run:
+    """Join the other ranks and begin a run; every rank calls this with the same model and settings.
+
+    Args:
+        model: the model, on its device. Its trainable parameters become views of one flat tensor.
+        optimizer: any `torch.optim` optimizer of the model's parameters, or a function from a list of parameters to one. It
+            is used on the server only.
+        scheduler: a learning-rate scheduler of that optimizer, or a function from an optimizer to one.
+        validation_data: makes the data for `validate`, called on the server alone.
+        exchange: one end of an exchange to use in place of MPI; for tests and simulations.
+        settings: any field of `mpips.Config`; nested ones as dicts: `checkpoint={"every": 100}`. Flags (`--clip 1.0`,
+            `--checkpoint.every 100`), `MPIPS_*` variables and a YAML file (`--config`) come before these.
+
+    Raises:
+        SystemExit: with status 2 and one line on the screen, for a setting that is not allowed.
+        LaunchError: the launcher started several separate jobs of one rank.
+        ContractError: the ranks do not have the same model, settings or versions; names the first difference.
+    """
+    try:
+        config = resolve(settings)
+        choose(config)
+        folder.check_resume(config.resume)
+    except ConfigError as error:
+        if _launched_rank() == 0:
+            print(f"mpips: {error}", file=sys.stderr)
+        raise SystemExit(BAD_CONFIGURATION) from None
+    if exchange is not None:
+        return Run(exchange, config, model, optimizer, scheduler, validation_data)
+    exchange = _join(config)
+    failure.end_all_on_exception(exchange)
+    run = Run(exchange, config, model, optimizer, scheduler, validation_data)
+    failure.on_preemption(run.preempt)
+    atexit.register(run.close)
+    return run
+
+
+def device() -> torch.device:
+    """This rank's device: the GPU of its number on this node, made current, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    names = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+    local = next((int(os.environ[name]) for name in names if name in os.environ), 0)
+    torch.cuda.set_device(local % torch.cuda.device_count())
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _launched_rank() -> int:
+    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
+
+
+def _join(config: Config) -> Exchange:
+    if mpi.launched() == 1:
+        return World(1, clock=time.perf_counter).ends[0]
+    try:
+        exchange = mpi.connect(round(config.bucket_mb * 1e6), config.cuda_aware)
+    except mpi.LaunchError as error:
+        if _launched_rank() == 0:
+            print(f"mpips: {error}", file=sys.stderr)
+        raise SystemExit(BAD_CONFIGURATION) from None
+    return exchange
+
+
+class Run:
+    """One rank's part in a run. `connect` makes it.
+
+    Attributes:
+        config: the resolved settings.
+        folder: the run's folder, the same on all ranks.
+        serves, trains: what this rank does.
+        worker, workers: this worker's number, from 0 (-1 on a rank that only serves), and how many there are.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        config: Config,
+        model: nn.Module,
+        optimizer: Optimizer | MakeOptimizer,
+        scheduler: Scheduler | MakeScheduler | None,
+        validation_data: Callable[[], Any] | None,
+    ) -> None:
+        self.config, self._exchange = config, exchange
+        self.worker, self.workers = place_of(exchange, config)
+        self.serves, self.trains = exchange.rank == SERVER, self.worker >= 0
+        self._server: Server | None = None
+        self._worker: Worker | None = None
+        self.folder, resume = self._agree_on_folder()
+        report.log_to(self.folder, exchange.rank)
+        if self.serves:
+            self._serve(model, optimizer, scheduler, validation_data, resume)
+        if self.trains:
+            self._train(model)
+        self._streams = rng.capture() if resume and self.trains else None
+        self._loops = 0  # `batches` loops begun in this epoch
+        self._taken = 0  # items yielded since the last step
+        self._broke = False  # the script broke out of a `batches` loop
+        self._cut = False  # a stop ended a `batches` loop before its end
+        self._ended = False
+
+    def _agree_on_folder(self) -> tuple[Path, Path | None]:
+        """The run folder and the checkpoint to go on from: the server looks, all ranks take its word."""
+        said = b""
+        if self.serves:
+            where, start = folder.folders(self.config.run_dir, self.config.resume)
+            said = json.dumps([str(where), start and str(start)]).encode()
+        where, start = json.loads(share(self._exchange, said))
+        return Path(where), start and Path(start)
+
+    def _serve(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | MakeOptimizer,
+        scheduler: Scheduler | MakeScheduler | None,
+        validation_data: Callable[[], Any] | None,
+        resume: Path | None,
+    ) -> None:
+        server = self._server = Server(
+            self._exchange,
+            model,
+            optimizer,
+            scheduler,
+            config=self.config,
+            folder=self.folder / "checkpoints",
+            report=report.Report(self.folder, self.config.metrics),
+            validation_data=validation_data,
+        )
+        server.create_model()
+        if resume is not None:
+            server.resume(resume)
+        server.report.start(
+            self.config.yaml(),
+            environment(),
+            size=self._exchange.size,
+            workers=self.workers,
+            server_trains=self.trains,
+            script=report.script_name(),
+            mpi=self._exchange.name,
+            torch=str(torch.__version__),
+            device=str(server.replica.flat.weights.device),
+            parameters=sum(slot.numel for slot in server.replica.flat.slots),
+        )
+        server.broadcast_initial_weights()
+
+    def _train(self, model: nn.Module) -> None:
+        server = self._server
+        replica = server.replica if server else None
+        self._worker = Worker(self._exchange, model, self.config, replica, server)
+        if server:
+            self._worker.join(server.states)
+            server.place, server.worker_state = self._worker.place, self._worker.state
+        else:
+            self._worker.receive_initial_weights()
+
+    @property
+    def _place(self) -> Place:
+        if self._worker:
+            return self._worker.place
+        assert self._server
+        return self._server.place
+
+    @property
+    def _control(self) -> Control:
+        if self._worker:
+            return self._worker.control
+        assert self._server
+        return self._server.control
+
+    @property
+    def round(self) -> int:
+        """Rounds done."""
+        return int(self._control.round)
+
+    @property
+    def loss(self) -> float:
+        """The last round's mean loss over all workers' samples."""
+        return self._control.loss
+
+    @property
+    def stopping(self) -> str:
+        """Why the run ends: patience, target, requested, left, preempted; empty while it goes on."""
+        stop = Stop(int(self._control.stop))
+        return stop.name.lower() if stop else ""
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """Epoch numbers from where the run is to `count`, fewer if it stops; ends with a checkpoint after each."""
+        place = self._place
+        if self._server:
+            self._server.report.epochs = count
+        while place.epoch < count and not self.stopping:
+            self._loops = 0
+            yield place.epoch
+            self._end_epoch()
+        self._finish()
+
+    def batches(
+        self, data: Any, batch_size: int | None = None, *, shuffle: bool = True, drop_last: bool = False, shard: bool = True
+    ) -> Iterator[Any]:
+        """This worker's share of the data, batch by batch; nothing on a rank that only serves, which serves meanwhile.
+
+        Args:
+            data: a map-style dataset, a tuple of tensors, a DataLoader (which then decides batch size and order), or an
+                iterable of batches.
+            batch_size: items in a worker's batch.
+            shuffle: draw a new order, from the seed, in each epoch.
+            drop_last: leave out a worker's last batch if it is not full.
+            shard: False for data that is this rank's own already.
+        """
+        self._drain()
+        place = self._place
+        loop, self._loops = self._loops, self._loops + 1
+        if self.stopping or loop < place.loop:
+            return
+        if not place.over:
+            index, workers = (self.worker, self.workers) if shard else (0, 1)
+            seed = self.config.seed + loop * 1_000_003
+            yield from self._work(Shard(data, batch_size, shuffle, drop_last, index, workers, seed))
+        if not self.stopping:
+            place.next_loop()
+
+    def _work(self, shard: Shard) -> Iterator[Any]:
+        worker = self._worker
+        if worker is None:
+            assert self._server
+            self._server.start_server()
+            return self._obey()
+        worker.begin()
+        batches = shard.batches(worker.place)
+        if self._streams is not None:  # skipping may have drawn numbers
+            rng.restore(self._streams)
+            self._streams = None
+        for batch, count, worker.done in batches:
+            self._taken += count
+            try:
+                yield batch
+            except GeneratorExit:
+                self._broke = True
+                raise
+            if self.stopping:
+                return self._obey()
+        self._exhausted()
+        return None
+
+    def _exhausted(self) -> None:
+        """Wait with the others until every worker's shard is."""
+        assert self._worker
+        self._worker.place.taken += self._taken
+        self._taken = 0
+        self._worker.finish()
+        self._obey()
+
+    def _drain(self) -> None:
+        """End a loop that the script broke out of: for this rank its shard is exhausted."""
+        if self._broke:
+            self._broke = False
+            self._exhausted()
+            if not self.stopping:
+                self._place.next_loop()
+
+    def step(self, loss: Tensor | float, samples: int | None = None, **metrics: float) -> None:
+        """Push the gradient that backward left, let the server step, and pull the new weights; gradients are then zero.
+
+        Args:
+            loss: the mean loss over the samples, unscaled.
+            samples: how many samples the gradient is the mean of; the items of the batches since the last step if None.
+            metrics: the mean over the samples of each metric named in the `metrics` setting.
+
+        Raises:
+            NonFiniteError: on all ranks, if some rank's gradient holds a NaN or Inf and `nonfinite` is "raise".
+        """
+        if self._worker is None:
+            raise RuntimeError("step() on a rank that only serves; call it inside a ps.batches loop, which is empty there")
+        if metrics.keys() != set(self.config.metrics):
+            raise ValueError(f"step() was given the metrics {sorted(metrics)}, the `metrics` setting names {self.config.metrics}")
+        count = self._taken if samples is None else samples
+        taken, self._taken = self._taken, 0
+        ordered = [float(metrics[name]) for name in self.config.metrics]
+        self._worker.step(float(loss.detach() if isinstance(loss, Tensor) else loss), count, ordered, taken)
+        self._obey()
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss to call backward on in fp16 training: times the loss scale that the server decided."""
+        return loss * self._control.loss_scale if self.config.loss_scale else loss
+
+    def validate(self, measure: Callable[..., Any], name: str = "validation") -> float:
+        """Measure the model on the server and decide there whether to stop; every rank calls this.
+
+        Args:
+            measure: called on the server alone, in eval mode and without grad, with the validation data if `connect` was
+                given any. Returns a number.
+            name: what the number is, for people.
+
+        Returns:
+            The number, on every rank; NaN if the run has ended because a rank left it.
+        """
+        self._drain()
+        if self._control.stop == Stop.LEFT:
+            return float("nan")
+        if self._server:
+            self._server.validate(measure, name)
+            self._server.send_stop_signal()
+        if self._worker:
+            self._worker.hear()
+        return self._control.value
+
+    def stop(self) -> None:
+        """End the run on all ranks, in the same round: the next one."""
+        if self._worker:
+            self._worker.stop = 1
+        elif self._server:
+            self._server.stop_server()
+
+    def save(self) -> None:
+        """Write a checkpoint now; every rank calls this at the same place."""
+        if self._worker:
+            self._worker.save()
+        elif self._server:
+            self._server.save_model()
+
+    def preempt(self) -> None:
+        """Write a checkpoint at the next round and end with status 75; SIGUSR1 does this."""
+        if self._worker:
+            self._worker.signalled = True
+        elif self._server:
+            self._server.signalled = True
+
+    def print(self, *words: object) -> None:
+        """Print on the server alone."""
+        if self.serves:
+            print(*words, flush=True)
+
+    def _obey(self) -> None:
+        """Do what the control says about ending."""
+        if self._control.stop:
+            self._cut = not self._place.over
+        if self._control.stop == Stop.PREEMPTED:
+            self._ended = True
+            if self._server:
+                self._server.report.preempted(self._server.last_checkpoint)
+            raise SystemExit(failure.PREEMPTED)
+
+    def _end_epoch(self) -> None:
+        self._drain()
+        if self._control.stop == Stop.LEFT:
+            return
+        if not self._cut:
+            self._place.next_epoch()
+            if self._server:
+                self._server.end_epoch()
+        self.save()
+
+    def _finish(self) -> None:
+        self._ended = True
+        if self._control.stop == Stop.LEFT:
+            return
+        if self._server:
+            self._server.write_results([value for _, _, value in self._server.report.values])
+        elif self._worker:
+            self._worker.give_performance()
+
+    def close(self) -> None:
+        """Leave; called when Python ends. A worker that left its loop early ends the run for all."""
+        if self._exchange.size == 1:
+            return
+        if not self._ended and self._worker and not self._worker.done:
+            self._worker.stop = 2
+            self._worker.idle()
+        self._exchange.close(patience=None if self._ended else 5.0)

@@ -1,0 +1,402 @@
+"""The server's half of a round, and all that it alone decides.
+
+    collect_updates  exchange.combine, rule   the contributions become one gradient
+    update_weights   clip, any torch.optim    the weights become the next version
+    send_updates     exchange.publish         every rank has them
+
+Rank 0 is the server. It may train as well; then its own contribution is already in the push message.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import mpips
+from mpips import checkpoint, contract, rng, snapshot
+from mpips.config import Config
+from mpips.data import Place
+from mpips.exchange import Exchange, ExchangeError, share
+from mpips.message import COLUMNS, ROUNDS, Control, Stop, replicate
+from mpips.optimizer import MakeOptimizer, MakeScheduler, Scheduler, ServerOptimizer
+from mpips.report import Report
+from mpips.rule import choose
+from mpips.state import RankState, pack_all
+from mpips.stopping import LossScale, Patience
+
+
+class Updates(NamedTuple):
+    """What a round brought.
+
+    Attributes:
+        samples: rank -> samples behind its contribution.
+        epsilons: the privacy spent by each rank; empty, as no rank trains with differential privacy.
+        results: rank -> its row of the tail by column: loss, flags, times, metrics.
+    """
+
+    samples: dict[int, float]
+    epsilons: list[float]
+    results: dict[int, dict[str, float]]
+
+
+class Server:
+    """The synchronous server.
+
+    Args:
+        exchange: rank 0's end.
+        model: the model to serve; its parameters are rank 0's copy of the weights.
+        optimizer: an optimizer of the model's parameters, or a function from a list of parameters to one.
+        scheduler: a learning-rate scheduler of that optimizer, or a function from an optimizer to one.
+        config: the settings.
+        folder: where checkpoints go; None writes none.
+        report: where metrics and events go.
+        validation_data: makes the validation data, called on the server alone.
+
+    Attributes:
+        replica: the model's flat buffers and messages.
+        control: what is said to all ranks next.
+        place: the place in the data of a worker on this rank, else the epoch alone.
+        signalled: set to write a checkpoint and end the run at the next round.
+        states: the ranks' packed states of a resumed run, else empty.
+        worker_state: what a worker on this rank has to add to a checkpoint.
+        validation_data: what `load_validation_data` loaded.
+        performances: rank -> its messages and bytes, after `receive_performances_from_nodes`.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        model: nn.Module,
+        optimizer: Optimizer | MakeOptimizer,
+        scheduler: Scheduler | MakeScheduler | None = None,
+        *,
+        config: Config | None = None,
+        folder: Path | None = None,
+        report: Report | None = None,
+        validation_data: Callable[[], Any] | None = None,
+    ) -> None:
+        self.exchange, self.model, self.config, self.folder = exchange, model, config or Config(), folder
+        self.report = report or Report(None, self.config.metrics)
+        self.trains = exchange.size == 1 or self.config.server_trains
+        self.first = 0 if self.trains else 1  # rank of the first worker
+        self.workers = exchange.size - self.first
+        self.control = Control(loss_scale=self.config.loss_scale or 1.0)
+        self.patience = Patience()
+        self.loss_scale = LossScale(self.control.loss_scale)
+        self.place = Place()
+        self.worker_state: Callable[[], RankState] | None = None
+        self.validation_data: Any = None
+        self.performances: dict[int, dict[str, int]] = {}
+        self.last_checkpoint: Path | None = None
+        self.signalled = False
+        self._make = (optimizer, scheduler, validation_data)
+        self.states = b""
+        self._rule, self._needs = choose(self.config)
+        self._columns = COLUMNS + self.config.metrics
+        self._begun = self._last = exchange.clock()
+
+    def create_model(self) -> None:
+        """Lay the model out flat and make the master weights, the optimizer and the scheduler."""
+        make_optimizer, make_scheduler, _ = self._make
+        self.replica = replicate(self.model, self.config, self.exchange.size, self.exchange.allocate)
+        self.optimizer = ServerOptimizer(self.replica, make_optimizer, make_scheduler)
+        self.control.lr = self.optimizer.lr
+        self.check_requires_grad()
+
+    def check_requires_grad(self) -> None:
+        """Take note of which parameters are trained: only these travel after the first Bcast."""
+        flat = self.replica.flat
+        trained = sum(slot.numel for slot in flat.slots)
+        frozen = sum(p.numel() for p in flat.frozen.values())
+        self.report.event("trainable", trained=trained, frozen=frozen, tensors=[slot.name for slot in flat.slots])
+
+    def load_validation_data(self) -> None:
+        """Load the validation data, once, on the server alone."""
+        make = self._make[2]
+        if make is not None and self.validation_data is None:
+            self.validation_data = make()
+
+    def broadcast_initial_weights(self) -> None:
+        """Agree with all ranks on the contract, then give them the weights and, if resumed, their own states."""
+        if not hasattr(self, "replica"):
+            self.create_model()
+        self.replica.pull.control = self.control
+        self.digest = contract.begin(self.exchange, self.replica, self.config)
+        share(self.exchange, self.states)
+        self._last = self.exchange.clock()
+
+    def start_server(self) -> None:
+        """Serve rounds until every worker's shard is exhausted or the run is to stop."""
+        while True:
+            control = self.round()
+            self.replica.check_finite(control)
+            if control.checkpoint:
+                self.save_model()
+            if not control.active or control.stop:
+                return
+
+    def stop_server(self) -> None:
+        """End the run for all ranks, at the next round."""
+        self.control.stop = self.control.stop or Stop.REQUESTED
+
+    def round(self) -> Control:
+        """One round: collect, combine, step, send."""
+        updates = self.collect_updates()
+        self.update_weights(updates)
+        self._note(updates)
+        self.send_updates()
+        return self.control
+
+    def collect_updates(self) -> Updates:
+        """Take every worker's contribution of this round; their combination is left in the push message.
+
+        Raises:
+            ExchangeError: a rank is in another round.
+        """
+        push = self.replica.push
+        if not self.trains:
+            push.message.zero_()
+        self.exchange.combine(push.message, push.tail_at, self._needs, self._combine)
+        table = push.rows.tolist()[self.first :]
+        results = {rank: dict(zip(self._columns, row, strict=True)) for rank, row in enumerate(table, self.first)}
+        for rank, row in results.items():
+            if row["round"] != self.control.round % ROUNDS:
+                raise ExchangeError(f"rank {rank} is in round {row['round']:.0f}, the server in {self.control.round:.0f}")
+        return Updates({rank: row["samples"] for rank, row in results.items()}, [], results)
+
+    def _combine(self, part: slice, rows: Tensor) -> None:
+        push = self.replica.push
+        weights = push.rows[self.first :, COLUMNS.index("weight")]
+        if not weights.any():
+            return
+        if len(rows) == 1 < self.exchange.size:
+            weights = weights.sum(0, keepdim=True)
+        else:
+            rows = rows[self.first :]
+        self._rule(rows, weights, push.message[part])
+
+    def update_weights(self, updates: Updates) -> None:
+        """One server update with the combined gradient, unless there is none or it is not to be taken."""
+        bad = {rank: row["bad"] for rank, row in updates.results.items() if row["bad"]}
+        if bad:
+            self._judge(bad)
+        take = any(row["weight"] for row in updates.results.values())
+        if take and not (bad and (self.config.loss_scale or self.config.nonfinite != "drop")):
+            self.optimizer.step(self.replica.push.presence.tolist(), self.config.clip)
+            self.replica.buffers.combine(self.replica.push.floats, self.replica.push.limbs, self.replica.pull.buffers)
+            self.control.version += 1
+            self.loss_scale.fine()
+            if self.config.schedule == "round":
+                self.optimizer.schedule()
+        if self.config.buffers == "server":
+            self.replica.buffers.store(self.replica.pull.buffers)
+
+    def _judge(self, bad: dict[int, float]) -> None:
+        rank, slot = next((r, int(b) - 1) for r, b in bad.items())
+        if self.config.loss_scale:
+            self.loss_scale.overflow()
+        elif self.config.nonfinite == "raise":
+            self.control.culprit, self.control.slot = rank, slot
+        name = self.replica.flat.slots[slot].name
+        self.report.event("warning", message=f"rank {rank}: NaN or Inf in the gradient of {name}", round=self.control.round)
+
+    def _note(self, updates: Updates) -> None:
+        """What this round means for the next: the control, and the report."""
+        rows, control = updates.results, self.control
+        samples = sum(updates.samples.values())
+        sums = {name: sum(row[name] for row in rows.values()) for name in ("loss", *self.config.metrics)}
+        means = {name: total / samples if samples else math.nan for name, total in sums.items()}
+        control.round += 1
+        control.active = sum(not row["done"] for row in rows.values())
+        self.place.over = not control.active
+        control.loss, control.lr, control.loss_scale = means["loss"], self.optimizer.lr, self.loss_scale.scale
+        self._obey_ranks(rows)
+        every = self.config.checkpoint.every
+        control.checkpoint = bool(self.folder) and (
+            control.stop == Stop.PREEMPTED or (every > 0 and control.round % every == 0)
+        )
+        now = self.exchange.clock()
+        speed, self._last = samples / max(now - self._last, 1e-9), now
+        row = (control.round, self.place.epoch, control.version, samples, *means.values())
+        self.report.round((*row[:5], control.lr, *row[5:]), samples_per_s=speed, ranks=self._states_of(rows))
+
+    def _obey_ranks(self, rows: dict[int, dict[str, float]]) -> None:
+        """A rank that was told to end, has left, or asks to stop, ends the run for all in this round."""
+        if self.signalled or any(row["signal"] for row in rows.values()):
+            self.control.stop = Stop.PREEMPTED
+        elif any(row["stop"] == 2 for row in rows.values()):
+            self.control.stop = Stop.LEFT
+        elif any(row["stop"] for row in rows.values()):
+            self.control.stop = Stop.REQUESTED
+
+    def _states_of(self, rows: dict[int, dict[str, float]]) -> list[dict[str, Any]]:
+        """One entry per rank for the launcher's screen."""
+        server = {"rank": 0, "role": "server", "state": "serving", "samples_per_s": 0.0, "wait": 0.0, "done": False}
+        table: list[dict[str, Any]] = [] if self.trains else [server]
+        for rank, row in rows.items():
+            spent = max(row["train"] + row["wait"], 1e-9)
+            state = {"state": "done" if row["done"] else "training", "done": bool(row["done"])}
+            speed = {"samples_per_s": row["samples"] / spent, "wait": row["wait"] / spent}
+            table.append({"rank": rank, "role": "worker" if rank else "server, worker", **state, **speed})
+        return table
+
+    def send_updates(self, weights: Tensor | None = None) -> None:
+        """Send the weights, or these ones (`(numel,)`, the flat layout), and the control to all ranks."""
+        if weights is not None:
+            self.replica.pull.weights.copy_(weights)
+        self.replica.pull.control = self.control
+        self.exchange.publish(self.replica.pull.message)
+
+    def send_stop_signal(self) -> None:
+        """Tell all ranks, between rounds, what the control says: whether to stop, and the validation's value."""
+        self.replica.pull.control = self.control
+        self.exchange.publish(self.replica.pull.control_message)
+
+    def validate(self, measure: Callable[..., Any], name: str = "value") -> float:
+        """Measure the model and decide whether to stop; the workers wait for the value.
+
+        Args:
+            measure: called with the validation data, if there are any, else without arguments; in eval mode, without grad.
+            name: what the value is, for people.
+        """
+        self.load_validation_data()
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            value = float(measure() if self.validation_data is None else measure(self.validation_data))
+        self.model.train(training)
+        self.control.value = value
+        self.check_improvement(value)
+        self.report.validated(self.place.epoch, int(self.control.round), value, self.patience.best, name)
+        return value
+
+    def check_improvement(self, accuracy: float) -> bool:
+        """Take note of a validation's value.
+
+        Returns:
+            True to stop: the target is reached, or there was no gain for `stop.patience` validations. False to go on.
+        """
+        verdict = self.patience.judge(accuracy, self.config.stop)
+        self.control.stop = self.control.stop or verdict
+        return verdict != Stop.NO
+
+    def end_epoch(self) -> None:
+        """All ranks have ended an epoch: step the scheduler."""
+        if self.config.schedule == "epoch":
+            self.optimizer.schedule(None if math.isnan(self.control.value) else self.control.value)
+        self.control.lr = self.optimizer.lr
+
+    def get_queue(self) -> Exchange:
+        """Where the server receives: its end of the exchange."""
+        return self.exchange
+
+    def get_server_iterations(self) -> int:
+        """Rounds done so far."""
+        return int(self.control.round)
+
+    def save_model(self, wandb_run: Any = None) -> Path | None:
+        """Write a checkpoint together with all ranks, which give their own states.
+
+        Args:
+            wandb_run: anything with `save(path)`, such as a Weights & Biases run; it is given the file.
+        """
+        begun = time.perf_counter()
+        own = self.worker_state() if self.worker_state else RankState(-1, self.place, rng.capture())
+        blobs = self.exchange.collect(own.pack())
+        if self.folder is None:
+            return None
+        states = [RankState.unpack(blob) for blob in blobs]
+        self.report.flush()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = checkpoint.save(self.folder, int(self.control.round), self.tree(states), self.config.checkpoint.keep)
+        self.last_checkpoint = path
+        seconds, size = time.perf_counter() - begun, path.stat().st_size
+        self.report.event("checkpoint", round=self.control.round, path=str(path), seconds=seconds, bytes=size)
+        if wandb_run is not None:
+            wandb_run.save(str(path))
+        return path
+
+    def tree(self, states: list[RankState]) -> dict[str, Any]:
+        """Everything a run needs to go on, as nested dicts."""
+        report = self.report
+        return {
+            "round": int(self.control.round),
+            "version": int(self.control.version),
+            "epoch": self.place.epoch,
+            "config": json.dumps(self.config.settings()),
+            "contract": self.digest,
+            "versions": {"mpips": mpips.__version__, "torch": str(torch.__version__)},
+            "world": {"size": self.exchange.size, "workers": self.workers},
+            **snapshot.take_model(self.replica),
+            **self.optimizer.tree(),
+            "stopping": {"best": self.patience.best, "waited": self.patience.waited, "value": self.control.value},
+            "loss_scale": {"scale": self.loss_scale.scale, "good": self.loss_scale.good},
+            "metrics": snapshot.columns(report.columns, report.rows),
+            "validation": snapshot.columns(("round", "epoch", "value"), report.values),
+            "ranks": {str(rank): state.tree() for rank, state in enumerate(states)},
+        }
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint, before the initial weights are broadcast.
+
+        The model has been created.
+
+        Raises:
+            CheckpointError: the file is damaged or not a checkpoint.
+            SnapshotError: it is of another model, optimizer or scheduler.
+        """
+        tree = checkpoint.load(path)
+        snapshot.put_model(tree, self.replica)
+        self.optimizer.put(tree)
+        self.patience = Patience(tree["stopping"]["best"], tree["stopping"]["waited"])
+        self.loss_scale = LossScale(**tree["loss_scale"])
+        states = [RankState.from_tree(tree["ranks"][str(rank)]) for rank in range(len(tree["ranks"]))]
+        self.states = pack_all(states)
+        first = states[0].place
+        self.place = Place(first.epoch, first.loop, 0, first.over)
+        rng.restore(states[0].streams)
+        self.control = Control(tree["round"], tree["version"], active=0 if first.over else self.workers, lr=self.optimizer.lr)
+        self.control.loss_scale, self.control.value = self.loss_scale.scale, tree["stopping"]["value"]
+        self.report.restore(snapshot.rows(tree["metrics"]), snapshot.rows(tree["validation"]))
+        self.report.event("resume", round=self.control.round, path=str(path))
+        self.last_checkpoint = path
+
+    def receive_performances_from_nodes(self) -> tuple[int, int]:
+        """Every rank's traffic, once, at the end of the run.
+
+        Returns:
+            Calls made and bytes handed over, summed over the ranks; `performances` has them by rank.
+        """
+        blobs = self.exchange.collect(json.dumps(self.exchange.traffic).encode())
+        self.performances = {rank: json.loads(blob) for rank, blob in enumerate(blobs)}
+        totals = [
+            sum(n for traffic in self.performances.values() for call, n in traffic.items() if call.endswith(kind))
+            for kind in ("calls", "bytes")
+        ]
+        return totals[0], totals[1]
+
+    def write_results(self, accuracy_validation: list[float]) -> None:
+        """Write the results of the run, the validations' values among them, into DONE."""
+        messages, moved = self.receive_performances_from_nodes()
+        value = accuracy_validation[-1] if accuracy_validation else None
+        self.report.done(
+            {
+                "seconds": round(time.time() - self.report.begun, 3),
+                "rounds": self.get_server_iterations(),
+                "versions": int(self.control.version),
+                "value": value,
+                "validation": accuracy_validation,
+                "stop": Stop(int(self.control.stop)).name.lower(),
+                "checkpoint": None if self.last_checkpoint is None else str(self.last_checkpoint),
+                "messages": messages,
+                "bytes": moved,
+            }
+        )

@@ -1,0 +1,132 @@
+"""The server's state as a tree of plain tensors, numbers and texts, by parameter name, and back.
+
+A restored server goes on with the same bits. Everything that comes back is checked against the model first, so a snapshot of
+another model changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mpips.message import Replica
+
+Tree = dict[str, Any]
+
+
+class SnapshotError(ValueError):
+    """A snapshot that does not belong to this model or optimizer: names the first tensor that differs."""
+
+
+def to_json(value: Any) -> str:
+    """Nested dicts (with any keys), lists, tuples and numbers as text that `from_json` restores exactly."""
+    return json.dumps(_encode(value))
+
+
+def from_json(text: str) -> Any:
+    """What `to_json` was given; tuples come back as lists."""
+    return _decode(json.loads(text))
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        kind = "counter" if isinstance(value, Counter) else "dict"
+        return {kind: [[_encode(k), _encode(v)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_encode(v) for v in value]
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        ((kind, pairs),) = value.items()
+        items = {_decode(k): _decode(v) for k, v in pairs}
+        return Counter(items) if kind == "counter" else items
+    return [_decode(v) for v in value] if isinstance(value, list) else value
+
+
+def take_model(replica: Replica) -> Tree:
+    """All parameters, trained, frozen and tied, and all buffers, by name."""
+    flat = replica.flat
+    parameters: dict[str, Tensor] = dict(flat.named(flat.weights))
+    parameters |= {name: p.data for name, p in flat.frozen.items()}
+    parameters |= {alias: parameters[name] for alias, name in flat.aliases.items()}
+    return {"parameters": parameters, "buffers": dict(replica.buffers.named)}
+
+
+def put_model(tree: Tree, replica: Replica) -> None:
+    """Put `take_model`'s tensors back into the model.
+
+    Raises:
+        SnapshotError: before anything is changed, if names, shapes or dtypes are not the model's.
+    """
+    for kind, ours in take_model(replica).items():
+        _check_same(kind, ours, tree[kind])
+    for kind, ours in take_model(replica).items():
+        for name, tensor in ours.items():
+            tensor.detach().copy_(tree[kind][name])
+    replica.buffers.store(replica.pull.buffers)
+
+
+def _check_same(kind: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> None:
+    for name in [*ours, *theirs]:
+        mine = f"{ours[name].dtype} {tuple(ours[name].shape)}" if name in ours else "nothing"
+        other = theirs.get(name)
+        saved = f"{other.dtype} {tuple(other.shape)}" if isinstance(other, Tensor) else "nothing"
+        if mine != saved:
+            raise SnapshotError(f"{kind[:-1]} {name}: the checkpoint has {saved}, the model {mine}; give the model it is of")
+
+
+def take_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> Tree:
+    """Class, parameter groups and state of an optimizer, by parameter name."""
+    groups = [
+        {k: ([names[p] for p in v] if k == "params" else v) for k, v in group.items()} for group in optimizer.param_groups
+    ]
+    state = {names[p]: {str(k): v for k, v in kept.items()} for p, kept in optimizer.state.items() if p in names}
+    return {"class": type(optimizer).__name__, "groups": to_json(groups), "state": state}
+
+
+def put_optimizer(tree: Tree, optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
+    """Put `take_optimizer`'s state back.
+
+    Raises:
+        SnapshotError: the optimizer is of another class or has other groups.
+    """
+    if tree["class"] != type(optimizer).__name__:
+        raise SnapshotError(f"the checkpoint has optimizer {tree['class']}, this run {type(optimizer).__name__}")
+    saved_groups = from_json(tree["groups"])
+    ours = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    if [group["params"] for group in saved_groups] != ours:
+        raise SnapshotError("the checkpoint's optimizer has other parameter groups; build the optimizer as in that run")
+    order = [name for group in ours for name in group]
+    groups = [_as_now(saved, now) for saved, now in zip(saved_groups, optimizer.param_groups, strict=True)]
+    start = 0
+    for group, members in zip(groups, ours, strict=True):
+        group["params"] = list(range(start, start := start + len(members)))
+    state = {order.index(name): dict(kept) for name, kept in tree["state"].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _as_now(saved: Tree, now: Mapping[str, Any]) -> Tree:
+    """A saved group with tuples and tensors where the optimizer has them: JSON knows neither."""
+    kinds: dict[str, Any] = {k: type(v) for k, v in now.items()}
+    return {
+        k: tuple(v) if kinds.get(k) is tuple else torch.tensor(v) if kinds.get(k) is Tensor else v for k, v in saved.items()
+    }
+
+
+def columns(names: Iterable[str], rows: list[tuple[float, ...]]) -> Tree:
+    """A table as one array of float64 per column."""
+    table = torch.tensor(rows, dtype=torch.float64) if rows else torch.empty(0, len(list(names)), dtype=torch.float64)
+    return {name: table[:, i].clone() for i, name in enumerate(names)}
+
+
+def rows(tree: Tree) -> list[tuple[float, ...]]:
+    """What `columns` was given."""
+    return list(zip(*(column.tolist() for column in tree.values()), strict=True))

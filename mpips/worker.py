@@ -1,0 +1,191 @@
+"""A training rank's half of a round: push its contribution, pull the new weights.
+
+    push  update.write: the body and this rank's row   exchange.combine
+    pull  exchange.publish: control, weights, buffers  read
+
+The weights land where the model's parameters are; there is nothing to copy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import nn
+
+from mpips import contract, rng
+from mpips.config import Config
+from mpips.data import Place
+from mpips.exchange import Exchange, share
+from mpips.message import ROUNDS, Control, Replica, Row, replicate
+from mpips.rule import choose
+from mpips.state import RankState, for_worker, unpack_all
+from mpips.update import Gradient
+
+
+class Serving(Protocol):
+    """What a worker needs of the server on the same rank."""
+
+    def round(self) -> Control:
+        """One whole round, with this rank's push message as it stands."""
+
+    def save_model(self) -> object:
+        """Write a checkpoint together with all other ranks."""
+
+
+def place_of(exchange: Exchange, config: Config) -> tuple[int, int]:
+    """This rank's worker number, -1 if it only serves, and the number of workers."""
+    dedicated = exchange.size > 1 and not config.server_trains
+    return exchange.rank - dedicated, exchange.size - dedicated
+
+
+class Worker:
+    """One worker.
+
+    Args:
+        exchange: this rank's end.
+        model: the model to train.
+        config: the settings.
+        replica: the model laid out already, on a rank that also serves.
+        server: the server on the same rank, if any; it then does the rounds.
+
+    Attributes:
+        replica: the model's flat buffers and messages.
+        place: where the worker is in its data.
+        index, workers: its number, from 0, and how many there are.
+        done: whether its shard is exhausted; the server is told with the next round.
+        signalled: set to have the server write a checkpoint and end the run at the next round.
+        stop: 1 to ask the server to end the run, 2 when the script has left its loop.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        model: nn.Module,
+        config: Config | None = None,
+        replica: Replica | None = None,
+        server: Serving | None = None,
+    ) -> None:
+        self.exchange, self.config = exchange, config or Config()
+        self.index, self.workers = place_of(exchange, self.config)
+        self.replica = replica or replicate(model, self.config, exchange.size, exchange.allocate)
+        self._needs = choose(self.config)[1]
+        self._server = server
+        self.update = Gradient(self.replica, exchange.rank, self.index, self.workers)
+        self.place = Place()
+        self.signalled = False
+        self.stop = 0
+        self.done = self._told = False
+        self._control = Control()
+        self._left = exchange.clock()
+        self._waited = 0.0
+
+    @property
+    def control(self) -> Control:
+        """What the server said last."""
+        return self._control
+
+    def receive_initial_weights(self) -> None:
+        """Agree with all ranks, take the server's weights, and this worker's own state if the run is resumed."""
+        contract.begin(self.exchange, self.replica, self.config)
+        self.join(share(self.exchange, b""))
+
+    def join(self, states: bytes) -> None:
+        """Begin with the server's weights and, from a resumed run's states, this worker's own."""
+        rng.diverge(self.index)
+        mine = for_worker(unpack_all(states), self.index, self.workers) if states else None
+        if mine is not None:
+            self.place = mine.place
+            rng.restore(mine.streams) if mine.streams else None
+            for name, tensor in mine.buffers.items():
+                self.replica.buffers.named[name].copy_(tensor)
+        self.replica.buffers.load(self.replica.pull.buffers)
+        self._control = self.replica.pull.control
+        self.replica.clear()
+
+    def step(self, loss: float, samples: int, metrics: Sequence[float] = (), taken: int = 0) -> Control:
+        """Push the gradient that backward left, and pull the new weights.
+
+        Args:
+            loss: the mean loss over the samples.
+            samples: how many samples the gradient is the mean of.
+            metrics: the mean of each of the script's own metrics, in the order of the `metrics` setting.
+            taken: items of the shard that this step has used up.
+
+        Raises:
+            NonFiniteError: on all ranks, when a rank's update is not finite and `nonfinite` is "raise".
+        """
+        self.place.taken += taken
+        row = self._row(samples=samples, loss=loss * samples if samples else 0.0)
+        self.update.write(row, [m * samples for m in metrics], self._control.loss_scale)
+        self._do_round()
+        self.replica.flat.clear()
+        return self._control
+
+    def idle(self) -> Control:
+        """Take part in a round without a contribution; gradients not yet pushed are kept."""
+        flat = self.replica.flat
+        kept = flat.grad.clone() if flat.pending else None
+        self.update.write_nothing(self._row(), len(self.config.metrics))
+        self._do_round()
+        if self.replica.wire_is_grad:
+            flat.grad.zero_() if kept is None else flat.grad.copy_(kept)
+        return self._control
+
+    def begin(self) -> None:
+        """A new loop over the shard begins."""
+        self.done = self._told = False
+
+    def finish(self) -> None:
+        """The shard is exhausted: take part until every worker's is."""
+        self.done = True
+        while not self._told or (self._control.active and not self._control.stop):
+            self.idle()
+
+    def hear(self) -> None:
+        """Take what the server says between rounds."""
+        if not self._server:
+            self.exchange.publish(self.replica.pull.control_message)
+        self._control = self.replica.pull.control
+
+    def give_performance(self) -> None:
+        """This rank's traffic, at the end of the run."""
+        self.exchange.collect(json.dumps(self.exchange.traffic).encode())
+
+    def state(self) -> RankState:
+        """What only this rank knows."""
+        own = self.replica.buffers.named if self.config.buffers == "local" else {}
+        return RankState(self.index, self.place, rng.capture(), own)
+
+    def save(self) -> None:
+        """This rank's part of a checkpoint, together with all other ranks."""
+        if self._server:
+            self._server.save_model()
+        else:
+            self.exchange.collect(self.state().pack())
+
+    def _row(self, samples: float = 0, loss: float = 0) -> Row:
+        now = self.exchange.clock()
+        row = Row(samples=samples, loss=loss, done=self.done, stop=self.stop, signal=self.signalled)
+        row.round = self._control.round % ROUNDS
+        row.train, row.wait = now - self._left, self._waited
+        return row
+
+    def _do_round(self) -> None:
+        begun = self.exchange.clock()
+        self._control = self._server.round() if self._server else self._round()
+        self._left = self.exchange.clock()
+        self._waited = self._left - begun
+        self._told = self.done
+        self.place.over = not self._control.active
+        self.replica.check_finite(self._control)
+        self.replica.buffers.load(self.replica.pull.buffers)
+        if self._control.checkpoint:
+            self.save()
+
+    def _round(self) -> Control:
+        push = self.replica.push
+        self.exchange.combine(push.message, push.tail_at, self._needs, lambda part, rows: None)
+        self.exchange.publish(self.replica.pull.message)
+        return self.replica.pull.control

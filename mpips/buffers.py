@@ -66,7 +66,7 @@ class Buffers:
         if self._integers:
             numbers = limbs.to(torch.int16).view(torch.int64)
             sizes = [targets[n].numel() for n in self._integers]
-            for name, value in zip(self._integers, numbers.split(sizes), strict=True):
+            for name, value in zip(self._integers, torch.split(numbers, sizes), strict=True):
                 targets[name].copy_(value.view(targets[name].shape))
 
     def load(self, tensors: list[Tensor]) -> None:

@@ -13,13 +13,14 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
 
 BAD_CONFIGURATION = 2  # exit status
+GROUPS = ("checkpoint", "stop")  # flags that begin so are ours
 
 
 class ConfigError(ValueError):
@@ -140,7 +141,7 @@ def flags_of(argv: Sequence[str]) -> list[str]:
     """The flags in `argv` that are ours, as `--key=value`; the script's own flags are left to the script.
 
     Raises:
-        ConfigError: a flag that is nobody's but looks like one of ours, or one of ours without a value.
+        ConfigError: an unknown flag of one of our groups, or one of ours without a value.
     """
     known = {key: kind for key, (kind, _) in fields().items()} | {"config": str}
     ours, rest = [], list(argv)
@@ -152,9 +153,8 @@ def flags_of(argv: Sequence[str]) -> list[str]:
         if not token.startswith("--"):
             continue
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-            if near:
-                raise ConfigError(f"--{name}: unknown flag; did you mean --{near[0]}?")
+            if name.split(".")[0] in GROUPS:
+                raise ConfigError(f"--{name}: no such setting{_meant(name, known)}")
         elif equals:
             ours.append(token)
         elif known[name] is bool and (not rest or rest[0].lower() not in ("true", "false")):
@@ -170,8 +170,12 @@ def _check_variables(environ: Mapping[str, str]) -> None:
     known = {"MPIPS_CONFIG", "MPIPS_LAUNCH_DIR"} | {f"MPIPS_{key.replace('.', '__').upper()}" for key in fields()}
     for name in environ:
         if name.startswith("MPIPS_") and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(f"{name}: unknown variable; " + (f"did you mean {near[0]}?" if near else "see --help"))
+            raise ConfigError(f"{name}: no such variable{_meant(name, known)}")
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def resolve(arguments: Mapping[str, Any], argv: Sequence[str] | None = None) -> Config:
@@ -191,8 +195,7 @@ def resolve(arguments: Mapping[str, Any], argv: Sequence[str] | None = None) -> 
     defaults = dict(_flatten("", arguments))
     for key in defaults:
         if key not in fields():
-            near = difflib.get_close_matches(key, fields(), n=1, cutoff=0.5)
-            raise ConfigError(f"{key}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+            raise ConfigError(f"{key}: no such setting{_meant(key, fields())}")
     parser = jsonargparse.ArgumentParser(prog="mpips", exit_on_error=False, default_env=True, env_prefix="MPIPS")
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(Config)
@@ -226,12 +229,11 @@ def _one_line(message: str) -> str:
     return " ".join(message.split())
 
 
-def add_arguments(parser: "argparse.ArgumentParser") -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a script's own `argparse` parser accept and list mpips' flags; `connect` reads them from the command line."""
     group = parser.add_argument_group("mpips")
     group.add_argument("--config", metavar="FILE", help="YAML file with any of these settings")
     for key, (kind, text) in fields().items():
         if f"--{key}" in parser._option_string_actions:  # the script's own flag of that name serves both
             continue
-        few = {"nargs": "?"} if kind is bool else {}
-        group.add_argument(f"--{key}", metavar="X", help=f"{text} ({allowed(kind)})", **few)
+        group.add_argument(f"--{key}", metavar="X", nargs="?" if kind is bool else None, help=f"{text} ({allowed(kind)})")

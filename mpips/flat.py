@@ -95,7 +95,7 @@ class Flat:
         self.grad = torch.zeros_like(self.weights)
         self._touched: set[nn.Parameter] = set()
         for p in self.parameters:
-            p.register_post_accumulate_grad_hook(self._touched.add)
+            p.register_post_accumulate_grad_hook(self._touched.add)  # type: ignore[no-untyped-call]
         self.attach_weights(self.weights)
 
     def attach_weights(self, flat: Tensor) -> None:

@@ -48,8 +48,9 @@ class ServerOptimizer:
         self.torch = self._adopt(optimizer) if isinstance(optimizer, Optimizer) else optimizer(list(self.weights))
         if isinstance(self.torch, torch.optim.LBFGS):
             raise ConfigError("optimizer: given LBFGS, allowed: optimizers that step without evaluating the loss again")
-        given = isinstance(scheduler, (LRScheduler, ReduceLROnPlateau))
-        self.scheduler = scheduler if scheduler is None or given else scheduler(self.torch)
+        if scheduler is not None and not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
+            scheduler = scheduler(self.torch)
+        self.scheduler: Scheduler | None = scheduler
         if self.scheduler is not None and self.scheduler.optimizer is not self.torch:
             raise ConfigError("scheduler: given one of another optimizer, allowed: one built from the optimizer given here")
 

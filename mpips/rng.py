@@ -18,7 +18,7 @@ def capture() -> State:
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     assert kind == "MT19937"
-    state = {
+    state: State = {
         "python": np.array([version, *words], dtype=np.uint64),
         "python_gauss": np.array([] if gauss is None else [gauss], dtype=np.float64),
         "numpy": np.asarray(keys, dtype=np.uint32),
@@ -26,7 +26,7 @@ def capture() -> State:
         "numpy_gauss": np.array([cached], dtype=np.float64),
         "torch": torch.get_rng_state().numpy(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state().numpy()  # of the current device, which is this rank's
     return state
 

@@ -198,6 +198,8 @@ class Server:
                 self.optimizer.schedule()
         if self.config.buffers == "server":
             self.replica.buffers.store(self.replica.pull.buffers)
+        elif not self.trains:
+            self.replica.buffers.load(self.replica.pull.buffers)
 
     def _judge(self, bad: dict[int, float]) -> None:
         rank, slot = next((r, int(b) - 1) for r, b in bad.items())

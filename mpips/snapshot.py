@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -121,9 +121,9 @@ def _as_now(saved: Tree, now: Mapping[str, Any]) -> Tree:
     }
 
 
-def columns(names: Iterable[str], rows: list[tuple[float, ...]]) -> Tree:
+def columns(names: Sequence[str], rows: Sequence[tuple[float, ...]]) -> Tree:
     """A table as one array of float64 per column."""
-    table = torch.tensor(rows, dtype=torch.float64) if rows else torch.empty(0, len(list(names)), dtype=torch.float64)
+    table = torch.tensor(rows, dtype=torch.float64) if rows else torch.empty(0, len(names), dtype=torch.float64)
     return {name: table[:, i].clone() for i, name in enumerate(names)}
 
 

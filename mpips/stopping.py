@@ -28,7 +28,7 @@ class Patience:
             Stop.NO to go on, else why to stop.
         """
         sign = 1 if rule.goal == "max" else -1
-        if math.isnan(self.best) and not math.isnan(value) or sign * (value - self.best) > rule.min_gain:
+        if (math.isnan(self.best) and not math.isnan(value)) or sign * (value - self.best) > rule.min_gain:
             self.best, self.waited = value, 0
         else:
             self.waited += 1

@@ -23,7 +23,7 @@ from mpips.rule import Needs
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-LARGEST = 1 << 28  # bytes in one call; far below the 2^31 that a C int counts to
+LARGEST = 1 << 28  # bytes in one point-to-point call; far below the 2^31 that a C int counts to
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")  # set by launchers
 
 
@@ -94,7 +94,7 @@ class MpiExchange:
     def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
         """See `Exchange`."""
         start = 0 if needs == "sum" else tail
-        for piece in pieces(message.numel() - start, message.element_size(), self._limit(message)):
+        for piece in pieces(message.numel() - start, message.element_size(), self._bucket):
             self._reduce(message[start:][piece])
         if needs == "rows":
             for part in pieces(tail, message.element_size(), self._bucket):
@@ -105,7 +105,7 @@ class MpiExchange:
     def publish(self, message: Tensor) -> None:
         """See `Exchange`."""
         raw = message.view(torch.uint8)
-        for piece in pieces(raw.numel(), 1, self._limit(raw)):
+        for piece in pieces(raw.numel(), 1, self._bucket):
             self._count("publish", raw[piece])
             buffer = self._host(raw[piece], read=self.rank == SERVER)
             self.comm.Bcast(_memory(buffer), root=SERVER)
@@ -178,9 +178,6 @@ class MpiExchange:
         rows = self._rows[: self.size * piece.numel()]
         self.comm.Gather(_memory(buffer), _memory(rows), root=SERVER)
         apply(part, rows.view(self.size, -1).to(piece.device))
-
-    def _limit(self, message: Tensor) -> int:
-        return self._bucket if self._staged(message) else LARGEST
 
     def _staged(self, tensor: Tensor) -> bool:
         return tensor.is_cuda and not self._cuda_aware

@@ -1,0 +1,148 @@
+"""The checkpoints of one run in one folder: `round_00000042.h5`, each with its sidecar.
+
+At every instant, also after a crash or a power cut, `newest` finds the last checkpoint that was published whole, or the
+one before it. No checkpoint is ever changed in place.
+"""
+
+import os
+import re
+import socket
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from mpips.checkpoint import sidecar
+from mpips.checkpoint.error import CheckpointError
+from mpips.checkpoint.latch import LatchingFile, pwrite_all
+from mpips.checkpoint.layout import Tree
+from mpips.checkpoint.writer import write
+
+_NAME = re.compile(r"round_(\d{8,})\.h5(\.sha256)?")  # a checkpoint, or its sidecar
+
+
+def save(folder: Path, step: int, tree: Tree, keep: int = 3) -> Path:
+    """Store `tree` as the checkpoint of `step`, drop all but the `keep` newest up to it, and return its path.
+
+    Raises CheckpointError where the disk refuses, with every older checkpoint as it was; ValueError or TypeError where
+    the tree holds what cannot be stored.
+    """
+    if step < 0 or keep < 1:
+        raise ValueError(f"step={step}, keep={keep}: expected a step of at least 0 and at least 1 checkpoint to keep")
+    path = Path(folder) / f"round_{step:08d}.h5"
+    try:
+        _remove_stale(path.parent)
+        with _temporary(path, 0o600) as file:
+            write(LatchingFile(file.fileno()), tree)
+            _publish(path, file)
+    except OSError as error:
+        raise CheckpointError.from_os(path, "save the checkpoint", error) from error
+    _prune(path.parent, step, keep)
+    return path
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the newest checkpoint whose SHA-256 is right, with a warning for each newer one whose is not."""
+    for path in _checkpoints(Path(folder)):
+        try:
+            with sidecar.verified(path):
+                return path
+        except CheckpointError as error:
+            warnings.warn(f"passing over a checkpoint: {error}", stacklevel=2)
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in the folder, the newest first; none if the run has not made its folder yet."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError.from_os(folder, "list the checkpoints", error) from error
+    steps = {name: int(match[1]) for name in names if (match := _NAME.fullmatch(name)) and not match[2]}
+    return [folder / name for name in sorted(steps, key=steps.__getitem__, reverse=True)]
+
+
+def _publish(path: Path, file: BinaryIO) -> None:
+    """Make the finished temporary file visible as `path`. The order of these lines is the crash safety."""
+    new = sidecar.digest(file)
+    old = sidecar.digests(path) if path.exists() else []
+    _write_sidecar(path, [new, *old])
+    mode = stat.S_IMODE(os.stat(sidecar.beside(path)).st_mode)  # what the umask allows, without asking for it
+    os.fchmod(file.fileno(), mode)
+    os.fsync(file.fileno())
+    _sync(path.parent)  # the hash outlives a power cut before the checkpoint can be seen
+    os.replace(_temporary_name(path), path)
+    _sync(path.parent)
+    if old:
+        _write_sidecar(path, [new])
+        _sync(path.parent)
+
+
+def _write_sidecar(path: Path, digests: list[str]) -> None:
+    target = sidecar.beside(path)
+    with _temporary(target, 0o666) as file:
+        pwrite_all(file.fileno(), memoryview(sidecar.lines(path, digests)), 0)
+        os.fsync(file.fileno())
+        os.replace(_temporary_name(target), target)
+
+
+@contextmanager
+def _temporary(path: Path, mode: int) -> Iterator[BinaryIO]:
+    """Create the file that will replace `path`; it is gone afterwards, whether it did or not."""
+    name = _temporary_name(path)
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with open(fd, "w+b") as file:
+            yield file
+    finally:
+        with suppress(OSError):
+            os.unlink(name)
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".tmp.{path.name}@{socket.gethostname()}.{os.getpid()}")
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what saves of dead processes of this host left behind, and of earlier holders of this process's id."""
+    for name in os.listdir(folder):
+        match = re.fullmatch(rf"\.tmp\.round_.+@{re.escape(socket.gethostname())}\.(\d{{1,9}})", name)
+        if match and not _runs(int(match[1])):
+            with suppress(OSError):
+                os.unlink(folder / name)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # asks only whether it is there
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return pid != os.getpid()
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Remove what is older than the `keep` newest up to `step`: the checkpoint just written is always one of them."""
+    try:
+        # In this order a checkpoint goes before its sidecar, so none is ever left without.
+        found = [(int(match[1]), name) for name in sorted(os.listdir(folder)) if (match := _NAME.fullmatch(name))]
+        steps = sorted(saved for saved, name in found if name.endswith(".h5") and saved <= step)
+        for saved, name in found:
+            if saved < steps[-keep:][0]:
+                os.unlink(folder / name)
+    except OSError as error:
+        warnings.warn(f"{folder}: cannot remove old checkpoints ({error}); remove them by hand", stacklevel=3)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in the folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from contract_exchange import ExchangeContract, Program
+
+from mpips.exchange import ExchangeError
+from mpips.exchange.simulated import Killed, SimulatedExchange, World
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+class TestSimulated(ExchangeContract):
+    def run(self, program: Program, size: int) -> list[Any]:
+        return World(size, seed=size, bucket=100_000).run(program)
+
+
+def order_of_arrival(seed: int) -> list[int]:
+    order: list[int] = []
+
+    def program(e: SimulatedExchange) -> None:
+        for _ in range(10):
+            order.append(e.rank)
+            e.publish(torch.zeros(1))
+
+    World(3, seed=seed).run(program)
+    return order
+
+
+def test_a_seed_is_a_schedule() -> None:
+    assert order_of_arrival(1) == order_of_arrival(1)
+    assert len({tuple(order_of_arrival(seed)) for seed in range(20)}) > 15
+
+
+def test_virtual_time_is_that_of_the_slowest_rank() -> None:
+    world = World(2, latency=1.0, bandwidth=4.0)
+
+    def program(e: SimulatedExchange) -> float:
+        world.sleep(e.rank, 10.0 * e.rank)
+        e.publish(torch.zeros(2))  # 8 bytes take 2 s
+        return e.clock()
+
+    assert world.run(program) == [13.0, 13.0]
+
+
+def test_a_rank_that_is_elsewhere_is_named() -> None:
+    def program(e: SimulatedExchange) -> None:
+        if e.rank == 1:
+            e.publish(torch.zeros(1))
+        else:
+            e.combine(torch.zeros(2), 1, "sum", lambda part, rows: None)
+
+    with pytest.raises(ExchangeError, match=r"rank \d is at (publish|combine).*ranks \[.*\] at (publish|combine)"):
+        World(3).run(program)
+
+
+def test_a_rank_that_has_ended_is_named() -> None:
+    def program(e: SimulatedExchange) -> None:
+        if e.rank != 2:
+            e.publish(torch.zeros(1))
+
+    with pytest.raises(ExchangeError, match=r"ranks \[0, 1\] wait in publish.*\[2\] have ended"):
+        World(3).run(program)
+
+
+def test_a_killed_rank_ends_the_others() -> None:
+    world = World(3)
+    world.kill(1, call=4)
+    ended: list[int] = []
+
+    def program(e: SimulatedExchange) -> None:
+        try:
+            for _ in range(10):
+                e.publish(torch.zeros(1))
+        except ExchangeError:
+            ended.append(e.rank)
+            raise
+
+    with pytest.raises(Killed, match="rank 1"):
+        world.run(program)
+    assert sorted(ended) == [0, 2]
+
+
+def test_each_rank_has_random_streams_of_its_own() -> None:
+    def program(e: SimulatedExchange) -> list[float]:
+        torch.manual_seed(e.rank)
+        drawn = []
+        for _ in range(5):
+            drawn.append(float(torch.rand(())))
+            e.publish(torch.zeros(1))
+        return drawn
+
+    first = World(3, seed=1).run(program)
+    assert first == World(3, seed=2).run(program)
+    assert first[0] != first[1]

@@ -1,0 +1,192 @@
+"""Kill the job anywhere, start it again with --resume auto: the bits are those of the run that nobody killed."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from programs import OPTIMIZERS, data, dropout_mlp, metrics, sha, train
+
+from mpips import checkpoint
+from mpips.exchange.simulated import Killed, World
+
+SCRIPT = ROOT / "tests" / "resumable.py"
+
+
+def weights(out: str) -> str:
+    found = re.findall(r"weights (\w{64})", out)
+    assert len(found) == 1, out
+    return found[0]
+
+
+def last(folder: Path) -> dict[str, Any]:
+    newest = checkpoint.newest(folder / "checkpoints")
+    assert newest is not None
+    return checkpoint.load(newest)
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif hasattr(a, "shape"):
+        assert (a == b).all(), where
+    else:
+        assert a == b or a != a, where
+
+
+def assert_same_runs(a: Path, b: Path) -> None:
+    """The last checkpoints and the metrics of two runs, but for what names the run itself."""
+    one, other = last(a), last(b)
+    for tree in (one, other):
+        del tree["config"]
+        for rank in tree["ranks"].values():  # the scripts seed torch alone
+            del rank["streams"]["python"], rank["streams"]["numpy"]
+    assert_same(one, other)
+    assert (a / "metrics.csv").read_bytes() == (b / "metrics.csv").read_bytes()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_one_process_killed_and_resumed(optimizer: str, solo: Any, tmp_path: Path) -> None:
+    flags = ["--optimizer", optimizer, "--model", "dropout"]
+    whole = solo(SCRIPT, *flags, "--run_dir", "whole")
+    at = random.Random(optimizer).randint(5, 60)
+    killed = solo(SCRIPT, *flags, "--run_dir", "killed", "--die-at", at)
+    assert killed.returncode == -9, killed.stderr
+    resumed = solo(SCRIPT, *flags, "--run_dir", "killed", "--resume", "auto")
+    assert weights(resumed.stdout) == weights(whole.stdout)
+    assert_same_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize(("workers", "optimizer", "flags"), [
+    (1, "adam", []),
+    (2, "momentum", ["--deterministic"]),
+    (4, "adamw", ["--deterministic"]),
+    (2, "adam", ["--server_trains", "--deterministic"]),
+    (2, "sgd", ["--buffers", "local", "--deterministic"]),
+])  # fmt: skip
+def test_a_job_killed_twice_and_resumed(workers: int, optimizer: str, flags: list[str], mpirun: Any, tmp_path: Path) -> None:
+    ranks = workers + ("--server_trains" not in flags)
+    given = ["--optimizer", optimizer, *flags]
+    whole = mpirun(ranks, SCRIPT, *given, "--run_dir", "whole")
+    rounds = len(metrics(tmp_path / "whole"))
+    chance = random.Random(f"{workers} {optimizer}")
+    first, second = sorted(chance.sample(range(4, rounds - 1), 2))
+    for at in (first, second):
+        victim = chance.randrange(0 if "--server_trains" in flags else 1, ranks)
+        killed = mpirun(ranks, SCRIPT, *given, "--run_dir", "killed", "--resume", "auto", "--die-at", at, "--die-rank", victim)
+        assert killed.returncode != 0
+        assert not (tmp_path / "killed" / "DONE").exists()
+    resumed = mpirun(ranks, SCRIPT, *given, "--run_dir", "killed", "--resume", "auto")
+    assert weights(resumed.stdout) == weights(whole.stdout), resumed.stdout + resumed.stderr
+    assert_same_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_preempted_then_resumed(mpirun: Any, tmp_path: Path) -> None:
+    given = ["--deterministic"]
+    whole = mpirun(3, SCRIPT, *given, "--run_dir", "whole")
+    early = mpirun(3, SCRIPT, *given, "--run_dir", "early", "--preempt-at", 13, "--die-rank", 2)
+    assert early.returncode == 75, early.stdout + early.stderr
+    assert "preempted" in early.stdout
+    assert last(tmp_path / "early")["round"] == 14
+    resumed = mpirun(3, SCRIPT, *given, "--run_dir", "early", "--resume", "auto")
+    assert weights(resumed.stdout) == weights(whole.stdout)
+    assert_same_runs(tmp_path / "whole", tmp_path / "early")
+
+
+def simulated(world: World, folder: str, **settings: Any) -> list[str]:
+
+    def program(exchange: Any) -> str:
+        net = dropout_mlp()
+        optimizer = OPTIMIZERS["adam"](net.parameters())
+        train(exchange, net, optimizer, data(107), epochs=3, shuffle=True, run_dir=folder, **settings)
+        return sha(net)
+
+    return world.run(program)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_killed_at_any_call_and_resumed(size: int) -> None:
+    """The death of each rank in turn, all along the run, in the simulated world."""
+    settings = {"checkpoint": {"every": 3}}
+    whole = World(size, seed=3)
+    expected = simulated(whole, "whole", **settings)
+    for call in range(6, whole.ends[0].calls, 7):
+        world = World(size, seed=call)
+        world.kill(call % size, call)
+        with pytest.raises(Killed):
+            simulated(world, f"killed-{call}", **settings)
+        again = simulated(World(size, seed=-call), f"killed-{call}", resume="auto", **settings)
+        assert again == expected, f"killed at call {call}"
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 5), (5, 2), (4, 1), (1, 3)])
+def test_another_number_of_workers_takes_each_sample_once(before: int, after: int) -> None:
+    """The documented rule: what nobody had taken is dealt out anew."""
+    seen: list[int] = []
+
+    def program(exchange: Any, rounds: int, **settings: Any) -> None:
+        import mpips
+
+        net = torch.nn.Linear(1, 1)
+        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=0.0), exchange=exchange, run_dir="run", **settings)
+        numbers = torch.arange(103.0).view(-1, 1)
+        for _ in ps.epochs(1):
+            for (x,) in ps.batches((numbers,), 4):
+                seen.extend(x.view(-1).int().tolist())
+                loss = net(x).sum()
+                loss.backward()
+                ps.step(loss)
+                if ps.round == rounds:
+                    ps.preempt()
+
+    with pytest.raises(SystemExit, match="75"):
+        World(before, seed=1).run(lambda e: program(e, 3))
+    assert 0 < len(seen) < 103
+    with pytest.raises(SystemExit, match="75"):  # a second change in the same epoch
+        World(before + 1, seed=1).run(lambda e: program(e, 5, resume="auto"))
+    World(after, seed=2).run(lambda e: program(e, -1, resume="auto"))
+    assert sorted(seen) == list(range(103))
+
+
+def test_a_checkpoint_of_another_model_is_refused(solo: Any) -> None:
+    assert solo(SCRIPT, "--model", "cnn", "--epochs", "1", "--run_dir", "run").returncode == 0
+    other = solo(SCRIPT, "--model", "dropout", "--epochs", "1", "--run_dir", "run", "--resume", "auto")
+    assert other.returncode == 1
+    assert "parameter 0.weight: the checkpoint has nothing" in other.stderr
+
+
+def test_a_damaged_newest_checkpoint_falls_back(solo: Any, tmp_path: Path) -> None:
+    whole = solo(SCRIPT, "--run_dir", "whole")
+    solo(SCRIPT, "--run_dir", "hurt", "--die-at", 30)
+    newest = checkpoint.newest(tmp_path / "hurt" / "checkpoints")
+    assert newest is not None
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    newest.write_bytes(damaged)
+    resumed = solo(SCRIPT, "--run_dir", "hurt", "--resume", "auto")
+    assert newest.name in resumed.stderr
+    assert weights(resumed.stdout) == weights(whole.stdout)
+
+
+def test_resume_names_a_file_or_a_run_folder(solo: Any, tmp_path: Path) -> None:
+    whole = solo(SCRIPT, "--run_dir", "whole", "--checkpoint.keep", "100")
+    early = tmp_path / "whole" / "checkpoints" / "round_00000008.h5"
+    from_file = solo(SCRIPT, "--run_dir", "from-file", "--resume", early)
+    from_folder = solo(SCRIPT, "--run_dir", "from-folder", "--resume", tmp_path / "whole")
+    assert weights(from_file.stdout) == weights(from_folder.stdout) == weights(whole.stdout)
+    missing = solo(SCRIPT, "--resume", "nothing.h5")
+    assert (missing.returncode, missing.stderr) == (
+        2,
+        "mpips: resume: given 'nothing.h5', allowed: no, auto, or an existing checkpoint or run folder\n",
+    )
+
+

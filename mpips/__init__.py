@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpips.config import Config, ConfigError, add_arguments
-    from mpips.run import Run, connect, device
+    from mpips.run import Run, configure, connect, device, join
     from mpips.server import Server
     from mpips.worker import Worker
 
-__all__ = ["Config", "ConfigError", "Run", "Server", "Worker", "add_arguments", "connect", "device"]
+__all__ = ["Config", "ConfigError", "Run", "Server", "Worker", "add_arguments", "configure", "connect", "device", "join"]
 
 _HOMES = {
     "mpips.config": ("Config", "ConfigError", "add_arguments"),
-    "mpips.run": ("Run", "connect", "device"),
+    "mpips.run": ("Run", "configure", "connect", "device", "join"),
     "mpips.server": ("Server",),
     "mpips.worker": ("Worker",),
 }

@@ -9,18 +9,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
+import math
 import os
 import re
 import sys
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 BAD_CONFIGURATION = 2  # exit status
 GROUPS = ("checkpoint", "stop")  # flags that begin so are ours
+SAID = ("true", "false", "yes", "no", "on", "off", "1", "0")  # after a boolean flag: its value and no word of the script's
+TAKEN = (  # names that a metric cannot have: other columns of the messages and of the report
+    "samples weight loss bad done stop signal round train wait epoch version lr time event rank ranks epochs samples_per_s self"
+).split()
 
 
 class ConfigError(ValueError):
@@ -55,7 +62,8 @@ class Stopping:
 
     def __post_init__(self) -> None:
         _allow("stop.patience", self.patience, "a whole number, 0 or more", self.patience >= 0)
-        _allow("stop.min_gain", self.min_gain, "a number, 0 or more", self.min_gain >= 0)
+        _allow("stop.min_gain", self.min_gain, "a number, 0 or more", 0 <= self.min_gain < math.inf)
+        _allow("stop.target", self.target, "a number or null", self.target is None or math.isfinite(self.target))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +97,11 @@ class Config:
     stop: Stopping = field(default_factory=Stopping)
 
     def __post_init__(self) -> None:
-        _allow("clip", self.clip, "a number above 0", self.clip is None or self.clip > 0)
-        _allow("loss_scale", self.loss_scale, "a number above 0", self.loss_scale is None or self.loss_scale > 0)
+        _allow("clip", self.clip, "a number above 0", self.clip is None or 0 < self.clip < math.inf)
+        _allow("loss_scale", self.loss_scale, "a number above 0", self.loss_scale is None or 0 < self.loss_scale < math.inf)
+        free = [name for name in self.metrics if name.isidentifier() and name not in TAKEN]
+        good = free == list(dict.fromkeys(self.metrics))
+        _allow("metrics", list(self.metrics), f"different Python names, none of {', '.join(TAKEN)}", good)
         _allow("bucket_mb", self.bucket_mb, "a number from 0.001 to 1000", 0.001 <= self.bucket_mb <= 1000)
         _allow("resume", self.resume, "no, auto, or a path", self.resume != "")
 
@@ -157,7 +168,7 @@ def flags_of(argv: Sequence[str]) -> list[str]:
                 raise ConfigError(f"--{name}: no such setting{_meant(name, known)}")
         elif equals:
             ours.append(token)
-        elif known[name] is bool and (not rest or rest[0].lower() not in ("true", "false")):
+        elif known[name] is bool and (not rest or rest[0].lower() not in SAID):
             ours.append(f"--{name}=true")
         elif rest:
             ours.append(f"--{name}={rest.pop(0)}")
@@ -166,8 +177,13 @@ def flags_of(argv: Sequence[str]) -> list[str]:
     return ours
 
 
+def _variable(key: str) -> str:
+    """The environment variable of a setting."""
+    return f"MPIPS_{key.replace('.', '__').upper()}"
+
+
 def _check_variables(environ: Mapping[str, str]) -> None:
-    known = {"MPIPS_CONFIG", "MPIPS_LAUNCH_DIR"} | {f"MPIPS_{key.replace('.', '__').upper()}" for key in fields()}
+    known = {"MPIPS_CONFIG", "MPIPS_LAUNCH_DIR", *map(_variable, fields())}
     for name in environ:
         if name.startswith("MPIPS_") and name not in known:
             raise ConfigError(f"{name}: no such variable{_meant(name, known)}")
@@ -191,22 +207,51 @@ def resolve(arguments: Mapping[str, Any], argv: Sequence[str] | None = None) -> 
     import jsonargparse
 
     _check_variables(os.environ)
-    ours = flags_of(sys.argv[1:] if argv is None else argv)
-    defaults = dict(_flatten("", arguments))
-    for key in defaults:
-        if key not in fields():
-            raise ConfigError(f"{key}: no such setting{_meant(key, fields())}")
-    parser = jsonargparse.ArgumentParser(prog="mpips", exit_on_error=False, default_env=True, env_prefix="MPIPS")
-    parser.add_argument("--config", action="config")
+    flags = dict(flag.removeprefix("--").split("=", 1) for flag in flags_of(sys.argv[1:] if argv is None else argv))
+    variables = {key: os.environ[name] for key in fields() if (name := _variable(key)) in os.environ}
+    path = flags.pop("config", None) or os.environ.get("MPIPS_CONFIG")
+    texts = (_read(path) if path else {}) | variables | flags
+    given = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in _flatten("", arguments)}
+    _check_known(given)
+    parser = jsonargparse.ArgumentParser(prog="mpips", exit_on_error=False, default_env=False)
     parser.add_class_arguments(Config)
     try:
-        parser.set_defaults(defaults)
-        tree = parser.parse_args(ours)
+        parser.set_defaults(dict(_flatten("", parser.parse_object(given).as_dict())))  # checked on its way in
+        tree = parser.parse_args([f"--{key}={text}" for key, text in texts.items()])
+        _check_present(given | dict(_flatten("", tree.as_dict())))
         return typing.cast(Config, _instance(Config, tree.as_dict()))
     except ConfigError:
         raise
     except Exception as error:  # jsonargparse raises several kinds, all about the settings
         raise ConfigError(_one_line(str(error))) from None
+
+
+def _read(path: str) -> dict[str, str]:
+    """The settings in a YAML file as texts, the way flags are given: `resume: no` is then no boolean, and no tag acts."""
+    try:
+        tree = yaml.BaseLoader(Path(path).read_text()).get_single_data()
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config: given {path!r}, allowed: a YAML file that can be read ({reason})") from None
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(f"config: given {path!r}, which holds {tree!r}, allowed: a YAML file with `setting: value` lines")
+    settings = dict(_flatten("", tree or {}))
+    _check_known(settings)
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+
+
+def _check_known(settings: Mapping[str, Any]) -> None:
+    for key, value in settings.items():
+        if key in GROUPS:
+            raise ConfigError(f"{key}: given {value!r}, allowed: {', '.join(k for k in fields() if k.startswith(f'{key}.'))}")
+        if key not in fields():
+            raise ConfigError(f"{key}: no such setting{_meant(str(key), fields())}")
+
+
+def _check_present(settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a None where none is allowed, which jsonargparse takes for a setting not given."""
+    for key, (kind, _) in fields().items():
+        _allow(key, settings[key], allowed(kind), settings[key] is not None or type(None) in typing.get_args(kind))
 
 
 def _instance(cls: type, tree: Mapping[str, Any]) -> object:
@@ -232,8 +277,8 @@ def _one_line(message: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a script's own `argparse` parser accept and list mpips' flags; `connect` reads them from the command line."""
     group = parser.add_argument_group("mpips")
-    group.add_argument("--config", metavar="FILE", help="YAML file with any of these settings")
-    for key, (kind, text) in fields().items():
+    config = {"config": (str, "YAML file with any of these settings")}
+    for key, (kind, text) in (config | fields()).items():
         if f"--{key}" in parser._option_string_actions:  # the script's own flag of that name serves both
             continue
         group.add_argument(f"--{key}", metavar="X", nargs="?" if kind is bool else None, help=f"{text} ({allowed(kind)})")

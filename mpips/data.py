@@ -6,11 +6,13 @@ nobody pads, repeats or drops. A place counts items, so a run resumes where it w
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
@@ -73,13 +75,16 @@ class Shard:
     ) -> None:
         self.data, self.batch_size, self.shuffle, self.drop_last = data, batch_size, shuffle, drop_last
         self.index, self.workers, self.seed = index, workers, seed
-        if isinstance(data, (tuple, list)) and all(isinstance(t, Tensor) for t in data):
+        if isinstance(data, (tuple, list)) and data and all(isinstance(t, Tensor) for t in data):
             self.data = TensorDataset(*data)
-        if isinstance(self.data, DataLoader):
+        if isinstance(self.data, DataLoader) or not _is_map(self.data):
             if batch_size is not None:
-                raise ValueError(f"batch_size={batch_size} given with a DataLoader, which has its own; give one of them")
-        elif _is_map(self.data) and batch_size is None:
+                kind = "a DataLoader" if isinstance(self.data, DataLoader) else "an iterable of batches"
+                raise ValueError(f"batch_size={batch_size} given with {kind}, which has its own; leave it out")
+        elif batch_size is None:
             raise ValueError("batch_size is missing; a dataset needs one: ps.batches(dataset, batch_size=64)")
+        elif not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} given; expected a whole number, 1 or more")
 
     def batches(self, place: Place) -> Iterator[tuple[Any, int, bool]]:
         """This worker's batches from its place on; what came before is skipped here and now.
@@ -104,22 +109,23 @@ class Shard:
     def _streamed(self) -> bool:
         """Whether the data can only be iterated: batches are then dealt out in turn, and the last is not known as such."""
         if isinstance(self.data, DataLoader):
-            return self.data.batch_sampler is None or isinstance(self.data.dataset, IterableDataset)
+            return isinstance(self.data.dataset, IterableDataset)
         return not _is_map(self.data)
 
     @property
     def _by_batch(self) -> bool:
-        """Whether the items dealt out are whole batches: a DataLoader with a batch sampler of the user's own."""
+        """Whether the items dealt out are whole batches: a DataLoader's with a batch sampler of the user's own, or none."""
         return isinstance(self.data, DataLoader) and type(self.data.batch_sampler) is not BatchSampler
 
     def _order(self, epoch: int) -> Iterable[Any]:
         """All workers' items of an epoch, in order: indices, or lists of them."""
         if not isinstance(self.data, DataLoader):
             return self._permutation(len(self.data), epoch) if self.shuffle else range(len(self.data))
-        sampler = self.data.batch_sampler if self._by_batch else self.data.sampler
+        sampler = self.data.batch_sampler or self.data.sampler
+        sampler = sampler.sampler if type(sampler) is BatchSampler else sampler
         if type(sampler) is SequentialSampler:
             return range(len(sampler))
-        if type(sampler) is RandomSampler and not sampler.replacement:
+        if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
             return self._permutation(sampler.num_samples, epoch)
         return self._drawn(sampler, epoch)
 
@@ -129,17 +135,27 @@ class Shard:
         return order
 
     def _drawn(self, sampler: Any, epoch: int) -> list[Any]:
-        """A sampler of the user's own, drawn alike on all ranks."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed + epoch)
+        """A sampler of the user's own, drawn alike on all ranks, from whichever stream it draws."""
+        seed = self.seed + epoch
+        streams = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the GPUs' streams, too
+        for drawn in (sampler, getattr(sampler, "sampler", None)):
+            if isinstance(own := getattr(drawn, "generator", None), torch.Generator):
+                own.manual_seed(seed)
+        try:
             return list(sampler)
+        finally:
+            random.setstate(streams[0])
+            np.random.set_state(streams[1])
+            torch.set_rng_state(streams[2])
 
     def _grouped(self, items: list[Any]) -> list[list[Any]]:
         if self._by_batch:
             return items
-        size, drop = self.batch_size, self.drop_last
-        if isinstance(self.data, DataLoader):
-            size, drop = self.data.batch_size, self.data.drop_last
+        own = self.data.batch_sampler if isinstance(self.data, DataLoader) else None
+        size, drop = (own.batch_size, own.drop_last) if isinstance(own, BatchSampler) else (self.batch_size, self.drop_last)
         assert size is not None
         batches = [items[start : start + size] for start in range(0, len(items), size)]
         return batches[:-1] if drop and batches and len(batches[-1]) < size else batches
@@ -148,13 +164,14 @@ class Shard:
         if isinstance(self.data, TensorDataset):
             return ([t[torch.tensor(batch)] for t in self.data.tensors] for batch in batches)
         # A generator of its own: else each new iterator would draw from the script's stream, and a resumed run differ.
-        own = torch.Generator().manual_seed(self.seed + epoch)
+        own = torch.Generator().manual_seed(self.seed + epoch + 0x9E3779B9 * self.index)
         if not isinstance(self.data, DataLoader):
             return DataLoader(self.data, batch_sampler=batches, generator=own)
         given = self.data
+        order = {"batch_sampler": batches} if given.batch_sampler is not None else {"batch_size": None, "sampler": batches}
         return DataLoader(
             given.dataset,
-            batch_sampler=batches,
+            **order,
             num_workers=given.num_workers,
             collate_fn=given.collate_fn,
             pin_memory=given.pin_memory,

@@ -25,16 +25,25 @@ FAILED, PREEMPTED = 1, 75  # exit statuses; 75 is EX_TEMPFAIL: start again with 
 TOGETHER = (ContractError, NonFiniteError)  # raised on all ranks at once, with one text
 
 
+_failures: list[BaseException] = []
+
+
+def happened() -> bool:
+    """Whether an exception that nobody caught is ending this process."""
+    return bool(_failures)
+
+
 def end_all_on_exception(exchange: Exchange) -> None:
     """From now on an exception that nobody catches ends all ranks with status 1."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        _failures.append(error)
         text = "".join(traceback.format_exception(kind, error, trace))
         LOG.error("failed\n%s", text)
         if issubclass(kind, TOGETHER):
             text = f"{kind.__name__}: {error}\n"  # the place in the code says nothing that the text does not
             if exchange.rank != SERVER:
-                exchange.close(patience=3)  # rank 0 prints and ends all
+                exchange.wait(patience=3)  # rank 0 prints and ends all
         _tell_launcher(exchange.rank, text)
         who = f" rank {exchange.rank} on {socket.gethostname()} failed:" if exchange.size > 1 else ""
         print(f"mpips:{who}\n{text}" if who else text, end="", file=sys.stderr, flush=True)

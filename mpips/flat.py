@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside DDP, `torch.compile` and the like, so that names carry no prefix."""
     while True:
         children = dict(model.named_children())
-        own = next(model.parameters(recurse=False), None)
-        if own is not None or len(children) != 1 or not WRAPPERS & children.keys():
+        own = [*model.parameters(recurse=False), *model.buffers(recurse=False)]
+        if own or len(children) != 1 or not WRAPPERS & children.keys():
             return model
         model = next(iter(children.values()))
 
@@ -87,6 +88,7 @@ class Flat:
         self.aliases = _aliases(self.model)
         named = [(clean(n), p) for n, p in self.model.named_parameters() if p.requires_grad]
         _check(named)
+        _check_apart(self.model)
         self.frozen = {clean(n): p for n, p in self.model.named_parameters() if not p.requires_grad}
         self.parameters: list[nn.Parameter] = [p for _, p in named]
         self.slots, self.numel = lay_out(named)
@@ -116,7 +118,7 @@ class Flat:
         self.grad.zero_()
         self._touched.clear()
         for slot, p in zip(self.slots, self.parameters, strict=True):
-            if p.grad is None or p.grad.data_ptr() != self._at(slot):
+            if p.grad is None or not _lies_at(p.grad, self.grad, slot):
                 p.grad = slot.view(self.grad)
 
     def collect(self) -> list[bool]:
@@ -126,15 +128,23 @@ class Flat:
 
         Returns:
             For each parameter whether it has a gradient this step.
+
+        Raises:
+            LayoutError: a parameter itself is no longer a view; no step would reach it.
         """
         present = []
         for slot, p in zip(self.slots, self.parameters, strict=True):
+            if not _lies_at(p.data, self.weights, slot):
+                raise LayoutError(
+                    f"{slot.name} has left the flat buffer; move, cast or replace parameters (model.to, p.data = ..., "
+                    f"load_state_dict(assign=True)) before connect, not after it"
+                )
             view = slot.view(self.grad)
             if p.grad is None:
                 view.zero_()
                 found = False
-            elif p.grad.data_ptr() != self._at(slot):
-                view.copy_(p.grad)
+            elif not _lies_at(p.grad, self.grad, slot):
+                view.copy_(p.grad.to_dense())
                 found = True
             else:  # written in place: by backward, which calls the hook, or by hand
                 found = p in self._touched or bool(view.any())
@@ -147,9 +157,6 @@ class Flat:
         """Whether backward has left gradients here since the last `clear`."""
         return bool(self._touched)
 
-    def _at(self, slot: Slot) -> int:
-        return self.grad.data_ptr() + slot.offset * self.grad.element_size() if slot.numel else 0
-
     def first_nonfinite(self, flat: Tensor) -> int | None:
         """The index of the first slot of `flat` that holds a NaN or Inf, or None."""
         if torch.isfinite(torch.dot(flat, flat)):  # one pass; overflows only far beyond any useful gradient
@@ -159,6 +166,13 @@ class Flat:
     def named(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Name -> view of `flat`, slot by slot."""
         return ((slot.name, slot.view(flat)) for slot in self.slots)
+
+
+def _lies_at(tensor: Tensor, flat: Tensor, slot: Slot) -> bool:
+    """Whether `tensor` is where `slot` of `flat` is."""
+    if tensor.layout != torch.strided:
+        return False
+    return not slot.numel or tensor.data_ptr() == flat.data_ptr() + slot.offset * flat.element_size()
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -177,7 +191,6 @@ def _check(named: list[tuple[str, nn.Parameter]]) -> None:
     if not named:
         raise LayoutError("the model has no trainable parameter; expected at least one with requires_grad=True")
     name, first = named[0]
-    memory: dict[int, str] = {}
     for other, p in named:
         if not p.dtype.is_floating_point or p.element_size() < 2:
             raise LayoutError(f"{other} is {p.dtype}; trainable parameters must be float16, bfloat16, float32 or float64")
@@ -188,8 +201,20 @@ def _check(named: list[tuple[str, nn.Parameter]]) -> None:
             )
         if p.layout != torch.strided:
             raise LayoutError(f"{other} has layout {p.layout}; expected a dense tensor")
-        if p.numel() and memory.setdefault(p.data_ptr(), other) != other:
+
+
+def _check_apart(model: nn.Module) -> None:
+    """Raise LayoutError if a trainable parameter, which will move, shares memory with another tensor of the model."""
+    tensors = [(clean(n), t) for n, t in [*model.named_parameters(), *model.named_buffers()] if t.numel()]
+    for (name, one), (other, two) in pairwise(sorted(tensors, key=lambda item: item[1].data_ptr())):
+        if (one.requires_grad or two.requires_grad) and _overlap(one, two):
             raise LayoutError(
-                f"{other} and {memory[p.data_ptr()]} share memory but are two Parameters; tie them by assigning one "
-                f"Parameter to both places"
+                f"{name} and {other} share memory but are two tensors; tie them by assigning one Parameter to both places"
             )
+
+
+def _overlap(one: Tensor, two: Tensor) -> bool:
+    """Whether `two`, which does not begin before `one`, shares memory with it; slices may lie between each other."""
+    if all(torch.ops.aten.is_non_overlapping_and_dense(t) for t in (one, two)):
+        return two.data_ptr() < one.data_ptr() + one.numel() * one.element_size()
+    return one.data_ptr() == two.data_ptr()

@@ -45,7 +45,9 @@ class ServerOptimizer:
         self.replica = replica
         self.weights = replica.flat.parameters if replica.wire_is_grad else self._masters()
         self.names: dict[Tensor, str] = {p: s.name for p, s in zip(self.weights, replica.flat.slots, strict=True)}
+        self._grads = [grad for _, grad in replica.flat.named(replica.push.gradients)]
         self.torch = self._adopt(optimizer) if isinstance(optimizer, Optimizer) else optimizer(list(self.weights))
+        self._check_own()
         if isinstance(self.torch, torch.optim.LBFGS):
             raise ConfigError("optimizer: given LBFGS, allowed: optimizers that step without evaluating the loss again")
         if scheduler is not None and not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
@@ -62,24 +64,26 @@ class ServerOptimizer:
     def _masters(self) -> list[nn.Parameter]:
         flat = self.replica.flat
         self._whole = flat.weights.to(self.replica.push.message.dtype)
-        masters = [nn.Parameter(view) for _, view in flat.named(self._whole)]
-        for master, (_, grad) in zip(masters, flat.named(self.replica.push.gradients), strict=True):
-            master.grad = grad
-        return masters
+        return [nn.Parameter(view) for _, view in flat.named(self._whole)]
 
     def _adopt(self, given: Optimizer) -> Optimizer:
         """The user's optimizer, on the masters where there are any."""
         ours = dict(zip(self.replica.flat.parameters, self.weights, strict=True))
         frozen = set(self.replica.flat.frozen.values())
         for group in given.param_groups:
-            strangers = [p for p in group["params"] if p not in ours and p not in frozen]
-            if strangers:
-                raise ConfigError(
-                    f"optimizer: given one with {len(strangers)} parameter(s) that the model does not have, allowed: an "
-                    f"optimizer of this model's parameters"
-                )
-            group["params"] = [ours[p] for p in group["params"] if p in ours]
+            group["params"] = [ours.get(p, p) for p in group["params"] if p not in frozen]
+        for p, master in ours.items():
+            if p is not master and p in given.state:
+                given.state[master] = {k: _in_dtype(v, master.dtype) for k, v in given.state.pop(p).items()}
         return given
+
+    def _check_own(self) -> None:
+        strangers = [p for group in self.torch.param_groups for p in group["params"] if p not in self.names]
+        if strangers:
+            raise ConfigError(
+                f"optimizer: given one with {len(strangers)} parameter(s) that are not the model's, allowed: an optimizer of "
+                f"this model's parameters, or a function that makes one of the parameters it is given"
+            )
 
     def step(self, present: Sequence[float], clip: float | None) -> None:
         """One step with the gradients in the push message.
@@ -88,14 +92,14 @@ class ServerOptimizer:
             present: for each parameter how many workers have a gradient; without any it is passed over, as in PyTorch.
             clip: the largest global norm.
         """
-        absent = [(p, p.grad) for p, seen in zip(self.weights, present, strict=True) if not seen]
-        for p, _ in absent:
-            p.grad = None
+        before = [p.grad for p in self.weights]  # not always views: the script calls zero_grad on this rank, too
+        for p, grad, seen in zip(self.weights, self._grads, present, strict=True):
+            p.grad = grad if seen else None
         if clip is not None:
             nn.utils.clip_grad_norm_(self.weights, clip)
         self.torch.step()
-        for p, grad in absent:
-            p.grad = grad
+        for p, own in zip(self.weights, before, strict=True):
+            p.grad = own
         if not self.replica.wire_is_grad:
             self.replica.pull.weights.copy_(self._whole)
 
@@ -128,3 +132,7 @@ class ServerOptimizer:
             self._whole.copy_(self.replica.flat.weights)
             for name, master in self.replica.flat.named(self._whole):
                 master.copy_(tree["masters"].get(name, master))
+
+
+def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -107,6 +107,11 @@ class Report:
         loss = next((row[4] for row in reversed(self.rows) if row[3]), float("nan"))
         self.line(f"epoch {epoch}  round {number}  loss {loss:.4f}  {name} {value:.4f}", always=True)
 
+    def stopped(self, reason: str, number: int, ranks: Sequence[int]) -> None:
+        """Why, when and by whom the run is ended before its last epoch."""
+        self.event("stop", reason=reason, round=number, ranks=list(ranks))
+        self.line(f"stops after round {number}: {reason}, by rank {', '.join(map(str, ranks))}", always=True)
+
     def event(self, event: str, **facts: Any) -> None:
         """One line of events.jsonl."""
         if self.folder is not None:
@@ -144,7 +149,6 @@ class Report:
 
     def preempted(self, path: Path | None) -> None:
         """The run ends early and can go on from the checkpoint."""
-        self.event("stop", reason="preempted", path=str(path))
         self.flush()
         self.line(f"preempted: checkpoint {path}; start again with --resume auto", always=True)
 

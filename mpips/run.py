@@ -54,26 +54,59 @@ def connect(
             `--checkpoint.every 100`), `MPIPS_*` variables and a YAML file (`--config`) come before these.
 
     Raises:
-        SystemExit: with status 2 and one line on the screen, for a setting that is not allowed.
-        LaunchError: the launcher started several separate jobs of one rank.
+        SystemExit: with status 2 and one line on the screen, for a setting that is not allowed, or if the launcher started
+            several separate jobs of one rank.
         ContractError: the ranks do not have the same model, settings or versions; names the first difference.
+    """
+    config = configure(**settings)
+    if exchange is not None:
+        return Run(exchange, config, model, optimizer, scheduler, validation_data)
+    exchange = join(config)
+    run = Run(exchange, config, model, optimizer, scheduler, validation_data)
+    failure.on_preemption(run.preempt)
+    atexit.register(run.close)
+    return run
+
+
+def configure(**settings: Any) -> Config:
+    """The settings of this process: flags, variables, the YAML file, then `settings`, then the defaults.
+
+    Raises:
+        SystemExit: with status 2 and one line on the screen, for a setting that is not allowed.
     """
     try:
         config = resolve(settings)
         choose(config)
         folder.check_resume(config.resume)
     except ConfigError as error:
-        if _launched_rank() == 0:
-            print(f"mpips: {error}", file=sys.stderr)
-        raise SystemExit(BAD_CONFIGURATION) from None
-    if exchange is not None:
-        return Run(exchange, config, model, optimizer, scheduler, validation_data)
-    exchange = _join(config)
+        raise _refused(error) from None
+    return config
+
+
+def join(config: Config) -> Exchange:
+    """Join the other ranks: this rank's end of the exchange, a world of one without MPI if there are no others.
+
+    From then on an exception that nobody catches ends all ranks.
+
+    Raises:
+        SystemExit: with status 2 and one line on the screen, if the launcher started several separate jobs of one rank.
+    """
+    exchange: Exchange
+    if mpi.launched() == 1:
+        exchange = World(1, clock=time.perf_counter).ends[0]
+    else:
+        try:
+            exchange = mpi.connect(round(config.bucket_mb * 1e6), config.cuda_aware)
+        except mpi.LaunchError as error:
+            raise _refused(error) from None
     failure.end_all_on_exception(exchange)
-    run = Run(exchange, config, model, optimizer, scheduler, validation_data)
-    failure.on_preemption(run.preempt)
-    atexit.register(run.close)
-    return run
+    return exchange
+
+
+def _refused(error: Exception) -> SystemExit:
+    if _launched_rank() == 0:
+        print(f"mpips: {error}", file=sys.stderr)
+    return SystemExit(BAD_CONFIGURATION)
 
 
 def device() -> torch.device:
@@ -89,18 +122,6 @@ def device() -> torch.device:
 def _launched_rank() -> int:
     names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
     return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
-
-
-def _join(config: Config) -> Exchange:
-    if mpi.launched() == 1:
-        return World(1, clock=time.perf_counter).ends[0]
-    try:
-        exchange = mpi.connect(round(config.bucket_mb * 1e6), config.cuda_aware)
-    except mpi.LaunchError as error:
-        if _launched_rank() == 0:
-            print(f"mpips: {error}", file=sys.stderr)
-        raise SystemExit(BAD_CONFIGURATION) from None
-    return exchange
 
 
 class Run:
@@ -136,6 +157,7 @@ class Run:
         self._streams = rng.capture() if resume and self.trains else None
         self._loops = 0  # `batches` loops begun in this epoch
         self._taken = 0  # items yielded since the last step
+        self._inside = False  # a `batches` loop of a worker is not at its end
         self._broke = False  # the script broke out of a `batches` loop
         self._cut = False  # a stop ended a `batches` loop before its end
         self._ended = False
@@ -267,6 +289,7 @@ class Run:
             self._server.start_server()
             return self._obey()
         worker.begin()
+        self._inside = True
         batches = shard.batches(worker.place)
         if self._streams is not None:  # skipping may have drawn numbers
             rng.restore(self._streams)
@@ -288,6 +311,7 @@ class Run:
         assert self._worker
         self._worker.place.taken += self._taken
         self._taken = 0
+        self._inside = False
         self._worker.finish()
         self._obey()
 
@@ -375,6 +399,7 @@ class Run:
         """Do what the control says about ending."""
         if self._control.stop:
             self._cut = not self._place.over
+            self._inside = False
         if self._control.stop == Stop.PREEMPTED:
             self._ended = True
             if self._server:
@@ -401,10 +426,18 @@ class Run:
             self._worker.give_performance()
 
     def close(self) -> None:
-        """Leave; called when Python ends. A worker that left its loop early ends the run for all."""
-        if self._exchange.size == 1:
+        """Leave; called when Python ends. A worker that left a loop early ends the run for all.
+
+        A script that has its own loop over epochs gets its last checkpoint and DONE here.
+        """
+        if failure.happened():
             return
-        if not self._ended and self._worker and not self._worker.done:
-            self._worker.stop = 2
-            self._worker.idle()
-        self._exchange.close(patience=None if self._ended else 5.0)
+        if not self._ended:
+            if self._worker and self._inside:
+                self._worker.stop = 2
+                self._worker.idle()
+            if self._control.stop != Stop.LEFT:
+                self._exchange.wait(patience=5.0)
+                self.save()
+            self._finish()
+        self._exchange.wait(patience=None)

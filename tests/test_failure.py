@@ -1,0 +1,178 @@
+"""Failing well: one rank's trouble ends all ranks soon, with the cause on the screen and nothing lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, launch_environment, mpiexec_of
+
+PREAMBLE = """
+import os, sys, time
+import torch
+import torch.nn.functional as F
+import mpips
+sys.path.insert(0, {tests!r})
+from programs import data, mlp
+rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
+began = time.time()
+"""
+LOOP = """
+model = mlp()
+ps = mpips.connect(model, torch.optim.SGD(model.parameters(), lr=0.1), run_dir="run")
+for _ in ps.epochs(3):
+    for x, y in ps.batches(data(), 16):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        {trouble}
+        ps.step(loss)
+    ps.validate(lambda: 1.0)
+"""
+
+
+def script(folder: Path, body: str) -> Path:
+    path = folder / "script.py"
+    path.write_text(PREAMBLE.format(tests=str(ROOT / "tests")) + body)
+    return path
+
+
+def trouble(line: str) -> str:
+    return LOOP.format(trouble=line)
+
+
+def failing(mpirun: Any, folder: Path, body: str, n: int = 3, seconds: float = 5.0) -> subprocess.CompletedProcess[str]:
+    """Run a script that marks the moment of its trouble by a file; it must be over within `seconds` from then."""
+    done = mpirun(n, script(folder, body), timeout=60)
+    ended = time.time()
+    assert done.returncode != 0
+    assert not (folder / "run" / "DONE").exists()
+    if (folder / "trouble").exists():
+        assert ended - (folder / "trouble").stat().st_mtime < seconds
+    return done
+
+
+RAISE = "if rank == {rank} and ps.round == 5: open('trouble', 'w').close(); raise ZeroDivisionError('on purpose')"
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_an_exception_ends_all_ranks_with_its_traceback(rank: int, mpirun: Any, tmp_path: Path) -> None:
+    done = failing(mpirun, tmp_path, trouble(RAISE.format(rank=rank)))
+    assert done.stderr.count("Traceback") == 1
+    assert f"rank {rank} on" in done.stderr
+    assert "ZeroDivisionError: on purpose" in done.stderr
+    assert "ZeroDivisionError: on purpose" in (tmp_path / "run" / "logs" / f"rank_{rank:04d}.log").read_text()
+
+
+def test_an_exception_on_the_server_ends_all_ranks(mpirun: Any, tmp_path: Path) -> None:
+    body = LOOP.format(trouble="pass").replace("lambda: 1.0", "lambda: 1 / 0 if open('trouble', 'w') else 0")
+    done = failing(mpirun, tmp_path, body)
+    assert "rank 0 on" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_sys_exit_on_one_rank_ends_all_ranks(mpirun: Any, tmp_path: Path) -> None:
+    line = "if rank == 1 and ps.round == 5: open('trouble', 'w').close(); ps._worker.done = True; sys.exit(3)"
+    done = failing(mpirun, tmp_path, trouble(line), seconds=9)
+    assert "rank 1 left its training loop" in done.stderr
+
+
+def test_a_nan_is_named_by_rank_tensor_and_round_on_one_screen(mpirun: Any, tmp_path: Path) -> None:
+    line = "if rank == 2 and ps.round == 4: open('trouble', 'w').close(); model[2].weight.grad[1, 2] = float('nan')"
+    done = failing(mpirun, tmp_path, trouble(line))
+    assert done.stderr.count("NonFiniteError: rank 2 has a NaN or Inf in the gradient of 2.weight, round 5") == 1
+    assert "Traceback" not in done.stderr
+
+
+MISMATCHES = {
+    "shape": ("model = torch.nn.Linear(12, 5 + (rank == 1))", "parameter weight = torch.float32 (5, 12)"),
+    "dtype": ("model = mlp().to(torch.float64 if rank == 1 else torch.float32)", "parameter 0.weight = torch.float32"),
+    "order": (
+        "order = ['a', 'b'] if rank == 1 else ['b', 'a']\n"
+        "model = torch.nn.Sequential(); [model.add_module(n, torch.nn.Linear(12, 12)) for n in order]",
+        "parameter b.weight",
+    ),
+    "frozen": ("model = mlp(); model[0].bias.requires_grad_(rank != 1)", "parameter 0.bias"),
+    "buffer": (
+        "model = mlp(); model.register_buffer('scale', torch.ones(1 + (rank == 1)))",
+        "buffer scale = torch.float32 (1,)",
+    ),
+    "setting": ("model = mlp(); sys.argv += ['--clip', '2'] if rank == 1 else []", "setting clip = None"),
+    "version": ("model = mlp()\nif rank == 1: mpips.__version__ = '9.9'", "version of mpips = "),
+}
+
+
+@pytest.mark.parametrize("what", MISMATCHES)
+def test_a_mismatch_names_rank_and_first_difference(what: str, mpirun: Any, tmp_path: Path) -> None:
+    make, line = MISMATCHES[what]
+    connect = "\nopen('trouble', 'w').close()\nmpips.connect(model, lambda p: torch.optim.SGD(p, lr=1.0), run_dir='run')"
+    done = failing(mpirun, tmp_path, make + connect)
+    assert done.stderr.count("ContractError: the ranks do not agree") == 1
+    assert f"rank 0 has `{line}" in done.stderr
+    assert "rank 1 has `" in done.stderr
+
+
+def test_bad_configuration_is_one_line_and_status_2(mpirun: Any, solo: Any, tmp_path: Path) -> None:
+    path = script(tmp_path, LOOP.format(trouble="pass"))
+    alone = solo(path, "--clip", "-1")
+    assert (alone.returncode, alone.stderr) == (2, "mpips: clip: given -1.0, allowed: a number above 0\n")
+    many = mpirun(3, path, "--rule", "krumm")
+    assert many.returncode == 2
+    assert many.stderr.count("mpips: rule: given 'krumm', allowed: mean\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_jobs_of_one_rank_each_are_refused(name: str, tmp_path: Path) -> None:
+    """The launcher says four, MPI says one: each rank would believe that it is the server."""
+    environment = launch_environment() | {name: "4"}
+    command = [sys.executable, str(script(tmp_path, LOOP.format(trouble="pass")))]
+    if name == "OMPI_COMM_WORLD_SIZE":  # Open MPI's own variable makes its MPI_Init wait for a launcher: give it one of size 1
+        command = [*mpiexec_of(sys.executable), "-n", "1", "env", f"{name}=4", *command]
+        environment.pop(name)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "4 ranks were started, but each is alone" in done.stderr
+    assert ("srun --mpi=pmix" in done.stderr) == (name == "SLURM_STEP_NUM_TASKS")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_rank_ends_the_job_and_leaves_a_checkpoint(mpirun: Any, tmp_path: Path) -> None:
+    from mpips import checkpoint
+
+    line = "if rank == 1 and ps.round == 25: open('trouble', 'w').close(); os.kill(os.getpid(), 9)"
+    failing(mpirun, tmp_path, trouble(line), seconds=10)
+    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert checkpoint.load(newest)["round"] == 20
+
+
+def test_a_full_disk_is_one_clear_error(solo: Any, tmp_path: Path) -> None:
+    body = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\nimport signal\n"
+    body += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + LOOP.format(trouble="pass")
+    done = solo(script(tmp_path, body))
+    assert done.returncode == 1
+    assert "CheckpointError" in done.stderr
+    assert "File too large" in done.stderr
+
+
+def test_nothing_is_left_running(mpirun: Any, tmp_path: Path) -> None:
+    path = script(tmp_path, trouble(RAISE.format(rank=1)))
+    mpirun(3, path)
+    assert subprocess.run(["pgrep", "-f", str(path)], capture_output=True, text=True).stdout == ""
+
+
+def test_usr1_in_one_process_checkpoints_and_says_75(tmp_path: Path) -> None:
+    line = "if ps.round == 7: os.kill(os.getpid(), 10)"
+    assert signal.SIGUSR1 == 10
+    path = script(tmp_path, trouble(line))
+    done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=60, env={**os.environ})
+    assert done.returncode == 75
+    assert "start again with --resume auto" in done.stdout
+    assert (tmp_path / "run" / "checkpoints" / "round_00000008.h5").exists()
+    assert not (tmp_path / "run" / "DONE").exists()

@@ -1,0 +1,483 @@
+"""The command that is built, and what becomes of it: status, signals, DONE, the first failure, nothing left behind.
+
+Most runs use a fake mpiexec, a shell script that starts one or more copies of the script; a few use the real one.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from mpips import launch
+from mpips.environment import Mpiexec, find_mpiexec
+from mpips.launch import command, job, keeper, plan
+from mpips.launch.watch import CLOCKS, Stderr, Watch, first_failure
+from mpips.screen import Lines
+
+pytestmark = pytest.mark.skipif(
+    any(int(os.environ.get(name, 1)) > 1 for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")),
+    reason="a launcher started by every rank of another launcher",
+)
+
+OPENMPI_5 = Mpiexec("/opt/mpiexec", "Open MPI", "5.0.11")
+OPENMPI_4 = Mpiexec("/opt/mpiexec", "Open MPI", "4.1.4")
+MPICH = Mpiexec("/opt/mpiexec", "MPICH", "5.0.2")
+
+
+# The command
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Four cores, eight hyper-threads, a user who is root."""
+    monkeypatch.setattr(command, "cores", lambda: 8)
+    monkeypatch.setattr(command, "physical_cores", lambda: 4)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+
+ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+FREE_5 = {"PRTE_MCA_hwloc_default_binding_policy": "none"}
+FREE_4 = {"OMPI_MCA_hwloc_base_binding_policy": "none"}
+CROWD_5 = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMPI_MCA_mpi_yield_when_idle": "1"}
+CROWD_4 = {"OMPI_MCA_rmaps_base_oversubscribe": "1", "OMPI_MCA_mpi_yield_when_idle": "1"}
+
+
+@pytest.mark.parametrize(
+    ("mpiexec", "size", "expected"),
+    [
+        (OPENMPI_5, 4, {"OMP_NUM_THREADS": "2", **ROOT, **FREE_5}),
+        (OPENMPI_5, 5, {"OMP_NUM_THREADS": "1", **ROOT, **FREE_5, **CROWD_5}),
+        (OPENMPI_4, 2, {"OMP_NUM_THREADS": "4", **ROOT, **FREE_4}),
+        (OPENMPI_4, 20, {"OMP_NUM_THREADS": "1", **ROOT, **FREE_4, **CROWD_4}),
+        (MPICH, 20, {"OMP_NUM_THREADS": "1"}),
+    ],
+)
+def test_each_mpi_gets_what_it_needs(machine, mpiexec, size, expected):
+    planned = plan(size, ["x.py"], environ={}, mpiexec=mpiexec)
+    assert planned.variables == {"PYTHONUNBUFFERED": "1", **expected}
+    assert planned.command == ("/opt/mpiexec", "-n", str(size), sys.executable, "x.py")
+
+
+def test_root_is_allowed_only_for_root(machine, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert not set(ROOT) & set(plan(9, ["x.py"], environ={}, mpiexec=OPENMPI_5).variables)
+
+
+def test_what_the_user_has_set_stays(machine):
+    given = {"OMP_NUM_THREADS": "7", "PRTE_MCA_hwloc_default_binding_policy": "core", "PYTHONUNBUFFERED": ""}
+    assert not set(given) & set(plan(9, ["x.py"], environ=given, mpiexec=OPENMPI_5).variables)
+
+
+def test_an_allocation_has_the_cores_of_all_its_nodes(machine, tmp_path):
+    assert plan(16, ["x.py"], environ={"SLURM_JOB_NUM_NODES": "4"}, mpiexec=MPICH).variables["OMP_NUM_THREADS"] == "2"
+    nodes = tmp_path / "nodes"
+    nodes.write_text("a\na\nb\n")
+    assert plan(16, ["x.py"], environ={"PBS_NODEFILE": str(nodes)}, mpiexec=MPICH).variables["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize("hosts", [["--hostfile", "h"], ["--host=a,b"], ["-f", "h"]])
+def test_on_hosts_that_the_user_names_no_cores_are_guessed(machine, hosts):
+    planned = plan(50, ["x.py"], mpi_args=hosts, environ={}, mpiexec=OPENMPI_5)
+    assert not {"OMP_NUM_THREADS", *CROWD_5} & set(planned.variables)
+    assert planned.warnings == ()
+
+
+def test_more_ranks_than_cores_is_a_warning(machine):
+    assert plan(8, ["x.py"], environ={}, mpiexec=MPICH).warnings == ()
+    assert "9 ranks on 8 cores" in plan(9, ["x.py"], environ={}, mpiexec=MPICH).warnings[0]
+
+
+def test_the_printed_line_is_what_a_shell_runs(tmp_path):
+    fake = tmp_path / "my mpiexec"
+    fake.write_text(f'#!/bin/sh\nexec {sys.executable} -c \'import json, os, sys\n'
+                    'print(json.dumps([sys.argv[1:], os.environ["MPIEXEC_TIMEOUT"]]))\' "$@"\n')  # fmt: skip
+    fake.chmod(0o755)
+    script = ["my script.py", "--name", "it's $HOME", ""]
+    planned = plan(2, script, mpi_args=["-x", "A B"], timeout=60, mpiexec=Mpiexec(str(fake), "unknown", ""))
+    printed = subprocess.check_output(["sh", "-c", str(planned)], text=True, timeout=20)
+    assert json.loads(printed) == [["-n", "2", "-x", "A B", sys.executable, *script], "60"]
+
+
+# A run under a fake mpiexec
+
+SAY = """
+import json, os, pathlib, sys, time
+launch = pathlib.Path(os.environ["MPIPS_LAUNCH_DIR"])
+folder = pathlib.Path("run").absolute()
+folder.mkdir(exist_ok=True)
+def event(kind, **facts):
+    with (folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": time.time(), "event": kind, "rank": 0, **facts}) + "\\n")
+def run_dir():
+    (launch / "beside").write_text(str(folder))
+    (launch / "beside").rename(launch / "run_dir")
+def fail(rank, text, ago=0.0):
+    report = {"time": time.time() - ago, "rank": rank, "host": "h", "traceback": text}
+    (launch / f"failure_{rank}.json").write_text(json.dumps(report))
+def done():
+    (folder / "DONE").write_text("{}")
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Run a script's text through a fake mpiexec that starts it once; its outcome."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(source, timeout=None):
+        return launch.run(planned(tmp_path, source), Lines(), timeout=timeout)
+
+    return start
+
+
+def planned(folder, source):
+    mpiexec, script = folder / "mpiexec", folder / "script.py"
+    mpiexec.write_text('#!/bin/sh\nshift 2\n"$@"\n')  # not exec: as with a real one, the ranks are its children
+    mpiexec.chmod(0o755)
+    script.write_text(SAY + textwrap.dedent(source))
+    return plan(1, [str(script)], mpiexec=Mpiexec(str(mpiexec), "unknown", ""))
+
+
+@pytest.mark.parametrize(
+    ("source", "status"),
+    [
+        ("", 0),
+        ("sys.exit(3)", 1),
+        ("sys.exit(75)", 75),
+        ("fail(0, 'boom'); sys.exit(75)", 1),  # MPICH joins the statuses of all ranks bit by bit
+        ("fail(0, 'boom')", 1),
+        ("run_dir(); done()", 0),
+        ("run_dir()", 1),
+        ("run_dir(); sys.exit(75)", 75),
+        ("run_dir(); fail(2, 'died, the others went on'); done(); sys.exit(1)", 0),
+        ("run_dir(); done(); os.utime(folder / 'DONE', (1, 1))", 1),  # an earlier run's
+        ("os.kill(os.getpid(), 11)", 1),
+    ],
+)
+def test_exit_status(fake, source, status):
+    assert fake(source).exit == status
+
+
+def test_outcome_tells_how_far_the_run_came(fake, tmp_path):
+    (tmp_path / "run").mkdir()
+    old = {"time": time.time() - 60, "event": "done", "rounds": 9, "value": 9, "checkpoint": "old.h5"}
+    (tmp_path / "run" / "events.jsonl").write_text(json.dumps(old) + "\n")
+    outcome = fake("run_dir(); event('round', round=7); event('validate', value=0.5); event('checkpoint', path='c.h5')")
+    assert (outcome.rounds, outcome.value, outcome.checkpoint) == (7, 0.5, "c.h5")
+    assert (outcome.run_dir, outcome.failed_rank) == (str(tmp_path / "run"), None)
+
+
+def test_a_hang_after_done_is_ended_and_is_success(fake, monkeypatch):
+    monkeypatch.setattr(job, "AFTER_DONE", 0.4)
+    began = time.monotonic()
+    assert fake("run_dir(); done(); time.sleep(60)").exit == 0
+    assert 0.4 < time.monotonic() - began < 10
+
+
+def test_timeout_ends_a_run_whose_mpiexec_does_not(fake, monkeypatch, capfd):
+    monkeypatch.setattr(job, "AFTER_TERM", 0.3)
+    assert fake("time.sleep(60)", timeout=0.3).exit == 1
+    assert capfd.readouterr().err.endswith("mpips: the run was ended by --timeout\n")
+
+
+def test_a_run_longer_than_its_timeout_is_no_success(fake):
+    assert fake("time.sleep(0.6)", timeout=0.3).exit == 1  # as when MPICH's mpiexec ends the ranks and returns 0
+
+
+def test_ranks_write_to_our_streams_unchanged(fake, capfdbinary):
+    fake("os.write(1, b'a\\r\\x1b[1mb\\xff\\n'); os.write(2, b'e\\r\\n')")
+    assert capfdbinary.readouterr() == (b"a\r\x1b[1mb\xff\n", b"e\r\n")
+
+
+def test_the_first_failure_is_the_last_thing_on_the_screen(fake, capfd):
+    outcome = fake("""
+        fail(0, 'Traceback\\nRuntimeError: a rank is lost', ago=1)
+        fail(2, 'Traceback\\nValueError: the cause', ago=2)
+        run_dir(); (folder / 'logs').mkdir(); (folder / 'logs' / 'rank_0002.log').touch()
+        print('collateral', file=sys.stderr)
+        sys.exit(1)
+    """)
+    assert outcome.failed_rank == 2
+    err = capfd.readouterr().err
+    log = Path(outcome.run_dir, "logs", "rank_0002.log")
+    expected = f"mpips: rank 2 failed first (1 more after it); its log: {log}\nTraceback\nValueError: the cause\n"
+    assert err.endswith(expected)
+    assert err.count("a rank is lost") == 0
+
+
+def test_without_a_report_the_traceback_on_stderr_is_repeated(fake, capfd):
+    fake("raise ValueError('boom')")
+    err = capfd.readouterr().err
+    last = err[err.rindex("mpips: one rank failed first") :]
+    assert last.startswith("mpips: one rank failed first\nTraceback (most recent call last)")
+    assert last.endswith("ValueError: boom\n")
+
+
+def test_nothing_of_a_run_is_left(fake, tmp_path):
+    fake("""
+        import subprocess
+        if not os.fork():
+            os.setsid(); time.sleep(60)
+        (pathlib.Path('launch')).write_text(str(launch))
+        sys.exit(1)
+    """)
+    folder = Path((tmp_path / "launch").read_text())
+    assert keeper.processes(folder) == []
+    assert not folder.exists()
+
+
+def test_end_all_touches_only_its_own_run(tmp_path):
+    mine, other, longer = tmp_path / "a", tmp_path / "b", tmp_path / "ab"
+    sleepers = [subprocess.Popen(["sleep", "60"], env={"X": "1", keeper.FOLDER: str(f)}) for f in (mine, other, longer)]
+    try:
+        keeper.end_all(mine, patience=0.0)
+        assert sleepers[0].wait(5) == -signal.SIGKILL
+        assert [sleeper.poll() for sleeper in sleepers[1:]] == [None, None]
+    finally:
+        for sleeper in sleepers:
+            sleeper.kill()
+            sleeper.wait()
+
+
+# What stderr tells
+
+
+def listened(text):
+    stderr = Stderr()
+    for i in range(0, len(text), 7):
+        stderr.feed(text[i : i + 7].encode())
+    return stderr
+
+
+def test_a_chained_traceback_is_kept_whole_and_collateral_is_not():
+    first = """Traceback (most recent call last):
+  File "x.py", line 1, in <module>
+KeyError: 1
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "x.py", line 3, in <module>
+ValueError: boom"""
+    later = first.replace("boom", "collateral")
+    assert "\n".join(listened(f"noise\n{first}\n\n----\n{later}\n").block).rstrip() == first
+
+
+def test_a_syntax_error_counts_as_a_traceback():
+    text = '  File "x.py", line 3\n    def (\n        ^\nSyntaxError: invalid syntax\n'
+    assert "\n".join(listened(f"{text}{text}more\n").block) == text.rstrip()
+
+
+PRTERUN = "prterun noticed that process rank 1 with PID 4364 on node vm exited on\nsignal 9 (Killed).\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "rank", "number"),
+    [
+        (PRTERUN, 1, 9),
+        ("   Process name: [prterun-vm-4343@1,12]\n   Exit code:    1\n", 12, None),
+        ("MPI_ABORT was invoked on rank 3 in communicator MPI_COMM_WORLD\n" + PRTERUN, 3, None),
+        ("Abort(3) on node 1: application called MPI_Abort(MPI_COMM_WORLD, 3) - process 1\n", 1, None),
+        ("nothing of the kind, rank 5\n", None, None),
+    ],
+)
+def test_mpiexec_names_the_rank_that_fell(text, rank, number):
+    stderr = listened(text)
+    assert (stderr.rank, stderr.signal) == (rank, number)
+
+
+def test_a_killed_rank_comes_before_the_reports_of_those_who_noticed():
+    noticed = [{"rank": 0, "time": 1.0, "traceback": "MPI_ERR_PROC_FAILED"}]
+    failure = first_failure(noticed, listened(PRTERUN))
+    assert (failure.rank, failure.text, failure.others) == (1, "ended by signal 9: Killed", 1)
+    own = [{"rank": 1, "time": 1.0, "traceback": "ValueError"}]
+    assert first_failure(own, listened(PRTERUN)).text == "ValueError"
+
+
+def test_a_damaged_failure_report_is_passed_over(tmp_path):
+    watch = Watch(tmp_path)
+    (tmp_path / "failure_0.json").write_text('{"time": 1')
+    (tmp_path / "failure_1.json").write_text('{"rank": "one", "time": 1}')
+    (tmp_path / "failure_2.json").write_text('{"rank": 2, "time": 5.0, "traceback": "t"}')
+    assert [report["rank"] for report in watch.failures(until=9.0)] == [2]
+    assert watch.failures(until=4.0) == []
+
+
+def test_events_of_an_earlier_run_are_not_this_run(tmp_path):
+    (tmp_path / "run_dir").write_text(str(tmp_path))
+    old, new = time.time() - CLOCKS - 5, time.time()
+    lines = [{"event": "done", "time": old}, {"event": "start", "time": new}, {"event": "timeless"}]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [event["event"] for event in Watch(tmp_path).events()] == ["start", "timeless"]
+
+
+# Signals, with the launcher as a process of its own
+
+DRIVER = """
+import sys
+from mpips.environment import Mpiexec
+from mpips.launch import command, job, keeper
+from mpips.cli import main
+keeper.AFTER_TERM = 0.3
+if sys.argv[1]:
+    command.find_mpiexec = lambda: Mpiexec(sys.argv[1], "unknown", "")
+sys.exit(main(sys.argv[2:]))
+"""
+
+# Starts its ranks as a real mpiexec does: each in a session of its own, and passes signals on.
+FAKE = """#!/bin/sh
+n=$2; shift 2
+for i in $(seq $n); do setsid "$@" & pids="$pids $!"; done
+trap 'kill -USR1 $pids; wait' USR1
+trap 'kill -TERM $pids; wait; exit 1' TERM INT
+for pid in $pids; do
+    while wait $pid; code=$?; [ $code -gt 128 ]; do :; done
+done
+exit $code
+"""
+
+
+class Launcher:
+    """`mpips run -n 2` as a process, and the ranks that it started."""
+
+    def __init__(self, folder, source, mpiexec=None, flags=()):
+        script = folder / "script.py"
+        script.write_text("import os, signal, sys, time\nopen(f'pid{os.getpid()}', 'w').close()\n" + source)
+        argv = [sys.executable, "-c", DRIVER, str(mpiexec or ""), "run", "-n", "2", *flags, str(script)]
+        self.folder = folder
+        self.process = subprocess.Popen(argv, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def pids(self):
+        return [int(path.name[3:]) for path in self.folder.glob("pid*")]
+
+    def up(self):
+        until = time.monotonic() + 20
+        while len(list(self.folder.glob("up*"))) < 2:
+            assert time.monotonic() < until, "the ranks did not start"
+            time.sleep(0.02)
+        return self
+
+    def all_gone(self, seconds=10.0):
+        until = time.monotonic() + seconds
+        while any(alive(pid) for pid in self.pids()) and time.monotonic() < until:
+            time.sleep(0.02)
+        return len(self.pids()) == 2 and not any(alive(pid) for pid in self.pids())
+
+    def end(self):
+        output, _ = self.process.communicate(timeout=30)
+        return self.process.returncode, output
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+UP = "open(f'up{os.getpid()}', 'w').close()\n"
+SLEEP = UP + "time.sleep(60)\n"
+STUBBORN = "for n in (2, 15): signal.signal(n, signal.SIG_IGN)\n" + SLEEP
+
+
+@pytest.fixture
+def fake_mpiexec(tmp_path):
+    path = tmp_path / "mpiexec"
+    path.write_text(FAKE)
+    path.chmod(0o755)
+    return path
+
+
+def test_killing_the_launcher_leaves_no_rank_not_even_a_stubborn_one(tmp_path, fake_mpiexec):
+    launcher = Launcher(tmp_path, STUBBORN, fake_mpiexec).up()
+    launcher.process.kill()
+    assert launcher.all_gone()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_ranks_and_is_no_success(tmp_path, fake_mpiexec, number):
+    launcher = Launcher(tmp_path, SLEEP, fake_mpiexec).up()
+    launcher.process.send_signal(number)
+    status, output = launcher.end()
+    assert (status, launcher.all_gone()) == (1, True)
+    assert output.endswith(f"mpips: the run was ended by {number.name}\n")
+
+
+def test_a_second_signal_ends_stubborn_ranks_now(tmp_path, fake_mpiexec):
+    launcher = Launcher(tmp_path, STUBBORN, fake_mpiexec).up()
+    began = time.monotonic()
+    launcher.process.send_signal(signal.SIGINT)
+    time.sleep(0.4)
+    assert launcher.process.poll() is None
+    launcher.process.send_signal(signal.SIGINT)
+    assert (launcher.end()[0], launcher.all_gone()) == (1, True)
+    assert time.monotonic() - began < 8
+
+
+def test_usr1_reaches_the_ranks_and_75_comes_back(tmp_path, fake_mpiexec):
+    source = "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n" + SLEEP
+    launcher = Launcher(tmp_path, source, fake_mpiexec).up()
+    launcher.process.send_signal(signal.SIGUSR1)
+    status, output = launcher.end()
+    assert (status, launcher.all_gone()) == (75, True)
+    assert "--resume auto" in output.splitlines()[-1]
+
+
+# The real mpiexec
+
+
+@pytest.fixture
+def real():
+    try:
+        return find_mpiexec()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+RANK = "rank = int(os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK', 0)))\n"
+
+
+def test_real_ranks_and_their_output(real, tmp_path):
+    launcher = Launcher(tmp_path, RANK + "print('rank', rank)", flags=["--json"])
+    status, output = launcher.end()
+    lines = output.splitlines()
+    assert status == 0
+    assert shlex.split(lines[0])[-1] == str(tmp_path / "script.py")
+    assert sorted(line for line in lines if line.startswith("rank")) == ["rank 0", "rank 1"]
+    assert json.loads(lines[-1])["exit"] == 0
+
+
+def test_real_failure_ends_with_the_traceback(real, tmp_path):
+    status, output = Launcher(tmp_path, RANK + "if rank == 1: raise ValueError('boom')\ntime.sleep(2)").end()
+    assert status == 1
+    assert " failed first\nTraceback" in output
+    assert output.endswith("ValueError: boom\n")
+
+
+def test_real_preemption_status_passes_through(real, tmp_path):
+    assert Launcher(tmp_path, "sys.exit(75)").end()[0] == 75
+
+
+def test_killing_the_launcher_of_real_ranks_leaves_none(real, tmp_path):
+    launcher = Launcher(tmp_path, STUBBORN).up()
+    launcher.process.kill()
+    assert launcher.all_gone()
+
+
+def test_interrupting_the_launcher_of_real_ranks_leaves_none(real, tmp_path):
+    launcher = Launcher(tmp_path, SLEEP).up()
+    launcher.process.send_signal(signal.SIGINT)
+    assert (launcher.end()[0], launcher.all_gone()) == (1, True)
+
+
+def test_real_timeout(real, tmp_path):
+    status, output = Launcher(tmp_path, SLEEP, flags=["--timeout", "1"]).end()
+    assert status == 1
+    assert output.endswith("mpips: the run was ended by --timeout\n")

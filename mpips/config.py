@@ -88,7 +88,7 @@ class Config:
     )
     schedule: Literal["epoch", "round"] = field(default="epoch", metadata={"help": "when the LR scheduler steps"})
     metrics: tuple[str, ...] = field(default=(), metadata={"help": "names of the extra metrics given to step()"})
-    seed: int = field(default=0, metadata={"help": "order of the data, and the workers' random streams"})
+    seed: int = field(default=0, metadata={"help": "order of the data; the random streams are the script's own"})
     bucket_mb: float = field(default=16.0, metadata={"help": "largest single message, in MB (10^6 bytes)"})
     cuda_aware: bool = field(default=False, metadata={"help": "hand device pointers to MPI; only for a CUDA-aware MPI"})
     run_dir: str | None = field(default=None, metadata={"help": "the run's folder; default runs/<time>-<script>"})
@@ -102,6 +102,7 @@ class Config:
         free = [name for name in self.metrics if name.isidentifier() and name not in TAKEN]
         good = free == list(dict.fromkeys(self.metrics))
         _allow("metrics", list(self.metrics), f"different Python names, none of {', '.join(TAKEN)}", good)
+        _allow("seed", self.seed, "a whole number from -2^53 to 2^53", abs(self.seed) <= 2**53)
         _allow("bucket_mb", self.bucket_mb, "a number from 0.001 to 1000", 0.001 <= self.bucket_mb <= 1000)
         _allow("resume", self.resume, "no, auto, or a path", self.resume != "")
 
@@ -218,7 +219,7 @@ def resolve(arguments: Mapping[str, Any], argv: Sequence[str] | None = None) -> 
     try:
         parser.set_defaults(dict(_flatten("", parser.parse_object(given).as_dict())))  # checked on its way in
         tree = parser.parse_args([f"--{key}={text}" for key, text in texts.items()])
-        _check_present(given | dict(_flatten("", tree.as_dict())))
+        _check_present(dict(_flatten("", tree.as_dict())))
         return typing.cast(Config, _instance(Config, tree.as_dict()))
     except ConfigError:
         raise

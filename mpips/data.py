@@ -75,7 +75,7 @@ class Shard:
     ) -> None:
         self.data, self.batch_size, self.shuffle, self.drop_last = data, batch_size, shuffle, drop_last
         self.index, self.workers, self.seed = index, workers, seed
-        if isinstance(data, (tuple, list)) and data and all(isinstance(t, Tensor) for t in data):
+        if isinstance(data, tuple) and data and all(isinstance(t, Tensor) for t in data):
             self.data = TensorDataset(*data)
         if isinstance(self.data, DataLoader) or not _is_map(self.data):
             if batch_size is not None:

@@ -136,8 +136,8 @@ class Flat:
         for slot, p in zip(self.slots, self.parameters, strict=True):
             if not _lies_at(p.data, self.weights, slot):
                 raise LayoutError(
-                    f"{slot.name} has left the flat buffer; move, cast or replace parameters (model.to, p.data = ..., "
-                    f"load_state_dict(assign=True)) before connect, not after it"
+                    f"{slot.name} has left the flat buffer; move or cast the model and assign to p.data before connect, "
+                    f"not after it"
                 )
             view = slot.view(self.grad)
             if p.grad is None:

@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,18 @@ def log_to(folder: Path, rank: int) -> None:
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
+
+
+def rank_states(rows: Mapping[int, Mapping[str, float]], server_trains: bool) -> list[dict[str, Any]]:
+    """What each rank is doing, for the launcher's screen, from the rows of a round."""
+    server = {"rank": 0, "role": "server", "state": "serving", "samples_per_s": 0.0, "wait": 0.0, "done": False}
+    table: list[dict[str, Any]] = [] if server_trains else [server]
+    for rank, row in rows.items():
+        spent = max(row["train"] + row["wait"], 1e-9)
+        state = {"state": "done" if row["done"] else "training", "done": bool(row["done"])}
+        speed = {"samples_per_s": row["samples"] / spent, "wait": row["wait"] / spent}
+        table.append({"rank": rank, "role": "worker" if rank else "server, worker", **state, **speed})
+    return table
 
 
 class Report:

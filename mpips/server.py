@@ -27,7 +27,7 @@ from mpips.data import Place
 from mpips.exchange import Exchange, ExchangeError, share
 from mpips.message import COLUMNS, ROUNDS, Control, Stop, replicate
 from mpips.optimizer import MakeOptimizer, MakeScheduler, Scheduler, ServerOptimizer
-from mpips.report import Report
+from mpips.report import Report, rank_states
 from mpips.rule import choose
 from mpips.state import RankState, pack_all
 from mpips.stopping import LossScale, Patience
@@ -228,7 +228,7 @@ class Server:
         now = self.exchange.clock()
         speed, self._last = samples / max(now - self._last, 1e-9), now
         row = (control.round, self.place.epoch, control.version, samples, *means.values())
-        self.report.round((*row[:5], control.lr, *row[5:]), samples_per_s=speed, ranks=self._states_of(rows))
+        self.report.round((*row[:5], control.lr, *row[5:]), samples_per_s=speed, ranks=rank_states(rows, self.trains))
 
     def _obey_ranks(self, rows: dict[int, dict[str, float]]) -> None:
         """A rank that was told to end, has left, or asks to stop, ends the run for all in this round."""
@@ -240,17 +240,6 @@ class Server:
                 self.control.stop = stop
                 self.report.stopped(stop.name.lower(), int(self.control.round), ranks)
                 return
-
-    def _states_of(self, rows: dict[int, dict[str, float]]) -> list[dict[str, Any]]:
-        """One entry per rank for the launcher's screen."""
-        server = {"rank": 0, "role": "server", "state": "serving", "samples_per_s": 0.0, "wait": 0.0, "done": False}
-        table: list[dict[str, Any]] = [] if self.trains else [server]
-        for rank, row in rows.items():
-            spent = max(row["train"] + row["wait"], 1e-9)
-            state = {"state": "done" if row["done"] else "training", "done": bool(row["done"])}
-            speed = {"samples_per_s": row["samples"] / spent, "wait": row["wait"] / spent}
-            table.append({"rank": rank, "role": "worker" if rank else "server, worker", **state, **speed})
-        return table
 
     def send_updates(self, weights: Tensor | None = None) -> None:
         """Send the weights, or these ones (`(numel,)`, the flat layout), and the control to all ranks."""
@@ -272,11 +261,12 @@ class Server:
             name: what the value is, for people.
         """
         self.load_validation_data()
-        training = self.model.training
+        modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         with torch.no_grad():
             value = float(measure() if self.validation_data is None else measure(self.validation_data))
-        self.model.train(training)
+        for module, training in modes.items():  # one by one: a script may keep a frozen part in eval mode
+            module.training = training
         self.control.value = value
         self.check_improvement(value)
         self.report.validated(self.place.epoch, int(self.control.round), value, self.patience.best, name)

@@ -115,10 +115,13 @@ def put_optimizer(tree: Tree, optimizer: Optimizer, names: Mapping[Tensor, str])
 
 def _as_now(saved: Tree, now: Mapping[str, Any]) -> Tree:
     """A saved group with tuples and tensors where the optimizer has them: JSON knows neither."""
-    kinds: dict[str, Any] = {k: type(v) for k, v in now.items()}
-    return {
-        k: tuple(v) if kinds.get(k) is tuple else torch.tensor(v) if kinds.get(k) is Tensor else v for k, v in saved.items()
-    }
+
+    def as_now(value: Any, own: Any) -> Any:
+        if isinstance(own, tuple):
+            return tuple(map(as_now, value, own))
+        return torch.tensor(value, dtype=own.dtype, device=own.device) if isinstance(own, Tensor) else value
+
+    return {k: as_now(v, now.get(k)) for k, v in saved.items()}
 
 
 def columns(names: Sequence[str], rows: Sequence[tuple[float, ...]]) -> Tree:

@@ -70,10 +70,16 @@ class RankState:
             words = json.loads(arrays["words"].tobytes())
             streams = {n.removeprefix("stream "): arrays[n] for n in arrays.files if n.startswith("stream ")}
             buffers = {
-                name: torch.from_numpy(arrays[f"buffer {name}"].copy()).view(getattr(torch, dtype)).view(shape)
+                name: _tensor(arrays[f"buffer {name}"], getattr(torch, dtype), shape)
                 for name, (dtype, shape) in words["buffers"].items()
             }
         return cls(words["index"], Place(**words["place"]), streams, buffers)
+
+
+def _tensor(raw: np.ndarray, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    tensor.view(-1).view(torch.uint8).copy_(torch.from_numpy(raw))
+    return tensor
 
 
 def pack_all(states: list[RankState]) -> bytes:

@@ -24,7 +24,7 @@ class Gradient:
         self.replica, self.rank, self.first, self.alone = replica, rank, index == 0, workers == 1
 
     def write(self, row: Row, metrics: Sequence[float], loss_scale: float) -> None:
-        """Fill the push message; sets the row's `weight` and `bad`.
+        """Fill the push message; sets the row's `weight` and `bad`, and a bad row's samples and loss to 0.
 
         A single worker's weight is 1 and not its samples: (n g) / n would differ from g in the last bit.
         """
@@ -35,8 +35,9 @@ class Gradient:
         if loss_scale != 1:
             push.gradients.div_(loss_scale)
         bad = flat.first_nonfinite(push.gradients)
-        row.bad = 0 if bad is None else 1 + bad
-        row.weight = 0 if row.bad else (float(row.samples > 0) if self.alone else row.samples)
+        if bad is not None:  # its loss is as useless as its gradient
+            row.bad, row.samples, row.loss, metrics = 1 + bad, 0, 0, [0.0] * len(metrics)
+        row.weight = float(row.samples > 0) if self.alone else row.samples
         push.message[push.gradients.numel() :].zero_()
         self.replica.buffers.write(push.floats, push.limbs, row.weight, self.first)
         if row.weight:

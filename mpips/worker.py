@@ -118,7 +118,7 @@ class Worker:
         """
         self.place.taken += taken
         row = self._row(samples=samples, loss=loss * samples if samples else 0.0)
-        self.update.write(row, [m * samples for m in metrics], self._control.loss_scale)
+        self.update.write(row, [m * samples if samples else 0.0 for m in metrics], self._control.loss_scale)
         self._do_round()
         self.replica.flat.clear()
         return self._control

@@ -1,0 +1,60 @@
+"""The contract in the simulated world; `test_failure.py` has it end real jobs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from programs import cnn, mlp
+from torch import nn
+
+from mpips import contract
+from mpips.config import Config
+from mpips.exchange import Exchange
+from mpips.exchange.simulated import World
+from mpips.message import replicate
+
+
+def lines(model: nn.Module, **settings: object) -> list[str]:
+    config = Config(**settings)  # type: ignore[arg-type]
+    return contract.write(config, replicate(model, config, 2, World(1).ends[0].allocate))
+
+
+def test_it_names_every_tensor_setting_and_version() -> None:
+    model = cnn()
+    model[1].requires_grad_(False)
+    text = "\n".join(lines(model))
+    for name in model.state_dict():
+        assert re.search(rf"^(parameter|frozen|buffer) {re.escape(name)} = ", text, re.MULTILINE), name
+    for key in Config().settings().keys() - {"run_dir", "resume"}:
+        assert f"setting {key} = " in text
+    assert "version of torch = " in text
+
+
+def test_all_ranks_raise_the_same_text_and_nothing_moves() -> None:
+    texts: list[str] = []
+
+    def program(e: Exchange) -> None:
+        try:
+            contract.agree(e, ["same", "x" if e.rank == 2 else "y"])
+        except contract.ContractError as error:
+            texts.append(str(error))
+        assert not e.traffic["combine calls"]
+
+    World(4).run(program)
+    assert len(texts) == 4
+    assert set(texts) == {
+        "the ranks do not agree: rank 0 has `y`, rank 2 has `x`; start every rank with the same script, settings and versions"
+    }
+
+
+@pytest.mark.parametrize(("theirs", "line"), [(["a"], "nothing more"), (["a", "b", "c"], "nothing more"), (["b", "a"], "`b`")])
+def test_missing_further_and_swapped_lines_are_found(theirs: list[str], line: str) -> None:
+    with pytest.raises(contract.ContractError, match=line):
+        World(2).run(lambda e: contract.agree(e, ["a", "b"] if e.rank == 0 else theirs))
+
+
+def test_agreement_is_the_digest_on_every_rank() -> None:
+    digests = World(3).run(lambda e: contract.agree(e, lines(mlp())))
+    assert len(set(digests)) == 1
+    assert digests != World(3).run(lambda e: contract.agree(e, lines(mlp(), clip=1.0)))

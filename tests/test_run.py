@@ -1,0 +1,215 @@
+"""The run as a script sees it, on simulated ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from programs import data, metrics, mlp
+from torch import nn
+
+import mpips
+from mpips.exchange import Exchange
+from mpips.exchange.simulated import World
+
+
+def sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.1)
+
+
+def loop(e: Exchange, body: Any = None, epochs: int = 3, value: Any = lambda: 0.5, n: int = 96, **settings: Any) -> mpips.Run:
+    """The documented loop; `body(ps, batch number)` may return True to break."""
+    model = mlp()
+    ps = mpips.connect(model, sgd, exchange=e, **{"run_dir": "run", **settings})
+    for _ in ps.epochs(epochs):
+        for number, (x, y) in enumerate(ps.batches(data(n), 8)):
+            if body and body(ps, number):
+                break
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            ps.step(loss)
+        ps.validate(value)
+    return ps
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_every_rank_does_the_same_rounds(size: int) -> None:
+    runs = World(size).run(loop)
+    workers = max(1, size - 1)
+    assert {run.round for run in runs} == {3 * 12 // workers}
+    assert [run.trains for run in runs] == [size == 1] + [True] * (size - 1)
+    assert [run.worker for run in runs] == ([0] if size == 1 else list(range(-1, size - 1)))
+
+
+def test_a_break_ends_this_workers_shard_only() -> None:
+    runs = World(3).run(lambda e: loop(e, lambda ps, number: ps.worker == 0 and number == 2))
+    assert {run.round for run in runs} == {3 * 6}
+    assert [row["samples"] for row in metrics(Path("run"))[:6]] == [16, 16, 8, 8, 8, 8]
+
+
+def test_stop_ends_all_ranks_in_the_same_round() -> None:
+    runs = World(4).run(lambda e: loop(e, lambda ps, number: ps.worker == 1 and ps.round == 5 and ps.stop()))
+    assert {(run.round, run.stopping) for run in runs} == {(6, "requested")}
+    assert json.loads(Path("run", "DONE").read_text())["stop"] == "requested"
+
+
+@pytest.mark.parametrize("server_trains", [False, True])
+def test_early_stopping_is_obeyed_by_all_ranks_in_the_same_round(server_trains: bool) -> None:
+    def program(e: Exchange) -> tuple[int, str, float]:
+        values = iter([0.1, 0.5, 0.4, 0.5, 0.3, 0.9])
+        stop = {"patience": 3}
+        run = loop(e, epochs=9, value=lambda: next(values), server_trains=server_trains, stop=stop)
+        return run.round, run.stopping, run._control.value
+
+    assert len(results := set(World(4).run(program))) == 1
+    rounds, why, value = results.pop()
+    assert (why, value) == ("patience", 0.3)
+    assert rounds == 5 * (3 if server_trains else 4)
+
+
+def test_validate_returns_the_servers_number_on_every_rank() -> None:
+    def program(e: Exchange) -> float:
+        ps = mpips.connect(mlp(), sgd, exchange=e, run_dir="run")
+        return ps.validate(lambda: 40.0 + e.rank)
+
+    assert World(3).run(program) == [40.0] * 3
+
+
+def test_uneven_and_empty_shards_do_not_hang() -> None:
+    for n in (0, 1, 2, 9, 17):
+        runs = World(4).run(lambda e, n=n: loop(e, epochs=2, n=n))
+        assert {run.round for run in runs} == {2 * max(1, -(-(-(-n // 3)) // 8))}
+        assert sum(row["samples"] for row in metrics(Path("run"))) == 2 * n
+
+
+def test_metrics_are_samples_weighted_means_over_the_ranks() -> None:
+    def program(e: Exchange) -> None:
+        model = nn.Linear(1, 1, bias=False)
+        ps = mpips.connect(model, sgd, exchange=e, run_dir="run", metrics=["place"])
+        own = torch.zeros(2 * e.rank, 1)  # workers 1, 2, 3 have 2, 4, 6 samples
+        for x in ps.batches([own] if e.rank else [], shard=False):
+            loss = model(x).sum() + 10.0 * e.rank
+            loss.backward()
+            ps.step(loss, samples=len(x), place=float(e.rank))
+
+    World(4).run(program)
+    first = metrics(Path("run"))[0]
+    assert first["samples"] == 12
+    assert first["loss"] == pytest.approx((2 * 10 + 4 * 20 + 6 * 30) / 12)
+    assert first["place"] == pytest.approx((2 * 1 + 4 * 2 + 6 * 3) / 12)
+
+
+def test_metrics_of_every_rank_come_without_a_further_message() -> None:
+    def program(e: Exchange) -> dict[str, int]:
+        before = dict(e.traffic)
+        loop(e, epochs=1, metrics=())
+        return {call: count - before.get(call, 0) for call, count in e.traffic.items() if call.endswith("calls")}
+
+    first = World(3).run(program)[0]
+    events = [json.loads(line) for line in Path("run", "events.jsonl").read_text().splitlines()]
+    table = next(event["ranks"] for event in events if event["event"] == "round")
+    assert [entry["rank"] for entry in table] == [0, 1, 2]
+    assert first["combine calls"] == 6, "one Reduce a round"
+
+
+def test_gradient_accumulation_is_the_larger_batch() -> None:
+    def program(e: Exchange, together: int) -> list[torch.Tensor]:
+        model = mlp().double()
+        ps = mpips.connect(model, sgd, exchange=e, run_dir=f"run{together}")
+        given = data(96, torch.float64)
+        for _ in ps.epochs(2):
+            for number, (x, y) in enumerate(ps.batches(given, 16 // together, shuffle=False), 1):
+                loss = F.cross_entropy(model(x), y)
+                (loss / together).backward()
+                if number % together == 0:
+                    ps.step(loss)
+        return [p.detach().clone() for p in model.parameters()]
+
+    for one, four in zip(World(1).run(lambda e: program(e, 1)), World(1).run(lambda e: program(e, 4)), strict=True):
+        torch.testing.assert_close(one, four)
+
+
+def test_step_says_what_is_wrong_with_its_arguments() -> None:
+    ps = mpips.connect(mlp(), sgd, exchange=World(1).ends[0], run_dir="run", metrics=["accuracy"])
+    with pytest.raises(ValueError, match=r"given the metrics \['acc'\].*names \('accuracy',\)"):
+        ps.step(1.0, 4, acc=0.5)
+
+
+def test_settings_that_are_not_allowed_end_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for settings, line in [
+        ({"buffers": "maen"}, "mpips: buffers: given 'maen', allowed: mean, server, local\n"),
+        ({"rule": "krumm"}, "mpips: rule: given 'krumm', allowed: mean\n"),
+        ({"checkpoint": {"evry": 3}}, "mpips: checkpoint.evry: no such setting; did you mean checkpoint.every?\n"),
+        ({"clip": "much"}, "mpips: clip: given 'much', allowed: a number or null\n"),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            mpips.connect(mlp(), sgd, **settings)
+        assert capsys.readouterr().err == line
+
+
+def test_the_run_folder_has_what_is_promised(tmp_path: Path) -> None:
+    World(3).run(loop)
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml", "env.json", "events.jsonl", "metrics.csv", "logs", "checkpoints", "DONE",
+    }  # fmt: skip
+    assert [path.name for path in sorted((folder / "logs").iterdir())] == [f"rank_000{rank}.log" for rank in range(3)]
+    events = [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert events[-1] == "done"
+    assert {"start", "round", "validate", "checkpoint"} <= set(events)
+    assert len(metrics(folder)) == 18
+
+
+def test_the_saved_configuration_gives_the_same_run_again(tmp_path: Path) -> None:
+    import sys
+
+    World(2).run(lambda e: loop(e, clip=0.5, seed=3, stop={"patience": 7}))
+    sys.argv += ["--config", str(tmp_path / "run" / "config.yaml"), "--run_dir", "again"]
+    World(2).run(loop)
+    saved = (tmp_path / "run" / "config.yaml").read_text()
+    assert (tmp_path / "again" / "config.yaml").read_text() == saved.replace("run_dir: run", "run_dir: again")
+    assert (tmp_path / "again" / "metrics.csv").read_text() == (tmp_path / "run" / "metrics.csv").read_text()
+
+
+def test_a_scheduler_steps_on_the_server_once_an_epoch_or_a_round() -> None:
+    def rates(schedule: str) -> list[float]:
+        def program(e: Exchange) -> None:
+            model = mlp()
+            optimizer = sgd(model.parameters())
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+            ps = mpips.connect(model, optimizer, scheduler, exchange=e, run_dir="run", schedule=schedule)
+            for _ in ps.epochs(2):
+                for x, y in ps.batches(data(32), 8):
+                    loss = F.cross_entropy(model(x), y)
+                    loss.backward()
+                    ps.step(loss)
+
+        World(3).run(program)
+        return [row["lr"] for row in metrics(Path("run"))]
+
+    assert rates("epoch") == [0.1, 0.1, 0.05, 0.05]
+    assert rates("round") == [0.05, 0.025, 0.0125, 0.00625]
+
+
+def test_two_loops_in_an_epoch_and_a_loop_of_ones_own_over_epochs() -> None:
+    orders: list[list[int]] = []
+
+    def program(e: Exchange) -> None:
+        net = nn.Linear(1, 1)
+        ps = mpips.connect(net, sgd, exchange=e, run_dir="run")
+        for _ in range(3):
+            seen = []
+            for (x,) in ps.batches((torch.arange(10.0).view(-1, 1),), 2):
+                seen += x.view(-1).int().tolist()
+                loss = net(x).sum()
+                loss.backward()
+                ps.step(loss)
+            orders.append(seen)
+
+    World(1).run(program)
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3

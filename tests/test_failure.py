@@ -76,9 +76,18 @@ def test_an_exception_on_the_server_ends_all_ranks(mpirun: Any, tmp_path: Path) 
     assert "ZeroDivisionError" in done.stderr
 
 
-def test_sys_exit_on_one_rank_ends_all_ranks(mpirun: Any, tmp_path: Path) -> None:
-    line = "if rank == 1 and ps.round == 5: open('trouble', 'w').close(); ps._worker.done = True; sys.exit(3)"
-    done = failing(mpirun, tmp_path, trouble(line), seconds=9)
+def test_sys_exit_inside_the_loop_ends_the_run_for_all(mpirun: Any, tmp_path: Path) -> None:
+    line = "if rank == 1 and ps.round == 5: open('trouble', 'w').close(); sys.exit(3)"
+    done = failing(mpirun, tmp_path, trouble(line))
+    assert done.returncode == 3
+    assert "stops after round 6: left, by rank 1" in done.stdout
+
+
+def test_sys_exit_between_loops_ends_all_ranks(mpirun: Any, tmp_path: Path) -> None:
+    body = LOOP.format(trouble="pass").replace(
+        "    ps.validate", "    if rank == 1: open('trouble', 'w').close(); sys.exit(3)\n    ps.validate"
+    )
+    done = failing(mpirun, tmp_path, body, seconds=9)
     assert "rank 1 left its training loop" in done.stderr
 
 

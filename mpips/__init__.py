@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpips.config import Config, ConfigError, add_arguments
-    from mpips.run import Run, configure, connect, device, join
+    from mpips.run import Run, connect
     from mpips.server import Server
+    from mpips.start import configure, device, join
     from mpips.worker import Worker
 
 __all__ = ["Config", "ConfigError", "Run", "Server", "Worker", "add_arguments", "configure", "connect", "device", "join"]
 
 _HOMES = {
     "mpips.config": ("Config", "ConfigError", "add_arguments"),
-    "mpips.run": ("Run", "configure", "connect", "device", "join"),
+    "mpips.run": ("Run", "connect"),
     "mpips.server": ("Server",),
+    "mpips.start": ("configure", "device", "join"),
     "mpips.worker": ("Worker",),
 }
 

@@ -26,8 +26,9 @@ BAD_CONFIGURATION = 2  # exit status
 GROUPS = ("checkpoint", "stop")  # flags that begin so are ours
 SAID = ("true", "false", "yes", "no", "on", "off", "1", "0")  # after a boolean flag: its value and no word of the script's
 TAKEN = (  # names that a metric cannot have: other columns of the messages and of the report
-    "samples weight loss bad done stop signal round train wait epoch version lr time event rank ranks epochs samples_per_s self"
-).split()
+    *("samples", "weight", "loss", "bad", "done", "stop", "signal", "round", "train", "wait", "epoch", "version", "lr"),
+    *("time", "event", "rank", "ranks", "epochs", "samples_per_s", "self"),
+)
 
 
 class ConfigError(ValueError):
@@ -161,7 +162,7 @@ def flags_of(argv: Sequence[str]) -> list[str]:
         token = rest.pop(0)
         if token == "--":
             break
-        name, equals, value = token.removeprefix("--").partition("=")
+        name, equals, _ = token.removeprefix("--").partition("=")
         if not token.startswith("--"):
             continue
         if name not in known:
@@ -238,7 +239,7 @@ def _read(path: str) -> dict[str, str]:
         raise ConfigError(f"config: given {path!r}, which holds {tree!r}, allowed: a YAML file with `setting: value` lines")
     settings = dict(_flatten("", tree or {}))
     _check_known(settings)
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    return {key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in settings.items()}
 
 
 def _check_known(settings: Mapping[str, Any]) -> None:
@@ -278,8 +279,9 @@ def _one_line(message: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a script's own `argparse` parser accept and list mpips' flags; `connect` reads them from the command line."""
     group = parser.add_argument_group("mpips")
-    config = {"config": (str, "YAML file with any of these settings")}
-    for key, (kind, text) in (config | fields()).items():
-        if f"--{key}" in parser._option_string_actions:  # the script's own flag of that name serves both
-            continue
-        group.add_argument(f"--{key}", metavar="X", nargs="?" if kind is bool else None, help=f"{text} ({allowed(kind)})")
+    flags: dict[str, tuple[str, str | None, str]] = {"config": ("FILE", None, "YAML file with any of these settings")}
+    for key, (kind, text) in fields().items():
+        flags[key] = ("X", "?" if kind is bool else None, f"{text} ({allowed(kind)})")
+    for key, (metavar, nargs, text) in flags.items():
+        if f"--{key}" not in parser._option_string_actions:  # the script's own flag of that name serves both
+            group.add_argument(f"--{key}", metavar=metavar, nargs=nargs, help=text)

@@ -7,7 +7,7 @@ nobody pads, repeats or drops. A place counts items, so a run resumes where it w
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -181,6 +181,14 @@ class Shard:
             generator=own,
             prefetch_factor=given.prefetch_factor,
         )
+
+
+def samples_in(batch: Any) -> int:
+    """The length of the first tensor in a batch; 1 if there is none to tell."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else 1
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return next((samples_in(part) for part in parts if isinstance(part, (Tensor, Mapping, tuple, list))), 1)
 
 
 def _is_map(data: object) -> bool:

@@ -172,9 +172,7 @@ class Pull:
         self.message = allocate(end, torch.uint8, flat.weights.device)
         spans = [self.message[start : start + size] for start, size in zip(starts, sizes, strict=True)]
         self.weights = spans[0].view(flat.weights.dtype)
-        self.buffers = [
-            span.view(t.dtype).view(t.shape) for span, t in zip(spans[1:], buffers.tensors, strict=True)
-        ]
+        self.buffers = [span.view(t.dtype).view(t.shape) for span, t in zip(spans[1:], buffers.tensors, strict=True)]
 
     @property
     def control_message(self) -> Tensor:

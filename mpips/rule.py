@@ -15,8 +15,6 @@ from mpips.config import Config, ConfigError
 Needs = Literal["sum", "rows"]
 
 
-
-
 class Rule(Protocol):
     """How contributions are combined, coordinate by coordinate.
 

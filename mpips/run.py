@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import os
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,15 +17,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mpips import failure, folder, report, rng
-from mpips.config import BAD_CONFIGURATION, Config, ConfigError, resolve
-from mpips.data import Place, Shard
+from mpips.config import Config
+from mpips.data import Place, Shard, samples_in
 from mpips.environment import environment
-from mpips.exchange import SERVER, Exchange, mpi, share
-from mpips.exchange.simulated import World
+from mpips.exchange import SERVER, Exchange, share
 from mpips.message import Control, Stop
 from mpips.optimizer import MakeOptimizer, MakeScheduler, Scheduler
-from mpips.rule import choose
 from mpips.server import Server
+from mpips.start import configure, join
 from mpips.worker import Worker, place_of
 
 
@@ -68,62 +64,6 @@ def connect(
     return run
 
 
-def configure(**settings: Any) -> Config:
-    """The settings of this process: flags, variables, the YAML file, then `settings`, then the defaults.
-
-    Raises:
-        SystemExit: with status 2 and one line on the screen, for a setting that is not allowed.
-    """
-    try:
-        config = resolve(settings)
-        choose(config)
-        folder.check_resume(config.resume)
-    except ConfigError as error:
-        raise _refused(error) from None
-    return config
-
-
-def join(config: Config) -> Exchange:
-    """Join the other ranks: this rank's end of the exchange, a world of one without MPI if there are no others.
-
-    From then on an exception that nobody catches ends all ranks.
-
-    Raises:
-        SystemExit: with status 2 and one line on the screen, if the launcher started several separate jobs of one rank.
-    """
-    exchange: Exchange
-    if mpi.launched() == 1:
-        exchange = World(1, clock=time.perf_counter).ends[0]
-    else:
-        try:
-            exchange = mpi.connect(round(config.bucket_mb * 1e6), config.cuda_aware)
-        except mpi.LaunchError as error:
-            raise _refused(error) from None
-    failure.end_all_on_exception(exchange)
-    return exchange
-
-
-def _refused(error: Exception) -> SystemExit:
-    if _launched_rank() == 0:
-        print(f"mpips: {error}", file=sys.stderr)
-    return SystemExit(BAD_CONFIGURATION)
-
-
-def device() -> torch.device:
-    """This rank's device: the GPU of its number on this node, made current, or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    names = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
-    local = next((int(os.environ[name]) for name in names if name in os.environ), 0)
-    torch.cuda.set_device(local % torch.cuda.device_count())
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def _launched_rank() -> int:
-    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
-
-
 class Run:
     """One rank's part in a run. `connect` makes it.
 
@@ -156,7 +96,7 @@ class Run:
             self._train(model)
         self._streams = rng.capture() if resume and self.trains else None
         self._loops = 0  # `batches` loops begun in this epoch
-        self._taken = 0  # items yielded since the last step
+        self._taken = self._samples = 0  # items and samples yielded since the last step
         self._inside = False  # a `batches` loop of a worker is not at its end
         self._broke = False  # the script broke out of a `batches` loop
         self._cut = False  # a stop ended a `batches` loop before its end
@@ -208,13 +148,8 @@ class Run:
 
     def _train(self, model: nn.Module) -> None:
         server = self._server
-        replica = server.replica if server else None
-        self._worker = Worker(self._exchange, model, self.config, replica, server)
-        if server:
-            self._worker.join(server.states)
-            server.place, server.worker_state = self._worker.place, self._worker.state
-        else:
-            self._worker.receive_initial_weights()
+        self._worker = Worker(self._exchange, model, self.config, server)
+        self._worker.receive_initial_weights()
 
     @property
     def _place(self) -> Place:
@@ -264,7 +199,7 @@ class Run:
 
         Args:
             data: a map-style dataset, a tuple of tensors, a DataLoader (which then decides batch size and order), or an
-                iterable of batches.
+                iterable of batches. A rank that only serves does not look at it.
             batch_size: items in a worker's batch.
             shuffle: draw a new order, from the seed, in each epoch.
             drop_last: leave out a worker's last batch if it is not full.
@@ -276,18 +211,19 @@ class Run:
         if self.stopping or loop < place.loop:
             return
         if not place.over:
-            index, workers = (self.worker, self.workers) if shard else (0, 1)
-            seed = self.config.seed + loop * 1_000_003
-            yield from self._work(Shard(data, batch_size, shuffle, drop_last, index, workers, seed))
+            if self._worker:
+                index, workers = (self.worker, self.workers) if shard else (0, 1)
+                seed = self.config.seed + loop * 1_000_003
+                yield from self._work(Shard(data, batch_size, shuffle, drop_last, index, workers, seed))
+            elif self._server:
+                self._server.start_server()
+                self._obey()
         if not self.stopping:
             place.next_loop()
 
     def _work(self, shard: Shard) -> Iterator[Any]:
         worker = self._worker
-        if worker is None:
-            assert self._server
-            self._server.start_server()
-            return self._obey()
+        assert worker
         worker.begin()
         self._inside = True
         batches = shard.batches(worker.place)
@@ -296,21 +232,22 @@ class Run:
             self._streams = None
         for batch, count, worker.done in batches:
             self._taken += count
+            self._samples += samples_in(batch)
             try:
                 yield batch
             except GeneratorExit:
                 self._broke = True
                 raise
             if self.stopping:
-                return self._obey()
+                self._obey()
+                return
         self._exhausted()
-        return None
 
     def _exhausted(self) -> None:
         """Wait with the others until every worker's shard is."""
         assert self._worker
         self._worker.place.taken += self._taken
-        self._taken = 0
+        self._taken = self._samples = 0
         self._inside = False
         self._worker.finish()
         self._obey()
@@ -328,7 +265,7 @@ class Run:
 
         Args:
             loss: the mean loss over the samples, unscaled.
-            samples: how many samples the gradient is the mean of; the items of the batches since the last step if None.
+            samples: how many samples the gradient is the mean of; those of the batches since the last step if None.
             metrics: the mean over the samples of each metric named in the `metrics` setting.
 
         Raises:
@@ -337,9 +274,10 @@ class Run:
         if self._worker is None:
             raise RuntimeError("step() on a rank that only serves; call it inside a ps.batches loop, which is empty there")
         if metrics.keys() != set(self.config.metrics):
-            raise ValueError(f"step() was given the metrics {sorted(metrics)}, the `metrics` setting names {self.config.metrics}")
-        count = self._taken if samples is None else samples
-        taken, self._taken = self._taken, 0
+            named = self.config.metrics
+            raise ValueError(f"step() was given the metrics {sorted(metrics)}, the `metrics` setting names {named}")
+        count = self._samples if samples is None else samples
+        taken, self._taken, self._samples = self._taken, 0, 0
         ordered = [float(metrics[name]) for name in self.config.metrics]
         self._worker.step(float(loss.detach() if isinstance(loss, Tensor) else loss), count, ordered, taken)
         self._obey()

@@ -137,9 +137,6 @@ class Server:
         """Serve rounds until every worker's shard is exhausted or the run is to stop."""
         while True:
             control = self.round()
-            self.replica.check_finite(control)
-            if control.checkpoint:
-                self.save_model()
             if not control.active or control.stop:
                 return
 
@@ -148,11 +145,19 @@ class Server:
         self.control.stop = self.control.stop or Stop.REQUESTED
 
     def round(self) -> Control:
-        """One round: collect, combine, step, send."""
+        """One whole round: collect, combine, step, send, and a checkpoint if one is due.
+
+        Raises:
+            NonFiniteError: on all ranks, when a rank's update is not finite and `nonfinite` is "raise".
+        """
         updates = self.collect_updates()
         self.update_weights(updates)
-        self._note(updates)
+        self.note(updates)
         self.send_updates()
+        self.replica.check_finite(self.control)
+        self.replica.buffers.load(self.replica.pull.buffers)
+        if self.control.checkpoint:
+            self.save_model()
         return self.control
 
     def collect_updates(self) -> Updates:
@@ -198,8 +203,6 @@ class Server:
                 self.optimizer.schedule()
         if self.config.buffers == "server":
             self.replica.buffers.store(self.replica.pull.buffers)
-        elif not self.trains:
-            self.replica.buffers.load(self.replica.pull.buffers)
 
     def _judge(self, bad: dict[int, float]) -> None:
         rank, slot = next((r, int(b) - 1) for r, b in bad.items())
@@ -210,7 +213,7 @@ class Server:
         name = self.replica.flat.slots[slot].name
         self.report.event("warning", message=f"rank {rank}: NaN or Inf in the gradient of {name}", round=self.control.round)
 
-    def _note(self, updates: Updates) -> None:
+    def note(self, updates: Updates) -> None:
         """What this round means for the next: the control, and the report."""
         rows, control = updates.results, self.control
         samples = sum(updates.samples.values())

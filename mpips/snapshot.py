@@ -111,6 +111,10 @@ def put_optimizer(tree: Tree, optimizer: Optimizer, names: Mapping[Tensor, str])
         group["params"] = list(range(start, start := start + len(members)))
     state = {order.index(name): dict(kept) for name, kept in tree["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for p, kept in optimizer.state.items():  # torch has cast all to the parameter's dtype; NAdam's product is float32
+        for key, value in kept.items():
+            if isinstance(value, Tensor):
+                kept[key] = value.to(tree["state"][names[p]][key].dtype)
 
 
 def _as_now(saved: Tree, now: Mapping[str, Any]) -> Tree:

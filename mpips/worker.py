@@ -9,7 +9,7 @@ The weights land where the model's parameters are; there is nothing to copy.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import nn
@@ -26,6 +26,11 @@ from mpips.update import Gradient
 
 class Serving(Protocol):
     """What a worker needs of the server on the same rank."""
+
+    replica: Replica
+    states: bytes
+    place: Place
+    worker_state: Callable[[], RankState] | None
 
     def round(self) -> Control:
         """One whole round, with this rank's push message as it stands."""
@@ -47,8 +52,7 @@ class Worker:
         exchange: this rank's end.
         model: the model to train.
         config: the settings.
-        replica: the model laid out already, on a rank that also serves.
-        server: the server on the same rank, if any; it then does the rounds.
+        server: the server on the same rank, if any, which has begun; it then does the rounds.
 
     Attributes:
         replica: the model's flat buffers and messages.
@@ -64,12 +68,11 @@ class Worker:
         exchange: Exchange,
         model: nn.Module,
         config: Config | None = None,
-        replica: Replica | None = None,
         server: Serving | None = None,
     ) -> None:
         self.exchange, self.config = exchange, config or Config()
         self.index, self.workers = place_of(exchange, self.config)
-        self.replica = replica or replicate(model, self.config, exchange.size, exchange.allocate)
+        self.replica = server.replica if server else replicate(model, self.config, exchange.size, exchange.allocate)
         self._needs = choose(self.config)[1]
         self._server = server
         self.update = Gradient(self.replica, exchange.rank, self.index, self.workers)
@@ -78,8 +81,7 @@ class Worker:
         self.stop = 0
         self.done = self._told = False
         self._control = Control()
-        self._left = exchange.clock()
-        self._waited = 0.0
+        self._begun = self._left = exchange.clock()
 
     @property
     def control(self) -> Control:
@@ -87,39 +89,55 @@ class Worker:
         return self._control
 
     def receive_initial_weights(self) -> None:
-        """Agree with all ranks, take the server's weights, and this worker's own state if the run is resumed."""
-        contract.begin(self.exchange, self.replica, self.config)
-        self.join(share(self.exchange, b""))
-
-    def join(self, states: bytes) -> None:
-        """Begin with the server's weights and, from a resumed run's states, this worker's own."""
+        """Agree with all ranks, take the server's weights and, if the run is resumed, this worker's own state."""
+        if self._server:
+            states = self._server.states
+        else:
+            contract.begin(self.exchange, self.replica, self.config)
+            states = share(self.exchange, b"")
         rng.diverge(self.index)
         mine = for_worker(unpack_all(states), self.index, self.workers) if states else None
         if mine is not None:
-            self.place = mine.place
-            rng.restore(mine.streams) if mine.streams else None
-            for name, tensor in mine.buffers.items():
-                self.replica.buffers.named[name].copy_(tensor)
+            self._restore(mine)
         self.replica.buffers.load(self.replica.pull.buffers)
         self._control = self.replica.pull.control
         self.replica.clear()
+        if self._server:
+            self._server.place, self._server.worker_state = self.place, self.state
+
+    def _restore(self, mine: RankState) -> None:
+        self.place = mine.place
+        if mine.streams:
+            rng.restore(mine.streams)
+        for name, tensor in mine.buffers.items():
+            self.replica.buffers.named[name].copy_(tensor)
 
     def step(self, loss: float, samples: int, metrics: Sequence[float] = (), taken: int = 0) -> Control:
-        """Push the gradient that backward left, and pull the new weights.
+        """Push, then pull; see both."""
+        self.push(loss, samples, metrics, taken)
+        return self.pull()
+
+    def push(self, loss: float, samples: int, metrics: Sequence[float] = (), taken: int = 0) -> None:
+        """Send the gradient that backward left, and this rank's row.
 
         Args:
             loss: the mean loss over the samples.
             samples: how many samples the gradient is the mean of.
             metrics: the mean of each of the script's own metrics, in the order of the `metrics` setting.
             taken: items of the shard that this step has used up.
-
-        Raises:
-            NonFiniteError: on all ranks, when a rank's update is not finite and `nonfinite` is "raise".
         """
         self.place.taken += taken
         row = self._row(samples=samples, loss=loss * samples if samples else 0.0)
         self.update.write(row, [m * samples if samples else 0.0 for m in metrics], self._control.loss_scale)
-        self._do_round()
+        self._send()
+
+    def pull(self) -> Control:
+        """Take the new weights and what the server says; gradients are then zero.
+
+        Raises:
+            NonFiniteError: on all ranks, when a rank's update is not finite and `nonfinite` is "raise".
+        """
+        self._receive()
         self.replica.flat.clear()
         return self._control
 
@@ -128,7 +146,8 @@ class Worker:
         flat = self.replica.flat
         kept = flat.grad.clone() if flat.pending else None
         self.update.write_nothing(self._row(), len(self.config.metrics))
-        self._do_round()
+        self._send()
+        self._receive()
         if self.replica.wire_is_grad:
             flat.grad.zero_() if kept is None else flat.grad.copy_(kept)
         return self._control
@@ -169,23 +188,27 @@ class Worker:
         now = self.exchange.clock()
         row = Row(samples=samples, loss=loss, done=self.done, stop=self.stop, signal=self.signalled)
         row.round = self._control.round % ROUNDS
-        row.train, row.wait = now - self._left, self._waited
+        row.train, row.wait = now - self._left, self._left - self._begun
         return row
 
-    def _do_round(self) -> None:
-        begun = self.exchange.clock()
-        self._control = self._server.round() if self._server else self._round()
-        self._left = self.exchange.clock()
-        self._waited = self._left - begun
+    def _send(self) -> None:
+        """The push message as it stands; where the server is on this rank, it takes it from there."""
+        self._begun = self.exchange.clock()
         self._told = self.done
+        if not self._server:
+            push = self.replica.push
+            self.exchange.combine(push.message, push.tail_at, self._needs, lambda part, rows: None)
+
+    def _receive(self) -> None:
+        self._control = self._server.round() if self._server else self._pull_message()
+        self._left = self.exchange.clock()
+
+    def _pull_message(self) -> Control:
+        self.exchange.publish(self.replica.pull.message)
+        self._control = self.replica.pull.control
         self.place.over = not self._control.active
         self.replica.check_finite(self._control)
         self.replica.buffers.load(self.replica.pull.buffers)
         if self._control.checkpoint:
             self.save()
-
-    def _round(self) -> Control:
-        push = self.replica.push
-        self.exchange.combine(push.message, push.tail_at, self._needs, lambda part, rows: None)
-        self.exchange.publish(self.replica.pull.message)
-        return self.replica.pull.control
+        return self._control

@@ -16,6 +16,7 @@ LAYERS = [
     {"cli"},
     {"launch"},
     {"screen", "run"},
+    {"start"},
     {"failure", "folder"},
     {"server", "worker"},
     {"optimizer"},

@@ -68,7 +68,7 @@ def test_collect_updates_has_samples_and_rows_by_sender() -> None:
         updates = server.collect_updates()
         gradient = server.replica.push.gradients.clone()
         server.update_weights(updates)
-        server._note(updates)
+        server.note(updates)
         server.send_updates()
         return updates, gradient
 
@@ -86,7 +86,7 @@ def test_collect_updates_has_samples_and_rows_by_sender() -> None:
 def test_send_updates_lands_in_every_model_and_takes_weights() -> None:
     def serve(server: mpips.Server) -> None:
         updates = server.collect_updates()
-        server._note(updates)
+        server.note(updates)
         server.send_updates(torch.full((server.replica.flat.numel,), 0.25))
 
     _, first, second = server_and_workers(3, serve, steps=1)

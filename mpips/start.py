@@ -1,0 +1,72 @@
+"""How a rank starts: its settings, its end of the exchange, its device."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+
+from mpips import failure, folder
+from mpips.config import BAD_CONFIGURATION, Config, ConfigError, resolve
+from mpips.exchange import Exchange, mpi
+from mpips.exchange.simulated import World
+from mpips.rule import choose
+
+
+def configure(**settings: Any) -> Config:
+    """The settings of this process: flags, variables, the YAML file, then `settings`, then the defaults.
+
+    Raises:
+        SystemExit: with status 2 and one line on the screen, for a setting that is not allowed.
+    """
+    try:
+        config = resolve(settings)
+        choose(config)
+        folder.check_resume(config.resume)
+    except ConfigError as error:
+        raise _refused(error) from None
+    return config
+
+
+def join(config: Config) -> Exchange:
+    """Join the other ranks: this rank's end of the exchange, a world of one without MPI if there are no others.
+
+    From then on an exception that nobody catches ends all ranks.
+
+    Raises:
+        SystemExit: with status 2 and one line on the screen, if the launcher started several separate jobs of one rank.
+    """
+    exchange: Exchange
+    if mpi.launched() == 1:
+        exchange = World(1, clock=time.perf_counter).ends[0]
+    else:
+        try:
+            exchange = mpi.connect(round(config.bucket_mb * 1e6), config.cuda_aware)
+        except mpi.LaunchError as error:
+            raise _refused(error) from None
+    failure.end_all_on_exception(exchange)
+    return exchange
+
+
+def _refused(error: Exception) -> SystemExit:
+    if _launched_rank() == 0:
+        print(f"mpips: {error}", file=sys.stderr)
+    return SystemExit(BAD_CONFIGURATION)
+
+
+def device() -> torch.device:
+    """This rank's device: the GPU of its number on this node, made current, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    names = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+    local = next((int(os.environ[name]) for name in names if name in os.environ), 0)
+    torch.cuda.set_device(local % torch.cuda.device_count())
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _launched_rank() -> int:
+    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)

@@ -37,7 +37,7 @@ def work(worker: mpips.Worker, model: nn.Module, data: list[Tensor], args: argpa
             total += loss.item() / args.steps
         flat.grad.copy_(pulled - flat.weights)  # to be pushed where a gradient would be
         flat.weights.copy_(pulled)  # the server's optimizer goes on from here, in this memory if it is on this rank
-        worker.push(total, samples=args.steps * args.batch_size)
+        worker.push(total, args.steps * args.batch_size)
         worker.pull()  # flat.weights is the next version
 
 
@@ -56,8 +56,7 @@ def main() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).to(device)
     exchange = mpips.join(config)
     if exchange.rank:
-        worker = mpips.Worker(exchange, model, config)
-        worker.receive_initial_weights()
+        (worker := mpips.Worker(exchange, model, config)).receive_initial_weights()
         work(worker, model, train, args)
         worker.give_performance()
         return

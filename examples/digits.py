@@ -3,6 +3,8 @@
     python examples/digits.py                        one process, no MPI
     mpips run -n 4 examples/digits.py                1 server, 3 workers
     mpirun -n 4 python examples/digits.py --clip 1   the same without our launcher
+
+Every setting of mpips is a flag: see --help.
 """
 
 import argparse

@@ -19,9 +19,9 @@ import mpips
 Images = tuple[torch.Tensor, torch.Tensor]  # (n, 28, 28) uint8, (n,) int64
 
 
-def load(file: str, part: str, wanted: bool = True) -> Images:
+def load(file: str, part: str) -> Images:
     with h5py.File(file) as f:
-        images, labels = (torch.from_numpy(f[part][name][: None if wanted else 0]) for name in ("images", "labels"))
+        images, labels = (torch.from_numpy(f[part][name][:]) for name in ("images", "labels"))
     return images, labels.long()
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
 
     ps = mpips.connect(model, optimizer, scheduler, validation_data=lambda: load(args.file, "test"))
-    train = load(args.file, "train", wanted=ps.trains)  # a server that does not train reads none of it
+    train = load(args.file, "train") if ps.trains else None  # a server that does not train needs none of it
     for _ in ps.epochs(args.epochs):
         for x, y in ps.batches(train, args.batch_size):
             loss = F.cross_entropy(model(x.to(device) / 255), y.to(device))

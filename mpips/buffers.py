@@ -2,7 +2,7 @@
 
 `mean`: after every round all ranks hold the samples-weighted mean of the float buffers and the first worker's integer ones.
 `server`: after every round all ranks hold the server's. `local`: each rank keeps its own.
-Non-persistent buffers, and bool ones (masks), are constants by this rule: they are never moved.
+Non-persistent buffers, and bool ones (masks), count as constants: they do not travel with the rounds.
 """
 
 from __future__ import annotations

@@ -278,10 +278,17 @@ def _one_line(message: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a script's own `argparse` parser accept and list mpips' flags; `connect` reads them from the command line."""
+    parser.allow_abbrev = False  # `connect` knows no abbreviations
     group = parser.add_argument_group("mpips")
     flags: dict[str, tuple[str, str | None, str]] = {"config": ("FILE", None, "YAML file with any of these settings")}
     for key, (kind, text) in fields().items():
         flags[key] = ("X", "?" if kind is bool else None, f"{text} ({allowed(kind)})")
     for key, (metavar, nargs, text) in flags.items():
         if f"--{key}" not in parser._option_string_actions:  # the script's own flag of that name serves both
-            group.add_argument(f"--{key}", metavar=metavar, nargs=nargs, help=text)
+            group.add_argument(f"--{key}", metavar=metavar, nargs=nargs, type=_switch if nargs else str, help=text)
+
+
+def _switch(text: str) -> str:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"given {text!r}, allowed: true or false; before a positional write --flag=true")
+    return text

@@ -30,6 +30,7 @@ class Place:
         taken: items of its shard taken in that loop.
         over: whether all ranks have ended that loop.
         cuts: for each earlier number of workers in this loop, the items that each of those workers had taken.
+        samples: samples behind gradients that it has accumulated and not yet pushed.
     """
 
     epoch: int = 0
@@ -37,6 +38,7 @@ class Place:
     taken: int = 0
     over: bool = False
     cuts: list[list[int]] = field(default_factory=list)
+    samples: int = 0
 
     def next_loop(self) -> None:
         """At the start of the epoch's next `batches` loop."""
@@ -66,15 +68,25 @@ class Shard:
             kept), or any iterable of batches.
         batch_size: items a batch, for datasets and tensors.
         shuffle: whether the order is drawn anew for each epoch; a DataLoader says so itself.
-        index, workers: which worker of how many; (0, 1) for data that is already this rank's own.
+        index, workers: which worker of how many.
+        own: whether the data is this rank's alone; then it is not dealt out, and on another number of workers the loop that
+            was interrupted begins anew.
         seed: with the epoch, decides the order.
     """
 
     def __init__(
-        self, data: Any, batch_size: int | None, shuffle: bool, drop_last: bool, index: int, workers: int, seed: int
+        self,
+        data: Any,
+        batch_size: int | None,
+        shuffle: bool,
+        drop_last: bool,
+        index: int,
+        workers: int,
+        seed: int,
+        own: bool = False,
     ) -> None:
         self.data, self.batch_size, self.shuffle, self.drop_last = data, batch_size, shuffle, drop_last
-        self.index, self.workers, self.seed = index, workers, seed
+        self.index, self.workers, self.seed, self.own = index, workers, seed, own
         if isinstance(data, tuple) and data and all(isinstance(t, Tensor) for t in data):
             self.data = TensorDataset(*data)
         if isinstance(self.data, DataLoader) or not _is_map(self.data):
@@ -93,10 +105,11 @@ class Shard:
             An iterator over the batch, the items in it, and whether it is known to be the worker's last.
         """
         if self._streamed:
-            mine = islice(left(self.data, place.cuts), self.index, None, self.workers)
+            mine = iter(self.data) if self.own else islice(left(self.data, place.cuts), self.index, None, self.workers)
             next(islice(mine, place.taken, place.taken), None)
             return ((batch, 1, False) for batch in mine)
-        items = list(left(self._order(place.epoch), place.cuts))[self.index :: self.workers]
+        order = self._order(place.epoch)
+        items = list(order) if self.own else list(left(order, place.cuts))[self.index :: self.workers]
         return self._map_batches(items[place.taken :], place.epoch)
 
     def _map_batches(self, items: list[Any], epoch: int) -> Iterator[tuple[Any, int, bool]]:

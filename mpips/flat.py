@@ -6,9 +6,9 @@ the same path, and give the same bits, as on parameters that were allocated one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,7 @@ class Flat:
         self.weights = torch.zeros(self.numel, dtype=first.dtype, device=first.device)
         self.grad = torch.zeros_like(self.weights)
         self._touched: set[nn.Parameter] = set()
+        self._checked = False
         for p in self.parameters:
             p.register_post_accumulate_grad_hook(self._touched.add)  # type: ignore[no-untyped-call]
         self.attach_weights(self.weights)
@@ -132,6 +133,7 @@ class Flat:
         Raises:
             LayoutError: a parameter itself is no longer a view; no step would reach it.
         """
+        self._check_still_ours()
         present = []
         for slot, p in zip(self.slots, self.parameters, strict=True):
             if not _lies_at(p.data, self.weights, slot):
@@ -151,6 +153,27 @@ class Flat:
             p.grad = view
             present.append(found)
         return present
+
+    def _check_still_ours(self) -> None:
+        """Once, at the first step: the model still trains the parameters it had at connect."""
+        if self._checked:
+            return
+        self._checked = True
+        now = [(clean(n), p) for n, p in self.model.named_parameters() if p.requires_grad]
+        ours = [(slot.name, p) for slot, p in zip(self.slots, self.parameters, strict=True)]
+        for (name, mine), (other, current) in zip_longest(ours, now, fillvalue=("nothing", None)):
+            if mine is not current:
+                raise LayoutError(
+                    f"after connect the model trains {other} where it trained {name}; replace, freeze and unfreeze parameters, "
+                    f"and load_state_dict(assign=True), before connect"
+                )
+
+    def resume(self, gradients: Mapping[str, Tensor]) -> None:
+        """Put back gradients, by name, that were accumulated and not pushed."""
+        for slot, p in zip(self.slots, self.parameters, strict=True):
+            if slot.name in gradients:
+                slot.view(self.grad).copy_(gradients[slot.name])
+                self._touched.add(p)
 
     @property
     def pending(self) -> bool:

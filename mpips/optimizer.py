@@ -116,18 +116,23 @@ class ServerOptimizer:
         names, whole = self.names, None if self.replica.wire_is_grad else self._whole
         return {
             "optimizer": snapshot.take_optimizer(self.torch, names),
-            "scheduler": "" if self.scheduler is None else snapshot.to_json(self.scheduler.state_dict()),
+            "scheduler": self._scheduler_tree(),
             "masters": {} if whole is None else dict(self.replica.flat.named(whole)),
         }
+
+    def _scheduler_tree(self) -> dict[str, str]:
+        if self.scheduler is None:
+            return {}
+        return {"class": type(self.scheduler).__name__, "state": snapshot.to_json(self.scheduler.state_dict())}
 
     def put(self, tree: dict[str, Any]) -> None:
         """Take back what `tree` gave; the model's weights have been put back before."""
         snapshot.put_optimizer(tree["optimizer"], self.torch, self.names)
-        if bool(tree["scheduler"]) != (self.scheduler is not None):
-            saved = "a" if tree["scheduler"] else "no"
-            raise snapshot.SnapshotError(f"the checkpoint has {saved} scheduler; give the one of that run")
+        saved, ours = tree["scheduler"].get("class", "none"), self._scheduler_tree().get("class", "none")
+        if saved != ours:
+            raise snapshot.SnapshotError(f"the checkpoint has scheduler {saved}, this run {ours}; give the one of that run")
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(snapshot.from_json(tree["scheduler"]))
+            self.scheduler.load_state_dict(snapshot.from_json(tree["scheduler"]["state"]))
         if not self.replica.wire_is_grad:
             self._whole.copy_(self.replica.flat.weights)
             for name, master in self.replica.flat.named(self._whole):

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 LOG = logging.getLogger("mpips")
 FIXED = ("round", "epoch", "version", "samples", "loss", "lr")  # metrics.csv, then the script's own
@@ -74,24 +74,19 @@ class Report:
         self._drawn = "MPIPS_LAUNCH_DIR" in os.environ
         if folder is not None:
             (folder / "logs").mkdir(parents=True, exist_ok=True)
-            (folder / "DONE").unlink(missing_ok=True)
             self._events = (folder / "events.jsonl").open("a", buffering=1)
-            self._metrics = (folder / "metrics.csv").open("w", buffering=1 << 16)
             self._tell_launcher(folder)
-        self.restore([], [])
+        self._metrics: TextIO | None = None  # opened when the run begins: a resume that is refused costs nothing
 
     def restore(self, rows: Sequence[Sequence[float]], values: Sequence[Sequence[float]]) -> None:
         """Begin with what a checkpoint held."""
         self.rows = [tuple(row) for row in rows]
         self.values = [(v[0], v[1], v[2]) for v in values]
-        if self.folder is not None:
-            self._metrics.seek(0)
-            self._metrics.truncate()
-            self._metrics.write(",".join(self.columns) + "\n" + "".join(_csv(row) for row in self.rows))
 
     def start(self, config_yaml: str, environment: dict[str, Any], **facts: Any) -> None:
         """Once, before the first round."""
         if self.folder is not None:
+            self._table(self.folder)
             (self.folder / "config.yaml").write_text(config_yaml)
             (self.folder / "env.json").write_text(json.dumps(environment, indent=2, default=str) + "\n")
         self.event("start", **facts, run_dir=str(self.folder))
@@ -100,13 +95,13 @@ class Report:
 
     def round(self, row: Sequence[float], **facts: Any) -> None:
         """One round: its metrics always, its event a few times a second."""
+        if self.folder is not None:
+            self._table(self.folder).write(_csv(row))
         self.rows.append(tuple(row))
-        if self.folder is None:
-            return
-        self._metrics.write(_csv(row))
         now = time.time()
-        if now - self._last_event >= 1 / EVENTS_A_SECOND:
+        if self.folder is not None and now - self._last_event >= 1 / EVENTS_A_SECOND:
             self._last_event = now
+            self.flush()
             self.event("round", **dict(zip(self.columns, row, strict=True)), epochs=self.epochs, **facts)
             speed = facts["samples_per_s"]
             self.line(f"round {row[0]:.0f}  epoch {row[1]:.0f}  loss {row[4]:.4f}  {speed:.0f} samples/s")
@@ -142,7 +137,7 @@ class Report:
     def flush(self) -> None:
         """Everything so far is in the files."""
         if self.folder is not None:
-            self._metrics.flush()
+            self._table(self.folder).flush()
 
     def done(self, summary: dict[str, Any]) -> None:
         """The run has ended as it should: all is on disk before DONE appears."""
@@ -163,6 +158,14 @@ class Report:
         """The run ends early and can go on from the checkpoint."""
         self.flush()
         self.line(f"preempted: checkpoint {path}; start again with --resume auto", always=True)
+
+    def _table(self, folder: Path) -> TextIO:
+        """metrics.csv, begun anew with the rows so far when it is first needed."""
+        if self._metrics is None:
+            (folder / "DONE").unlink(missing_ok=True)
+            self._metrics = (folder / "metrics.csv").open("w", buffering=1 << 16)
+            self._metrics.write(",".join(self.columns) + "\n" + "".join(_csv(row) for row in self.rows))
+        return self._metrics
 
     def _tell_launcher(self, folder: Path) -> None:
         if launch := os.environ.get("MPIPS_LAUNCH_DIR"):

@@ -96,7 +96,8 @@ class Run:
             self._train(model)
         self._streams = rng.capture() if resume and self.trains else None
         self._loops = 0  # `batches` loops begun in this epoch
-        self._taken = self._samples = 0  # items and samples yielded since the last step
+        self._taken = 0  # items yielded since the last step
+        self._samples = self._place.samples  # samples behind what has not been pushed
         self._inside = False  # a `batches` loop of a worker is not at its end
         self._broke = False  # the script broke out of a `batches` loop
         self._cut = False  # a stop ended a `batches` loop before its end
@@ -212,9 +213,9 @@ class Run:
             return
         if not place.over:
             if self._worker:
-                index, workers = (self.worker, self.workers) if shard else (0, 1)
-                seed = self.config.seed + loop * 1_000_003
-                yield from self._work(Shard(data, batch_size, shuffle, drop_last, index, workers, seed))
+                seed = self.config.seed * 1_000_003 + loop * 1_009  # the epoch is added: neighbours must not share orders
+                place_of_data = (self.worker, self.workers, seed, not shard)
+                yield from self._work(Shard(data, batch_size, shuffle, drop_last, *place_of_data))
             elif self._server:
                 self._server.start_server()
                 self._obey()
@@ -247,7 +248,7 @@ class Run:
         """Wait with the others until every worker's shard is."""
         assert self._worker
         self._worker.place.taken += self._taken
-        self._taken = self._samples = 0
+        self._taken, self._worker.place.samples = 0, self._samples
         self._inside = False
         self._worker.finish()
         self._obey()
@@ -259,6 +260,14 @@ class Run:
             self._exhausted()
             if not self.stopping:
                 self._place.next_loop()
+
+    def _between_loops(self, call: str) -> None:
+        self._drain()
+        if self._inside:
+            raise RuntimeError(
+                f"{call} inside a ps.batches loop, where a server that does not train never comes; call it after the loop"
+                f" (checkpoints inside: the setting checkpoint.every)"
+            )
 
     def step(self, loss: Tensor | float, samples: int | None = None, **metrics: float) -> None:
         """Push the gradient that backward left, let the server step, and pull the new weights; gradients are then zero.
@@ -277,7 +286,9 @@ class Run:
             named = self.config.metrics
             raise ValueError(f"step() was given the metrics {sorted(metrics)}, the `metrics` setting names {named}")
         count = self._samples if samples is None else samples
-        taken, self._taken, self._samples = self._taken, 0, 0
+        taken, self._taken, self._samples, self._worker.place.samples = self._taken, 0, 0, 0
+        if count < 0:
+            raise ValueError(f"step() was given samples={count}; expected 0 or more")
         ordered = [float(metrics[name]) for name in self.config.metrics]
         self._worker.step(float(loss.detach() if isinstance(loss, Tensor) else loss), count, ordered, taken)
         self._obey()
@@ -297,7 +308,7 @@ class Run:
         Returns:
             The number, on every rank; NaN if the run has ended because a rank left it.
         """
-        self._drain()
+        self._between_loops("validate()")
         if self._control.stop == Stop.LEFT:
             return float("nan")
         if self._server:
@@ -315,7 +326,8 @@ class Run:
             self._server.stop_server()
 
     def save(self) -> None:
-        """Write a checkpoint now; every rank calls this at the same place."""
+        """Write a checkpoint now; every rank calls this at the same place, outside a `batches` loop."""
+        self._between_loops("save()")
         if self._worker:
             self._worker.save()
         elif self._server:

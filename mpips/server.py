@@ -190,25 +190,36 @@ class Server:
 
     def update_weights(self, updates: Updates) -> None:
         """One server update with the combined gradient, unless there is none or it is not to be taken."""
-        bad = {rank: row["bad"] for rank, row in updates.results.items() if row["bad"]}
-        if bad:
-            self._judge(bad)
+        bad = {rank: int(row["bad"]) - 1 for rank, row in updates.results.items() if row["bad"]}
         take = any(row["weight"] for row in updates.results.values())
         if take and not (bad and (self.config.loss_scale or self.config.nonfinite != "drop")):
-            self.optimizer.step(self.replica.push.presence.tolist(), self.config.clip)
-            self.replica.buffers.combine(self.replica.push.floats, self.replica.push.limbs, self.replica.pull.buffers)
-            self.control.version += 1
-            self.loss_scale.fine()
-            if self.config.schedule == "round":
-                self.optimizer.schedule()
+            overflow = self.replica.flat.first_nonfinite(self.replica.push.gradients)
+            if overflow is None:
+                self._step()
+            else:  # finite on every rank, but not their sum
+                bad[self.exchange.rank] = overflow
+        if bad:
+            self._judge(bad)
         if self.config.buffers == "server":
             self.replica.buffers.store(self.replica.pull.buffers)
 
-    def _judge(self, bad: dict[int, float]) -> None:
-        rank, slot = next((r, int(b) - 1) for r, b in bad.items())
+    def _step(self) -> None:
+        push, pull = self.replica.push, self.replica.pull
+        self.optimizer.step(push.presence.tolist(), self.config.clip)
+        self.replica.buffers.combine(push.floats, push.limbs, pull.buffers)
+        self.control.version += 1
+        if self.config.loss_scale:
+            self.loss_scale.fine()
+        if self.config.schedule == "round":
+            self.optimizer.schedule()
+
+    def _judge(self, bad: dict[int, int]) -> None:
+        """Updates that are not finite, rank -> slot: end the run, or only take note."""
+        rank, slot = next(iter(bad.items()))
         if self.config.loss_scale:
             self.loss_scale.overflow()
-        elif self.config.nonfinite == "raise":
+        hopeless = not self.config.loss_scale or self.loss_scale.scale < 1  # no scale will mend a NaN
+        if hopeless and self.config.nonfinite == "raise":
             self.control.culprit, self.control.slot = rank, slot
         name = self.replica.flat.slots[slot].name
         self.report.event("warning", message=f"rank {rank}: NaN or Inf in the gradient of {name}", round=self.control.round)

@@ -30,12 +30,14 @@ class RankState:
         place: its place in the data.
         streams: its random streams.
         buffers: its own buffers by name, where the policy is `local`.
+        gradients: gradients by name that it has accumulated and not yet pushed.
     """
 
     index: int
     place: Place
     streams: rng.State
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def tree(self) -> dict[str, Any]:
         """As nested dicts of scalars, lists and tensors, for a checkpoint."""
@@ -44,21 +46,25 @@ class RankState:
             "place": dataclasses.asdict(self.place),
             "streams": self.streams,
             "buffers": self.buffers,
+            "gradients": self.gradients,
         }
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> RankState:
         """What `tree` gave."""
-        return cls(tree["index"], Place(**tree["place"]), tree["streams"], tree["buffers"])
+        return cls(tree["index"], Place(**tree["place"]), tree["streams"], tree["buffers"], tree["gradients"])
 
     def pack(self) -> bytes:
         """As bytes for the wire."""
-        words = {"index": self.index, "place": dataclasses.asdict(self.place)}
-        words["buffers"] = {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in self.buffers.items()}
+        words: dict[str, Any] = {"index": self.index, "place": dataclasses.asdict(self.place)}
+        kinds = {"buffers": self.buffers, "gradients": self.gradients}
+        for kind, tensors in kinds.items():
+            words[kind] = {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in tensors.items()}
         arrays: Arrays = {"words": np.frombuffer(json.dumps(words).encode(), dtype=np.uint8)}
         arrays |= {f"stream {name}": value for name, value in self.streams.items()}
-        for name, tensor in self.buffers.items():
-            arrays[f"buffer {name}"] = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        for kind, tensors in kinds.items():
+            for name, tensor in tensors.items():
+                arrays[f"{kind} {name}"] = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         file = io.BytesIO()
         np.savez(file, **arrays)  # type: ignore[arg-type]
         return file.getvalue()
@@ -69,11 +75,14 @@ class RankState:
         with np.load(io.BytesIO(blob), allow_pickle=False) as arrays:
             words = json.loads(arrays["words"].tobytes())
             streams = {n.removeprefix("stream "): arrays[n] for n in arrays.files if n.startswith("stream ")}
-            buffers = {
-                name: _tensor(arrays[f"buffer {name}"], getattr(torch, dtype), shape)
-                for name, (dtype, shape) in words["buffers"].items()
-            }
-        return cls(words["index"], Place(**words["place"]), streams, buffers)
+            buffers, gradients = (
+                {
+                    name: _tensor(arrays[f"{kind} {name}"], getattr(torch, dtype), shape)
+                    for name, (dtype, shape) in words[kind].items()
+                }
+                for kind in ("buffers", "gradients")
+            )
+        return cls(words["index"], Place(**words["place"]), streams, buffers, gradients)
 
 
 def _tensor(raw: np.ndarray, dtype: torch.dtype, shape: list[int]) -> Tensor:
@@ -109,5 +118,7 @@ def for_worker(states: list[RankState], index: int, workers: int) -> RankState |
     places = [saved[i].place for i in old]
     first = places[0]
     cuts = first.cuts if first.over else [*first.cuts, [p.taken for p in places]]
-    place = Place(first.epoch, first.loop, 0, first.over, cuts)
-    return RankState(index, place, mine.streams if mine else {}, mine.buffers if mine else {})
+    place = Place(first.epoch, first.loop, 0, first.over, cuts, mine.place.samples if mine else 0)
+    if mine is None:
+        return RankState(index, place, {})
+    return RankState(index, place, mine.streams, mine.buffers, mine.gradients)

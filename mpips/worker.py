@@ -102,6 +102,8 @@ class Worker:
         self.replica.buffers.load(self.replica.pull.buffers)
         self._control = self.replica.pull.control
         self.replica.clear()
+        if mine is not None:
+            self.replica.flat.resume(mine.gradients)
         if self._server:
             self._server.place, self._server.worker_state = self.place, self.state
 
@@ -175,7 +177,9 @@ class Worker:
     def state(self) -> RankState:
         """What only this rank knows."""
         own = self.replica.buffers.named if self.config.buffers == "local" else {}
-        return RankState(self.index, self.place, rng.capture(), own)
+        flat = self.replica.flat
+        pending = dict(flat.named(flat.grad)) if flat.pending else {}
+        return RankState(self.index, self.place, rng.capture(), own, pending)
 
     def save(self) -> None:
         """This rank's part of a checkpoint, together with all other ranks."""

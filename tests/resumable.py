@@ -1,6 +1,6 @@
 """A script for the resume tests: trains on the digits of nothing, slowly enough to be killed, and prints its weights' SHA-256.
 
-    resumable.py --optimizer adam --epochs 3 [--die-at ROUND] [mpips flags]
+resumable.py --optimizer adam --epochs 3 [--die-at ROUND] [mpips flags]
 """
 
 import argparse

@@ -79,9 +79,7 @@ def test_no_damage_is_accepted(tmp_path):
     assert newest(tmp_path) == path  # so it was the damage that was refused
 
 
-@pytest.mark.parametrize(
-    "sidecar", ["", "0" * 64, f"{'0' * 64}  round_00000001.h5\n", "\xff\n", "{hash}\n", "{hash}  x.h5\n"]
-)
+@pytest.mark.parametrize("sidecar", ["", "0" * 64, f"{'0' * 64}  round_00000001.h5\n", "\xff\n", "{hash}\n", "{hash}  x.h5\n"])
 def test_a_wrong_sidecar(sidecar, tmp_path):
     path = save(tmp_path, 1, TREE)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -52,5 +52,5 @@ def test_a_file_and_a_run_folder_can_be_named() -> None:
 
 
 def test_what_is_not_there_is_refused() -> None:
-    with pytest.raises(ConfigError, match="resume: given 'no.h5', allowed"):
+    with pytest.raises(ConfigError, match=r"resume: given 'no\.h5', allowed"):
         folder.check_resume("no.h5")

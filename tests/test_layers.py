@@ -29,7 +29,9 @@ LAYERS = [
 ]
 HEIGHT = {noun: -depth for depth, nouns in enumerate(LAYERS) for noun in nouns}
 HOMES = {"mpi4py": {"exchange"}, "h5py": {"checkpoint"}, "rich": {"screen", "launch", "cli"}}
-NOUNS = sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")} - {"__init__", "__main__"})
+NOUNS = sorted(
+    {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")} - {"__init__", "__main__"}
+)
 
 
 def sources(noun: str) -> list[Path]:
@@ -92,7 +94,9 @@ BANNED = ["pickle", "torch.load", "yaml.load", "eval(", "time.sleep("]
 
 
 def test_nothing_unsafe_is_called() -> None:
-    lower_case_mpi = [f".{call}(" for call in ("bcast", "gather", "scatter", "reduce", "allreduce", "alltoall", "isend", "irecv")]
+    lower_case_mpi = [
+        f".{call}(" for call in ("bcast", "gather", "scatter", "reduce", "allreduce", "alltoall", "isend", "irecv")
+    ]
     for path in PACKAGE.rglob("*.py"):
         code = ast.unparse(_without_docstrings(ast.parse(path.read_text())))
         found = [word for word in [*BANNED[:4], *lower_case_mpi] if (word in code and word != "eval(") or f" {word}" in code]

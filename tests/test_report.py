@@ -44,7 +44,9 @@ def test_done_appears_last_and_a_new_run_removes_it(tmp_path: Path) -> None:
     report.done({"seconds": 1.0, "rounds": 3, "value": None, "checkpoint": None})
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 4
     assert json.loads((tmp_path / "DONE").read_text())["rounds"] == 3
-    Report(tmp_path)
+    again = Report(tmp_path)
+    assert (tmp_path / "DONE").exists(), "nothing has begun yet"
+    rows(again, range(1))
     assert not (tmp_path / "DONE").exists()
 
 
@@ -83,7 +85,10 @@ def test_a_report_without_a_folder_writes_nothing(tmp_path: Path, capsys: pytest
 
 
 def test_rank_states_are_rates_and_shares() -> None:
-    rows_of = {1: {"train": 3.0, "wait": 1.0, "samples": 8.0, "done": 0.0}, 2: {"train": 0, "wait": 0, "samples": 0, "done": 1.0}}
+    rows_of = {
+        1: {"train": 3.0, "wait": 1.0, "samples": 8.0, "done": 0.0},
+        2: {"train": 0, "wait": 0, "samples": 0, "done": 1.0},
+    }
     server, first, second = rank_states(rows_of, server_trains=False)
     assert (server["role"], first["samples_per_s"], first["wait"], first["state"]) == ("server", 2.0, 0.25, "training")
     assert (second["state"], second["samples_per_s"]) == ("done", 0)

@@ -157,11 +157,12 @@ def test_another_number_of_workers_takes_each_sample_once(before: int, after: in
     assert sorted(seen) == list(range(103))
 
 
-def test_a_checkpoint_of_another_model_is_refused(solo: Any) -> None:
+def test_a_checkpoint_of_another_model_is_refused(solo: Any, tmp_path: Path) -> None:
     assert solo(SCRIPT, "--model", "cnn", "--epochs", "1", "--run_dir", "run").returncode == 0
     other = solo(SCRIPT, "--model", "dropout", "--epochs", "1", "--run_dir", "run", "--resume", "auto")
     assert other.returncode == 1
     assert "parameter 0.weight: the checkpoint has nothing" in other.stderr
+    assert len(metrics(tmp_path / "run")) == 21, "a refused resume costs nothing"
 
 
 def test_a_damaged_newest_checkpoint_falls_back(solo: Any, tmp_path: Path) -> None:
@@ -190,3 +191,54 @@ def test_resume_names_a_file_or_a_run_folder(solo: Any, tmp_path: Path) -> None:
     )
 
 
+def test_gradients_not_yet_pushed_survive_the_end_of_an_epoch() -> None:
+    """5 batches an epoch, a step every 3: two batches of each epoch wait for the next."""
+
+    def program(folder: str, stop_after: int, **settings: Any) -> float:
+        import mpips
+
+        net = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(net.weight)
+        ps = mpips.connect(
+            net, lambda p: torch.optim.SGD(p, lr=1.0), exchange=World(1).ends[0], run_dir=folder, seed=1, **settings
+        )
+        number = 0
+        for _ in ps.epochs(stop_after):
+            for (x,) in ps.batches((torch.ones(5, 1),), 1):
+                net(x).sum().backward()
+                number += 1
+                if number % 3 == 0:
+                    ps.step(0.0)
+        return net.weight.item()
+
+    whole = program("whole", 3)
+    program("cut", 1)
+    # The script's own counter is its own affair: after the first epoch it would be at 5.
+    resumed = last(Path("cut"))
+    assert whole == -15
+    assert resumed["ranks"]["0"]["place"]["samples"] == 2
+    assert resumed["ranks"]["0"]["gradients"]["weight"].item() == 2
+
+
+@pytest.mark.parametrize("after", [2, 4])
+def test_data_of_ones_own_begins_its_loop_anew_on_another_number_of_workers(after: int) -> None:
+    seen: list[int] = []
+
+    def program(exchange: Any, rounds: int, **settings: Any) -> None:
+        import mpips
+
+        net = torch.nn.Linear(1, 1)
+        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=0.0), exchange=exchange, run_dir="run", **settings)
+        for (x,) in ps.batches((torch.arange(6.0).view(-1, 1),), 1, shuffle=False, shard=False):
+            seen.append(int(x))
+            loss = net(x).sum()
+            loss.backward()
+            ps.step(loss)
+            if ps.round == rounds:
+                ps.preempt()
+
+    with pytest.raises(SystemExit, match="75"):
+        World(3).run(lambda e: program(e, 2))
+    seen.clear()
+    World(after).run(lambda e: program(e, -1, resume="auto"))
+    assert sorted(seen) == sorted(list(range(6)) * (after - 1))

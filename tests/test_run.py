@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def test_early_stopping_is_obeyed_by_all_ranks_in_the_same_round(server_trains: 
         run = loop(e, epochs=9, value=lambda: next(values), server_trains=server_trains, stop=stop)
         return run.round, run.stopping, run._control.value
 
-    assert len(results := set(World(4).run(program))) == 1
+    results = set(World(4).run(program))
+    assert len(results) == 1
     rounds, why, value = results.pop()
     assert (why, value) == ("patience", 0.3)
     assert rounds == 5 * (3 if server_trains else 4)
@@ -82,7 +84,7 @@ def test_validate_returns_the_servers_number_on_every_rank() -> None:
 def test_uneven_and_empty_shards_do_not_hang() -> None:
     for n in (0, 1, 2, 9, 17):
         runs = World(4).run(lambda e, n=n: loop(e, epochs=2, n=n))
-        assert {run.round for run in runs} == {2 * max(1, -(-(-(-n // 3)) // 8))}
+        assert {run.round for run in runs} == {2 * max(1, math.ceil(math.ceil(n / 3) / 8))}
         assert sum(row["samples"] for row in metrics(Path("run"))) == 2 * n
 
 
@@ -213,3 +215,51 @@ def test_two_loops_in_an_epoch_and_a_loop_of_ones_own_over_epochs() -> None:
     World(1).run(program)
     assert all(sorted(order) == list(range(10)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_validating_or_saving_inside_a_loop_is_an_error_and_not_a_hang(size: int) -> None:
+    for call in (lambda ps, number: ps.validate(lambda: 1.0), lambda ps, number: ps.save()):
+        with pytest.raises(RuntimeError, match=r"inside a ps\.batches loop"):
+            World(size).run(lambda e, call=call: loop(e, call))
+
+
+def test_streamed_batches_count_their_samples() -> None:
+    def program(e: Exchange) -> None:
+        model = mlp()
+        ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+        for batch in ps.batches({"x": x, "y": y} for x, y in zip(*(t.split(8) for t in data(44)), strict=True)):
+            loss = F.cross_entropy(model(batch["x"]), batch["y"])
+            loss.backward()
+            ps.step(loss)
+
+    World(3).run(program)
+    assert [row["samples"] for row in metrics(Path("run"))] == [16, 16, 12, 0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True),
+        lambda model: setattr(model[0], "weight", nn.Parameter(model[0].weight.detach().clone())),
+        lambda model: model[0].weight.requires_grad_(False),
+    ],
+)
+def test_parameters_changed_after_connect_are_an_error_and_not_silence(change: Any) -> None:
+    model = mlp()
+    ps = mpips.connect(model, sgd, exchange=World(1).ends[0], run_dir="run")
+    change(model)
+    with pytest.raises(ValueError, match=r"0\.weight.*connect"):
+        ps.step(1.0, 1)
+
+
+def test_neighbouring_seeds_do_not_share_orders() -> None:
+    def orders(seed: int) -> list[tuple[int, ...]]:
+        net = nn.Linear(1, 1)
+        ps = mpips.connect(net, sgd, exchange=World(1).ends[0], run_dir="run", seed=seed)
+        seen = []
+        for _ in ps.epochs(3):
+            seen.append(tuple(int(x) for (x,) in ps.batches((torch.arange(20.0),), 1)))
+        return seen
+
+    assert len({*orders(0), *orders(1), *orders(2)}) == 9

@@ -72,7 +72,7 @@ def test_collect_updates_has_samples_and_rows_by_sender() -> None:
         server.send_updates()
         return updates, gradient
 
-    (updates, gradient), first, second = server_and_workers(3, serve, steps=1)
+    (updates, gradient), first, _ = server_and_workers(3, serve, steps=1)
     assert updates.samples == {1: 8.0, 2: 16.0}
     assert updates.epsilons == []
     assert updates.results[2]["done"] == 1
@@ -332,3 +332,20 @@ def test_clip_is_that_of_the_combined_gradient() -> None:
     sgd(model.parameters()).step()
     for weights in World(4).run(program):
         torch.testing.assert_close(weights, [p.detach() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip", "drop"])
+def test_finite_updates_whose_sum_overflows_are_not_taken(nonfinite: str) -> None:
+    def program(e: SimulatedExchange) -> Any:
+        model = nn.Linear(1, 1, bias=False)
+        ps = mpips.connect(model, sgd, exchange=e, run_dir="run", nonfinite=nonfinite)
+        for (x,) in ps.batches((torch.full((64, 1), 2e37),), 32):
+            model(x).mean().backward()
+            ps.step(0.0)
+        return model.weight.isfinite().all(), ps._control.version
+
+    if nonfinite == "raise":
+        with pytest.raises(RuntimeError, match="rank 0 has a NaN or Inf in the gradient of weight"):
+            World(3).run(program)
+    else:
+        assert World(3).run(program) == [(True, 0)] * 3

@@ -22,9 +22,19 @@ def outcomes(python: str, ranks: int, logs: Path, skip: list[str], *tests: str) 
     """One launch: the tests that passed or were skipped, those that failed or hung, and what was printed."""
     logs.mkdir(parents=True)
     command = [*mpiexec_of(python), "-n", str(ranks), python, "-m", "pytest", "--with-mpi", "--only-mpi"]
-    command += ["-q", "--color=no", "-p", "no:cacheprovider", f"--timeout={HANG}", *(f"--deselect={name}" for name in skip), *tests]
+    command += [
+        "-q",
+        "--color=no",
+        "-p",
+        "no:cacheprovider",
+        f"--timeout={HANG}",
+        *(f"--deselect={name}" for name in skip),
+        *tests,
+    ]
     done = run(command, ROOT, timeout=500, environment={"PYTEST_RANK_LOGS": str(logs)})
-    notes = [line.split(" ", 1) for line in (logs / "progress").read_text().splitlines()] if (logs / "progress").exists() else []
+    notes = (
+        [line.split(" ", 1) for line in (logs / "progress").read_text().splitlines()] if (logs / "progress").exists() else []
+    )
     ended = [name for what, name in notes if what in ("passed", "skipped")]
     begun = [name for what, name in notes if what == "start"]
     broken = [name for name in begun if name not in ended]

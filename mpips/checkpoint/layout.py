@@ -26,9 +26,7 @@ MARKS = {"format": "mpips-checkpoint", "format_version": 1}  # attributes of the
 JSON = ".json"
 DEEPEST = 100  # groups within groups; a cycle in the tree or in the file ends here
 
-NATIVE = frozenset(
-    ["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
-)
+NATIVE = frozenset(["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
 BITS = {"bool": "uint8", "bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 
 

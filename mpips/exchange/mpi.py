@@ -55,7 +55,16 @@ def connect(bucket: int, cuda_aware: bool) -> MpiExchange:
         ) from None
     if MPI.COMM_WORLD.size == 1 and launched() > 1:
         raise LaunchError(_singletons(MPI.Get_library_version().splitlines()[0]))
+    _share_cores(MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).size)
     return MpiExchange(MPI.COMM_WORLD.Dup(), bucket, cuda_aware)
+
+
+def _share_cores(ranks_here: int) -> None:
+    """Divide torch's threads among the ranks of a node, unless somebody has said how many each may have."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        bound = cores < (os.cpu_count() or cores)  # then these cores are this rank's own
+        torch.set_num_threads(max(1, cores if bound else cores // ranks_here))
 
 
 def _crowded() -> bool:

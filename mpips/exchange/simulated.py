@@ -215,9 +215,7 @@ class SimulatedExchange:
         """See `Exchange`; where nobody runs beside, nobody can be late."""
         self._meet("wait", "wait", None, lambda given: None, 0)
 
-    def _meet(
-        self, kind: str, call: str, given: object, finish: Callable[[dict[int, object]], object], cost: int
-    ) -> object:
+    def _meet(self, kind: str, call: str, given: object, finish: Callable[[dict[int, object]], object], cost: int) -> object:
         if kind in ("combine", "publish"):
             self.traffic[f"{kind} calls"] += 1
             self.traffic[f"{kind} bytes"] += cost

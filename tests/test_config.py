@@ -1,0 +1,369 @@
+"""Settings: who wins, what is refused and in which words."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from programs import mlp
+
+import mpips
+from mpips.config import GROUPS, TAKEN, Config, ConfigError, add_arguments, allowed, fields, flags_of, resolve
+from mpips.message import COLUMNS
+from mpips.report import FIXED
+
+FIELDS = fields()
+
+
+def nest(key: str, value: Any) -> dict[str, Any]:
+    group, dot, name = key.partition(".")
+    return {group: {name: value}} if dot else {key: value}
+
+
+def value(config: Config, key: str) -> Any:
+    return config.settings()[key]
+
+
+# Four different values of each kind of field, as Python gives them and as text.
+VALUES: dict[str, list[Any]] = {
+    "deterministic": [True, False, True, False],
+    "buffers": ["server", "local", "mean", "server"],
+    "clip": [0.5, 1.5, 2.5, None],
+    "seed": [11, 12, 13, 14],
+    "bucket_mb": [1.0, 2.0, 3.0, 4.0],
+    "run_dir": ["a", "b", "12", "no"],
+    "resume": ["auto", "no", "12", "null"],
+    "metrics": [("a",), ("b", "c"), (), ("d",)],
+    "checkpoint.every": [1, 2, 3, 4],
+    "stop.target": [-1.0, 0.5, 1e-3, None],
+    "stop.goal": ["min", "max", "min", "max"],
+}
+
+
+def text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"[{', '.join(value)}]" if isinstance(value, tuple) else str(value)
+
+
+@pytest.mark.parametrize("sources", range(16))
+@pytest.mark.parametrize("key", VALUES)
+def test_flags_over_variables_over_the_file_over_arguments_over_defaults(
+    key: str, sources: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argument, in_file, variable, flag = VALUES[key]
+    arguments, argv, expected = {}, [], value(Config(), key)
+    if sources & 1:
+        arguments, expected = nest(key, argument), argument
+    if sources & 2:
+        Path("c.yaml").write_text(f"{key.replace('.', ': {')}: {text(in_file)}{'}' if '.' in key else ''}\n")
+        argv, expected = ["--config", "c.yaml"], in_file
+    if sources & 4:
+        monkeypatch.setenv(f"MPIPS_{key.replace('.', '__').upper()}", text(variable))
+        expected = variable
+    if sources & 8:
+        expected = flag
+        argv = [f"--{key}={text(flag)}", *argv]  # before --config: the order on the line says nothing
+    assert value(resolve(arguments, argv), key) == expected
+
+
+def test_the_file_may_come_from_a_variable_and_the_flag_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("a.yaml").write_text("seed: 1\nclip: 5\n")
+    Path("b.yaml").write_text("seed: 2\n")
+    monkeypatch.setenv("MPIPS_CONFIG", "a.yaml")
+    assert value(resolve({}, []), "seed") == 1
+    config = resolve({}, ["--config=b.yaml"])
+    assert (config.seed, config.clip) == (2, None)
+
+
+def test_one_setting_of_a_group_leaves_its_neighbours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("c.yaml").write_text("stop: {patience: 2, goal: min}\n")
+    monkeypatch.setenv("MPIPS_STOP__MIN_GAIN", "0.25")
+    config = resolve({"stop": {"patience": 9, "target": 7.0}}, ["--stop.goal", "max", "--config", "c.yaml"])
+    assert config.stop == mpips.config.Stopping(patience=2, min_gain=0.25, target=7.0, goal="max")
+
+
+def test_dotted_keys_and_empty_files_are_fine() -> None:
+    Path("c.yaml").write_text("checkpoint.every: 5  # as in a flag\n")
+    Path("empty.yaml").write_text("# nothing\n")
+    assert resolve({}, ["--config", "c.yaml"]).checkpoint.every == 5
+    assert resolve({}, ["--config", "empty.yaml"]) == Config()
+
+
+@pytest.mark.parametrize("word", ["no", "on", "12", "1e3", "2024-01-01", "null", "~", "true"])
+def test_text_in_a_file_is_the_text_that_stands_there(word: str) -> None:
+    """YAML would make a boolean, a number or a date of it."""
+    Path("c.yaml").write_text(f"resume: {word}\n")
+    assert resolve({}, ["--config=c.yaml"]).resume == word
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.builds(
+    dict,
+    deterministic=st.booleans(),
+    clip=st.none() | st.floats(1e-300, 1e300),
+    seed=st.integers(-(2**53), 2**53),
+    metrics=st.lists(st.from_regex(r"[a-z_]\w{0,5}", fullmatch=True).filter(str.isidentifier), max_size=3, unique=True)
+        .map(lambda names: tuple(n for n in names if n not in TAKEN)),
+    run_dir=st.none() | st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=8)
+        .filter(lambda s: s not in ("null", "~", "Null", "NULL")),
+    resume=st.sampled_from(["no", "auto", "yes", "1", "a: b", "# c", "'"]),
+    stop=st.builds(mpips.config.Stopping, patience=st.integers(0, 10**6), target=st.none() | st.floats(-1e9, 1e9)),
+))  # fmt: skip
+def test_the_saved_configuration_read_again_is_the_same(chosen: dict[str, Any]) -> None:
+    config = Config(**chosen)
+    Path("saved.yaml").write_text(config.yaml())
+    assert resolve({}, ["--config", "saved.yaml"]) == config
+
+
+# Each field's wrong values as text, and what the one line must say is allowed.
+WRONG = [
+    ("mode", "async", "sync"),
+    ("buffers", "Mean", "mean, server, local"),
+    ("nonfinite", "", "raise, drop, skip"),
+    ("schedule", "null", "epoch, round"),
+    ("deterministic", "maybe", "true or false"),
+    ("deterministic", "1", "true or false"),
+    ("server_trains", "null", "true or false"),
+    ("clip", "abc", "a number or null"),
+    ("clip", "0", "a number above 0"),
+    ("clip", "-1", "a number above 0"),
+    ("clip", ".nan", "a number above 0"),
+    ("clip", ".inf", "a number above 0"),
+    ("clip", "[1]", "a number or null"),
+    ("loss_scale", "0", "a number above 0"),
+    ("loss_scale", ".inf", "a number above 0"),
+    ("seed", "1.5", "a whole number"),
+    ("seed", "x", "a whole number"),
+    ("seed", "true", "a whole number"),
+    ("seed", "null", "a whole number"),
+    ("seed", str(2**60), "a whole number from -2^53 to 2^53"),
+    ("bucket_mb", "0", "a number from 0.001 to 1000"),
+    ("bucket_mb", "1e9", "a number from 0.001 to 1000"),
+    ("metrics", "acc", "a list of names, as [a,b]"),
+    ("metrics", "[a, a]", "different Python names"),
+    ("metrics", "[loss]", "different Python names, none of"),
+    ("metrics", "[top-1]", "different Python names"),
+    ("resume", "", "no, auto, or a path"),
+    ("checkpoint.every", "-1", "a whole number, 0 or more"),
+    ("checkpoint.every", "soon", "a whole number"),
+    ("checkpoint.keep", "0", "a whole number, 1 or more"),
+    ("stop.patience", "-2", "a whole number, 0 or more"),
+    ("stop.patience", "1.0", "a whole number"),
+    ("stop.min_gain", "-0.1", "a number, 0 or more"),
+    ("stop.target", "best", "a number or null"),
+    ("stop.target", ".nan", "a number or null"),
+    ("stop.goal", "lower", "max, min"),
+]
+
+
+def refusal(arguments: dict[str, Any], argv: list[str]) -> str:
+    with pytest.raises(ConfigError) as error:
+        resolve(arguments, argv)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def bare(given: str) -> str:
+    """A value as people read it: without quotes, and a number whichever way it is written."""
+    given = given.replace("'", "").replace('"', "").lstrip(".")
+    try:
+        return str(float(given))
+    except ValueError:
+        return given.replace("None", "null").replace("True", "true")
+
+
+@pytest.mark.parametrize("source", ["flag", "variable", "file"])
+@pytest.mark.parametrize(("key", "given", "allowed"), WRONG)
+def test_one_line_says_key_given_and_allowed(
+    key: str, given: str, allowed: str, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = []
+    if source == "flag":
+        argv = [f"--{key}={given}"]
+    elif source == "variable":
+        monkeypatch.setenv(f"MPIPS_{key.replace('.', '__').upper()}", given)
+    else:
+        Path("c.yaml").write_text(f"{key}: {given or repr('')}\n")
+        argv = ["--config", "c.yaml"]
+    match = re.fullmatch(r"(\S+): given (.*), allowed: (.*)", refusal({}, argv))
+    assert match is not None
+    assert match[1] == key
+    assert match[3].startswith(allowed)
+    assert bare(match[2]) == bare(given)
+
+
+@pytest.mark.parametrize(("arguments", "line"), [
+    ({"seed": "x"}, "seed: given 'x', allowed: a whole number"),
+    ({"seed": 1.5}, "seed: given '1.5', allowed: a whole number"),
+    ({"seed": None}, "seed: given None, allowed: a whole number"),
+    ({"mode": "async"}, "mode: given 'async', allowed: sync"),
+    ({"metrics": "acc"}, "metrics: given 'acc', allowed: a list of names, as [a,b]"),
+    ({"clip": float("nan")}, "clip: given nan, allowed: a number above 0"),
+    ({"deterministic": 1}, "deterministic: given '1', allowed: true or false"),
+    ({"resume": None}, "resume: given None, allowed: text"),
+    ({"checkpoint": 5}, "checkpoint: given 5, allowed: checkpoint.every, checkpoint.keep"),
+    ({"checkpoint": {"every": None}}, "checkpoint.every: given None, allowed: a whole number"),
+    ({"checkpoint": {"evry": 1}}, "checkpoint.evry: no such setting; did you mean checkpoint.every?"),
+    ({"detreministic": True}, "detreministic: no such setting; did you mean deterministic?"),
+])  # fmt: skip
+def test_wrong_arguments_of_connect(arguments: dict[str, Any], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(arguments, []) == line
+    with pytest.raises(SystemExit) as error:
+        mpips.connect(mlp(), lambda p: None, **arguments)  # type: ignore[arg-type, return-value]
+    assert error.value.code == 2
+    assert capsys.readouterr().err == f"mpips: {line}\n"
+
+
+def test_arguments_become_what_the_fields_are() -> None:
+    config = resolve({"clip": 1, "metrics": ["a", "b"], "run_dir": Path("x") / "y"}, [])
+    assert (config.clip, type(config.clip)) == (1.0, float)
+    assert (config.metrics, config.run_dir) == (("a", "b"), "x/y")
+    with pytest.raises(ConfigError, match="seed"):  # a numpy number is not quietly taken
+        resolve({"seed": np.float32(1)}, [])
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--checkpoint.evry", "1"], ["--checkpoint.evry", "checkpoint.every"]),
+    (["--stop.foo"], ["--stop.foo", "no such setting"]),
+    (["--checkpoint", "5"], ["--checkpoint", "no such setting"]),
+    (["--clip"], ["--clip: given nothing, allowed: a number or null"]),
+    (["--config"], ["--config: given nothing"]),
+    (["--config", "none.yaml"], ["config: given 'none.yaml'", "No such file"]),
+    (["--config", "."], ["config: given '.'", "YAML file"]),
+])  # fmt: skip
+def test_wrong_flags(argv: list[str], words: list[str]) -> None:
+    line = refusal({}, argv)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ("clip: [1\n", ["config: given 'c.yaml'", "line 2"]),
+    ("\tclip: 1\n", ["config: given 'c.yaml'", "line 1"]),
+    ("- a\n- b\n", ["config: given 'c.yaml'", "['a', 'b']", "`setting: value`"]),
+    ("just text\n", ["config: given 'c.yaml'", "just text"]),
+    ("nope: 1\n", ["nope: no such setting"]),
+    ("clpi: 1\n", ["clpi: no such setting; did you mean clip?"]),
+    ("checkpoint: {evry: 1}\n", ["checkpoint.evry: no such setting; did you mean checkpoint.every?"]),
+    ("checkpoint: 5\n", ["checkpoint: given '5', allowed: checkpoint.every, checkpoint.keep"]),
+    ("checkpoint:\n", ["checkpoint: given ''", "checkpoint.every"]),
+    ("seed: {a: 1}\n", ["seed.a: no such setting; did you mean seed?"]),
+    ("1: 2\n", ["1: no such setting"]),
+    ("? [a]\n: 1\n", ["config: given 'c.yaml'"]),
+    ("config: other.yaml\n", ["config: no such setting"]),
+    ("a: &x [*x]\n", ["config: given 'c.yaml'", "x"]),
+    ("!!python/object/apply:os.system ['touch hurt']\n", ["config: given 'c.yaml'", "allowed"]),
+    ("clip: !!python/object/apply:os.system ['touch hurt']\n", ["clip: given", "allowed: a number or null"]),
+    ("!!python/object/new:os.system {args: ['touch hurt']}\n", ["args: no such setting"]),
+    (b"\xff\xfe\x00clip", ["config: given 'c.yaml'"]),
+])  # fmt: skip
+def test_wrong_files_are_one_line_and_run_nothing(content: str | bytes, words: list[str]) -> None:
+    Path("c.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = refusal({}, ["--config", "c.yaml"])
+    assert all(word in line for word in words), line
+    assert not Path("hurt").exists()
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(FIELDS)), st.text(max_size=12))
+def test_any_text_is_a_setting_or_a_line(key: str, given: str) -> None:
+    try:
+        assert isinstance(resolve({}, [f"--{key}={given}"]), Config)
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1
+        assert str(error).startswith(f"{key}: given ")
+        assert ", allowed: " in str(error)
+
+
+@pytest.mark.parametrize(("name", "meant"), [
+    ("MPIPS_CLPI", "did you mean MPIPS_CLIP?"),
+    ("MPIPS_CHECKPOINT_EVERY", "did you mean MPIPS_CHECKPOINT__EVERY?"),
+    ("MPIPS_clip", "did you mean"),
+    ("MPIPS_STOP", "did you mean MPIPS_STOP__"),
+])  # fmt: skip
+def test_unknown_variables_of_ours_are_refused(name: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    assert refusal({}, []).startswith(f"{name}: no such variable; {meant}")
+
+
+def test_others_variables_and_the_launcher_s_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPIPS_LAUNCH_DIR", "/nowhere")
+    monkeypatch.setenv("XMPIPS_CLIP", "x")
+    monkeypatch.setenv("CLIP", "x")
+    assert resolve({}, []) == Config()
+
+
+@pytest.mark.parametrize(("argv", "ours"), [
+    (["--lr", "0.1", "data/", "-v", "--name=x"], []),
+    (["--clip", "1", "--lr", "2", "--seed=3"], ["--clip=1", "--seed=3"]),
+    (["--deterministic", "data/"], ["--deterministic=true"]),
+    (["--deterministic", "false", "data/"], ["--deterministic=false"]),
+    (["--deterministic", "no"], ["--deterministic=no"]),
+    (["--deterministic", "--server_trains"], ["--deterministic=true", "--server_trains=true"]),
+    (["--server_trains"], ["--server_trains=true"]),
+    (["--stop.target", "-0.5"], ["--stop.target=-0.5"]),
+    (["--run_dir", "--clip"], ["--run_dir=--clip"]),
+    (["--run_dir", ""], ["--run_dir="]),
+    (["--", "--clip", "1"], []),
+    (["clip", "-clip", "---clip", "--clips", "2", "--checkpoints"], []),
+    (["--config", "c.yaml", "--clip=a=b"], ["--config=c.yaml", "--clip=a=b"]),
+])  # fmt: skip
+def test_only_our_flags_are_ours(argv: list[str], ours: list[str]) -> None:
+    assert flags_of(argv) == ours
+
+
+def parser(**given: Any) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="script", **given)
+    made.add_argument("--lr", type=float, default=0.1)
+    made.add_argument("folder")
+    return made
+
+
+def test_a_strict_parser_accepts_and_lists_all_our_flags() -> None:
+    strict = parser()
+    add_arguments(strict)
+    given = {key: text(values[0]) for key, values in VALUES.items()}
+    argv = ["data/", "--lr", "3", "--server_trains", *(word for key, v in given.items() for word in (f"--{key}", v))]
+    args = strict.parse_args(argv)
+    assert (args.lr, args.folder) == (3.0, "data/")
+    config = resolve({}, argv)
+    assert {key: value(config, key) for key in VALUES} == {key: values[0] for key, values in VALUES.items()}
+    assert config.server_trains
+    shown = " ".join(strict.format_help().split())
+    for key, (kind, words) in FIELDS.items():
+        assert f"--{key} " in shown
+        assert f"{words} ({allowed(kind)})" in shown
+    assert "--config FILE" in shown
+
+
+def test_the_script_s_own_flags_of_our_names_stay_its_own() -> None:
+    strict = parser()
+    strict.add_argument("--seed", type=int, default=7, help="mine")
+    strict.add_argument("--config", help="mine, too")
+    add_arguments(strict)
+    assert strict.parse_args(["d"]).seed == 7
+    assert strict.parse_args(["d", "--seed", "9"]).seed == 9
+    assert resolve({}, ["d", "--seed", "9"]).seed == 9
+
+
+def test_no_metric_can_hide_another_column() -> None:
+    assert {*COLUMNS, *FIXED} <= set(TAKEN)
+    for name in TAKEN:
+        with pytest.raises(ConfigError, match="metrics"):
+            Config(metrics=(name,))
+
+
+def test_settings_are_few_explained_and_frozen() -> None:
+    assert len(FIELDS) <= 30
+    assert list(FIELDS) == list(Config().settings())
+    assert {key.split(".")[0] for key in FIELDS if "." in key} == set(GROUPS)
+    for _, words in FIELDS.values():
+        assert words and words[0] != " "
+    with pytest.raises(AttributeError):
+        Config().seed = 1  # type: ignore[misc]

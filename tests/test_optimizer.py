@@ -1,0 +1,346 @@
+"""Any torch optimizer and scheduler on the server, against the same one in plain PyTorch, also across a checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from programs import data, mlp
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+import mpips
+from mpips import checkpoint
+from mpips.config import Config, ConfigError
+from mpips.exchange import Exchange
+from mpips.exchange.simulated import World
+from mpips.message import Replica, replicate
+from mpips.optimizer import ServerOptimizer
+from mpips.snapshot import SnapshotError, put_model, take_model
+
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+OPTIM = torch.optim
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "sgd": lambda p: OPTIM.SGD(p, lr=0.05),
+    "nesterov": lambda p: OPTIM.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adam": lambda p: OPTIM.Adam(p, lr=0.01, amsgrad=True),
+    "adam, lr a tensor": lambda p: OPTIM.Adam(p, lr=torch.tensor(0.01, dtype=torch.float64)),
+    "adamw, fused": lambda p: OPTIM.AdamW(p, lr=0.01, fused=True),
+    "adamw, foreach": lambda p: OPTIM.AdamW(p, lr=0.01, foreach=True),
+    "adamax": lambda p: OPTIM.Adamax(p, lr=0.01),
+    "nadam": lambda p: OPTIM.NAdam(p, lr=0.01),
+    "radam": lambda p: OPTIM.RAdam(p, lr=0.01),
+    "rmsprop": lambda p: OPTIM.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
+    "rprop": lambda p: OPTIM.Rprop(p, lr=0.01),
+    "adagrad": lambda p: OPTIM.Adagrad(p, lr=0.05, initial_accumulator_value=0.1),
+    "adadelta": lambda p: OPTIM.Adadelta(p, lr=0.5),
+    "adafactor": lambda p: OPTIM.Adafactor(p, lr=0.01),
+    "asgd": lambda p: OPTIM.ASGD(p, lr=0.05, t0=3),
+    "groups": lambda p: OPTIM.SGD(
+        [{"params": list(p)[::2], "lr": 0.1, "momentum": 0.5}, {"params": list(p)[1::2], "weight_decay": 0.1}], lr=0.05
+    ),
+}
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "step": lambda o: lr_scheduler.StepLR(o, 3, 0.5),
+    "multistep": lambda o: lr_scheduler.MultiStepLR(o, [2, 2, 5, 9], 0.5),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=7),
+    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3, mode="triangular2"),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+    "multiplicative": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.95),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "polynomial": lambda o: lr_scheduler.PolynomialLR(o, 15, 2),
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, 1, 4), lr_scheduler.MultiStepLR(o, [3, 5], 0.5)], [5]
+    ),
+    "chained": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.5, 4), lr_scheduler.ExponentialLR(o, 0.9)], optimizer=o
+    ),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, factor=0.5),
+}
+
+
+def replica(net: nn.Module) -> Replica:
+    return replicate(net, Config(), 1, World(1).ends[0].allocate)
+
+
+def server(net: nn.Module, optimizer: Any, scheduler: Any = None) -> ServerOptimizer:
+    return ServerOptimizer(replica(net), optimizer, scheduler)
+
+
+def ones(own: ServerOptimizer, present: list[float] | None = None, clip: float | None = None) -> None:
+    """A step with a gradient of ones."""
+    for _, grad in own.replica.flat.named(own.replica.push.gradients):
+        grad.fill_(1)
+    own.step(present or [1.0] * len(own.weights), clip)
+
+
+def gradients(number: int) -> list[Tensor]:
+    """The gradients of step `number`, for an `mlp`."""
+    generator = torch.Generator().manual_seed(number)
+    return [torch.randn(shape, generator=generator) for shape in ((33, 12), (33,), (5, 33), (5,))]
+
+
+def push(own: ServerOptimizer, numbers: range, value: Callable[[int], float] = float) -> list[float]:
+    """Server steps; the learning rates they were taken with."""
+    rates = []
+    for number in numbers:
+        views = own.replica.flat.named(own.replica.push.gradients)
+        for (_, grad), new in zip(views, gradients(number), strict=True):
+            grad.copy_(new)
+        rates.append(own.lr)
+        own.step([1.0] * 4, clip=None)
+        own.schedule(value(number))
+    return rates
+
+
+def plainly(net: nn.Module, make: MakeOptimizer, numbers: range, scheduler: Any = None) -> list[float]:
+    """The oracle: the same steps without mpips."""
+    optimizer = make(list(net.parameters()))
+    made = scheduler(optimizer) if scheduler else None
+    rates = []
+    for number in numbers:
+        for p, grad in zip(net.parameters(), gradients(number), strict=True):
+            p.grad = grad
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        if isinstance(made, lr_scheduler.ReduceLROnPlateau):
+            made.step(float(number))
+        elif made:
+            made.step()
+    return rates
+
+
+def through_a_file(own: ServerOptimizer) -> dict[str, Any]:
+    path = checkpoint.save(Path(), 1, own.tree() | take_model(own.replica))
+    return checkpoint.load(path)
+
+
+def restored(tree: dict[str, Any], net: nn.Module, make: Any, scheduler: Any = None) -> ServerOptimizer:
+    own = server(net, make, scheduler)
+    put_model(tree, own.replica)
+    own.put(tree)
+    return own
+
+
+def assert_same(ours: nn.Module, plain: nn.Module) -> None:
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("made", ["instance", "function"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_steps_as_in_plain_pytorch(optimizer: str, made: str) -> None:
+    make = OPTIMIZERS[optimizer]
+    net, other = mlp(), mlp()
+    push(server(net, make(list(net.parameters())) if made == "instance" else make), range(8))
+    plainly(other, make, range(8))
+    assert_same(net, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_goes_on_exactly_after_a_checkpoint(optimizer: str, dtype: torch.dtype) -> None:
+    make = OPTIMIZERS[optimizer]
+    whole, first, second = (mlp().to(dtype) for _ in range(3))
+    uninterrupted = server(whole, make)
+    push(uninterrupted, range(10))
+    own = server(first, make)
+    push(own, range(4))
+    tree = through_a_file(own)
+    nn.init.zeros_(second[0].weight)  # all comes from the file
+    push(restored(tree, second, make), range(4, 10))
+    assert_same(second, whole)
+
+
+@pytest.mark.parametrize("optimizer", ["nesterov", "adam", "groups"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_goes_on_exactly_after_a_checkpoint(scheduler: str, optimizer: str) -> None:
+    make, schedule = OPTIMIZERS[optimizer], SCHEDULERS[scheduler]
+    if scheduler in ("one cycle", "cyclic") and optimizer == "groups":
+        make = OPTIMIZERS["nesterov"]  # these cycle the momentum, too, which all groups must have
+    plain, first, second = mlp(), mlp(), mlp()
+    expected = plainly(plain, make, range(12), schedule)
+    own = server(first, make, schedule)
+    rates = push(own, range(5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = restored(through_a_file(own), second, make, schedule)
+        rates += push(again, range(5, 12))
+    assert rates == expected
+    assert len(set(rates)) > 1
+    assert_same(second, plain)
+
+
+def test_a_scheduler_may_be_an_instance_of_the_given_optimizer_alone() -> None:
+    net = mlp()
+    optimizer = OPTIMIZERS["adam"](net.parameters())
+    scheduler = lr_scheduler.StepLR(optimizer, 1, 0.5)
+    own = server(net, optimizer, scheduler)
+    ones(own)
+    own.schedule()
+    assert own.lr == 0.005
+    with pytest.raises(ConfigError, match="scheduler: given one of another optimizer"):
+        server(mlp(), OPTIMIZERS["adam"], scheduler)
+
+
+def test_a_plateau_without_a_value_waits() -> None:
+    own = server(mlp(), OPTIMIZERS["sgd"], lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5))
+    for value in (None, 1.0, None, None, 2.0):
+        own.schedule(value)
+    assert own.lr == 0.025
+
+
+def test_groups_of_an_instance_keep_their_settings_and_lose_frozen_parameters() -> None:
+    net, other = mlp(), mlp()
+    for model in (net, other):
+        model[0].requires_grad_(False)
+    groups = lambda m: [{"params": m[0].parameters(), "lr": 9.0}, {"params": m[2].parameters(), "lr": 0.5}]  # noqa: E731
+    own = server(net, OPTIM.SGD(groups(net), lr=0.1))
+    assert [group["lr"] for group in own.torch.param_groups] == [9.0, 0.5]
+    assert [len(group["params"]) for group in own.torch.param_groups] == [0, 2]
+    ones(own)
+    plain = OPTIM.SGD(groups(other), lr=0.1)
+    for p in other[2].parameters():
+        p.grad = torch.ones_like(p)
+    plain.step()
+    assert_same(net, other)
+
+
+def test_the_state_of_a_given_optimizer_moves_to_the_masters() -> None:
+    """An optimizer that has stepped before, or that makes its state when it is made."""
+    net = nn.Linear(2, 1, bias=False).bfloat16()
+    optimizer = OPTIM.SGD(net.parameters(), lr=1.0, momentum=1.0)
+    net.weight.grad = torch.ones_like(net.weight)
+    optimizer.step()
+    before = net.weight.detach().clone()
+    own = server(net, optimizer)
+    ones(own)
+    (buffer,) = [state["momentum_buffer"] for state in own.torch.state.values()]
+    assert buffer.dtype == torch.float32
+    assert buffer.tolist() == [[2.0, 2.0]]
+    assert torch.equal(net.weight, (before.float() - 2).bfloat16())
+
+
+def test_a_parameter_that_nobody_has_a_gradient_for_is_passed_over() -> None:
+    net = mlp()
+    own = server(net, lambda p: OPTIM.AdamW(p, lr=0.1, weight_decay=0.5))
+    before = [p.detach().clone() for p in net.parameters()]
+    ones(own, present=[0, 2, 0, 1])
+    moved = [not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)]
+    assert moved == [False, True, False, True]
+    assert len(own.torch.state) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_grad_between_steps_changes_nothing_on_the_server(dtype: torch.dtype) -> None:
+    """A script calls it on every rank: with None for a gradient the optimizer would quietly do nothing."""
+    net = mlp().to(dtype)
+    own = server(net, OPTIM.SGD(net.parameters(), lr=1.0))
+    before = [p.detach().float().clone() for p in net.parameters()]
+    own.torch.zero_grad()
+    net.zero_grad()
+    ones(own)
+    for p, old in zip(net.parameters(), before, strict=True):
+        assert torch.equal(p, (old - 1).to(dtype))
+
+
+def test_the_norm_is_clipped_over_all_parameters_that_have_a_gradient() -> None:
+    net, other = mlp(), mlp()
+    own = server(net, OPTIMIZERS["sgd"])
+    ones(own, present=[1, 0, 1, 1], clip=0.5)
+    optimizer = OPTIMIZERS["sgd"](other.parameters())
+    for i, p in enumerate(other.parameters()):
+        p.grad = None if i == 1 else torch.ones_like(p)
+    nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+    optimizer.step()
+    assert_same(net, other)
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e3])
+def test_clip_is_plain_pytorch_s_clipping(clip: float) -> None:
+    net, other = mlp(), mlp()
+    ps = mpips.connect(net, OPTIMIZERS["adam"], exchange=World(1).ends[0], run_dir="run", clip=clip)
+    optimizer = OPTIMIZERS["adam"](other.parameters())
+    for _ in ps.epochs(1):
+        for x, y in ps.batches(data(40), 8, shuffle=False):
+            for model in (net, other):
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+            ps.step(loss)
+            nn.utils.clip_grad_norm_(other.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(net, other)
+
+
+@pytest.mark.parametrize(("optimizer", "words"), [
+    (lambda p: OPTIM.LBFGS(p), "given LBFGS, allowed: optimizers that step without evaluating the loss again"),
+    (lambda p: OPTIM.SGD(mlp().parameters(), lr=1), r"4 parameter\(s\) that are not the model's"),
+    (OPTIM.SGD(mlp().parameters(), lr=1), r"4 parameter\(s\) that are not the model's"),
+])  # fmt: skip
+def test_optimizers_that_cannot_serve_are_refused(optimizer: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        server(mlp(), optimizer)
+
+
+def test_a_function_must_use_the_masters_it_is_given() -> None:
+    net = mlp().bfloat16()
+    with pytest.raises(ConfigError, match="a function that makes one of the parameters it is given"):
+        server(net, lambda p: OPTIM.SGD(net.parameters(), lr=1))
+
+
+@pytest.mark.parametrize(("make", "scheduler", "words"), [
+    (OPTIMIZERS["nesterov"], SCHEDULERS["step"], "has optimizer Adam, this run SGD"),
+    (lambda p: OPTIM.Adam([{"params": p[:1]}, {"params": p[1:]}]), SCHEDULERS["step"], "other parameter groups"),
+    (lambda p: OPTIM.Adam(p[::-1]), SCHEDULERS["step"], "other parameter groups"),
+    (OPTIMIZERS["adam"], None, "has scheduler StepLR, this run none"),
+])  # fmt: skip
+def test_a_checkpoint_of_another_optimizer_is_refused(make: Any, scheduler: Any, words: str) -> None:
+    own = server(mlp(), OPTIMIZERS["adam"], SCHEDULERS["step"])
+    push(own, range(2))
+    with pytest.raises(SnapshotError, match=words):
+        restored(through_a_file(own), mlp(), make, scheduler)
+
+
+def test_a_missing_scheduler_is_missed() -> None:
+    own = server(mlp(), OPTIMIZERS["adam"])
+    with pytest.raises(SnapshotError, match="has scheduler none, this run StepLR"):
+        restored(through_a_file(own), mlp(), OPTIMIZERS["adam"], SCHEDULERS["step"])
+
+
+def test_the_masters_are_exact_in_a_checkpoint() -> None:
+    net = nn.Linear(1, 1, bias=False).bfloat16()
+    nn.init.ones_(net.weight)
+    own = server(net, lambda p: OPTIM.SGD(p, lr=2**-12))
+    ones(own)
+    assert net.weight.item() == 1
+    again = restored(through_a_file(own), nn.Linear(1, 1, bias=False).bfloat16(), lambda p: OPTIM.SGD(p, lr=2**-12))
+    assert again.weights[0].item() == 1 - 2**-12
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("schedule", ["epoch", "round"])
+def test_schedules_step_after_each_epoch_or_round(schedule: str, size: int) -> None:
+    def program(exchange: Exchange) -> list[float]:
+        net = nn.Linear(1, 1)
+        settings = {"schedule": schedule, "run_dir": "run", "exchange": exchange}
+        ps = mpips.connect(net, lambda p: OPTIM.SGD(p, lr=1.0), lambda o: lr_scheduler.ExponentialLR(o, 0.5), **settings)
+        for _ in ps.epochs(2):
+            for (x,) in ps.batches((torch.zeros(6, 1),), 6 // (3 * ps.workers) or 1):
+                loss = net(x).sum()
+                loss.backward()
+                ps.step(loss)
+        return []
+
+    World(size).run(program)
+    rows = [line.split(",") for line in Path("run/metrics.csv").read_text().splitlines()]
+    rates = [float(row[rows[0].index("lr")]) for row in rows[1:] if float(row[rows[0].index("samples")])]
+    expected = [1, 1, 1, 0.5, 0.5, 0.5] if schedule == "epoch" else [0.5, 0.25, 0.125, 2**-4, 2**-5, 2**-6]
+    assert rates == expected

@@ -175,9 +175,13 @@ class Flat:
                 slot.view(self.grad).copy_(gradients[slot.name])
                 self._touched.add(p)
 
+    def pushed(self) -> None:
+        """The gradients are on their way: none is pending any more."""
+        self._touched.clear()
+
     @property
     def pending(self) -> bool:
-        """Whether backward has left gradients here since the last `clear`."""
+        """Whether backward has left gradients here that have not been pushed."""
         return bool(self._touched)
 
     def first_nonfinite(self, flat: Tensor) -> int | None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from mpips import contract, rng
 from mpips.config import Config
@@ -81,6 +81,7 @@ class Worker:
         self.stop = 0
         self.done = self._told = False
         self._control = Control()
+        self._kept: Tensor | None = None  # gradients that an idle round must not push
         self._begun = self._left = exchange.clock()
 
     @property
@@ -131,6 +132,7 @@ class Worker:
         self.place.taken += taken
         row = self._row(samples=samples, loss=loss * samples if samples else 0.0)
         self.update.write(row, [m * samples if samples else 0.0 for m in metrics], self._control.loss_scale)
+        self.replica.flat.pushed()
         self._send()
 
     def pull(self) -> Control:
@@ -146,12 +148,13 @@ class Worker:
     def idle(self) -> Control:
         """Take part in a round without a contribution; gradients not yet pushed are kept."""
         flat = self.replica.flat
-        kept = flat.grad.clone() if flat.pending else None
+        self._kept = flat.grad.clone() if flat.pending else None
         self.update.write_nothing(self._row(), len(self.config.metrics))
         self._send()
         self._receive()
         if self.replica.wire_is_grad:
-            flat.grad.zero_() if kept is None else flat.grad.copy_(kept)
+            flat.grad.zero_() if self._kept is None else flat.grad.copy_(self._kept)
+        self._kept = None
         return self._control
 
     def begin(self) -> None:
@@ -178,7 +181,8 @@ class Worker:
         """What only this rank knows."""
         own = self.replica.buffers.named if self.config.buffers == "local" else {}
         flat = self.replica.flat
-        pending = dict(flat.named(flat.grad)) if flat.pending else {}
+        waiting = self._kept if self._kept is not None else flat.grad
+        pending = dict(flat.named(waiting)) if flat.pending else {}
         return RankState(self.index, self.place, rng.capture(), own, pending)
 
     def save(self) -> None:

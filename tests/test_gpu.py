@@ -1,0 +1,106 @@
+"""On a machine with a GPU: the promises about bits, staging, and streams. Skipped elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from programs import MODELS, OPTIMIZERS, data, in_order, sha
+from test_exchange_mpi import on_mpi
+
+import mpips
+from mpips.exchange import SERVER, Exchange
+from mpips.exchange.simulated import World
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def on_gpu(exchange: Exchange, model: str, optimizer: str) -> str:
+    net = MODELS[model]().cuda()
+    ps = mpips.connect(net, OPTIMIZERS[optimizer](net.parameters()), exchange=exchange, run_dir="run")
+    for _ in ps.epochs(3):
+        for x, y in ps.batches(data(), 16, shuffle=False):
+            loss = F.cross_entropy(net(x.cuda()), y.cuda())
+            loss.backward()
+            ps.step(loss)
+    return sha(net.cpu())
+
+
+def plainly(model: str, optimizer: str) -> str:
+    net = MODELS[model]().cuda()
+    made = OPTIMIZERS[optimizer](net.parameters())
+    for x, y in in_order(data(), 16, 3):
+        made.zero_grad()
+        F.cross_entropy(net(x.cuda()), y.cuda()).backward()
+        made.step()
+    return sha(net.cpu())
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+@pytest.mark.parametrize("model", MODELS)
+def test_one_process_on_a_gpu_is_plain_pytorch(model: str, optimizer: str) -> None:
+    assert on_gpu(World(1).ends[0], model, optimizer) == plainly(model, optimizer)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_one_worker_on_a_gpu_over_mpi_is_plain_pytorch() -> None:
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.size > 2:
+        pytest.skip("one worker is 2 ranks")
+    assert on_mpi(lambda e: on_gpu(e, "mlp", "adam")) == [plainly("mlp", "adam")] * 2
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("needs", ["sum", "rows"])
+def test_device_tensors_are_staged_piece_by_piece_after_slow_kernels(needs: Any) -> None:
+    """The content is still being computed when the call is made: MPI must not read it early."""
+
+    def program(e: Exchange) -> Any:
+        message = torch.zeros(300_001, device="cuda")
+        torch.cuda._sleep(200_000_000)
+        message += e.rank + 1
+        got: list[torch.Tensor] = []
+        e.combine(message, 300_000, needs, lambda part, rows: got.append(rows.sum(0).cpu()))
+        back = torch.full((1000,), float(e.rank), device="cuda")
+        torch.cuda._sleep(200_000_000)
+        back *= 2
+        e.publish(back)
+        return torch.cat(got) if got else None, back.cpu()
+
+    results = on_mpi(program)
+    size = len(results)
+    assert torch.equal(results[SERVER][0], torch.full((300_000,), size * (size + 1) / 2))
+    assert all(torch.equal(back, torch.zeros(1000)) for _, back in results)
+
+
+def test_a_resumed_gpu_run_has_the_same_bits() -> None:
+    def run(folder: str, epochs: int, **settings: Any) -> str:
+        net = MODELS["mlp"]().cuda()
+        ps = mpips.connect(net, OPTIMIZERS["adam"](net.parameters()), exchange=World(1).ends[0], run_dir=folder, **settings)
+        for _ in ps.epochs(epochs):
+            for x, y in ps.batches(data(), 16):
+                loss = F.cross_entropy(F.dropout(net(x.cuda()), 0.1), y.cuda())
+                loss.backward()
+                ps.step(loss)
+        return sha(net.cpu())
+
+    torch.manual_seed(5)
+    whole = run("whole", 4)
+    torch.manual_seed(5)
+    run("cut", 2)
+    torch.manual_seed(6)
+    assert run("cut", 4, resume="auto") == whole

@@ -31,6 +31,7 @@ class Place:
         over: whether all ranks have ended that loop.
         cuts: for each earlier number of workers in this loop, the items that each of those workers had taken.
         samples: samples behind gradients that it has accumulated and not yet pushed.
+        validations: validations done in the epoch.
     """
 
     epoch: int = 0
@@ -39,6 +40,12 @@ class Place:
     over: bool = False
     cuts: list[list[int]] = field(default_factory=list)
     samples: int = 0
+    validations: int = 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether the loop is begun and not at its end."""
+        return bool(self.taken or self.cuts) and not self.over
 
     def next_loop(self) -> None:
         """At the start of the epoch's next `batches` loop."""
@@ -47,6 +54,7 @@ class Place:
     def next_epoch(self) -> None:
         """At the start of the next epoch."""
         self.epoch, self.loop, self.taken, self.over, self.cuts = self.epoch + 1, 0, 0, False, []
+        self.validations = 0
 
 
 def left(items: Iterable[T], cuts: Sequence[Sequence[int]]) -> Iterable[T]:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from mpips.config import BAD_CONFIGURATION, ConfigError
 from mpips.contract import ContractError
 from mpips.exchange import SERVER, Exchange
 from mpips.message import NonFiniteError
@@ -40,15 +41,22 @@ def end_all_on_exception(exchange: Exchange) -> None:
         _failures.append(error)
         text = "".join(traceback.format_exception(kind, error, trace))
         LOG.error("failed\n%s", text)
+        status = FAILED
+        if issubclass(kind, ConfigError):
+            text, status = f"mpips: {error}\n", BAD_CONFIGURATION
         if issubclass(kind, TOGETHER):
             text = f"{kind.__name__}: {error}\n"  # the place in the code says nothing that the text does not
             if exchange.rank != SERVER:
                 exchange.wait(patience=3)  # rank 0 prints and ends all
         _tell_launcher(exchange.rank, text)
         who = f" rank {exchange.rank} on {socket.gethostname()} failed:" if exchange.size > 1 else ""
-        print(f"mpips:{who}\n{text}" if who else text, end="", file=sys.stderr, flush=True)
+        header = f"mpips:{who}\n" if who and status == FAILED else ""
+        print(header + text, end="", file=sys.stderr, flush=True)
         if exchange.size > 1:
-            exchange.abort(FAILED)
+            exchange.abort(status)
+        elif status != FAILED:
+            sys.stdout.flush()
+            os._exit(status)  # Python's own status after an excepthook is 1
 
     sys.excepthook = hook
 

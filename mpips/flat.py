@@ -155,10 +155,12 @@ class Flat:
         return present
 
     def _check_still_ours(self) -> None:
-        """Once, at the first step: the model still trains the parameters it had at connect."""
+        """The model still trains the parameters it had at connect; looked at whole at the first step only."""
+        thawed = next((name for name, p in self.frozen.items() if p.requires_grad), None)
+        if thawed is not None:
+            raise LayoutError(f"after connect {thawed} was unfrozen; freeze and unfreeze parameters before connect")
         if self._checked:
             return
-        self._checked = True
         now = [(clean(n), p) for n, p in self.model.named_parameters() if p.requires_grad]
         ours = [(slot.name, p) for slot, p in zip(self.slots, self.parameters, strict=True)]
         for (name, mine), (other, current) in zip_longest(ours, now, fillvalue=("nothing", None)):
@@ -167,6 +169,7 @@ class Flat:
                     f"after connect the model trains {other} where it trained {name}; replace, freeze and unfreeze parameters, "
                     f"and load_state_dict(assign=True), before connect"
                 )
+        self._checked = True
 
     def resume(self, gradients: Mapping[str, Tensor]) -> None:
         """Put back gradients, by name, that were accumulated and not pushed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -23,7 +24,9 @@ def new_folder() -> Path:
 
 def last_folder() -> Path | None:
     """The newest run of this script that has a checkpoint."""
-    runs = sorted(Path("runs").glob(f"*-{script_name()}*"), key=lambda p: p.stat().st_mtime, reverse=True)
+    ours = re.compile(rf"\d{{4}}-\d\d-\d\d-\d{{6}}-{re.escape(script_name())}(-\d+)?")
+    found = [path for path in Path("runs").glob("*") if ours.fullmatch(path.name)]
+    runs = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
     return next((run.absolute() for run in runs if any(run.glob("checkpoints/*.h5"))), None)
 
 

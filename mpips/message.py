@@ -69,8 +69,9 @@ class Stop(IntEnum):
     PATIENCE = 1
     TARGET = 2
     REQUESTED = 3
-    LEFT = 4
+    LEFT = 4  # some workers have left their loops
     PREEMPTED = 5
+    ENDED = 6  # all workers have
 
 
 @dataclass

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import atexit
 import json
+import sys
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +62,24 @@ def connect(
     exchange = join(config)
     run = Run(exchange, config, model, optimizer, scheduler, validation_data)
     failure.on_preemption(run.preempt)
-    atexit.register(run.close)
+    atexit.register(_leave, run, exchange)
     return run
+
+
+def _leave(run: Run, exchange: Exchange) -> None:
+    try:
+        run.close()
+        exchange.wait(patience=None)
+    except Exception:  # at exit nobody else would end the other ranks
+        sys.excepthook(*sys.exc_info())
+
+
+class Where(Enum):
+    """Where the script is on a rank that trains: a `batches` loop is at its end, running, or was broken out of."""
+
+    OUTSIDE = 0
+    INSIDE = 1
+    BROKE = 2
 
 
 class Run:
@@ -94,14 +112,15 @@ class Run:
             self._serve(model, optimizer, scheduler, validation_data, resume)
         if self.trains:
             self._train(model)
-        self._streams = rng.capture() if resume and self.trains else None
-        self._loops = 0  # `batches` loops begun in this epoch
+        self._streams = rng.capture() if resume else None
+        self._where = Where.OUTSIDE
+        self._loops = self._validations = 0  # begun in this epoch, those included that a resumed run has behind it
         self._taken = 0  # items yielded since the last step
         self._samples = self._place.samples  # samples behind what has not been pushed
-        self._inside = False  # a `batches` loop of a worker is not at its end
-        self._broke = False  # the script broke out of a `batches` loop
-        self._cut = False  # a stop ended a `batches` loop before its end
-        self._ended = False
+        self._steps = 0  # on the batch at hand
+        self._several = False  # the script takes several steps on one batch
+        self._cut = False  # a stop ended the epoch before its end
+        self._begun = self._ended = False  # whether `epochs` has begun, and the run has been finished
 
     def _agree_on_folder(self) -> tuple[Path, Path | None]:
         """The run folder and the checkpoint to go on from: the server looks, all ranks take its word."""
@@ -187,11 +206,13 @@ class Run:
         place = self._place
         if self._server:
             self._server.report.epochs = count
+        self._begun = True
         while place.epoch < count and not self.stopping:
-            self._loops = 0
+            self._loops = self._validations = 0
             yield place.epoch
             self._end_epoch()
-        self._finish()
+        if not self._left:
+            self._finish()
 
     def batches(
         self, data: Any, batch_size: int | None = None, *, shuffle: bool = True, drop_last: bool = False, shard: bool = True
@@ -207,63 +228,75 @@ class Run:
             shard: False for data that is this rank's own already.
         """
         self._drain()
+        if self._where is Where.INSIDE:
+            raise RuntimeError("a ps.batches loop inside another; one loop at a time can be resumed")
         place = self._place
         loop, self._loops = self._loops, self._loops + 1
-        if self.stopping or loop < place.loop:
+        if self.stopping:
             return
-        if not place.over:
+        if loop < place.loop:
+            self._rewind(loop == place.loop - 1 and not place.begun)
+            return
+        if place.over:
+            self._rewind(True)
+        else:
             if self._worker:
                 seed = self.config.seed * 1_000_003 + loop * 1_009  # the epoch is added: neighbours must not share orders
                 place_of_data = (self.worker, self.workers, seed, not shard)
                 yield from self._work(Shard(data, batch_size, shuffle, drop_last, *place_of_data))
             elif self._server:
+                self._rewind(place.begun)
                 self._server.start_server()
                 self._obey()
-        if not self.stopping:
+        if place.over:
             place.next_loop()
 
     def _work(self, shard: Shard) -> Iterator[Any]:
         worker = self._worker
         assert worker
         worker.begin()
-        self._inside = True
+        self._where = Where.INSIDE
         batches = shard.batches(worker.place)
-        if self._streams is not None:  # skipping may have drawn numbers
-            rng.restore(self._streams)
-            self._streams = None
-        for batch, count, worker.done in batches:
+        self._rewind(worker.place.begun)
+        for batch, count, last in batches:
             self._taken += count
             self._samples += samples_in(batch)
+            self._steps, worker.done = 0, last and not self._several
             try:
                 yield batch
             except GeneratorExit:
-                self._broke = True
+                if self._where is Where.INSIDE:
+                    self._where = Where.BROKE
                 raise
             if self.stopping:
-                self._obey()
                 return
         self._exhausted()
+
+    def _rewind(self, here: bool) -> None:
+        """If a resumed run goes on `here`, undo what the script and the skipping have drawn on the way."""
+        if here and self._streams is not None:
+            rng.restore(self._streams)
+        self._streams = None if here else self._streams
 
     def _exhausted(self) -> None:
         """Wait with the others until every worker's shard is."""
         assert self._worker
         self._worker.place.taken += self._taken
         self._taken, self._worker.place.samples = 0, self._samples
-        self._inside = False
+        self._where = Where.OUTSIDE
         self._worker.finish()
         self._obey()
 
     def _drain(self) -> None:
         """End a loop that the script broke out of: for this rank its shard is exhausted."""
-        if self._broke:
-            self._broke = False
+        if self._where is Where.BROKE:
             self._exhausted()
-            if not self.stopping:
+            if self._place.over:
                 self._place.next_loop()
 
     def _between_loops(self, call: str) -> None:
         self._drain()
-        if self._inside:
+        if self._where is Where.INSIDE:
             raise RuntimeError(
                 f"{call} inside a ps.batches loop, where a server that does not train never comes; call it after the loop"
                 f" (checkpoints inside: the setting checkpoint.every)"
@@ -280,8 +313,8 @@ class Run:
         Raises:
             NonFiniteError: on all ranks, if some rank's gradient holds a NaN or Inf and `nonfinite` is "raise".
         """
-        if self._worker is None:
-            raise RuntimeError("step() on a rank that only serves; call it inside a ps.batches loop, which is empty there")
+        if self._worker is None or self._where is not Where.INSIDE:
+            raise RuntimeError("step() outside a ps.batches loop, where the server does not wait for it; call it in the loop")
         if metrics.keys() != set(self.config.metrics):
             named = self.config.metrics
             raise ValueError(f"step() was given the metrics {sorted(metrics)}, the `metrics` setting names {named}")
@@ -289,6 +322,12 @@ class Run:
         taken, self._taken, self._samples, self._worker.place.samples = self._taken, 0, 0, 0
         if count < 0:
             raise ValueError(f"step() was given samples={count}; expected 0 or more")
+        self._steps += 1
+        self._several = self._several or self._steps > 1
+        if self._steps > 1 and self._worker.done:
+            raise RuntimeError(
+                "a first second step() on one batch, at a shard's last batch: the server has been told it is the end"
+            )
         ordered = [float(metrics[name]) for name in self.config.metrics]
         self._worker.step(float(loss.detach() if isinstance(loss, Tensor) else loss), count, ordered, taken)
         self._obey()
@@ -306,11 +345,13 @@ class Run:
             name: what the number is, for people.
 
         Returns:
-            The number, on every rank; NaN if the run has ended because a rank left it.
+            The number, on every rank; the last one if a resumed run has this validation behind it, or a rank has left.
         """
         self._between_loops("validate()")
-        if self._control.stop == Stop.LEFT:
-            return float("nan")
+        self._validations += 1
+        if self._left or self._validations <= self._place.validations:
+            return self._control.value
+        self._place.validations = self._validations
         if self._server:
             self._server.validate(measure, name)
             self._server.send_stop_signal()
@@ -319,19 +360,28 @@ class Run:
         return self._control.value
 
     def stop(self) -> None:
-        """End the run on all ranks, in the same round: the next one."""
+        """End the run on all ranks, in the same round: the next one, or at the validation in progress."""
         if self._worker:
             self._worker.stop = 1
-        elif self._server:
+        if self._server:
             self._server.stop_server()
 
     def save(self) -> None:
         """Write a checkpoint now; every rank calls this at the same place, outside a `batches` loop."""
         self._between_loops("save()")
+        if not self._left:
+            self._save()
+
+    def _save(self) -> None:
         if self._worker:
             self._worker.save()
         elif self._server:
             self._server.save_model()
+
+    @property
+    def _left(self) -> bool:
+        """Whether ranks have left their loops, so that the others can call nothing together but `close`."""
+        return self._control.stop in (Stop.LEFT, Stop.ENDED)
 
     def preempt(self) -> None:
         """Write a checkpoint at the next round and end with status 75; SIGUSR1 does this."""
@@ -348,8 +398,8 @@ class Run:
     def _obey(self) -> None:
         """Do what the control says about ending."""
         if self._control.stop:
-            self._cut = not self._place.over
-            self._inside = False
+            self._cut = True
+            self._where = Where.OUTSIDE
         if self._control.stop == Stop.PREEMPTED:
             self._ended = True
             if self._server:
@@ -358,18 +408,16 @@ class Run:
 
     def _end_epoch(self) -> None:
         self._drain()
-        if self._control.stop == Stop.LEFT:
+        if self._left:
             return
         if not self._cut:
             self._place.next_epoch()
             if self._server:
                 self._server.end_epoch()
-        self.save()
+        self._save()
 
     def _finish(self) -> None:
         self._ended = True
-        if self._control.stop == Stop.LEFT:
-            return
         if self._server:
             self._server.write_results([value for _, _, value in self._server.report.values])
         elif self._worker:
@@ -378,16 +426,19 @@ class Run:
     def close(self) -> None:
         """Leave; called when Python ends. A worker that left a loop early ends the run for all.
 
-        A script that has its own loop over epochs gets its last checkpoint and DONE here.
+        What is not saved yet is saved here, and DONE written unless only some of the workers left: so ends a script that has
+        its own loop over epochs, or returns from the middle of one.
         """
-        if failure.happened():
+        if failure.happened() or self._ended:
             return
-        if not self._ended:
-            if self._worker and self._inside:
-                self._worker.stop = 2
-                self._worker.idle()
-            if self._control.stop != Stop.LEFT:
-                self._exchange.wait(patience=5.0)
-                self.save()
+        if self._worker and self._where is not Where.OUTSIDE:
+            self._where = Where.OUTSIDE
+            self._worker.stop = 2
+            self._worker.idle()
+        if self._control.stop == Stop.PREEMPTED:
+            return
+        together = self._left or not self._begun
+        self._exchange.wait(patience=300.0 if together else 5.0)
+        self._save()
+        if self._control.stop != Stop.LEFT:
             self._finish()
-        self._exchange.wait(patience=None)

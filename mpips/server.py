@@ -65,6 +65,7 @@ class Server:
         control: what is said to all ranks next.
         place: the place in the data of a worker on this rank, else the epoch alone.
         signalled: set to write a checkpoint and end the run at the next round.
+        stop_asked: set to end the run with the next message to all ranks.
         states: the ranks' packed states of a resumed run, else empty.
         worker_state: what a worker on this rank has to add to a checkpoint.
         validation_data: what `load_validation_data` loaded.
@@ -96,7 +97,7 @@ class Server:
         self.validation_data: Any = None
         self.performances: dict[int, dict[str, int]] = {}
         self.last_checkpoint: Path | None = None
-        self.signalled = False
+        self.signalled = self.stop_asked = False
         self._make = (optimizer, scheduler, validation_data)
         self.states = b""
         self._rule, self._needs = choose(self.config)
@@ -141,21 +142,26 @@ class Server:
                 return
 
     def stop_server(self) -> None:
-        """End the run for all ranks, at the next round."""
-        self.control.stop = self.control.stop or Stop.REQUESTED
+        """End the run for all ranks, with the next message to them."""
+        self.stop_asked = True
 
-    def round(self) -> Control:
+    def round(self, contributed: bool = True) -> Control:
         """One whole round: collect, combine, step, send, and a checkpoint if one is due.
+
+        Args:
+            contributed: whether a worker on this rank had an update; without one its buffers stay, unless the weights move.
 
         Raises:
             NonFiniteError: on all ranks, when a rank's update is not finite and `nonfinite` is "raise".
         """
+        version = self.control.version
         updates = self.collect_updates()
         self.update_weights(updates)
         self.note(updates)
         self.send_updates()
         self.replica.check_finite(self.control)
-        self.replica.buffers.load(self.replica.pull.buffers)
+        if contributed or self.control.version > version:
+            self.replica.buffers.load(self.replica.pull.buffers)
         if self.control.checkpoint:
             self.save_model()
         return self.control
@@ -248,12 +254,16 @@ class Server:
         """A rank that was told to end, has left, or asks to stop, ends the run for all in this round."""
         told = [rank for rank, row in rows.items() if row["signal"]] + [0] * self.signalled
         left = [rank for rank, row in rows.items() if row["stop"] == 2]
-        asked = [rank for rank, row in rows.items() if row["stop"] == 1]
-        for stop, ranks in ((Stop.PREEMPTED, told), (Stop.LEFT, left), (Stop.REQUESTED, asked)):
+        asked = [rank for rank, row in rows.items() if row["stop"] == 1] + [0] * self.stop_asked
+        gone = Stop.ENDED if len(left) == self.workers else Stop.LEFT
+        for stop, ranks in ((Stop.PREEMPTED, told), (gone, left), (Stop.REQUESTED, asked)):
             if ranks:
-                self.control.stop = stop
-                self.report.stopped(stop.name.lower(), int(self.control.round), ranks)
+                self._stop(stop, ranks)
                 return
+
+    def _stop(self, why: Stop, ranks: list[int]) -> None:
+        self.control.stop = why
+        self.report.stopped(why.name.lower(), int(self.control.round), ranks)
 
     def send_updates(self, weights: Tensor | None = None) -> None:
         """Send the weights, or these ones (`(numel,)`, the flat layout), and the control to all ranks."""
@@ -264,6 +274,8 @@ class Server:
 
     def send_stop_signal(self) -> None:
         """Tell all ranks, between rounds, what the control says: whether to stop, and the validation's value."""
+        if self.stop_asked and not self.control.stop:
+            self._stop(Stop.REQUESTED, [0])
         self.replica.pull.control = self.control
         self.exchange.publish(self.replica.pull.control_message)
 
@@ -294,8 +306,7 @@ class Server:
         """
         verdict = self.patience.judge(accuracy, self.config.stop)
         if verdict and not self.control.stop:
-            self.control.stop = verdict
-            self.report.stopped(verdict.name.lower(), int(self.control.round), [0])
+            self._stop(verdict, [0])
         return verdict != Stop.NO
 
     def end_epoch(self) -> None:
@@ -367,11 +378,12 @@ class Server:
         snapshot.put_model(tree, self.replica)
         self.optimizer.put(tree)
         self.patience = Patience(tree["stopping"]["best"], tree["stopping"]["waited"])
-        self.loss_scale = LossScale(**tree["loss_scale"])
+        if self.config.loss_scale and json.loads(tree["config"])["loss_scale"]:
+            self.loss_scale = LossScale(**tree["loss_scale"])
         states = [RankState.from_tree(tree["ranks"][str(rank)]) for rank in range(len(tree["ranks"]))]
         self.states = pack_all(states)
-        first = states[0].place
-        self.place = Place(first.epoch, first.loop, 0, first.over)
+        first, taken = states[0].place, max(state.place.taken for state in states)
+        self.place = Place(first.epoch, first.loop, taken, first.over, validations=first.validations)
         rng.restore(states[0].streams)
         self.control = Control(tree["round"], tree["version"], active=0 if first.over else self.workers, lr=self.optimizer.lr)
         self.control.loss_scale, self.control.value = self.loss_scale.scale, tree["stopping"]["value"]

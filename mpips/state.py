@@ -118,7 +118,7 @@ def for_worker(states: list[RankState], index: int, workers: int) -> RankState |
     places = [saved[i].place for i in old]
     first = places[0]
     cuts = first.cuts if first.over else [*first.cuts, [p.taken for p in places]]
-    place = Place(first.epoch, first.loop, 0, first.over, cuts, mine.place.samples if mine else 0)
+    place = Place(first.epoch, first.loop, 0, first.over, cuts, mine.place.samples if mine else 0, first.validations)
     if mine is None:
         return RankState(index, place, {})
     return RankState(index, place, mine.streams, mine.buffers, mine.gradients)

@@ -32,7 +32,7 @@ class Serving(Protocol):
     place: Place
     worker_state: Callable[[], RankState] | None
 
-    def round(self) -> Control:
+    def round(self, contributed: bool = True) -> Control:
         """One whole round, with this rank's push message as it stands."""
 
     def save_model(self) -> object:
@@ -141,17 +141,19 @@ class Worker:
         Raises:
             NonFiniteError: on all ranks, when a rank's update is not finite and `nonfinite` is "raise".
         """
-        self._receive()
+        self._receive(contributed=True)
         self.replica.flat.clear()
         return self._control
 
     def idle(self) -> Control:
         """Take part in a round without a contribution; gradients not yet pushed are kept."""
         flat = self.replica.flat
+        if flat.pending:
+            flat.collect()
         self._kept = flat.grad.clone() if flat.pending else None
         self.update.write_nothing(self._row(), len(self.config.metrics))
         self._send()
-        self._receive()
+        self._receive(contributed=False)
         if self.replica.wire_is_grad:
             flat.grad.zero_() if self._kept is None else flat.grad.copy_(self._kept)
         self._kept = None
@@ -181,6 +183,8 @@ class Worker:
         """What only this rank knows."""
         own = self.replica.buffers.named if self.config.buffers == "local" else {}
         flat = self.replica.flat
+        if flat.pending and self._kept is None:
+            flat.collect()
         waiting = self._kept if self._kept is not None else flat.grad
         pending = dict(flat.named(waiting)) if flat.pending else {}
         return RankState(self.index, self.place, rng.capture(), own, pending)
@@ -207,16 +211,18 @@ class Worker:
             push = self.replica.push
             self.exchange.combine(push.message, push.tail_at, self._needs, lambda part, rows: None)
 
-    def _receive(self) -> None:
-        self._control = self._server.round() if self._server else self._pull_message()
+    def _receive(self, contributed: bool) -> None:
+        self._control = self._server.round(contributed) if self._server else self._pull_message(contributed)
         self._left = self.exchange.clock()
 
-    def _pull_message(self) -> Control:
+    def _pull_message(self, contributed: bool) -> Control:
+        version = self._control.version
         self.exchange.publish(self.replica.pull.message)
         self._control = self.replica.pull.control
         self.place.over = not self._control.active
         self.replica.check_finite(self._control)
-        self.replica.buffers.load(self.replica.pull.buffers)
+        if contributed or self._control.version > version:
+            self.replica.buffers.load(self.replica.pull.buffers)
         if self._control.checkpoint:
             self.save()
         return self._control

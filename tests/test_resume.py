@@ -243,3 +243,72 @@ def test_data_of_ones_own_begins_its_loop_anew_on_another_number_of_workers(afte
     seen.clear()
     World(after).run(lambda e: program(e, -1, resume="auto"))
     assert sorted(seen) == sorted(list(range(6)) * (after - 1))
+
+
+def drawing(folder: str, draws: str, epochs: int, **settings: Any) -> tuple[str, list[tuple[float, ...]]]:
+    """A dropout model, and a script that draws numbers of its own at some place."""
+    import mpips
+
+    net = dropout_mlp()
+    torch.manual_seed(9)
+    optimizer = OPTIMIZERS["adam"](net.parameters())
+    ps = mpips.connect(net, optimizer, exchange=World(1).ends[0], run_dir=folder, **settings)
+
+    def loop() -> None:
+        for x, y in ps.batches(data(40), 8):
+            loss = torch.nn.functional.cross_entropy(net(x), y)
+            loss.backward()
+            ps.step(loss)
+
+    for _ in ps.epochs(epochs):
+        if draws == "before":
+            torch.rand(1)
+        loop()
+        ps.validate(lambda: float(torch.rand(1)) if draws == "validating" else 0.5)
+        if draws == "saving":
+            ps.save()
+        if draws == "two loops":
+            loop()
+            torch.rand(1)
+    assert ps._server
+    return sha(net), ps._server.report.values
+
+
+@pytest.mark.parametrize("draws", ["nothing", "before", "validating", "saving", "two loops"])
+def test_resume_from_every_checkpoint_is_exact(draws: str) -> None:
+    """At the end of loops and epochs, in the middle, and between a validation and the end of its epoch."""
+    import shutil
+
+    every = {"every": 1, "keep": 1000}
+    expected = drawing("whole", draws, 3, checkpoint=every)
+    files = sorted(Path("whole", "checkpoints").glob("*.h5"))
+    assert len(files) > 14
+    for file in files:
+        assert drawing(f"from-{file.stem}", draws, 3, resume=str(file), checkpoint=every) == expected, file.stem
+        shutil.rmtree(f"from-{file.stem}")
+
+
+def test_resume_with_and_without_a_loss_scale() -> None:
+    for before, after in ((1024.0, None), (None, 1024.0), (1024.0, 512.0)):
+        drawing("run", "nothing", 1, loss_scale=before)
+        import mpips
+
+        net = dropout_mlp()
+        ps = mpips.connect(
+            net, OPTIMIZERS["adam"](net.parameters()), exchange=World(1).ends[0], run_dir="run", resume="auto", loss_scale=after
+        )
+        assert float(ps.scale(torch.tensor(1.0))) == (1.0 if after is None else before or after)
+        assert ps._control.loss_scale == (before or after if after else 1.0)
+
+
+def test_a_script_whose_name_begins_alike_is_not_resumed() -> None:
+    from mpips import folder
+
+    other = Path("runs", "2026-01-01-000000-test-big", "checkpoints")
+    other.mkdir(parents=True)
+    checkpoint.save(other, 1, {"x": torch.zeros(1)})
+    assert folder.last_folder() is None
+    again = Path("runs", "2026-01-01-000000-test-2", "checkpoints")
+    again.mkdir(parents=True)
+    checkpoint.save(again, 1, {"x": torch.zeros(1)})
+    assert folder.last_folder() == again.parent.absolute()

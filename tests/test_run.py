@@ -137,8 +137,13 @@ def test_gradient_accumulation_is_the_larger_batch() -> None:
 
 def test_step_says_what_is_wrong_with_its_arguments() -> None:
     ps = mpips.connect(mlp(), sgd, exchange=World(1).ends[0], run_dir="run", metrics=["accuracy"])
-    with pytest.raises(ValueError, match=r"given the metrics \['acc'\].*names \('accuracy',\)"):
-        ps.step(1.0, 4, acc=0.5)
+    with pytest.raises(RuntimeError, match="outside a ps.batches loop"):
+        ps.step(1.0, 4, accuracy=0.5)
+    for _ in ps.batches(data(8), 4):
+        with pytest.raises(ValueError, match=r"given the metrics \['acc'\].*names \('accuracy',\)"):
+            ps.step(1.0, 4, acc=0.5)
+        with pytest.raises(ValueError, match="samples=-1; expected 0 or more"):
+            ps.step(1.0, -1, accuracy=0.5)
 
 
 def test_settings_that_are_not_allowed_end_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,8 +254,9 @@ def test_parameters_changed_after_connect_are_an_error_and_not_silence(change: A
     model = mlp()
     ps = mpips.connect(model, sgd, exchange=World(1).ends[0], run_dir="run")
     change(model)
-    with pytest.raises(ValueError, match=r"0\.weight.*connect"):
-        ps.step(1.0, 1)
+    for _ in ps.batches(data(8), 4):
+        with pytest.raises(ValueError, match=r"0\.weight.*connect"):
+            ps.step(1.0, 1)
 
 
 def test_neighbouring_seeds_do_not_share_orders() -> None:
@@ -263,3 +269,155 @@ def test_neighbouring_seeds_do_not_share_orders() -> None:
         return seen
 
     assert len({*orders(0), *orders(1), *orders(2)}) == 9
+
+
+SIZES = pytest.mark.parametrize("size", [1, 3])
+
+
+@SIZES
+def test_breaking_out_because_the_run_stops_is_fine(size: int) -> None:
+    def body(ps: mpips.Run, number: int) -> bool:
+        if ps.round == 4:
+            ps.stop()
+        return bool(ps.stopping)
+
+    assert {run.stopping for run in World(size).run(lambda e: loop(e, body))} == {"requested"}
+
+
+@SIZES
+@pytest.mark.parametrize("inside", [False, True], ids=["between loops", "inside the measure"])
+def test_stop_outside_a_loop_ends_all_ranks(size: int, inside: bool) -> None:
+    def program(e: Exchange) -> tuple[int, str]:
+        model = mlp()
+        ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+        for epoch in ps.epochs(9):
+            for x, y in ps.batches(data(48), 8):
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                ps.step(loss)
+            if inside:
+                ps.validate(lambda epoch=epoch: ps.stop() or 0.5 if epoch == 1 else 0.5)
+            elif epoch == 1:
+                ps.stop()
+        return ps.round, ps.stopping
+
+    rounds = 2 * 6 // max(1, size - 1) + (not inside)
+    assert World(size).run(program) == [(rounds, "requested")] * size
+    assert json.loads(Path("run", "DONE").read_text())["stop"] == "requested"
+
+
+@SIZES
+def test_several_steps_on_one_batch(size: int) -> None:
+    def program(e: Exchange) -> int:
+        model = mlp()
+        ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+        for _ in ps.epochs(2):
+            for x, y in ps.batches(data(96), 8):
+                for _ in range(3):
+                    loss = F.cross_entropy(model(x), y)
+                    loss.backward()
+                    ps.step(loss, samples=8)
+        return int(ps._control.version)
+
+    assert set(World(size).run(program)) == {2 * 3 * 12 // max(1, size - 1)}
+
+
+def test_a_loop_inside_another_is_refused() -> None:
+    ps = mpips.connect(mlp(), sgd, exchange=World(1).ends[0], run_dir="run")
+    with pytest.raises(RuntimeError, match="inside another"):
+        list(zip(ps.batches(data(8), 4), ps.batches(data(8), 4), strict=True))
+
+
+def leaving(e: Exchange, leavers: set[int], where: str) -> mpips.Run:
+    """The loop in a function that the leavers return from; then what Python's end does."""
+    model = mlp()
+    ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+
+    def work() -> None:
+        for _ in ps.epochs(3):
+            for x, y in ps.batches(data(48), 8):
+                if ps.round == 4 and e.rank in leavers:
+                    return
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                ps.step(loss)
+            ps.validate(lambda: 0.5)
+            if where == "saves":
+                ps.save()
+
+    work()
+    ps.close()
+    return ps
+
+
+@pytest.mark.parametrize("where", ["plain", "saves"])
+@pytest.mark.parametrize(("size", "leavers", "why"), [(1, {0}, "ended"), (3, {1, 2}, "ended"), (3, {1}, "left")])
+def test_returning_from_the_loop_loses_nothing(size: int, leavers: set[int], why: str, where: str) -> None:
+    from mpips import checkpoint
+
+    runs = World(size).run(lambda e: leaving(e, leavers, where))
+    assert {run.stopping for run in runs} == {why}
+    newest = checkpoint.newest(Path("run", "checkpoints"))
+    assert newest is not None
+    assert checkpoint.load(newest)["round"] == runs[0].round == 5
+    assert Path("run", "DONE").exists() == (why == "ended")
+
+
+def test_preemption_while_a_rank_leaves() -> None:
+    def program(e: Exchange) -> None:
+        model = mlp()
+        ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+        for x, y in ps.batches(data(48), 8):
+            if ps.round == 2 and e.rank == 2:
+                break
+            if ps.round == 2:
+                ps.preempt()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            ps.step(loss)
+        ps.close()
+
+    with pytest.raises(SystemExit, match="75"):
+        World(3).run(program)
+    assert Path("run", "checkpoints", "round_00000003.h5").exists()
+
+
+def test_batchnorm_sees_every_forward_pass_of_one_worker() -> None:
+    """5 batches an epoch, a step every 2: the fifth is forwarded, but not stepped before the loop ends."""
+
+    def batches() -> Any:
+        return zip(*(t.split(8) for t in data(40)), strict=True)
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
+    optimizer = sgd(plain.parameters())
+    for _ in range(2):
+        for number, (x, y) in enumerate(batches(), 1):
+            F.cross_entropy(plain(x), y).backward()
+            if number % 2 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
+    ps = mpips.connect(model, sgd, exchange=World(1).ends[0], run_dir="run")
+    for _ in ps.epochs(2):
+        for number, (x, y) in enumerate(ps.batches(data(40), 8, shuffle=False), 1):
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            if number % 2 == 0:
+                ps.step(loss)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_unfreezing_after_connect_is_an_error_and_not_silence() -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    ps = mpips.connect(model, sgd, exchange=World(1).ends[0], run_dir="run")
+    with pytest.raises(ValueError, match=r"0\.weight was unfrozen"):
+        for x, y in ps.batches(data(16), 8):
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            ps.step(loss)
+            model[0].requires_grad_(True)
+    assert ps.round == 1

@@ -182,7 +182,9 @@ class MpiExchange:
             self.comm.Gather(_memory(buffer), None, root=SERVER)
             return
         if self._rows.dtype != piece.dtype or self._rows.numel() < self.size * piece.numel():
-            self._rows = torch.empty(self.size * piece.numel(), dtype=piece.dtype)
+            staged = self._staged(piece)
+            where = torch.device("cpu") if staged else piece.device
+            self._rows = torch.empty(self.size * piece.numel(), dtype=piece.dtype, device=where, pin_memory=staged)
         rows = self._rows[: self.size * piece.numel()]
         self.comm.Gather(_memory(buffer), _memory(rows), root=SERVER)
         apply(part, rows.view(self.size, -1).to(piece.device))

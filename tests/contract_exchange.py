@@ -20,8 +20,7 @@ Program = Callable[[Exchange], Any]
 class ExchangeContract:
     sizes: tuple[int, ...] = ()
 
-    def run(self, program: Program, size: int) -> list[Any]:
-        raise NotImplementedError
+    run: Callable[[Any, Program, int], list[Any]]
 
     @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
     def dtype(self, request: pytest.FixtureRequest) -> torch.dtype:

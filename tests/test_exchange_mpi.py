@@ -60,3 +60,23 @@ def test_the_server_memory_for_rows_is_that_of_a_bucket() -> None:
 
     results = on_mpi(program, bucket=40_000)
     assert results[SERVER] == len(results) * 10_000
+
+
+@pytest.mark.parametrize(
+    ("variables", "crowded"),
+    [
+        ({}, False),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, False),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "9999"}, True),
+        ({"SLURM_STEP_TASKS_PER_NODE": "9999(x2),1"}, True),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, False),
+    ],
+)
+def test_more_ranks_than_cores_are_noticed(variables: dict[str, str], crowded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpips.exchange.mpi import _crowded
+
+    for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert _crowded() == crowded

@@ -137,7 +137,7 @@ def test_gradient_accumulation_is_the_larger_batch() -> None:
 
 def test_step_says_what_is_wrong_with_its_arguments() -> None:
     ps = mpips.connect(mlp(), sgd, exchange=World(1).ends[0], run_dir="run", metrics=["accuracy"])
-    with pytest.raises(RuntimeError, match="outside a ps.batches loop"):
+    with pytest.raises(RuntimeError, match=r"outside a ps\.batches loop"):
         ps.step(1.0, 4, accuracy=0.5)
     for _ in ps.batches(data(8), 4):
         with pytest.raises(ValueError, match=r"given the metrics \['acc'\].*names \('accuracy',\)"):

@@ -46,6 +46,8 @@ def connect(bucket: int, cuda_aware: bool) -> MpiExchange:
     os.environ.setdefault("RDMAV_FORK_SAFE", "1")  # DataLoader workers fork after MPI has started
     if _crowded():
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # else waiting ranks starve those that work
+    if "native" in os.environ.get("PMIX_SECURITY_MODE", "").split(","):
+        os.environ["PMIX_SECURITY_MODE"] = "native"  # under srun the wheel complains of each other mode, on every rank
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -68,8 +70,9 @@ def _share_cores(ranks_here: int) -> None:
 
 
 def _crowded() -> bool:
-    ranks_here = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")
-    return int(ranks_here) > len(os.sched_getaffinity(0))
+    names = ("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")  # SLURM's reads 4, or 4(x2),3
+    ranks_here = next((os.environ[name] for name in names if name in os.environ), "1")
+    return int(ranks_here.split("(")[0].split(",")[0]) > len(os.sched_getaffinity(0))
 
 
 def _singletons(library: str) -> str:

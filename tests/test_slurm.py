@@ -229,7 +229,11 @@ def test_a_heterogeneous_job_has_its_server_on_one_node_and_its_workers_on_anoth
     if mpi_flag() != "--mpi=pmix":
         pytest.skip("shown with PMIx only")
     job = Job(slurm, tmp_path, "cpu-server-gpu-workers.sbatch", text=NOTES_ITS_PLACE)
-    job.succeed()
+    # DONE is what tells that a run has ended well: SLURM 22.05's srun now and then stays when all tasks of a heterogeneous
+    # step have ended (both slurmds then say "done with job"), so the end of the job is not waited for.
+    job.wait((job.run_dir / "DONE").exists, "DONE")
+    job.wait(lambda: len(job.places()) == 5, "the output of 5 ranks")
+    slurm.run("scancel", job.id)
     (start,) = job.events("start")
     assert (start["size"], start["workers"], start["server_trains"]) == (5, 4, False)
     places = job.places()

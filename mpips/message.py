@@ -144,11 +144,6 @@ class Push:
         """What a rule combines."""
         return self.message[: self.tail_at]
 
-    @property
-    def tail(self) -> Tensor:
-        """What is summed."""
-        return self.message[self.tail_at :]
-
     def write(self, rank: int, row: Row, metrics: Sequence[float]) -> None:
         """Say `row` and the metrics' sums for this rank."""
         values = [*asdict(row).values(), *metrics]

@@ -102,7 +102,7 @@ class Server:
         self.states = b""
         self._rule, self._needs = choose(self.config)
         self._columns = COLUMNS + self.config.metrics
-        self._begun = self._last = exchange.clock()
+        self._last = exchange.clock()
 
     def create_model(self) -> None:
         """Lay the model out flat and make the master weights, the optimizer and the scheduler."""

@@ -40,7 +40,7 @@ def test_the_parts_of_a_push_cover_it_and_do_not_overlap() -> None:
     assert push.message.tolist() == [float(n) for n, length in enumerate(lengths, 1) for _ in range(length)]
     assert push.body.tolist() == [1.0] * lengths[0] + [2.0] * lengths[1]
     assert push.body.numel() == push.tail_at
-    assert push.tail.numel() == push.message.numel() - push.tail_at
+    assert push.limbs.data_ptr() == push.message[push.tail_at :].data_ptr()
     assert lengths[2:] == [LIMBS, 6, 3 * (len(COLUMNS) + 2)]  # one integer buffer, six parameters, three ranks
 
 

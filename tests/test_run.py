@@ -276,12 +276,22 @@ SIZES = pytest.mark.parametrize("size", [1, 3])
 
 @SIZES
 def test_breaking_out_because_the_run_stops_is_fine(size: int) -> None:
-    def body(ps: mpips.Run, number: int) -> bool:
-        if ps.round == 4:
-            ps.stop()
-        return bool(ps.stopping)
+    def program(e: Exchange) -> tuple[int, str]:
+        model = mlp()
+        ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+        for _ in ps.epochs(3):
+            for x, y in ps.batches(data(96), 8):
+                if ps.round == 3:
+                    ps.stop()
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                ps.step(loss)
+                if ps.stopping:
+                    break
+            ps.validate(lambda: 0.5)
+        return ps.round, ps.stopping
 
-    assert {run.stopping for run in World(size).run(lambda e: loop(e, body))} == {"requested"}
+    assert World(size).run(program) == [(4, "requested")] * size
 
 
 @SIZES
@@ -382,7 +392,8 @@ def test_preemption_while_a_rank_leaves() -> None:
     assert Path("run", "checkpoints", "round_00000003.h5").exists()
 
 
-def test_batchnorm_sees_every_forward_pass_of_one_worker() -> None:
+@pytest.mark.parametrize("size", [1, 2])
+def test_batchnorm_sees_every_forward_pass_of_one_worker(size: int) -> None:
     """5 batches an epoch, a step every 2: the fifth is forwarded, but not stepped before the loop ends."""
 
     def batches() -> Any:
@@ -397,17 +408,22 @@ def test_batchnorm_sees_every_forward_pass_of_one_worker() -> None:
             if number % 2 == 0:
                 optimizer.step()
                 optimizer.zero_grad()
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
-    ps = mpips.connect(model, sgd, exchange=World(1).ends[0], run_dir="run")
-    for _ in ps.epochs(2):
-        for number, (x, y) in enumerate(ps.batches(data(40), 8, shuffle=False), 1):
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            if number % 2 == 0:
-                ps.step(loss)
+
+    def program(e: Exchange) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
+        ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+        for _ in ps.epochs(2):
+            for number, (x, y) in enumerate(ps.batches(data(40), 8, shuffle=False), 1):
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                if number % 2 == 0:
+                    ps.step(loss)
+        return model.state_dict()
+
+    worker = World(size).run(program)[-1]
     for name, tensor in plain.state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name]), name
+        assert torch.equal(tensor, worker[name]), name
 
 
 def test_unfreezing_after_connect_is_an_error_and_not_silence() -> None:

@@ -17,15 +17,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mpips.clients import Clients
     from mpips.config import Config, ConfigError, add_arguments
     from mpips.run import Run, connect
     from mpips.server import Server
     from mpips.start import configure, device, join
     from mpips.worker import Worker
 
-__all__ = ["Config", "ConfigError", "Run", "Server", "Worker", "add_arguments", "configure", "connect", "device", "join"]
+__all__ = [
+    "Clients",
+    "Config",
+    "ConfigError",
+    "Run",
+    "Server",
+    "Worker",
+    "add_arguments",
+    "configure",
+    "connect",
+    "device",
+    "join",
+]
 
 _HOMES = {
+    "mpips.clients": ("Clients",),
     "mpips.config": ("Config", "ConfigError", "add_arguments"),
     "mpips.run": ("Run", "connect"),
     "mpips.server": ("Server",),

@@ -23,11 +23,11 @@ from typing import Any, Literal
 import yaml
 
 BAD_CONFIGURATION = 2  # exit status
-GROUPS = ("checkpoint", "stop")  # flags that begin so are ours
+GROUPS = ("checkpoint", "stop", "staleness", "local", "outer", "clients", "robust")  # flags that begin so are ours
 SAID = ("true", "false", "yes", "no", "on", "off", "1", "0")  # after a boolean flag: its value and no word of the script's
 TAKEN = (  # names that a metric cannot have: other columns of the messages and of the report
-    *("samples", "weight", "loss", "bad", "done", "stop", "signal", "round", "train", "wait", "epoch", "version", "lr"),
-    *("time", "event", "rank", "ranks", "epochs", "samples_per_s", "self"),
+    *("samples", "weight", "loss", "bad", "done", "stop", "signal", "round", "train", "wait", "steps", "tickets", "want"),
+    *("epoch", "version", "lr", "time", "event", "rank", "ranks", "epochs", "samples_per_s", "self"),
 )
 
 
@@ -44,11 +44,13 @@ def _allow(key: str, given: object, allowed: str, ok: bool) -> None:
 class Checkpointing:
     """When checkpoints are written and how many stay."""
 
-    every: int = field(default=0, metadata={"help": "also after so many rounds; 0: at the end of each epoch only"})
+    every: int = field(default=0, metadata={"help": "also after so many rounds; 0: at the end of epochs only"})
     keep: int = field(default=3, metadata={"help": "the newest so many stay on disk"})
+    epochs: int = field(default=1, metadata={"help": "at the end of each so many epochs, and of the last; 0: of the last only"})
 
     def __post_init__(self) -> None:
         _allow("checkpoint.every", self.every, "a whole number, 0 or more", self.every >= 0)
+        _allow("checkpoint.epochs", self.epochs, "a whole number, 0 or more", self.epochs >= 0)
         _allow("checkpoint.keep", self.keep, "a whole number, 1 or more", self.keep >= 1)
 
 
@@ -68,10 +70,100 @@ class Stopping:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Staleness:
+    """What an asynchronous server does with contributions that come late; null is the mode's own value."""
+
+    policy: Literal["none", "reject", "inverse", "poly", "hinge", "dc", "dc-adaptive"] | None = field(
+        default=None, metadata={"help": "of a late contribution: take it, reject it, take it scaled, or compensated (DC-ASGD)"}
+    )
+    bound: int = field(
+        default=4, metadata={"help": "ssp: clocks that a worker may be ahead; reject, hinge: versions it may be late"}
+    )
+    power: float = field(default=0.5, metadata={"help": "poly: (1 + staleness) to minus this; hinge: its slope"})
+    strength: float = field(default=0.04, metadata={"help": "dc: lambda; dc-adaptive: its first value"})
+    buffer: int | None = field(default=None, metadata={"help": "contributions that make one server update (fedbuff's K)"})
+
+    def __post_init__(self) -> None:
+        _allow("staleness.bound", self.bound, "a whole number, 0 or more", self.bound >= 0)
+        _allow("staleness.power", self.power, "a number, 0 or more", 0 <= self.power < math.inf)
+        _allow("staleness.strength", self.strength, "a number, 0 or more", 0 <= self.strength < math.inf)
+        _allow("staleness.buffer", self.buffer, "a whole number, 1 or more, or null", self.buffer is None or self.buffer >= 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """Steps that a worker takes on its own between two rounds; null is the mode's own value."""
+
+    steps: int | None = field(default=None, metadata={"help": "so many local steps between two rounds (H, tau)"})
+    after: int = field(default=0, metadata={"help": "post-local SGD: one step a round for so many rounds first"})
+    moving_rate: float | None = field(default=None, metadata={"help": "easgd: alpha; null: 0.9 / workers"})
+    fragments: int = field(default=1, metadata={"help": "diloco: send one of so many fragments at a time (streaming)"})
+    delay: int = field(default=0, metadata={"help": "diloco: local steps until a fragment's result is taken up"})
+    mix: float = field(default=0.0, metadata={"help": "diloco: share of the local weights kept when a result is taken up"})
+
+    def __post_init__(self) -> None:
+        _allow("local.steps", self.steps, "a whole number, 1 or more, or null", self.steps is None or self.steps >= 1)
+        _allow("local.after", self.after, "a whole number, 0 or more", self.after >= 0)
+        ok = self.moving_rate is None or 0 <= self.moving_rate <= 1
+        _allow("local.moving_rate", self.moving_rate, "a number from 0 to 1, or null", ok)
+        _allow("local.fragments", self.fragments, "a whole number, 1 or more", self.fragments >= 1)
+        _allow("local.delay", self.delay, "a whole number, 0 or more", self.delay >= 0)
+        _allow("local.mix", self.mix, "a number from 0 to less than 1", 0 <= self.mix < 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    """The server's own step, in modes where the script's optimizer is the workers'; null is the mode's own value."""
+
+    lr: float | None = field(default=None, metadata={"help": "learning rate"})
+    momentum: float | None = field(default=None, metadata={"help": "momentum; beta_1 of fedadam, fedyogi, fedadagrad"})
+    beta2: float = field(default=0.99, metadata={"help": "fedadam, fedyogi: decay of the second moment"})
+    tau: float = field(default=1e-3, metadata={"help": "fedadam, fedyogi, fedadagrad: their degree of adaptivity"})
+
+    def __post_init__(self) -> None:
+        _allow("outer.lr", self.lr, "a number above 0, or null", self.lr is None or 0 < self.lr < math.inf)
+        _allow("outer.momentum", self.momentum, "a number from 0 to less than 1, or null", 0 <= (self.momentum or 0) < 1)
+        _allow("outer.beta2", self.beta2, "a number from 0 to less than 1", 0 <= self.beta2 < 1)
+        _allow("outer.tau", self.tau, "a number above 0", 0 < self.tau < math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clients:
+    """Federated training: a round is an epoch in which some clients train, hosted by the workers."""
+
+    fraction: float = field(default=1.0, metadata={"help": "share of the clients in a round (C); at least one takes part"})
+    epochs: int = field(default=1, metadata={"help": "a client's epochs in a round (E)"})
+    mu: float | None = field(default=None, metadata={"help": "fedprox: weight of the proximal term; null: 0.01"})
+    q: float = field(default=1.0, metadata={"help": "qfedavg: 0 is the plain mean, more is fairer"})
+
+    def __post_init__(self) -> None:
+        _allow("clients.fraction", self.fraction, "a number from 0 to 1", 0 <= self.fraction <= 1)
+        _allow("clients.epochs", self.epochs, "a whole number, 1 or more", self.epochs >= 1)
+        _allow("clients.mu", self.mu, "a number, 0 or more, or null", self.mu is None or 0 <= self.mu < math.inf)
+        _allow("clients.q", self.q, "a number, 0 or more", 0 <= self.q < math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Robust:
+    """What the rules that withstand faulty workers assume."""
+
+    bad: int = field(default=1, metadata={"help": "faulty contributions to withstand (f)"})
+    radius: float = field(default=1.0, metadata={"help": "cclip, normclip: the largest norm that counts in full"})
+    iterations: int = field(default=8, metadata={"help": "rfa, cclip: iterations"})
+
+    def __post_init__(self) -> None:
+        _allow("robust.bad", self.bad, "a whole number, 0 or more", self.bad >= 0)
+        _allow("robust.radius", self.radius, "a number above 0", 0 < self.radius < math.inf)
+        _allow("robust.iterations", self.iterations, "a whole number, 1 or more", self.iterations >= 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Every setting of a run. `--help` of any script that connects lists them."""
 
-    mode: Literal["sync"] = field(default="sync", metadata={"help": "how workers and server take turns"})
+    mode: str = field(default="sync", metadata={"help": "how workers and server take turns: sync, async, local_sgd ..."})
+    backup_workers: int = field(default=0, metadata={"help": "sync: do not wait for the last so many; late ones are left out"})
+    overlap: bool = field(default=False, metadata={"help": "async, ssp: compute the next update while the last one travels"})
     rule: str = field(default="mean", metadata={"help": "how contributions are combined"})
     deterministic: bool = field(
         default=False, metadata={"help": "the same bits from any MPI library, algorithm and placement (Gather, not Reduce)"}
@@ -96,8 +188,14 @@ class Config:
     resume: str = field(default="no", metadata={"help": "no, auto (the newest checkpoint, if any), or a file or run folder"})
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
     stop: Stopping = field(default_factory=Stopping)
+    staleness: Staleness = field(default_factory=Staleness)
+    local: Local = field(default_factory=Local)
+    outer: Outer = field(default_factory=Outer)
+    clients: Clients = field(default_factory=Clients)
+    robust: Robust = field(default_factory=Robust)
 
     def __post_init__(self) -> None:
+        _allow("backup_workers", self.backup_workers, "a whole number, 0 or more", self.backup_workers >= 0)
         _allow("clip", self.clip, "a number above 0", self.clip is None or 0 < self.clip < math.inf)
         _allow("loss_scale", self.loss_scale, "a number above 0", self.loss_scale is None or 0 < self.loss_scale < math.inf)
         free = [name for name in self.metrics if name.isidentifier() and name not in TAKEN]
@@ -166,7 +264,7 @@ def flags_of(argv: Sequence[str]) -> list[str]:
         if not token.startswith("--"):
             continue
         if name not in known:
-            if name.split(".")[0] in GROUPS:
+            if name.split(".")[0] in GROUPS and ("." in name or name in ("checkpoint", "stop")):
                 raise ConfigError(f"--{name}: no such setting{_meant(name, known)}")
         elif equals:
             ours.append(token)

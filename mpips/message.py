@@ -1,10 +1,12 @@
 """The two messages of a round, each one tensor that is allocated once: Push to the server, Pull back.
 
-    Push  float32 or float64   | gradients | float buffers || integer buffers | presence | one row per rank |
-    Pull  bytes                | control   | weights (the model's dtype)      | buffers                     |
+    Push  float32 or float64   | gradients | float buffers | second || integer buffers | presence | one row per rank |
+    Pull  bytes                | control   | weights (the model's dtype)     | second | buffers                        |
 
-Left of `||` is the body, which a rule combines; right of it the tail, which is summed. A rank writes its own row of the tail
-and leaves the others zero, so the sum is all rows: counts, losses, flags and metrics of every rank, without a message more.
+Modes with local steps push the new weights, or their change, in the gradients' place. `second` is a further vector of that
+length which a mode may need (scaffold's control variates). Left of `||` is the body, which a rule combines; right of it the
+tail, which is summed. A rank writes its own row of the tail and leaves the others zero, so the sum is all rows: counts, losses,
+flags and metrics of every rank, without a message more.
 All of the tail is exact in float32: counts below 2^24, and integers in four limbs of 16 bits.
 """
 
@@ -43,8 +45,11 @@ class Row:
         done: 1 when this rank's shard is exhausted.
         stop: 1 when this rank asks to end the run, 2 when it has left its loop.
         signal: 1 when it was told to write a checkpoint and end.
-        round: the round this rank believes to be in, modulo ROUNDS.
+        round: the round this rank believes to be in, modulo ROUNDS; in a request the version of its weights.
         train, wait: seconds since the last round spent outside and inside the exchange.
+        steps: local steps behind the contribution, times its weight.
+        tickets: dealt batches that are used up with this step.
+        want: 1 when the answer to this request is to bring the weights.
     """
 
     samples: float = 0
@@ -57,6 +62,9 @@ class Row:
     round: float = 0
     train: float = 0
     wait: float = 0
+    steps: float = 0
+    tickets: float = 0
+    want: float = 0
 
 
 COLUMNS = tuple(asdict(Row()))
@@ -90,6 +98,8 @@ class Control:
         culprit: the rank whose update is not finite and ends the run, else -1.
         slot: the index of its first such tensor.
         value: the last validation's value.
+        ticket: the batch dealt to this worker; -1 when there is none left.
+        again: 1 when this worker is to ask again: it may not go on yet.
     """
 
     round: float = 0
@@ -103,6 +113,8 @@ class Control:
     culprit: float = -1
     slot: float = 0
     value: float = float("nan")
+    ticket: float = -1
+    again: float = 0
 
 
 CONTROL_BYTES = -(-8 * len(asdict(Control())) // ALIGNMENT) * ALIGNMENT
@@ -120,24 +132,29 @@ class Push:
         message: all of it.
         tail_at: where the tail begins.
         gradients, floats, limbs, presence: views of its parts.
+        second: a further view of the gradients' length; None where the mode has none.
         rows: `(size, columns)` view, one row per rank.
     """
 
-    def __init__(self, flat: Flat, buffers: Buffers, size: int, metrics: Sequence[str], allocate: Allocate) -> None:
+    def __init__(
+        self, flat: Flat, buffers: Buffers, size: int, metrics: Sequence[str], allocate: Allocate, vectors: int = 1
+    ) -> None:
         dtype = wire_dtype(flat.weights.dtype)
         self.columns = COLUMNS + tuple(metrics)
         lengths = [
             flat.numel,
             buffers.float_numel,
+            (vectors - 1) * flat.numel,
             LIMBS * buffers.integer_numel,
             len(flat.slots),
             size * len(self.columns),
         ]
         self.message = allocate(sum(lengths), dtype, flat.weights.device)
         parts = torch.split(self.message, lengths)
-        self.gradients, self.floats, self.limbs, self.presence = parts[:4]
-        self.rows = parts[4].view(size, len(self.columns))
-        self.tail_at = lengths[0] + lengths[1]
+        self.gradients, self.floats, second, self.limbs, self.presence = parts[:5]
+        self.second = second if vectors > 1 else None
+        self.rows = parts[5].view(size, len(self.columns))
+        self.tail_at = sum(lengths[:3])
 
     @property
     def body(self) -> Tensor:
@@ -145,9 +162,9 @@ class Push:
         return self.message[: self.tail_at]
 
     def write(self, rank: int, row: Row, metrics: Sequence[float]) -> None:
-        """Say `row` and the metrics' sums for this rank."""
+        """Say `row` and the metrics' sums for this rank; a request has one row, whoever makes it."""
         values = [*asdict(row).values(), *metrics]
-        self.rows[rank].copy_(torch.tensor(values, dtype=self.message.dtype))
+        self.rows[rank if len(self.rows) > 1 else 0].copy_(torch.tensor(values, dtype=self.message.dtype))
 
 
 class Pull:
@@ -156,11 +173,14 @@ class Pull:
     Attributes:
         message: all of it, as bytes.
         weights: view in the model's dtype.
+        second: a view like it, in the wire's dtype; None where the mode has none.
         buffers: views, in the order of `Buffers.tensors`.
     """
 
-    def __init__(self, flat: Flat, buffers: Buffers, allocate: Allocate) -> None:
-        sizes = [flat.numel * flat.weights.element_size(), *(t.numel() * t.element_size() for t in buffers.tensors)]
+    def __init__(self, flat: Flat, buffers: Buffers, allocate: Allocate, vectors: int = 1) -> None:
+        wire = wire_dtype(flat.weights.dtype)
+        sizes = [flat.numel * flat.weights.element_size(), (vectors - 1) * flat.numel * wire.itemsize]
+        sizes += [t.numel() * t.element_size() for t in buffers.tensors]
         starts, end = [], CONTROL_BYTES
         for size in sizes:
             starts.append(end)
@@ -168,7 +188,8 @@ class Pull:
         self.message = allocate(end, torch.uint8, flat.weights.device)
         spans = [self.message[start : start + size] for start, size in zip(starts, sizes, strict=True)]
         self.weights = spans[0].view(flat.weights.dtype)
-        self.buffers = [span.view(t.dtype).view(t.shape) for span, t in zip(spans[1:], buffers.tensors, strict=True)]
+        self.second = spans[1].view(wire) if vectors > 1 else None
+        self.buffers = [span.view(t.dtype).view(t.shape) for span, t in zip(spans[2:], buffers.tensors, strict=True)]
 
     @property
     def control_message(self) -> Tensor:
@@ -197,10 +218,12 @@ class Replica:
         wire_is_grad: whether gradients accumulate directly in the push message.
     """
 
-    def __init__(self, flat: Flat, buffers: Buffers, size: int, metrics: Sequence[str], allocate: Allocate) -> None:
+    def __init__(
+        self, flat: Flat, buffers: Buffers, size: int, metrics: Sequence[str], allocate: Allocate, vectors: int = 1
+    ) -> None:
         self.flat, self.buffers = flat, buffers
-        self.push = Push(flat, buffers, size, metrics, allocate)
-        self.pull = Pull(flat, buffers, allocate)
+        self.push = Push(flat, buffers, size, metrics, allocate, vectors)
+        self.pull = Pull(flat, buffers, allocate, vectors)
         flat.attach_weights(self.pull.weights)
         self.wire_is_grad = self.push.message.dtype == flat.weights.dtype
         if self.wire_is_grad:
@@ -227,10 +250,10 @@ class Replica:
             )
 
 
-def replicate(model: nn.Module, config: Config, size: int, allocate: Allocate) -> Replica:
-    """Lay `model` out flat."""
+def replicate(model: nn.Module, config: Config, size: int, allocate: Allocate, vectors: int = 1) -> Replica:
+    """Lay `model` out flat, in messages with `size` rows and `vectors` of the weights' length."""
     flat = Flat(model)
     buffers = Buffers(flat.model, config.buffers, wire_dtype(flat.weights.dtype))
-    replica = Replica(flat, buffers, size, config.metrics, allocate)
+    replica = Replica(flat, buffers, size, config.metrics, allocate, vectors)
     buffers.store(replica.pull.buffers)
     return replica

@@ -1,4 +1,4 @@
-"""The optimizer and LR scheduler, which live on the server only, and the weights they step on.
+"""An optimizer, its LR scheduler and the weights they step on: the server's, and each worker's in modes with local steps.
 
 A model in float32 or float64 is stepped in place. One in float16 or bfloat16 has float32 master weights here, whose gradients
 are the push message itself.
@@ -23,8 +23,8 @@ MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 MakeScheduler = Callable[[Optimizer], Scheduler]
 
 
-class ServerOptimizer:
-    """A `torch.optim` optimizer on the server's weights.
+class FlatOptimizer:
+    """A `torch.optim` optimizer on the flat weights.
 
     Args:
         replica: the model's flat buffers.
@@ -85,19 +85,36 @@ class ServerOptimizer:
                 f"this model's parameters, or a function that makes one of the parameters it is given"
             )
 
-    def step(self, present: Sequence[float], clip: float | None) -> None:
+    @property
+    def whole(self) -> Tensor:
+        """The weights that are stepped, `(numel,)`: the model's, or their float32 masters."""
+        return self.replica.flat.weights if self.replica.wire_is_grad else self._whole
+
+    def refresh(self) -> None:
+        """The model's weights have been changed by others: take them as they are."""
+        if not self.replica.wire_is_grad:
+            self._whole.copy_(self.replica.flat.weights)
+
+    def step(self, present: Sequence[float], clip: float | None, scale: float = 1.0) -> None:
         """One step with the gradients in the push message.
 
         Args:
             present: for each parameter how many workers have a gradient; without any it is passed over, as in PyTorch.
             clip: the largest global norm.
+            scale: what the learning rates are multiplied by, in this step alone.
         """
         before = [p.grad for p in self.weights]  # not always views: the script calls zero_grad on this rank, too
         for p, grad, seen in zip(self.weights, self._grads, present, strict=True):
             p.grad = grad if seen else None
         if clip is not None:
             nn.utils.clip_grad_norm_(self.weights, clip)
+        rates = [group["lr"] for group in self.torch.param_groups]
+        if scale != 1:
+            for group in self.torch.param_groups:
+                group["lr"] = group["lr"] * scale
         self.torch.step()
+        for group, rate in zip(self.torch.param_groups, rates, strict=True):
+            group["lr"] = rate
         for p, own in zip(self.weights, before, strict=True):
             p.grad = own
         if not self.replica.wire_is_grad:
@@ -141,3 +158,26 @@ class ServerOptimizer:
 
 def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+class Average:
+    """A server that takes what is combined as the new weights: the workers push theirs."""
+
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
+        self.torch = None
+        self.lr = 1.0
+
+    def step(self, present: Sequence[float], clip: float | None, scale: float = 1.0) -> None:
+        """The combined weights are the new ones."""
+        self.replica.pull.weights.copy_(self.replica.push.gradients)
+
+    def schedule(self, value: float | None = None) -> None:
+        """There is nothing to schedule."""
+
+    def tree(self) -> dict[str, Any]:
+        """Nothing: it has no state."""
+        return {}
+
+    def put(self, tree: dict[str, Any]) -> None:
+        """See `tree`."""

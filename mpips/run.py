@@ -19,14 +19,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mpips import failure, folder, report, rng
+from mpips.client import Client
+from mpips.clients import Clients
 from mpips.config import Config
 from mpips.data import Place, Shard, samples_in
 from mpips.environment import environment
 from mpips.exchange import SERVER, Exchange, share
+from mpips.federated import FedAvg, Hosting
 from mpips.message import Control, Stop
+from mpips.mode import choose_mode
 from mpips.optimizer import MakeOptimizer, MakeScheduler, Scheduler
+from mpips.parameter_server import ParameterServer
 from mpips.server import Server
-from mpips.start import configure, join
+from mpips.start import choose_trainable, configure, join
+from mpips.trainable import Trainable
 from mpips.worker import Worker, place_of
 
 
@@ -35,6 +41,7 @@ def connect(
     optimizer: Optimizer | MakeOptimizer,
     scheduler: Scheduler | MakeScheduler | None = None,
     *,
+    trainable: Trainable | None = None,
     validation_data: Callable[[], Any] | None = None,
     exchange: Exchange | None = None,
     **settings: Any,
@@ -46,6 +53,8 @@ def connect(
         optimizer: any `torch.optim` optimizer of the model's parameters, or a function from a list of parameters to one. It
             is used on the server only.
         scheduler: a learning-rate scheduler of that optimizer, or a function from an optimizer to one.
+        trainable: which parameters to train, the others being frozen: a name pattern ("head.*"), several, or a predicate of
+            name and parameter. Only these travel, and only they have optimizer state. Those with requires_grad if None.
         validation_data: makes the data for `validate`, called on the server alone.
         exchange: one end of an exchange to use in place of MPI; for tests and simulations.
         settings: any field of `mpips.Config`; nested ones as dicts: `checkpoint={"every": 100}`. Flags (`--clip 1.0`,
@@ -57,6 +66,8 @@ def connect(
         ContractError: the ranks do not have the same model, settings or versions; names the first difference.
     """
     config = configure(**settings)
+    if trainable is not None:
+        choose_trainable(model, trainable)
     if exchange is not None:
         return Run(exchange, config, model, optimizer, scheduler, validation_data)
     exchange = join(config)
@@ -104,14 +115,15 @@ class Run:
         self.config, self._exchange = config, exchange
         self.worker, self.workers = place_of(exchange, config)
         self.serves, self.trains = exchange.rank == SERVER, self.worker >= 0
-        self._server: Server | None = None
+        self._mode = choose_mode(config)
+        self._server: Server | ParameterServer | None = None
         self._worker: Worker | None = None
         self.folder, resume = self._agree_on_folder()
         report.log_to(self.folder, exchange.rank)
         if self.serves:
             self._serve(model, optimizer, scheduler, validation_data, resume)
         if self.trains:
-            self._train(model)
+            self._train(model, optimizer, scheduler)
         self._streams = rng.capture() if resume else None
         self._where = Where.OUTSIDE
         self._loops = self._validations = 0  # begun in this epoch, those included that a resumed run has behind it
@@ -139,7 +151,8 @@ class Run:
         validation_data: Callable[[], Any] | None,
         resume: Path | None,
     ) -> None:
-        server = self._server = Server(
+        kind = ParameterServer if self._mode.requests else Server
+        server = self._server = kind(
             self._exchange,
             model,
             optimizer,
@@ -166,9 +179,12 @@ class Run:
         )
         server.broadcast_initial_weights()
 
-    def _train(self, model: nn.Module) -> None:
+    def _train(
+        self, model: nn.Module, optimizer: Optimizer | MakeOptimizer, scheduler: Scheduler | MakeScheduler | None
+    ) -> None:
         server = self._server
-        self._worker = Worker(self._exchange, model, self.config, server)
+        kind = Client if self._mode.requests and not server else Worker
+        self._worker = kind(self._exchange, model, self.config, server, optimizer, scheduler)
         self._worker.receive_initial_weights()
 
     @property
@@ -202,7 +218,7 @@ class Run:
         return stop.name.lower() if stop else ""
 
     def epochs(self, count: int) -> Iterator[int]:
-        """Epoch numbers from where the run is to `count`, fewer if it stops; ends with a checkpoint after each."""
+        """Epoch numbers from where the run is to `count`, fewer if it stops; with checkpoints at their ends."""
         place = self._place
         if self._server:
             self._server.report.epochs = count
@@ -210,7 +226,7 @@ class Run:
         while place.epoch < count and not self.stopping:
             self._loops = self._validations = 0
             yield place.epoch
-            self._end_epoch()
+            self._end_epoch(count)
         if not self._left:
             self._finish()
 
@@ -220,12 +236,16 @@ class Run:
         """This worker's share of the data, batch by batch; nothing on a rank that only serves, which serves meanwhile.
 
         Args:
-            data: a map-style dataset, a tuple of tensors, a DataLoader (which then decides batch size and order), or an
-                iterable of batches. A rank that only serves does not look at it.
+            data: a map-style dataset, a tuple of tensors, a DataLoader (which then decides batch size and order), an
+                iterable of batches, or `Clients`. A rank that only serves does not look at it.
             batch_size: items in a worker's batch.
             shuffle: draw a new order, from the seed, in each epoch.
             drop_last: leave out a worker's last batch if it is not full.
             shard: False for data that is this rank's own already.
+
+        In federated modes a loop is one communication round: some of the clients train, this worker's share of them one after
+        another, `clients.epochs` each. A dataset or a tuple of tensors is dealt out to one client on each worker; with
+        `batch_size=None` a client's data is one batch. Modes that know no clients take all clients' data together.
         """
         self._drain()
         if self._where is Where.INSIDE:
@@ -241,9 +261,7 @@ class Run:
             self._rewind(True)
         else:
             if self._worker:
-                seed = self.config.seed * 1_000_003 + loop * 1_009  # the epoch is added: neighbours must not share orders
-                place_of_data = (self.worker, self.workers, seed, not shard)
-                yield from self._work(Shard(data, batch_size, shuffle, drop_last, *place_of_data))
+                yield from self._work(self._share(data, loop, (batch_size, shuffle, drop_last), not shard))
             elif self._server:
                 self._rewind(place.begun)
                 self._server.start_server()
@@ -251,17 +269,31 @@ class Run:
         if place.over:
             place.next_loop()
 
-    def _work(self, shard: Shard) -> Iterator[Any]:
+    def _share(self, data: Any, loop: int, how: tuple[int | None, bool, bool], own: bool) -> Shard | Hosting:
+        """What of the data is this worker's."""
+        assert self._worker
+        update = self._worker.update
+        if isinstance(update, FedAvg):
+            return Hosting(update, data, *how, own, self.config.seed + (loop << 53), self._forget)
+        seed = self.config.seed * 1_000_003 + loop * 1_009  # the epoch is added: neighbours must not share orders
+        data = data.together() if isinstance(data, Clients) else data
+        return Shard(data, *how, self.worker, self.workers, seed, own)
+
+    def _forget(self) -> None:
+        self._samples = 0
+
+    def _work(self, shard: Shard | Hosting) -> Iterator[Any]:
         worker = self._worker
         assert worker
         worker.begin()
         self._where = Where.INSIDE
-        batches = shard.batches(worker.place)
+        batches = self._deal(shard)
         self._rewind(worker.place.begun)
         for batch, count, last in batches:
             self._taken += count
             self._samples += samples_in(batch)
             self._steps, worker.done = 0, last and not self._several
+            worker.used += 1
             try:
                 yield batch
             except GeneratorExit:
@@ -270,7 +302,23 @@ class Run:
                 raise
             if self.stopping:
                 return
-        self._exhausted()
+        self._obey()
+        if not self.stopping:
+            self._exhausted()
+
+    def _deal(self, shard: Shard | Hosting) -> Iterator[Any]:
+        """This worker's own batches; or, of a server that answers requests, those that it deals out."""
+        worker, place = self._worker, self._place
+        total = shard.tickets(place.epoch) if isinstance(worker, Client) and isinstance(shard, Shard) else None
+        if total is None or isinstance(shard, Hosting):
+            return shard.batches(place)
+
+        def ticket() -> int | None:
+            assert isinstance(worker, Client)
+            number = worker.next_ticket()
+            return None if number is None or number >= total else number
+
+        return shard.dealt(place.epoch, ticket)
 
     def _rewind(self, here: bool) -> None:
         """If a resumed run goes on `here`, undo what the script and the skipping have drawn on the way."""
@@ -322,6 +370,10 @@ class Run:
         taken, self._taken, self._samples, self._worker.place.samples = self._taken, 0, 0, 0
         if count < 0:
             raise ValueError(f"step() was given samples={count}; expected 0 or more")
+        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        if isinstance(self._worker.update, FedAvg) and self._worker.update.measuring:
+            self._worker.update.measure(value, count)
+            return
         self._steps += 1
         self._several = self._several or self._steps > 1
         if self._steps > 1 and self._worker.done:
@@ -329,7 +381,7 @@ class Run:
                 "a first second step() on one batch, at a shard's last batch: the server has been told it is the end"
             )
         ordered = [float(metrics[name]) for name in self.config.metrics]
-        self._worker.step(float(loss.detach() if isinstance(loss, Tensor) else loss), count, ordered, taken)
+        self._worker.step(value, count, ordered, taken)
         self._obey()
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -406,7 +458,7 @@ class Run:
                 self._server.report.preempted(self._server.last_checkpoint)
             raise SystemExit(failure.PREEMPTED)
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, count: int) -> None:
         self._drain()
         if self._left:
             return
@@ -414,7 +466,11 @@ class Run:
             self._place.next_epoch()
             if self._server:
                 self._server.end_epoch()
-        self._save()
+            if self._worker:
+                self._worker.end_epoch()
+        every, done = self.config.checkpoint.epochs, self._place.epoch
+        if self._cut or self.stopping or done >= count or (every and done % every == 0):
+            self._save()
 
     def _finish(self) -> None:
         self._ended = True

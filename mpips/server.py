@@ -1,7 +1,7 @@
 """The server's half of a round, and all that it alone decides.
 
-    collect_updates  exchange.combine, rule   the contributions become one gradient
-    update_weights   clip, any torch.optim    the weights become the next version
+    collect_updates  combine, rule            the contributions become one
+    update_weights   clip, the server's step  the weights become the next version
     send_updates     exchange.publish         every rank has them
 
 Rank 0 is the server. It may train as well; then its own contribution is already in the push message.
@@ -9,28 +9,16 @@ Rank 0 is the server. It may train as well; then its own contribution is already
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-import mpips
-from mpips import checkpoint, contract, rng, snapshot
-from mpips.config import Config
-from mpips.data import Place
-from mpips.exchange import Exchange, ExchangeError, share
-from mpips.message import COLUMNS, ROUNDS, Control, Stop, replicate
-from mpips.optimizer import MakeOptimizer, MakeScheduler, Scheduler, ServerOptimizer
-from mpips.report import Report, rank_states
-from mpips.rule import choose
-from mpips.state import RankState, pack_all
-from mpips.stopping import LossScale, Patience
+from mpips.combine import combine
+from mpips.exchange import ExchangeError
+from mpips.message import ROUNDS, Control, Stop
+from mpips.report import rank_states
+from mpips.service import Service
 
 
 class Updates(NamedTuple):
@@ -47,92 +35,8 @@ class Updates(NamedTuple):
     results: dict[int, dict[str, float]]
 
 
-class Server:
-    """The synchronous server.
-
-    Args:
-        exchange: rank 0's end.
-        model: the model to serve; its parameters are rank 0's copy of the weights.
-        optimizer: an optimizer of the model's parameters, or a function from a list of parameters to one.
-        scheduler: a learning-rate scheduler of that optimizer, or a function from an optimizer to one.
-        config: the settings.
-        folder: where checkpoints go; None writes none.
-        report: where metrics and events go.
-        validation_data: makes the validation data, called on the server alone.
-
-    Attributes:
-        replica: the model's flat buffers and messages.
-        control: what is said to all ranks next.
-        place: the place in the data of a worker on this rank, else the epoch alone.
-        signalled: set to write a checkpoint and end the run at the next round.
-        stop_asked: set to end the run with the next message to all ranks.
-        states: the ranks' packed states of a resumed run, else empty.
-        worker_state: what a worker on this rank has to add to a checkpoint.
-        validation_data: what `load_validation_data` loaded.
-        performances: rank -> its messages and bytes, after `receive_performances_from_nodes`.
-    """
-
-    def __init__(
-        self,
-        exchange: Exchange,
-        model: nn.Module,
-        optimizer: Optimizer | MakeOptimizer,
-        scheduler: Scheduler | MakeScheduler | None = None,
-        *,
-        config: Config | None = None,
-        folder: Path | None = None,
-        report: Report | None = None,
-        validation_data: Callable[[], Any] | None = None,
-    ) -> None:
-        self.exchange, self.model, self.config, self.folder = exchange, model, config or Config(), folder
-        self.report = report or Report(None, self.config.metrics)
-        self.trains = exchange.size == 1 or self.config.server_trains
-        self.first = 0 if self.trains else 1  # rank of the first worker
-        self.workers = exchange.size - self.first
-        self.control = Control(loss_scale=self.config.loss_scale or 1.0)
-        self.patience = Patience()
-        self.loss_scale = LossScale(self.control.loss_scale)
-        self.place = Place()
-        self.worker_state: Callable[[], RankState] | None = None
-        self.validation_data: Any = None
-        self.performances: dict[int, dict[str, int]] = {}
-        self.last_checkpoint: Path | None = None
-        self.signalled = self.stop_asked = False
-        self._make = (optimizer, scheduler, validation_data)
-        self.states = b""
-        self._rule, self._needs = choose(self.config)
-        self._columns = COLUMNS + self.config.metrics
-        self._last = exchange.clock()
-
-    def create_model(self) -> None:
-        """Lay the model out flat and make the master weights, the optimizer and the scheduler."""
-        make_optimizer, make_scheduler, _ = self._make
-        self.replica = replicate(self.model, self.config, self.exchange.size, self.exchange.allocate)
-        self.optimizer = ServerOptimizer(self.replica, make_optimizer, make_scheduler)
-        self.control.lr = self.optimizer.lr
-        self.check_requires_grad()
-
-    def check_requires_grad(self) -> None:
-        """Take note of which parameters are trained: only these travel after the first Bcast."""
-        flat = self.replica.flat
-        trained = sum(slot.numel for slot in flat.slots)
-        frozen = sum(p.numel() for p in flat.frozen.values())
-        self.report.event("trainable", trained=trained, frozen=frozen, tensors=[slot.name for slot in flat.slots])
-
-    def load_validation_data(self) -> None:
-        """Load the validation data, once, on the server alone."""
-        make = self._make[2]
-        if make is not None and self.validation_data is None:
-            self.validation_data = make()
-
-    def broadcast_initial_weights(self) -> None:
-        """Agree with all ranks on the contract, then give them the weights and, if resumed, their own states."""
-        if not hasattr(self, "replica"):
-            self.create_model()
-        self.replica.pull.control = self.control
-        self.digest = contract.begin(self.exchange, self.replica, self.config)
-        share(self.exchange, self.states)
-        self._last = self.exchange.clock()
+class Server(Service):
+    """The synchronous server; see `Service` for its arguments."""
 
     def start_server(self) -> None:
         """Serve rounds until every worker's shard is exhausted or the run is to stop."""
@@ -175,7 +79,7 @@ class Server:
         push = self.replica.push
         if not self.trains:
             push.message.zero_()
-        self.exchange.combine(push.message, push.tail_at, self._needs, self._combine)
+        self.combined = combine(self.exchange, push, self.rule, self.last, self.first)
         table = push.rows.tolist()[self.first :]
         results = {rank: dict(zip(self._columns, row, strict=True)) for rank, row in enumerate(table, self.first)}
         for rank, row in results.items():
@@ -183,52 +87,29 @@ class Server:
                 raise ExchangeError(f"rank {rank} is in round {row['round']:.0f}, the server in {self.control.round:.0f}")
         return Updates({rank: row["samples"] for rank, row in results.items()}, [], results)
 
-    def _combine(self, part: slice, rows: Tensor) -> None:
-        push = self.replica.push
-        weights = push.rows[self.first :, COLUMNS.index("weight")]
-        if not weights.any():
-            return
-        if len(rows) == 1 < self.exchange.size:
-            weights = weights.sum(0, keepdim=True)
-        else:
-            rows = rows[self.first :]
-        self._rule(rows, weights, push.message[part])
-
     def update_weights(self, updates: Updates) -> None:
         """One server update with the combined gradient, unless there is none or it is not to be taken."""
         bad = {rank: int(row["bad"]) - 1 for rank, row in updates.results.items() if row["bad"]}
-        take = any(row["weight"] for row in updates.results.values())
+        for rank in self.combined.faulty:
+            self.report.event("warning", message=f"rank {rank}: left out by the rule", round=self.control.round)
+        if self.combined.refused:
+            self.report.event("warning", message=f"no update: {self.combined.refused}", round=self.control.round)
+        take = any(row["weight"] for row in updates.results.values()) and not self.combined.refused
         if take and not (bad and (self.config.loss_scale or self.config.nonfinite != "drop")):
             overflow = self.replica.flat.first_nonfinite(self.replica.push.gradients)
             if overflow is None:
-                self._step()
+                self._take(updates)
             else:  # finite on every rank, but not their sum
                 bad[self.exchange.rank] = overflow
         if bad:
-            self._judge(bad)
+            self.judge(bad)
         if self.config.buffers == "server":
             self.replica.buffers.store(self.replica.pull.buffers)
 
-    def _step(self) -> None:
-        push, pull = self.replica.push, self.replica.pull
-        self.optimizer.step(push.presence.tolist(), self.config.clip)
-        self.replica.buffers.combine(push.floats, push.limbs, pull.buffers)
-        self.control.version += 1
-        if self.config.loss_scale:
-            self.loss_scale.fine()
-        if self.config.schedule == "round":
-            self.optimizer.schedule()
-
-    def _judge(self, bad: dict[int, int]) -> None:
-        """Updates that are not finite, rank -> slot: end the run, or only take note."""
-        rank, slot = next(iter(bad.items()))
-        if self.config.loss_scale:
-            self.loss_scale.overflow()
-        hopeless = not self.config.loss_scale or self.loss_scale.scale < 1  # no scale will mend a NaN
-        if hopeless and self.config.nonfinite == "raise":
-            self.control.culprit, self.control.slot = rank, slot
-        name = self.replica.flat.slots[slot].name
-        self.report.event("warning", message=f"rank {rank}: NaN or Inf in the gradient of {name}", round=self.control.round)
+    def _take(self, updates: Updates) -> None:
+        rows = updates.results.values()
+        weight = sum(row["weight"] for row in rows)
+        self.step_with(sum(row["steps"] for row in rows) / weight if self.mode.normalised else 1.0)
 
     def note(self, updates: Updates) -> None:
         """What this round means for the next: the control, and the report."""
@@ -239,8 +120,8 @@ class Server:
         control.round += 1
         control.active = sum(not row["done"] for row in rows.values())
         self.place.over = not control.active
-        control.loss, control.lr, control.loss_scale = means["loss"], self.optimizer.lr, self.loss_scale.scale
-        self._obey_ranks(rows)
+        control.loss, control.lr, control.loss_scale = means["loss"], self.lr, self.loss_scale.scale
+        self.obey_ranks(rows)
         every = self.config.checkpoint.every
         control.checkpoint = bool(self.folder) and (
             control.stop == Stop.PREEMPTED or (every > 0 and control.round % every == 0)
@@ -250,176 +131,9 @@ class Server:
         row = (control.round, self.place.epoch, control.version, samples, *means.values())
         self.report.round((*row[:5], control.lr, *row[5:]), samples_per_s=speed, ranks=rank_states(rows, self.trains))
 
-    def _obey_ranks(self, rows: dict[int, dict[str, float]]) -> None:
-        """A rank that was told to end, has left, or asks to stop, ends the run for all in this round."""
-        told = [rank for rank, row in rows.items() if row["signal"]] + [0] * self.signalled
-        left = [rank for rank, row in rows.items() if row["stop"] == 2]
-        asked = [rank for rank, row in rows.items() if row["stop"] == 1] + [0] * self.stop_asked
-        gone = Stop.ENDED if len(left) == self.workers else Stop.LEFT
-        for stop, ranks in ((Stop.PREEMPTED, told), (gone, left), (Stop.REQUESTED, asked)):
-            if ranks:
-                self._stop(stop, ranks)
-                return
-
-    def _stop(self, why: Stop, ranks: list[int]) -> None:
-        self.control.stop = why
-        self.report.stopped(why.name.lower(), int(self.control.round), ranks)
-
     def send_updates(self, weights: Tensor | None = None) -> None:
         """Send the weights, or these ones (`(numel,)`, the flat layout), and the control to all ranks."""
         if weights is not None:
             self.replica.pull.weights.copy_(weights)
         self.replica.pull.control = self.control
         self.exchange.publish(self.replica.pull.message)
-
-    def send_stop_signal(self) -> None:
-        """Tell all ranks, between rounds, what the control says: whether to stop, and the validation's value."""
-        if self.stop_asked and not self.control.stop:
-            self._stop(Stop.REQUESTED, [0])
-        self.replica.pull.control = self.control
-        self.exchange.publish(self.replica.pull.control_message)
-
-    def validate(self, measure: Callable[..., Any], name: str = "value") -> float:
-        """Measure the model and decide whether to stop; the workers wait for the value.
-
-        Args:
-            measure: called with the validation data, if there are any, else without arguments; in eval mode, without grad.
-            name: what the value is, for people.
-        """
-        self.load_validation_data()
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        with torch.no_grad():
-            value = float(measure() if self.validation_data is None else measure(self.validation_data))
-        for module, training in modes.items():  # one by one: a script may keep a frozen part in eval mode
-            module.training = training
-        self.control.value = value
-        self.check_improvement(value)
-        self.report.validated(self.place.epoch, int(self.control.round), value, self.patience.best, name)
-        return value
-
-    def check_improvement(self, accuracy: float) -> bool:
-        """Take note of a validation's value.
-
-        Returns:
-            True to stop: the target is reached, or there was no gain for `stop.patience` validations. False to go on.
-        """
-        verdict = self.patience.judge(accuracy, self.config.stop)
-        if verdict and not self.control.stop:
-            self._stop(verdict, [0])
-        return verdict != Stop.NO
-
-    def end_epoch(self) -> None:
-        """All ranks have ended an epoch: step the scheduler."""
-        if self.config.schedule == "epoch":
-            self.optimizer.schedule(None if math.isnan(self.control.value) else self.control.value)
-        self.control.lr = self.optimizer.lr
-
-    def get_queue(self) -> Exchange:
-        """Where the server receives: its end of the exchange."""
-        return self.exchange
-
-    def get_server_iterations(self) -> int:
-        """Rounds done so far."""
-        return int(self.control.round)
-
-    def save_model(self, wandb_run: Any = None) -> Path | None:
-        """Write a checkpoint together with all ranks, which give their own states.
-
-        Args:
-            wandb_run: anything with `save(path)`, such as a Weights & Biases run; it is given the file.
-        """
-        begun = time.perf_counter()
-        own = self.worker_state() if self.worker_state else RankState(-1, self.place, rng.capture())
-        blobs = self.exchange.collect(own.pack())
-        if self.folder is None:
-            return None
-        states = [RankState.unpack(blob) for blob in blobs]
-        self.report.flush()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = checkpoint.save(self.folder, int(self.control.round), self.tree(states), self.config.checkpoint.keep)
-        self.last_checkpoint = path
-        seconds, size = time.perf_counter() - begun, path.stat().st_size
-        self.report.event("checkpoint", round=self.control.round, path=str(path), seconds=seconds, bytes=size)
-        if wandb_run is not None:
-            wandb_run.save(str(path))
-        return path
-
-    def tree(self, states: list[RankState]) -> dict[str, Any]:
-        """Everything a run needs to go on, as nested dicts."""
-        report = self.report
-        return {
-            "round": int(self.control.round),
-            "version": int(self.control.version),
-            "epoch": self.place.epoch,
-            "config": json.dumps(self.config.settings()),
-            "contract": self.digest,
-            "versions": {"mpips": mpips.__version__, "torch": str(torch.__version__)},
-            "world": {"size": self.exchange.size, "workers": self.workers},
-            **snapshot.take_model(self.replica),
-            **self.optimizer.tree(),
-            "stopping": {"best": self.patience.best, "waited": self.patience.waited, "value": self.control.value},
-            "loss_scale": {"scale": self.loss_scale.scale, "good": self.loss_scale.good},
-            "metrics": snapshot.columns(report.columns, report.rows),
-            "validation": snapshot.columns(("round", "epoch", "value"), report.values),
-            "ranks": {str(rank): state.tree() for rank, state in enumerate(states)},
-        }
-
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint, before the initial weights are broadcast.
-
-        The model has been created.
-
-        Raises:
-            CheckpointError: the file is damaged or not a checkpoint.
-            SnapshotError: it is of another model, optimizer or scheduler.
-        """
-        tree = checkpoint.load(path)
-        snapshot.put_model(tree, self.replica)
-        self.optimizer.put(tree)
-        self.patience = Patience(tree["stopping"]["best"], tree["stopping"]["waited"])
-        if self.config.loss_scale and json.loads(tree["config"])["loss_scale"]:
-            self.loss_scale = LossScale(**tree["loss_scale"])
-        states = [RankState.from_tree(tree["ranks"][str(rank)]) for rank in range(len(tree["ranks"]))]
-        self.states = pack_all(states)
-        first, taken = states[0].place, max(state.place.taken for state in states)
-        self.place = Place(first.epoch, first.loop, taken, first.over, validations=first.validations)
-        rng.restore(states[0].streams)
-        self.control = Control(tree["round"], tree["version"], active=0 if first.over else self.workers, lr=self.optimizer.lr)
-        self.control.loss_scale, self.control.value = self.loss_scale.scale, tree["stopping"]["value"]
-        self.report.restore(snapshot.rows(tree["metrics"]), snapshot.rows(tree["validation"]))
-        self.report.event("resume", round=self.control.round, path=str(path))
-        self.last_checkpoint = path
-
-    def receive_performances_from_nodes(self) -> tuple[int, int]:
-        """Every rank's traffic, once, at the end of the run.
-
-        Returns:
-            Calls made and bytes handed over, summed over the ranks; `performances` has them by rank.
-        """
-        blobs = self.exchange.collect(json.dumps(self.exchange.traffic).encode())
-        self.performances = {rank: json.loads(blob) for rank, blob in enumerate(blobs)}
-        totals = [
-            sum(n for traffic in self.performances.values() for call, n in traffic.items() if call.endswith(kind))
-            for kind in ("calls", "bytes")
-        ]
-        return totals[0], totals[1]
-
-    def write_results(self, accuracy_validation: list[float]) -> None:
-        """Write the results of the run, the validations' values among them, into DONE."""
-        messages, moved = self.receive_performances_from_nodes()
-        value = accuracy_validation[-1] if accuracy_validation else None
-        self.report.done(
-            {
-                "seconds": round(time.time() - self.report.begun, 3),
-                "rounds": self.get_server_iterations(),
-                "versions": int(self.control.version),
-                "name": self.report.name,
-                "value": value,
-                "validation": accuracy_validation,
-                "stop": Stop(int(self.control.stop)).name.lower(),
-                "checkpoint": None if self.last_checkpoint is None else str(self.last_checkpoint),
-                "messages": messages,
-                "bytes": moved,
-            }
-        )

@@ -8,12 +8,15 @@ import time
 from typing import Any
 
 import torch
+from torch import nn
 
 from mpips import failure, folder
 from mpips.config import BAD_CONFIGURATION, Config, ConfigError, resolve
 from mpips.exchange import Exchange, mpi
 from mpips.exchange.simulated import World
+from mpips.mode import choose_mode
 from mpips.rule import choose
+from mpips.trainable import Trainable, freeze
 
 
 def configure(**settings: Any) -> Config:
@@ -25,10 +28,23 @@ def configure(**settings: Any) -> Config:
     try:
         config = resolve(settings)
         choose(config)
+        choose_mode(config)
         folder.check_resume(config.resume)
     except ConfigError as error:
         raise _refused(error) from None
     return config
+
+
+def choose_trainable(model: nn.Module, trainable: Trainable) -> None:
+    """Freeze all parameters but those.
+
+    Raises:
+        SystemExit: with status 2 and one line on the screen, if a pattern matches nothing.
+    """
+    try:
+        freeze(model, trainable)
+    except ConfigError as error:
+        raise _refused(error) from None
 
 
 def join(config: Config) -> Exchange:

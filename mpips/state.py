@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ class RankState:
         streams: its random streams.
         buffers: its own buffers by name, where the policy is `local`.
         gradients: gradients by name that it has accumulated and not yet pushed.
+        own: what else the mode's update remembers: the worker's optimizer, clients' states.
     """
 
     index: int
@@ -38,6 +40,7 @@ class RankState:
     streams: rng.State
     buffers: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    own: dict[str, Any] = field(default_factory=dict)
 
     def tree(self) -> dict[str, Any]:
         """As nested dicts of scalars, lists and tensors, for a checkpoint."""
@@ -47,24 +50,20 @@ class RankState:
             "streams": self.streams,
             "buffers": self.buffers,
             "gradients": self.gradients,
+            "own": self.own,
         }
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> RankState:
         """What `tree` gave."""
-        return cls(tree["index"], Place(**tree["place"]), tree["streams"], tree["buffers"], tree["gradients"])
+        return cls(tree["index"], Place(**tree["place"]), tree["streams"], tree["buffers"], tree["gradients"], tree["own"])
 
     def pack(self) -> bytes:
         """As bytes for the wire."""
-        words: dict[str, Any] = {"index": self.index, "place": dataclasses.asdict(self.place)}
-        kinds = {"buffers": self.buffers, "gradients": self.gradients}
-        for kind, tensors in kinds.items():
-            words[kind] = {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in tensors.items()}
-        arrays: Arrays = {"words": np.frombuffer(json.dumps(words).encode(), dtype=np.uint8)}
-        arrays |= {f"stream {name}": value for name, value in self.streams.items()}
-        for kind, tensors in kinds.items():
-            for name, tensor in tensors.items():
-                arrays[f"{kind} {name}"] = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        arrays: Arrays = {}
+        tree = self.tree()
+        arrays |= {f"stream {name}": value for name, value in tree.pop("streams").items()}
+        arrays["words"] = np.frombuffer(json.dumps(_strip(tree, arrays)).encode(), dtype=np.uint8)
         file = io.BytesIO()
         np.savez(file, **arrays)  # type: ignore[arg-type]
         return file.getvalue()
@@ -73,16 +72,28 @@ class RankState:
     def unpack(cls, blob: bytes) -> RankState:
         """What `pack` gave."""
         with np.load(io.BytesIO(blob), allow_pickle=False) as arrays:
-            words = json.loads(arrays["words"].tobytes())
-            streams = {n.removeprefix("stream "): arrays[n] for n in arrays.files if n.startswith("stream ")}
-            buffers, gradients = (
-                {
-                    name: _tensor(arrays[f"{kind} {name}"], getattr(torch, dtype), shape)
-                    for name, (dtype, shape) in words[kind].items()
-                }
-                for kind in ("buffers", "gradients")
-            )
-        return cls(words["index"], Place(**words["place"]), streams, buffers, gradients)
+            tree = _dress(json.loads(arrays["words"].tobytes()), arrays)
+            tree["streams"] = {n.removeprefix("stream "): arrays[n] for n in arrays.files if n.startswith("stream ")}
+        return cls.from_tree(tree)
+
+
+def _strip(value: Any, arrays: Arrays) -> Any:
+    """Nested dicts without their tensors, which go into `arrays`; in their place where, of which dtype and shape."""
+    if isinstance(value, Tensor):
+        name = f"tensor {len(arrays)}"
+        arrays[name] = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return {"*tensor": [name, str(value.dtype).removeprefix("torch."), list(value.shape)]}
+    return {k: _strip(v, arrays) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _dress(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    """What `_strip` was given."""
+    if not isinstance(value, dict):
+        return value
+    if "*tensor" in value:
+        name, dtype, shape = value["*tensor"]
+        return _tensor(arrays[name], getattr(torch, dtype), shape)
+    return {k: _dress(v, arrays) for k, v in value.items()}
 
 
 def _tensor(raw: np.ndarray, dtype: torch.dtype, shape: list[int]) -> Tensor:
@@ -119,6 +130,13 @@ def for_worker(states: list[RankState], index: int, workers: int) -> RankState |
     first = places[0]
     cuts = first.cuts if first.over else [*first.cuts, [p.taken for p in places]]
     place = Place(first.epoch, first.loop, 0, first.over, cuts, mine.place.samples if mine else 0, first.validations)
+    clients = _clients(states, index, workers)
     if mine is None:
-        return RankState(index, place, {})
-    return RankState(index, place, mine.streams, mine.buffers, mine.gradients)
+        return RankState(index, place, {}, own=clients)
+    return RankState(index, place, mine.streams, mine.buffers, mine.gradients, mine.own | clients)
+
+
+def _clients(states: list[RankState], index: int, workers: int) -> dict[str, Any]:
+    """The states of those clients that worker `index` of `workers` hosts from now on."""
+    saved = {k: state for s in states for k, state in s.own.get("clients", {}).items()}
+    return {"clients": {k: state for k, state in saved.items() if int(k) % workers == index}} if saved else {}

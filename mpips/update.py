@@ -1,14 +1,18 @@
 """What a worker computes between pull and push: the update.
 
-An update fills the push message: the body with its contribution times a weight, the tail with this rank's row. Contributions
-are sums over samples, so that empty shards and uneven batches need no protocol of their own.
+An update takes note of each step of the script and says when a push is due; then it fills the push message: the body with its
+contribution times a weight, the tail with this rank's row. Contributions are sums, so that empty shards and uneven batches need
+no protocol of their own. Modes in which clients take their own steps are in `federated.py`, elastic averaging in `elastic.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
-from mpips.message import Replica, Row
+from mpips.config import Config
+from mpips.message import Control, Replica, Row
+from mpips.optimizer import FlatOptimizer
 
 
 class Gradient:
@@ -18,10 +22,39 @@ class Gradient:
         replica: where the gradient accumulated and where it goes.
         rank: this rank.
         index, workers: this worker's number, from 0, and how many there are.
+        config: the settings.
+        inner: the worker's own optimizer; None where it takes no steps of its own.
+
+    Attributes:
+        pending: whether there is work that has not been pushed, besides gradients.
+        here: whether the server is on this rank and shares the replica.
     """
 
-    def __init__(self, replica: Replica, rank: int, index: int, workers: int) -> None:
-        self.replica, self.rank, self.first, self.alone = replica, rank, index == 0, workers == 1
+    pending: bool = False
+    here: bool = False
+    pulls_first: ClassVar[bool] = False  # whether the server's weights are needed before a push that is due
+    wants_weights: ClassVar[bool] = True  # whether they are, in answer to a push
+
+    def __init__(
+        self,
+        replica: Replica,
+        rank: int,
+        index: int,
+        workers: int,
+        config: Config | None = None,
+        inner: FlatOptimizer | None = None,
+    ) -> None:
+        self.replica, self.rank, self.index, self.workers = replica, rank, index, workers
+        self.first, self.alone = index == 0, workers == 1
+        self.config, self.inner = config or Config(), inner
+
+    def step(self, loss: float, samples: float, control: Control) -> bool:
+        """The script has taken a step: backward has left the gradient of the mean `loss` over `samples`.
+
+        Returns:
+            Whether to push now.
+        """
+        return True
 
     def write(self, row: Row, metrics: Sequence[float], loss_scale: float) -> None:
         """Fill the push message; sets the row's `weight` and `bad`, and a bad row's samples and loss to 0.
@@ -34,10 +67,9 @@ class Gradient:
             push.gradients.copy_(flat.grad)
         if loss_scale != 1:
             push.gradients.div_(loss_scale)
-        bad = flat.first_nonfinite(push.gradients)
-        if bad is not None:  # its loss is as useless as its gradient
-            row.bad, row.samples, row.loss, metrics = 1 + bad, 0, 0, [0.0] * len(metrics)
+        metrics = self._look(row, metrics)
         row.weight = float(row.samples > 0) if self.alone else row.samples
+        row.steps = row.weight
         push.message[push.gradients.numel() :].zero_()
         self.replica.buffers.write(push.floats, push.limbs, row.weight, self.first)
         if row.weight:
@@ -47,6 +79,14 @@ class Gradient:
         else:
             push.body.zero_()
         push.write(self.rank, row, metrics)
+
+    def _look(self, row: Row, metrics: Sequence[float]) -> Sequence[float]:
+        """Mark the row if what is to be pushed is not finite; its loss and metrics are then as useless."""
+        bad = self.replica.flat.first_nonfinite(self.replica.push.gradients)
+        if bad is None:
+            return metrics
+        row.bad, row.samples, row.loss = 1 + bad, 0, 0
+        return [0.0] * len(metrics)
 
     def write_nothing(self, row: Row, metrics: int) -> None:
         """Fill the push message of a rank that has no data left; gradients not yet pushed stay where they are.
@@ -59,3 +99,126 @@ class Gradient:
         push.message.zero_()
         self.replica.buffers.write(push.floats, push.limbs, 0, self.first)
         push.write(self.rank, row, [0.0] * metrics)
+
+    def received(self) -> None:
+        """The server's weights have landed in the model."""
+
+    def park(self) -> None:
+        """The loop is over: leave the server's weights in the model if the server is on this rank."""
+
+    def unpark(self) -> None:
+        """A loop begins."""
+
+    def tree(self) -> dict[str, Any]:
+        """What only this worker knows, for a checkpoint: nested dicts of tensors, numbers and texts."""
+        return {}
+
+    def put(self, tree: dict[str, Any]) -> None:
+        """Take back what `tree` gave."""
+
+
+class Local(Gradient):
+    """Steps of the worker's own: how far they led, or the weights themselves where the server only averages.
+
+    The server's weights are kept beside the model's as the anchor. After `write` the model is back there, so that a server on
+    this rank steps from them, and a round that is not taken changes nothing.
+    """
+
+    inner: FlatOptimizer
+
+    def __init__(self, *seat: Any, **named: Any) -> None:
+        super().__init__(*seat, **named)
+        self.steps = 1  # between two rounds; set with the mode
+        self.takes_weights = False
+        self.anchor = self.replica.push.gradients.new_zeros(self.replica.flat.numel)
+        self._taken = 0  # local steps since the last round
+        self._bad: int | None = None
+
+    @property
+    def pending(self) -> bool:  # type: ignore[override]
+        """Whether local steps have not been pushed."""
+        return self._taken > 0 or self._bad is not None
+
+    def step(self, loss: float, samples: float, control: Control) -> bool:
+        """One step of the worker's optimizer; see `Gradient.step`."""
+        flat, push = self.replica.flat, self.replica.push
+        if samples:
+            present = flat.collect()
+            if not self.replica.wire_is_grad:
+                push.gradients.copy_(flat.grad)
+            bad = flat.first_nonfinite(push.gradients)
+            if bad is None:
+                self.correct()
+                self.inner.step(present, self.config.clip)
+                self._taken += 1
+            else:
+                self._bad = bad
+        flat.clear()
+        return self._bad is not None or self.due(control)
+
+    def due(self, control: Control) -> bool:
+        """Whether a round is, after the step just taken."""
+        return self._taken >= (1 if control.round < self.config.local.after else self.steps)
+
+    def correct(self) -> None:
+        """Change the gradient in the push message before a local step."""
+
+    def compose(self, samples: float) -> tuple[float, float]:
+        """Leave the contribution times its weight in the push message's body, and the model back at the anchor.
+
+        Returns:
+            The weight, and the local steps.
+        """
+        push, whole = self.replica.push, self.inner.whole
+        if self.takes_weights:
+            push.gradients.copy_(whole)
+        else:
+            push.gradients.copy_(self.anchor).sub_(whole)
+        weight = self.weigh(samples)
+        self.replica.buffers.write(push.floats, push.limbs, weight, self.first)
+        if weight != 1:
+            push.gradients.mul_(weight)
+        self.replica.flat.weights.copy_(self.anchor)
+        self.inner.refresh()
+        steps, self._taken = self._taken, 0
+        return weight, steps
+
+    def weigh(self, samples: float) -> float:
+        """The contribution's weight; may scale what is in the push message."""
+        return float(samples > 0) if self.alone else samples
+
+    def write(self, row: Row, metrics: Sequence[float], loss_scale: float) -> None:
+        """See `Gradient.write`."""
+        push = self.replica.push
+        push.message.zero_()
+        row.weight, steps = self.compose(row.samples)
+        row.steps = row.weight * steps
+        self.seal(row, metrics)
+
+    def seal(self, row: Row, metrics: Sequence[float]) -> None:
+        """Judge the composed body and write the tail."""
+        push, self._bad, bad = self.replica.push, None, self._bad
+        metrics = self._look(row, metrics)
+        if bad is not None:
+            row.bad, row.samples, row.loss, metrics = 1 + bad, 0, 0, [0.0] * len(metrics)
+        if row.bad:
+            row.weight = row.steps = 0
+        if row.weight:
+            push.presence.fill_(1)
+        else:
+            push.body.zero_()
+        push.write(self.rank, row, metrics)
+
+    def received(self) -> None:
+        """See `Gradient`."""
+        self.anchor.copy_(self.replica.flat.weights)
+        self.inner.refresh()
+
+    def tree(self) -> dict[str, Any]:
+        """The worker's optimizer."""
+        return {"inner": self.inner.tree()}
+
+    def put(self, tree: dict[str, Any]) -> None:
+        """See `Gradient`."""
+        if "inner" in tree:
+            self.inner.put(tree["inner"])

@@ -9,25 +9,47 @@ The weights land where the model's parameters are; there is nothing to copy.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mpips import contract, rng
-from mpips.config import Config
+from mpips.combine import contribute
+from mpips.config import Config, ConfigError
 from mpips.data import Place
 from mpips.exchange import Exchange, share
 from mpips.message import ROUNDS, Control, Replica, Row, replicate
+from mpips.mode import choose_mode, make_update
+from mpips.optimizer import FlatOptimizer, MakeOptimizer, MakeScheduler, Scheduler
 from mpips.rule import choose
 from mpips.state import RankState, for_worker, unpack_all
-from mpips.update import Gradient
+
+
+@dataclass
+class Tally:
+    """What has been reported of the steps since the last push: sums over samples."""
+
+    samples: float = 0
+    loss: float = 0
+    metrics: list[float] = field(default_factory=list)
+
+    def add(self, loss: float, samples: float, metrics: Sequence[float]) -> None:
+        """Take note of a step's means."""
+        self.samples += samples
+        self.loss += loss * samples if samples else 0.0
+        sums = [m * samples if samples else 0.0 for m in metrics]
+        self.metrics = [a + b for a, b in zip(self.metrics, sums, strict=True)] if self.metrics else sums
 
 
 class Serving(Protocol):
     """What a worker needs of the server on the same rank."""
 
     replica: Replica
+    inner: FlatOptimizer | None
     states: bytes
     place: Place
     worker_state: Callable[[], RankState] | None
@@ -53,12 +75,15 @@ class Worker:
         model: the model to train.
         config: the settings.
         server: the server on the same rank, if any, which has begun; it then does the rounds.
+        optimizer, scheduler: as the server's; used in modes where a worker takes steps of its own.
 
     Attributes:
         replica: the model's flat buffers and messages.
+        update: what this worker computes between pull and push.
         place: where the worker is in its data.
         index, workers: its number, from 0, and how many there are.
         done: whether its shard is exhausted; the server is told with the next round.
+        used: batches used up since the last push.
         signalled: set to have the server write a checkpoint and end the run at the next round.
         stop: 1 to ask the server to end the run, 2 when the script has left its loop.
     """
@@ -69,16 +94,27 @@ class Worker:
         model: nn.Module,
         config: Config | None = None,
         server: Serving | None = None,
+        optimizer: Optimizer | MakeOptimizer | None = None,
+        scheduler: Scheduler | MakeScheduler | None = None,
     ) -> None:
         self.exchange, self.config = exchange, config or Config()
         self.index, self.workers = place_of(exchange, self.config)
-        self.replica = server.replica if server else replicate(model, self.config, exchange.size, exchange.allocate)
-        self._needs = choose(self.config)[1]
+        self.mode = mode = choose_mode(self.config)
+        rows = 1 if mode.requests else exchange.size
+        self.replica = server.replica if server else replicate(model, self.config, rows, exchange.allocate, mode.vectors)
+        self._rule, self._last = choose(self.config)
         self._server = server
-        self.update = Gradient(self.replica, exchange.rank, self.index, self.workers)
+        self.inner = server.inner if server else None
+        if mode.local and not server:
+            if optimizer is None:
+                raise ConfigError(f"optimizer: given none with mode {self.config.mode}, allowed: the workers' optimizer")
+            self.inner = FlatOptimizer(self.replica, optimizer, scheduler)
+        self.update = make_update(self.config, self.replica, exchange.rank, self.index, self.workers, self.inner)
+        self.update.here = server is not None
+        self.tally = Tally()
         self.place = Place()
         self.signalled = False
-        self.stop = 0
+        self.stop = self.used = 0
         self.done = self._told = False
         self._control = Control()
         self._kept: Tensor | None = None  # gradients that an idle round must not push
@@ -103,8 +139,10 @@ class Worker:
         self.replica.buffers.load(self.replica.pull.buffers)
         self._control = self.replica.pull.control
         self.replica.clear()
+        self.update.received()
         if mine is not None:
             self.replica.flat.resume(mine.gradients)
+            self.update.put(mine.own)
         if self._server:
             self._server.place, self._server.worker_state = self.place, self.state
 
@@ -116,12 +154,15 @@ class Worker:
             self.replica.buffers.named[name].copy_(tensor)
 
     def step(self, loss: float, samples: int, metrics: Sequence[float] = (), taken: int = 0) -> Control:
-        """Push, then pull; see both."""
-        self.push(loss, samples, metrics, taken)
+        """The script has taken a step: push and pull, see both, if the update says that it is time."""
+        self._note(loss, samples, metrics, taken)
+        if not self.update.step(loss, samples, self._control) and not (self.done and self.update.pending):
+            return self._control
+        self._push()
         return self.pull()
 
     def push(self, loss: float, samples: int, metrics: Sequence[float] = (), taken: int = 0) -> None:
-        """Send the gradient that backward left, and this rank's row.
+        """Send the gradient that backward left, or what the mode pushes in its place, and this rank's row.
 
         Args:
             loss: the mean loss over the samples.
@@ -129,9 +170,18 @@ class Worker:
             metrics: the mean of each of the script's own metrics, in the order of the `metrics` setting.
             taken: items of the shard that this step has used up.
         """
+        self._note(loss, samples, metrics, taken)
+        self.update.step(loss, samples, self._control)
+        self._push()
+
+    def _note(self, loss: float, samples: int, metrics: Sequence[float], taken: int) -> None:
         self.place.taken += taken
-        row = self._row(samples=samples, loss=loss * samples if samples else 0.0)
-        self.update.write(row, [m * samples if samples else 0.0 for m in metrics], self._control.loss_scale)
+        self.tally.add(loss, samples, metrics or [0.0] * len(self.config.metrics))
+
+    def _push(self) -> None:
+        tally, self.tally = self.tally, Tally()
+        row = self._row(samples=tally.samples, loss=tally.loss)
+        self.update.write(row, tally.metrics or [0.0] * len(self.config.metrics), self._control.loss_scale)
         self.replica.flat.pushed()
         self._send()
 
@@ -146,7 +196,10 @@ class Worker:
         return self._control
 
     def idle(self) -> Control:
-        """Take part in a round without a contribution; gradients not yet pushed are kept."""
+        """Take part in a round without a new step: with what has not been pushed yet, gradients apart, or with nothing."""
+        if self.update.pending:
+            self._push()
+            return self.pull()
         flat = self.replica.flat
         if flat.pending:
             flat.collect()
@@ -161,6 +214,7 @@ class Worker:
 
     def begin(self) -> None:
         """A new loop over the shard begins."""
+        self.update.unpark()
         self.done = self._told = False
 
     def finish(self) -> None:
@@ -168,6 +222,7 @@ class Worker:
         self.done = True
         while not self._told or (self._control.active and not self._control.stop):
             self.idle()
+        self.update.park()
 
     def hear(self) -> None:
         """Take what the server says between rounds."""
@@ -187,7 +242,12 @@ class Worker:
             flat.collect()
         waiting = self._kept if self._kept is not None else flat.grad
         pending = dict(flat.named(waiting)) if flat.pending else {}
-        return RankState(self.index, self.place, rng.capture(), own, pending)
+        return RankState(self.index, self.place, rng.capture(), own, pending, self.update.tree())
+
+    def end_epoch(self) -> None:
+        """All ranks have ended an epoch: step the scheduler of the worker's own optimizer, as the server did if it is here."""
+        if self.inner and not self._server and self.config.schedule == "epoch":
+            self.inner.schedule(None if math.isnan(self._control.value) else self._control.value)
 
     def save(self) -> None:
         """This rank's part of a checkpoint, together with all other ranks."""
@@ -209,10 +269,11 @@ class Worker:
         self._told = self.done
         if not self._server:
             push = self.replica.push
-            self.exchange.combine(push.message, push.tail_at, self._needs, lambda part, rows: None)
+            contribute(self.exchange, push, self._rule, self._last)
 
     def _receive(self, contributed: bool) -> None:
         self._control = self._server.round(contributed) if self._server else self._pull_message(contributed)
+        self.update.received()
         self._left = self.exchange.clock()
 
     def _pull_message(self, contributed: bool) -> Control:
@@ -221,6 +282,8 @@ class Worker:
         self._control = self.replica.pull.control
         self.place.over = not self._control.active
         self.replica.check_finite(self._control)
+        if self.inner and self.config.schedule == "round" and self._control.version > version:
+            self.inner.schedule()
         if contributed or self._control.version > version:
             self.replica.buffers.load(self.replica.pull.buffers)
         if self._control.checkpoint:

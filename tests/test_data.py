@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,6 +68,13 @@ class Stream(IterableDataset):  # type: ignore[type-arg]
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.n))
+
+
+class LongStream(Stream):
+    """A stream that knows its length is one all the same."""
+
+    def __len__(self) -> int:
+        return self.n
 
 
 class Own(Sampler[int]):
@@ -202,8 +210,9 @@ DATA: dict[str, Callable[[], dict[str, Any]]] = {
     "subset": lambda: {"data": Subset(Numbers(50), range(23)), "batch_size": 4},
     "array": lambda: {"data": np.arange(23), "batch_size": 4},
     "batches": lambda: {"data": [[2 * i, 2 * i + 1] for i in range(9)]},
-    "generator": lambda: {"data": ([i] for i in range(9))},
+    "iterator": lambda: {"data": ([i] for i in range(9))},
     "stream": lambda: {"data": Stream(9)},
+    "long stream": lambda: {"data": LongStream(9)},
     **{kind: lambda kind=kind: {"data": loader(23, kind)} for kind in KINDS},
 }
 
@@ -234,7 +243,7 @@ def test_other_numbers_of_workers_take_every_item_exactly_once(n: int, sizes: li
     assert sorted(seen) == list(range(n))
 
 
-@pytest.mark.parametrize("kind", ["tensors", "weighted", "own batches", "generator", "iterable", "no batches"])
+@pytest.mark.parametrize("kind", ["tensors", "weighted", "own batches", "iterator", "iterable", "no batches"])
 def test_a_cut_shard_goes_on_with_what_nobody_has_taken(kind: str) -> None:
     whole = [tuple(batch) for batch, _, _ in taken(shard(**DATA[kind]() | {"batch_size": None}))] if kind != "tensors" else []
     first = [taken(shard(index=k, workers=2, **DATA[kind]())) for k in range(2)]
@@ -315,3 +324,154 @@ def test_sequential_loaders_are_not_drawn() -> None:
     """An order over a very long dataset is not made a list of random numbers when it need not be."""
     given = DataLoader(Numbers(10), batch_size=3, sampler=SequentialSampler(Numbers(10)))
     assert flat(taken(shard(given))) == list(range(10))
+
+
+def deal(
+    data: Callable[[], Any], workers: int, order: list[int], turns: Callable[[int], int], **given: Any
+) -> list[list[tuple[int, list[int], int]]]:
+    """Each worker's (ticket, items, count), where `turns` says which of those still taking asks next."""
+    left_over = iter(order)
+    shards = [shard(data(), k, workers, **given) for k in range(workers)]
+    got: list[list[int]] = [[] for _ in range(workers)]
+
+    def next_ticket(k: int) -> int | None:
+        if (ticket := next(left_over, None)) is not None:
+            got[k].append(ticket)
+        return ticket
+
+    streams = {k: own.dealt(EPOCH, lambda k=k: next_ticket(k)) for k, own in enumerate(shards)}
+    taken: list[list[tuple[int, list[int], int]]] = [[] for _ in range(workers)]
+    while streams:
+        k = list(streams)[turns(len(streams))]
+        if (found := next(streams[k], None)) is None:
+            del streams[k]
+            continue
+        batch, count, last = found
+        assert not last
+        taken[k].append((got[k][len(taken[k])], numbers(batch), count))
+    return taken
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(0, 60), workers=st.integers(1, 5), batch_size=st.integers(1, 9), shuffle=st.booleans(), drop=st.booleans(),
+    chance=st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_dealt_batches_hold_every_item_once_whoever_takes_them(
+    n: int, workers: int, batch_size: int, shuffle: bool, drop: bool, chance: random.Random
+) -> None:
+    given = {"batch_size": batch_size, "shuffle": shuffle, "drop_last": drop}
+    data = (torch.arange(n),)
+    alone = [numbers for numbers, _, _ in taken(shard(data, **given))]
+    tickets = shard(data, **given).tickets(EPOCH)
+    assert tickets == len(alone)
+    order = chance.sample(range(tickets), tickets)
+    mine = deal(lambda: data, workers, order, chance.randrange, **given)
+    assert all(items == alone[ticket] and len(items) == count for own in mine for ticket, items, count in own)
+    assert sorted(ticket for own in mine for ticket, _, _ in own) == list(range(tickets))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "iterable"])
+def test_a_ticket_names_the_same_batch_on_all_workers_whatever_loader_is_given(kind: str) -> None:
+    alone = [numbers for numbers, _, _ in taken(shard(loader(23, kind)))]
+    counts = [count for _, count, _ in taken(shard(loader(23, kind)))]
+    for k in range(3):
+        torch.manual_seed(100 + k)
+        random.seed(100 + k)
+        np.random.seed(100 + k)
+        own = shard(loader(23, kind), k, 3)
+        assert own.tickets(EPOCH) == len(alone)
+        backwards = [*reversed(range(len(alone))), None]
+        before = rng.capture()
+        got = [(numbers(batch), count) for batch, count, _ in own.dealt(EPOCH, iter(backwards).__next__)]
+        assert all((before[name] == state).all() for name, state in rng.capture().items())
+        assert got == list(zip(alone, counts, strict=True))[::-1]
+
+
+@pytest.mark.parametrize("kind", ["tensors", "dataset", "collate", "no batches", "own batches", "subset"])
+def test_a_ticket_is_asked_for_when_its_batch_is(kind: str) -> None:
+    asked = []
+
+    def next_ticket() -> int | None:
+        asked.append(len(asked))
+        return asked[-1] if asked[-1] < 3 else None
+
+    batches = shard(**DATA[kind]()).dealt(EPOCH, next_ticket)
+    assert asked == []
+    for number in range(3):
+        next(batches)
+        assert asked == list(range(number + 1))
+    assert next(batches, None) is None
+    assert next(batches, None) is None
+    assert asked == [0, 1, 2, 3]
+
+
+def test_a_loader_s_own_workers_fetch_ahead_and_ask_on_the_caller_s_thread() -> None:
+    tickets, asked, ahead = iter([4, 1, 0, 5, 3, 2]), [], []
+
+    def next_ticket() -> int | None:
+        assert threading.current_thread() is threading.main_thread()
+        if (ticket := next(tickets, None)) is not None:
+            asked.append(ticket)
+        return ticket
+
+    given = DataLoader(Numbers(23), batch_size=4, num_workers=2, prefetch_factor=1, collate_fn=list)
+    own, got = shard(given), []
+    for batch, count, _ in own.dealt(EPOCH, next_ticket):
+        got.append((batch, count))
+        ahead.append(len(asked) - len(got))
+    plain = shard((torch.arange(23),), batch_size=4, shuffle=False)
+    alone = [items for items, _, _ in taken(plain)]
+    assert own.tickets(EPOCH) == 6
+    assert got == [(alone[ticket], len(alone[ticket])) for ticket in asked]
+    assert asked == [4, 1, 0, 5, 3, 2]
+    assert max(ahead) == 2
+
+
+@pytest.mark.parametrize("kind", ["list of tensors", "iterator", "stream", "long stream", "iterable", "own"])
+def test_streams_and_a_rank_s_own_data_are_not_dealt(kind: str) -> None:
+    own = Shard(Numbers(9), 2, True, False, 0, 1, 5, own=True) if kind == "own" else shard(**DATA[kind]())
+    assert own.tickets(EPOCH) is None
+    with pytest.raises(ValueError, match="not dealt out in batches; iterate over `batches`"):
+        own.dealt(EPOCH, lambda: None)
+
+
+@pytest.mark.parametrize("ticket", [-1, 6])
+def test_a_ticket_for_no_batch_is_an_error(ticket: int) -> None:
+    with pytest.raises(IndexError, match=f"ticket {ticket} given; epoch 3 has 6 batches, from 0"):
+        next(shard(Numbers(23), batch_size=4).dealt(EPOCH, lambda: ticket))
+
+
+def test_a_sampler_of_the_user_s_own_is_drawn_once_for_a_dealt_epoch() -> None:
+    drawn = []
+    given = DataLoader(Numbers(9), batch_size=4, sampler=Own(9, lambda n: drawn.append(n) or list(range(n))))  # type: ignore[func-returns-value]
+    own = shard(given)
+    assert own.tickets(EPOCH) == 3
+    assert len(list(own.dealt(EPOCH, iter([0, 1, 2, None]).__next__))) == 3
+    assert drawn == [9]
+
+
+class Doubled(TensorDataset):
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, ...]:
+        return tuple(2 * t for t in super().__getitem__(i))
+
+
+def test_rows_of_tensors_are_what_torch_fetches() -> None:
+    pairs = TensorDataset(torch.randn(12, 2), torch.arange(12))
+    inner = Subset(pairs, [*range(11, 1, -1)])
+    for data in (
+        pairs,
+        inner,
+        Subset(inner, np.array([3, 1, 7, 8])),
+        Doubled(*pairs.tensors),
+        Subset(Doubled(*pairs.tensors), [5, 3]),
+    ):
+        ours = [batch for batch, _, _ in shard(data, batch_size=4, shuffle=False).batches(Place())]
+        for mine, torch_s in zip(ours, DataLoader(data, batch_size=4), strict=True):
+            assert type(mine) is type(torch_s) is list
+            assert all(torch.equal(a, b) for a, b in zip(mine, torch_s, strict=True))
+
+
+def test_tensors_of_different_lengths_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"shapes \[\(3, 2\), \(4,\)\] given; expected the same first dimension"):
+        shard((torch.zeros(3, 2), torch.zeros(4)), batch_size=2)

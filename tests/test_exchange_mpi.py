@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from contract_exchange import ExchangeContract, Program
+from contract_exchange import ExchangeContract, Program, RequestsContract
 
 from mpips.exchange import SERVER
 
@@ -33,6 +35,98 @@ def size() -> int:
 class TestMpi(ExchangeContract):
     def run(self, program: Program, size: int) -> list[Any]:
         return on_mpi(program)
+
+
+@pytest.mark.mpi(min_size=2)
+class TestRequests(RequestsContract):
+    def run(self, program: Program, size: int) -> list[Any]:
+        return on_mpi(program)
+
+
+@pytest.mark.mpi(min_size=2)
+class TestRequestsInPieces(RequestsContract):
+    @pytest.fixture(autouse=True)
+    def small_limits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from mpips.exchange import conversation
+
+        monkeypatch.setattr(conversation, "SMALL", 40)
+        monkeypatch.setattr(conversation, "LARGEST", 30_000)
+
+    def run(self, program: Program, size: int) -> list[Any]:
+        return on_mpi(program)
+
+
+@pytest.mark.mpi(min_size=2)
+class TestRequestsWithoutThreads(RequestsContract):
+    """Where MPI was started without support for them: the whole conversation takes place when its end is waited for."""
+
+    def run(self, program: Program, size: int) -> list[Any]:
+        def without_threads(e: Any) -> Any:
+            e._threads = False
+            return program(e)
+
+        return on_mpi(without_threads)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_the_server_does_not_wait_for_a_rank_that_computes(tmp_path: Path) -> None:
+    """Rank 1 asks with a large message, and makes no MPI call until the server has replied."""
+
+    def program(e: Any) -> bool:
+        numel, room = 1_000_000, torch.zeros(1_000_000)
+        replied = Path(e.comm.bcast(str(tmp_path / "replied")))
+        if e.rank == SERVER:
+            e.receive(room, 0)
+            e.reply(1, torch.ones(numel))
+            replied.touch()
+        elif e.rank == 1:
+            finish = e.ask(torch.zeros(numel), room, 1, overlap=True)
+            deadline = time.monotonic() + 20
+            while not replied.exists():
+                assert time.monotonic() < deadline, "the server waits"
+            assert finish()
+            assert bool((room == 1).all())
+        return True
+
+    assert all(on_mpi(program))
+
+
+@pytest.mark.mpi(min_size=2)
+def test_an_error_beside_surfaces_where_the_answer_is_taken() -> None:
+    def program(e: Any) -> bool:
+        def fail(request: Any) -> None:
+            raise ZeroDivisionError("beside")
+
+        e._conversation.begin = fail
+        with pytest.raises(ZeroDivisionError, match="beside"):
+            e.ask(torch.zeros(4), torch.zeros(4), 1, overlap=True)()
+        return True
+
+    assert all(on_mpi(program))
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_rank_that_waits_leaves_its_core_to_others() -> None:
+    def program(e: Any) -> float:
+        message, used = torch.zeros(4), time.process_time()
+        if e.rank == SERVER:
+            held = [e.receive(message, 0)[0] for _ in range(e.size - 1)]
+            time.sleep(1)
+            for rank in held:
+                e.reply(rank, message)
+            used = time.process_time()
+            e.receive(message, 0)
+            share = time.process_time() - used
+            e.reply(1, message)
+            return share
+        e.ask(message, torch.zeros(4), 1)()
+        share = time.process_time() - used
+        if e.rank == 1:
+            time.sleep(1)
+            e.ask(message, torch.zeros(4), 1)()
+        return share
+
+    assert max(on_mpi(program)) < 0.2  # seconds; a rank that spins takes 1
 
 
 @pytest.mark.mpi(min_size=2)

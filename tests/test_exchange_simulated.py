@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_exchange import ExchangeContract, Program
+from contract_exchange import ExchangeContract, Program, RequestsContract
 
 from mpips.exchange import ExchangeError
 from mpips.exchange.simulated import Killed, SimulatedExchange, World
@@ -12,6 +12,12 @@ from mpips.exchange.simulated import Killed, SimulatedExchange, World
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 class TestSimulated(ExchangeContract):
+    def run(self, program: Program, size: int) -> list[Any]:
+        return World(size, seed=size, bucket=100_000).run(program)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+class TestRequests(RequestsContract):
     def run(self, program: Program, size: int) -> list[Any]:
         return World(size, seed=size, bucket=100_000).run(program)
 

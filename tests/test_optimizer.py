@@ -20,7 +20,7 @@ from mpips.config import Config, ConfigError
 from mpips.exchange import Exchange
 from mpips.exchange.simulated import World
 from mpips.message import Replica, replicate
-from mpips.optimizer import ServerOptimizer
+from mpips.optimizer import FlatOptimizer
 from mpips.snapshot import SnapshotError, put_model, take_model
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -70,11 +70,11 @@ def replica(net: nn.Module) -> Replica:
     return replicate(net, Config(), 1, World(1).ends[0].allocate)
 
 
-def server(net: nn.Module, optimizer: Any, scheduler: Any = None) -> ServerOptimizer:
-    return ServerOptimizer(replica(net), optimizer, scheduler)
+def server(net: nn.Module, optimizer: Any, scheduler: Any = None) -> FlatOptimizer:
+    return FlatOptimizer(replica(net), optimizer, scheduler)
 
 
-def ones(own: ServerOptimizer, present: list[float] | None = None, clip: float | None = None) -> None:
+def ones(own: FlatOptimizer, present: list[float] | None = None, clip: float | None = None) -> None:
     """A step with a gradient of ones."""
     for _, grad in own.replica.flat.named(own.replica.push.gradients):
         grad.fill_(1)
@@ -87,7 +87,7 @@ def gradients(number: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for shape in ((33, 12), (33,), (5, 33), (5,))]
 
 
-def push(own: ServerOptimizer, numbers: range, value: Callable[[int], float] = float) -> list[float]:
+def push(own: FlatOptimizer, numbers: range, value: Callable[[int], float] = float) -> list[float]:
     """Server steps; the learning rates they were taken with."""
     rates = []
     for number in numbers:
@@ -117,12 +117,12 @@ def plainly(net: nn.Module, make: MakeOptimizer, numbers: range, scheduler: Any 
     return rates
 
 
-def through_a_file(own: ServerOptimizer) -> dict[str, Any]:
+def through_a_file(own: FlatOptimizer) -> dict[str, Any]:
     path = checkpoint.save(Path(), 1, own.tree() | take_model(own.replica))
     return checkpoint.load(path)
 
 
-def restored(tree: dict[str, Any], net: nn.Module, make: Any, scheduler: Any = None) -> ServerOptimizer:
+def restored(tree: dict[str, Any], net: nn.Module, make: Any, scheduler: Any = None) -> FlatOptimizer:
     own = server(net, make, scheduler)
     put_model(tree, own.replica)
     own.put(tree)

@@ -119,7 +119,7 @@ def test_killed_at_any_call_and_resumed(size: int) -> None:
     settings = {"checkpoint": {"every": 3}}
     whole = World(size, seed=3)
     expected = simulated(whole, "whole", **settings)
-    for call in range(6, whole.ends[0].calls, 7):
+    for call in range(6, whole.calls[0], 7):
         world = World(size, seed=call)
         world.kill(call % size, call)
         with pytest.raises(Killed):

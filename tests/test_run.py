@@ -149,7 +149,11 @@ def test_step_says_what_is_wrong_with_its_arguments() -> None:
 def test_settings_that_are_not_allowed_end_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     for settings, line in [
         ({"buffers": "maen"}, "mpips: buffers: given 'maen', allowed: mean, server, local\n"),
-        ({"rule": "krumm"}, "mpips: rule: given 'krumm', allowed: mean\n"),
+        (
+            {"rule": "krumm"},
+            "mpips: rule: given 'krumm', allowed: mean, median, trimmed, krum, multikrum, bulyan, rfa, cclip, normclip, sign, "
+            "or a class by its name, package.module:Class\n",
+        ),
         ({"checkpoint": {"evry": 3}}, "mpips: checkpoint.evry: no such setting; did you mean checkpoint.every?\n"),
         ({"clip": "much"}, "mpips: clip: given 'much', allowed: a number or null\n"),
     ]:

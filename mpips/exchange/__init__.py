@@ -1,6 +1,6 @@
 """How bytes move between the ranks: the seam that everything above is written against.
 
-Every call is collective: all ranks make the same calls in the same order. Rank 0 is the server's.
+Rank 0 is the server's. Most calls are collective: all ranks make the same ones in the same order.
 
 | call      | every rank gives             | arrives                                      | MPI              |
 |-----------|------------------------------|----------------------------------------------|------------------|
@@ -8,6 +8,14 @@ Every call is collective: all ranks make the same calls in the same order. Rank 
 | publish   | room; the server the content | at every rank                                | Bcast            |
 | collect   | a few bytes of its own       | at the server, one by one                    | Send, Recv       |
 | compare   | a digest of 32 bytes         | at every rank, all digests                   | Allgather        |
+
+Requests are for training without rounds: a rank asks whenever it likes, the server answers one at a time.
+
+| call    | who         | gives                                                | MPI          |
+|---------|-------------|------------------------------------------------------|--------------|
+| ask     | not rank 0  | a request and room for its answer                    | Isend, Irecv |
+| receive | the server  | room for the next request, from whichever rank       | Improbe      |
+| reply   | the server  | the answer to a request it holds, now or later       | Send         |
 
 Two implementations pass one contract suite (`tests/contract_exchange.py`): `mpi` and `simulated`.
 """
@@ -68,6 +76,45 @@ class Exchange(Protocol):
     def compare(self, digest: bytes) -> list[bytes]:
         """Every rank's digest (32 bytes), by rank, at every rank."""
 
+    def receive(self, message: Tensor, tail: int) -> tuple[int, bool]:
+        """At the server: wait for the next request.
+
+        It lands whole in the contiguous `(numel,)` `message`, or, if the rank sent only its end, in `message[tail:]`.
+
+        Returns:
+            The rank, and whether its request is whole. It waits until `reply`; others may be received before that.
+
+        Raises:
+            ExchangeError: the request has another length.
+        """
+
+    def reply(self, rank: int, message: Tensor) -> None:
+        """At the server: answer that rank's request with the contiguous `message`, of any dtype.
+
+        The memory may be changed as soon as this returns. That is after a millisecond of waiting for the rank at most,
+        and the transfer: a rank that has asked attends to the exchange, see `ask`.
+        """
+
+    def ask(self, request: Tensor, answer: Tensor, short: int, overlap: bool = False) -> Callable[[], bool]:
+        """Elsewhere: send the contiguous `request` to the server and let its answer land in the contiguous `answer`.
+
+        The answer fills `answer` or, being a short one, `answer[:short]`. Until the returned function has come back, neither
+        tensor may be touched and no other call be made on this exchange.
+
+        Args:
+            request: what the server receives.
+            answer: where its answer lands.
+            short: elements of a short answer.
+            overlap: let all of it happen while this rank computes, on a thread beside it. Without, or where MPI was
+                started without support for threads, the request may leave no earlier than the function is called.
+
+        Returns:
+            A function to call once. It waits for the answer and says whether all of `answer` came.
+
+        Raises:
+            ExchangeError: there is a request already; or, from the function, the answer has another length.
+        """
+
     def clock(self) -> float:
         """Seconds since some moment; virtual ones where the time is simulated."""
 
@@ -82,6 +129,13 @@ def pieces(numel: int, itemsize: int, largest: int) -> Iterator[slice]:
     """Slices of at most `largest` bytes that cover `numel` elements: no single MPI count then nears 2^31."""
     step = max(1, largest // itemsize)
     return (slice(start, min(start + step, numel)) for start in range(0, numel, step))
+
+
+def landing(sender: int, length: int, whole: int, short: int) -> bool:
+    """Whether a message of `length` is a whole one; ExchangeError if it is no short one either. In bytes."""
+    if length not in (whole, short):
+        raise ExchangeError(f"rank {sender} sent {length} bytes where {whole} or {short} are expected")
+    return length == whole
 
 
 def share(exchange: Exchange, blob: bytes) -> bytes:

@@ -1,8 +1,8 @@
-"""The exchange over MPI collectives: Reduce or Gather towards the server, Bcast back.
+"""The exchange over MPI: Reduce or Gather towards the server, Bcast back; requests as in `conversation`.
 
 This is the only module that imports mpi4py, and it does so when a run connects: importing `mpi4py.MPI` initialises MPI.
-Only upper-case (buffer) calls are made, nothing is pickled. CUDA tensors go through one pinned host buffer, piece by piece;
-their stream is synchronised before MPI reads them.
+Only upper-case (buffer) calls are made, nothing is pickled. CUDA tensors go through one pinned host buffer, piece by piece,
+requests and answers whole; their stream is synchronised before MPI reads them.
 """
 
 from __future__ import annotations
@@ -11,19 +11,26 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mpips.exchange import SERVER, Apply, pieces
+from mpips.exchange import SERVER, Apply, ExchangeError, pieces
+from mpips.exchange.conversation import LARGEST, Conversation
+from mpips.exchange.patience import patiently
+from mpips.exchange.staging import Staging
 from mpips.rule import Needs
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-LARGEST = 1 << 28  # bytes in one point-to-point call; far below the 2^31 that a C int counts to
+BLOB = 0  # tag
+COUNTERS = {call: (f"{call} calls", f"{call} bytes") for call in ("combine", "publish", "ask", "reply")}  # made once: 0.5 us
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")  # set by launchers
 
 
@@ -95,9 +102,13 @@ class MpiExchange:
         self.rank, self.size = comm.rank, comm.size
         self.name = MPI.Get_library_version().splitlines()[0].rstrip("\0").split(",")[0].strip()
         self.traffic: Counter[str] = Counter()
-        self._bucket, self._cuda_aware = bucket, cuda_aware
-        self._staging: dict[torch.dtype, Tensor] = {}
+        self._bucket = bucket
+        self._staging, self._asked, self._answer = (Staging(cuda_aware) for _ in range(3))
         self._rows = torch.empty(0)
+        self._conversation = Conversation(MPI, comm)
+        self._threads = MPI.Query_thread() >= MPI.THREAD_SERIALIZED  # a rank that asks makes no other call meanwhile
+        self._beside = ThreadPoolExecutor(1, "mpips-ask")  # has no thread until it is used
+        self._asking = False
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """See `Exchange`."""
@@ -119,26 +130,26 @@ class MpiExchange:
         raw = message.view(torch.uint8)
         for piece in pieces(raw.numel(), 1, self._bucket):
             self._count("publish", raw[piece])
-            buffer = self._host(raw[piece], read=self.rank == SERVER)
+            buffer = self._staging.host(raw[piece], read=self.rank == SERVER)
             self.comm.Bcast(_memory(buffer), root=SERVER)
-            self._back(buffer, raw[piece], written=self.rank != SERVER)
+            self._staging.back(buffer, raw[piece], written=self.rank != SERVER)
 
     def collect(self, blob: bytes) -> list[bytes]:
         """See `Exchange`."""
         if self.rank != SERVER:
-            self.comm.Send(np.array([len(blob)], dtype=np.int64), dest=SERVER)
+            self.comm.Send(np.array([len(blob)], dtype=np.int64), dest=SERVER, tag=BLOB)
             data = np.frombuffer(blob, dtype=np.uint8)
             for piece in pieces(len(blob), 1, LARGEST):
-                self.comm.Send(data[piece], dest=SERVER)
+                self.comm.Send(data[piece], dest=SERVER, tag=BLOB)
             return []
-        return [blob] + [self._receive(rank) for rank in range(1, self.size)]
+        return [blob] + [self._blob(rank) for rank in range(1, self.size)]
 
-    def _receive(self, rank: int) -> bytes:
+    def _blob(self, rank: int) -> bytes:
         length = np.empty(1, dtype=np.int64)
-        self.comm.Recv(length, source=rank)
+        self.comm.Recv(length, source=rank, tag=BLOB)
         data = np.empty(int(length[0]), dtype=np.uint8)
         for piece in pieces(len(data), 1, LARGEST):
-            self.comm.Recv(data[piece], source=rank)
+            self.comm.Recv(data[piece], source=rank, tag=BLOB)
         return data.tobytes()
 
     def compare(self, digest: bytes) -> list[bytes]:
@@ -146,6 +157,45 @@ class MpiExchange:
         everyone = np.empty((self.size, 32), dtype=np.uint8)
         self.comm.Allgather(np.frombuffer(digest, dtype=np.uint8), everyone)
         return [row.tobytes() for row in everyone]
+
+    def receive(self, message: Tensor, tail: int) -> tuple[int, bool]:
+        """See `Exchange`."""
+        buffer = self._staging.host(message, read=False)
+        rank, whole = self._conversation.receive(buffer, tail)
+        if buffer is not message:
+            start = 0 if whole else tail
+            self._staging.back(buffer[start:], message[start:])
+        return rank, whole
+
+    def reply(self, rank: int, message: Tensor) -> None:
+        """See `Exchange`."""
+        self._conversation.reply(rank, self._staging.host(message, read=True))
+        self._count("reply", message)
+
+    def ask(self, request: Tensor, answer: Tensor, short: int, overlap: bool = False) -> Callable[[], bool]:
+        """See `Exchange`."""
+        if self._asking:
+            raise ExchangeError(f"rank {self.rank} asks before it has taken the answer to its last request")
+        self._asking = True
+        if not (overlap and self._threads):
+            return partial(self._ask, request, answer, short)
+        given, room = self._asked.host(request, read=True), self._answer.host(answer, read=False)
+        converse = self._beside.submit(lambda: self._conversation.end(self._conversation.begin(given), room, short))
+        self._count("ask", request)
+        return lambda: self._answered(converse.result(), room, answer, short)
+
+    def _ask(self, request: Tensor, answer: Tensor, short: int) -> bool:
+        sent = self._conversation.begin(self._asked.host(request, read=True))
+        room = self._answer.host(answer, read=False)
+        self._count("ask", request)  # not before, when the server waits for it
+        return self._answered(self._conversation.end(sent, room, short), room, answer, short)
+
+    def _answered(self, whole: bool, room: Tensor, answer: Tensor, short: int) -> bool:
+        self._asking = False
+        if room is not answer:
+            end = None if whole else short
+            self._answer.back(room[:end], answer[:end])
+        return whole
 
     def clock(self) -> float:
         """See `Exchange`."""
@@ -161,61 +211,45 @@ class MpiExchange:
         """See `Exchange`."""
         deadline = None if patience is None else time.monotonic() + patience
         arrived = self.comm.Ibarrier()
-        while not arrived.Test():
-            if deadline is not None and time.monotonic() > deadline:
+
+        def all_here() -> bool:
+            here = bool(arrived.Test())
+            if not here and deadline is not None and time.monotonic() > deadline:
                 print(f"mpips: rank {self.rank} left its training loop, others did not within {patience:.0f} s; ending all. "
                       f"To end a run early on all ranks, call ps.stop().", file=sys.stderr)  # fmt: skip
                 self.abort(1)
-            time.sleep(0.001)  # no round waits for this
+            return here
+
+        patiently(all_here)
 
     def _reduce(self, piece: Tensor) -> None:
         self._count("combine", piece)
-        buffer = self._host(piece, read=True)
+        buffer = self._staging.host(piece, read=True)
         if self.rank == SERVER:
             self.comm.Reduce(self._mpi.IN_PLACE, _memory(buffer), root=SERVER)
         else:
             self.comm.Reduce(_memory(buffer), None, root=SERVER)
-        self._back(buffer, piece, written=self.rank == SERVER)
+        self._staging.back(buffer, piece, written=self.rank == SERVER)
 
     def _gather(self, message: Tensor, part: slice, apply: Apply) -> None:
         piece = message[part]
         self._count("combine", piece)
-        buffer = self._host(piece, read=True)
+        buffer = self._staging.host(piece, read=True)
         if self.rank != SERVER:
             self.comm.Gather(_memory(buffer), None, root=SERVER)
             return
         if self._rows.dtype != piece.dtype or self._rows.numel() < self.size * piece.numel():
-            staged = self._staged(piece)
+            staged = self._staging.needed(piece)
             where = torch.device("cpu") if staged else piece.device
             self._rows = torch.empty(self.size * piece.numel(), dtype=piece.dtype, device=where, pin_memory=staged)
         rows = self._rows[: self.size * piece.numel()]
         self.comm.Gather(_memory(buffer), _memory(rows), root=SERVER)
         apply(part, rows.view(self.size, -1).to(piece.device))
 
-    def _staged(self, tensor: Tensor) -> bool:
-        return tensor.is_cuda and not self._cuda_aware
-
-    def _host(self, piece: Tensor, read: bool) -> Tensor:
-        """The memory to give to MPI: the tensor's own, or the pinned buffer, filled if MPI is to read it."""
-        if piece.is_cuda:
-            torch.cuda.current_stream(piece.device).synchronize()
-        if not self._staged(piece):
-            return piece
-        staging = self._staging.get(piece.dtype)
-        if staging is None or staging.numel() < piece.numel():
-            staging = self._staging[piece.dtype] = torch.empty(piece.numel(), dtype=piece.dtype, pin_memory=True)
-        buffer = staging[: piece.numel()]
-        if read:
-            buffer.copy_(piece)
-        return buffer
-
-    def _back(self, buffer: Tensor, piece: Tensor, written: bool) -> None:
-        if written and buffer is not piece:
-            piece.copy_(buffer)  # synchronous, so the pinned buffer is free again
-
     def _count(self, call: str, piece: Tensor) -> None:
-        self.traffic[f"{call} calls"] += 1
-        self.traffic[f"{call} bytes"] += piece.numel() * piece.element_size()
+        calls, nbytes = COUNTERS[call]
+        self.traffic[calls] += 1
+        self.traffic[nbytes] += piece.nbytes
 
 
 def _memory(tensor: Tensor) -> Any:

@@ -1,32 +1,28 @@
-"""The exchange with all ranks in one process: one thread a rank, of which only one ever runs.
+"""The exchange with all ranks in one process, in turns and in virtual time unless a real clock is given.
 
-A seeded scheduler chooses who runs next at every call, so one seed is one schedule, repeatable. Time is virtual unless a
-real clock is given. A world of one rank needs no thread: that is how a script runs without MPI.
+A world of one rank needs no thread: that is how a script runs without MPI.
+
+Each rank has a clock of its own, that `World.sleep` and what arrives set forward. The server receives a request only when no
+other rank can run, for then no request with an earlier arrival can still be made: the order is that of the virtual times,
+whatever the schedule; the seed decides between requests that arrive at the same time.
 """
 
 from __future__ import annotations
 
-import random
-import threading
 from collections import Counter
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mpips import rng
-from mpips.exchange import SERVER, Apply, ExchangeError, pieces
+from mpips.exchange import SERVER, Apply, ExchangeError, landing, pieces
+from mpips.exchange.mailbox import Letter, Mailbox, raw
+from mpips.exchange.schedule import Killed as Killed
+from mpips.exchange.schedule import Schedule
 from mpips.rule import Needs
 
-T = TypeVar("T")
 
-
-class Killed(BaseException):
-    """Raised in a rank that the test kills: not an Exception, so that no user code catches it."""
-
-
-class World:
+class World(Schedule["SimulatedExchange"]):
     """Several ranks in one process.
 
     Args:
@@ -47,100 +43,55 @@ class World:
         clock: Callable[[], float] | None = None,
         bucket: int = 1 << 24,
     ) -> None:
+        super().__init__([SimulatedExchange(self, rank, size) for rank in range(size)], seed)
         self.size, self.bucket, self.real_clock = size, bucket, clock
         self.latency, self.bandwidth = latency, bandwidth
-        self.ends = [SimulatedExchange(self, rank) for rank in range(size)]
         self.time = [0.0] * size
-        self._choose = random.Random(seed)
-        self._here: dict[int, tuple[str, object]] = {}  # who has arrived at the call in progress, with what
+        self.mail = Mailbox()
+        self._here: dict[int, tuple[str, object]] = {}  # who has arrived at the collective call in progress, with what
         self._result: object = None
-        self._broken: str | None = None
-        self._kill: dict[int, int] = {}
-        self._turn = [threading.Semaphore(0) for _ in range(size)]
-        self._back = threading.Semaphore(0)
-        self._threaded = False
-
-    def kill(self, rank: int, call: int) -> None:
-        """Let `rank` die when it makes its call number `call` (from 0)."""
-        self._kill[rank] = call
 
     def sleep(self, rank: int, seconds: float) -> None:
         """Let virtual time pass for `rank` alone."""
         self.time[rank] += seconds
 
-    def run(self, program: Callable[[SimulatedExchange], T]) -> list[T]:
-        """Run `program` on every rank and return what each returns, by rank.
-
-        Raises:
-            The first exception that a rank raised; the others are then ended with an ExchangeError.
-        """
-        results: dict[int, T] = {}
-        errors: list[BaseException] = []
-        state = rng.capture()
-        streams = [state] * self.size
-        alive = set(range(self.size))
-
-        def body(rank: int) -> None:
-            self._turn[rank].acquire()
-            try:
-                results[rank] = program(self.ends[rank])
-            except BaseException as error:
-                errors.append(error)
-            alive.discard(rank)
-            self._back.release()
-
-        threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(self.size)]
-        self._threaded = True
-        for thread in threads:
-            thread.start()
-        while alive:
-            ready = sorted(alive - self._here.keys())
-            if not ready:  # everyone left waits for somebody who has ended
-                gone = sorted(set(range(self.size)) - alive)
-                self._broken = self._broken or f"ranks {sorted(self._here)} wait in {self._names()}, {gone} have ended"
-                ready = sorted(alive)
-                self._here.clear()
-            rank = self._choose.choice(ready)
-            rng.restore(streams[rank])
-            self._turn[rank].release()
-            self._back.acquire()
-            streams[rank] = rng.capture()
-        self._threaded = False
-        rng.restore(state)
-        if errors:
-            raise errors[0]
-        return [results[rank] for rank in range(self.size)]
-
     def meet(self, rank: int, call: str, given: object, finish: Callable[[dict[int, object]], object], cost: int) -> object:
         """Wait until every rank has made this call; the last to come computes the common result with `finish`."""
-        self._pause(rank)
+        self.begin(rank, call)
         others = {name for name, _ in self._here.values()}
         if others - {call}:
-            self._broken = f"rank {rank} is at {call}, ranks {sorted(self._here)} at {self._names()}"
-        if self._broken:
-            raise ExchangeError(self._broken)
+            self.broken = f"rank {rank} is at {call}, ranks {sorted(self._here)} at {self._names()}"
+        self.check()
         self._here[rank] = (call, given)
         if len(self._here) == self.size:
             self._result = finish({r: value for r, (_, value) in sorted(self._here.items())})
             self.time = [max(self.time) + self.latency + cost / self.bandwidth] * self.size
             self._here.clear()
         else:
-            self._yield(rank)
-        if self._broken:
-            raise ExchangeError(self._broken)
+            self.wait(rank, call, lambda: rank not in self._here)
         return self._result
 
-    def _pause(self, rank: int) -> None:
-        """Let the scheduler choose again before a call, so that ranks arrive in every order."""
-        if self._kill.get(rank, -1) == self.ends[rank].calls:
-            raise Killed(f"rank {rank} was killed")
-        self.ends[rank].calls += 1
-        if self._threaded:
-            self._yield(rank)
+    def begin(self, rank: int, call: str) -> None:
+        """Every call begins so: ranks arrive at it in every order."""
+        if self.ends[rank].asking:
+            raise ExchangeError(f"rank {rank} calls {call} before it has taken the answer to its last request")
+        self.pause(rank)
 
-    def _yield(self, rank: int) -> None:
-        self._back.release()
-        self._turn[rank].acquire()
+    def post(self, rank: int, message: Tensor) -> Letter:
+        """A message that `rank` sends now; its memory may be changed at once."""
+        data = raw(message).clone()
+        return Letter(data, self.time[rank] + self.latency + data.numel() / self.bandwidth)
+
+    def arrived(self, rank: int, letter: Letter) -> Tensor:
+        """What a message brings to `rank`, which has waited for it."""
+        self.time[rank] = max(self.time[rank], letter.arrival)
+        return letter.data
+
+    def next_request(self) -> tuple[int, Letter]:
+        """Wait until no other rank can run, then take the request that has arrived first."""
+        others = range(1, self.size)
+        self.wait(SERVER, "receive", lambda: bool(self.mail.requests) and not any(map(self.can_run, others)))
+        return self.mail.take(self.choose)
 
     def _names(self) -> str:
         return " and ".join(sorted({name for name, _ in self._here.values()}))
@@ -149,11 +100,11 @@ class World:
 class SimulatedExchange:
     """One rank's end of a simulated world; see `mpips.exchange.Exchange`."""
 
-    def __init__(self, world: World, rank: int) -> None:
-        self.world, self.rank, self.size = world, rank, world.size
-        self.name = "no MPI, one process" if world.size == 1 else f"simulated, {world.size} ranks"
+    def __init__(self, world: World, rank: int, size: int) -> None:
+        self.world, self.rank, self.size = world, rank, size
+        self.name = "no MPI, one process" if size == 1 else f"simulated, {size} ranks"
         self.traffic: Counter[str] = Counter()
-        self.calls = 0
+        self.asking = False
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """See `Exchange`."""
@@ -202,6 +153,53 @@ class SimulatedExchange:
         digests = self._meet("compare", "compare", digest, lambda given: list(given.values()), len(digest))
         assert isinstance(digests, list)
         return digests
+
+    def receive(self, message: Tensor, tail: int) -> tuple[int, bool]:
+        """See `Exchange`."""
+        self._role("receive", server=True)
+        self.world.begin(self.rank, "receive")
+        rank, letter = self.world.next_request()
+        data, room = self.world.arrived(self.rank, letter), raw(message)
+        whole = landing(rank, len(data), len(room), len(room) - tail * message.element_size())
+        room[len(room) - len(data) :].copy_(data)
+        return rank, whole
+
+    def reply(self, rank: int, message: Tensor) -> None:
+        """See `Exchange`."""
+        self._role("reply", server=True)
+        self.world.begin(self.rank, "reply")
+        if rank not in self.world.mail.held:
+            raise ExchangeError(f"rank {rank} is answered, but no request of its was received")
+        self.world.mail.held.remove(rank)
+        self.world.mail.answers[rank] = self.world.post(self.rank, message)
+        self._count("reply", message)
+
+    def ask(self, request: Tensor, answer: Tensor, short: int, overlap: bool = False) -> Callable[[], bool]:
+        """See `Exchange`; the request always leaves at once."""
+        self._role("ask", server=False)
+        self.world.begin(self.rank, "ask")
+        self.asking = True
+        self.world.mail.requests[self.rank] = self.world.post(self.rank, request)
+        self._count("ask", request)
+
+        def finish() -> bool:
+            self.asking = False
+            self.world.begin(self.rank, "ask")
+            self.world.wait(self.rank, "ask", lambda: self.rank in self.world.mail.answers)
+            data, room = self.world.arrived(self.rank, self.world.mail.answers.pop(self.rank)), raw(answer)
+            whole = landing(SERVER, len(data), len(room), short * answer.element_size())
+            room[: len(data)].copy_(data)
+            return whole
+
+        return finish
+
+    def _role(self, call: str, server: bool) -> None:
+        if (self.rank == SERVER) != server or self.size == 1:
+            raise ExchangeError(f"rank {self.rank} of {self.size} calls {call}: rank 0 receives and replies, the others ask")
+
+    def _count(self, call: str, message: Tensor) -> None:
+        self.traffic[f"{call} calls"] += 1
+        self.traffic[f"{call} bytes"] += message.numel() * message.element_size()
 
     def clock(self) -> float:
         """See `Exchange`."""

@@ -1,71 +1,24 @@
 """Each worker's share of the data, and its place in it.
 
 Worker k of W takes items k, k+W, k+2W ... of an order that the seed and the epoch alone decide. Shards may differ by one item;
-nobody pads, repeats or drops. A place counts items, so a run resumes where it was on any number of workers.
+nobody pads, repeats or drops. Or the batches of that order are dealt out by number to whoever is free: a slow worker then
+takes fewer.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-T = TypeVar("T")
-
-
-@dataclass
-class Place:
-    """Where a worker is in its data.
-
-    Attributes:
-        epoch: the epoch in progress.
-        loop: which `batches` loop of the epoch.
-        taken: items of its shard taken in that loop.
-        over: whether all ranks have ended that loop.
-        cuts: for each earlier number of workers in this loop, the items that each of those workers had taken.
-        samples: samples behind gradients that it has accumulated and not yet pushed.
-        validations: validations done in the epoch.
-    """
-
-    epoch: int = 0
-    loop: int = 0
-    taken: int = 0
-    over: bool = False
-    cuts: list[list[int]] = field(default_factory=list)
-    samples: int = 0
-    validations: int = 0
-
-    @property
-    def begun(self) -> bool:
-        """Whether the loop is begun and not at its end."""
-        return bool(self.taken or self.cuts) and not self.over
-
-    def next_loop(self) -> None:
-        """At the start of the epoch's next `batches` loop."""
-        self.loop, self.taken, self.over, self.cuts = self.loop + 1, 0, False, []
-
-    def next_epoch(self) -> None:
-        """At the start of the next epoch."""
-        self.epoch, self.loop, self.taken, self.over, self.cuts = self.epoch + 1, 0, 0, False, []
-        self.validations = 0
-
-
-def left(items: Iterable[T], cuts: Sequence[Sequence[int]]) -> Iterable[T]:
-    """The items that no earlier set of workers has taken, in order."""
-    for cut in cuts:
-        items = _uncut(items, cut)
-    return items
-
-
-def _uncut(items: Iterable[T], cut: Sequence[int]) -> Iterator[T]:
-    return (item for at, item in enumerate(items) if at // len(cut) >= cut[at % len(cut)])
+from mpips.data.place import Place, left
+from mpips.data.source import as_dataset, is_map, is_tensors, rows
 
 
 class Shard:
@@ -93,11 +46,10 @@ class Shard:
         seed: int,
         own: bool = False,
     ) -> None:
-        self.data, self.batch_size, self.shuffle, self.drop_last = data, batch_size, shuffle, drop_last
+        self.data, self.batch_size, self.shuffle, self.drop_last = as_dataset(data), batch_size, shuffle, drop_last
         self.index, self.workers, self.seed, self.own = index, workers, seed, own
-        if isinstance(data, tuple) and data and all(isinstance(t, Tensor) for t in data):
-            self.data = TensorDataset(*data)
-        if isinstance(self.data, DataLoader) or not _is_map(self.data):
+        self._latest: tuple[int, Sequence[Any]] | None = None  # an epoch and its order
+        if isinstance(self.data, DataLoader) or not is_map(self.data):
             if batch_size is not None:
                 kind = "a DataLoader" if isinstance(self.data, DataLoader) else "an iterable of batches"
                 raise ValueError(f"batch_size={batch_size} given with {kind}, which has its own; leave it out")
@@ -117,12 +69,51 @@ class Shard:
             next(islice(mine, place.taken, place.taken), None)
             return ((batch, 1, False) for batch in mine)
         order = self._order(place.epoch)
-        items = list(order) if self.own else list(left(order, place.cuts))[self.index :: self.workers]
+        items: list[Any] = list(order) if self.own else list(left(order, place.cuts))[self.index :: self.workers]
         return self._map_batches(items[place.taken :], place.epoch)
 
+    def tickets(self, epoch: int) -> int | None:
+        """How many batches an epoch has when they are dealt out; None for data that is not: a rank's own, and streams."""
+        return None if self.own or self._streamed else self._batches_in(self._whole(epoch))
+
+    def dealt(self, epoch: int, next_ticket: Callable[[], int | None]) -> Iterator[tuple[Any, int, bool]]:
+        """Batches by number, out of the order of all workers' items: ticket t names items t*B to (t+1)*B.
+
+        Args:
+            epoch: with the seed, decides the order, alike on all workers.
+            next_ticket: gives the number of the next batch, from 0 to `tickets(epoch)` - 1, or None when there are no more. It
+                is called on the caller's thread, once for each batch that is asked for; a DataLoader's own workers
+                fetch ahead, so it is called up to `num_workers * prefetch_factor` batches before.
+
+        Returns:
+            As `batches`; which batch is a worker's last is never known.
+
+        Raises:
+            ValueError: if the data is not dealt out, which is where `tickets` is None.
+            IndexError: from the iterator, for a ticket that names no batch.
+        """
+        tickets = self.tickets(epoch)
+        if tickets is None:
+            raise ValueError("a rank's own data and streams are not dealt out in batches; iterate over `batches`")
+        return self._dealt(epoch, next_ticket, tickets)
+
+    def _dealt(self, epoch: int, next_ticket: Callable[[], int | None], tickets: int) -> Iterator[tuple[Any, int, bool]]:
+        order, ahead = self._whole(epoch), deque[int]()
+
+        def named() -> Iterator[Any]:
+            while (ticket := next_ticket()) is not None:
+                if not 0 <= ticket < tickets:
+                    raise IndexError(f"ticket {ticket} given; epoch {epoch} has {tickets} batches, from 0")
+                batch = self._batch(order, ticket)
+                ahead.append(self._items_in(batch))
+                yield batch
+
+        for batch in self._fetch(named(), epoch):
+            yield batch, ahead.popleft(), False
+
     def _map_batches(self, items: list[Any], epoch: int) -> Iterator[tuple[Any, int, bool]]:
-        batches = self._grouped(items)
-        counts = [1] * len(batches) if self._by_batch else [len(batch) for batch in batches]
+        batches = [self._batch(items, number) for number in range(self._batches_in(items))]
+        counts = [self._items_in(batch) for batch in batches]
         for number, (batch, count) in enumerate(zip(self._fetch(batches, epoch), counts, strict=True), 1):
             yield batch, count, number == len(batches)
 
@@ -131,14 +122,20 @@ class Shard:
         """Whether the data can only be iterated: batches are then dealt out in turn, and the last is not known as such."""
         if isinstance(self.data, DataLoader):
             return isinstance(self.data.dataset, IterableDataset)
-        return not _is_map(self.data)
+        return not is_map(self.data)
 
     @property
     def _by_batch(self) -> bool:
         """Whether the items dealt out are whole batches: a DataLoader's with a batch sampler of the user's own, or none."""
         return isinstance(self.data, DataLoader) and type(self.data.batch_sampler) is not BatchSampler
 
-    def _order(self, epoch: int) -> Iterable[Any]:
+    def _whole(self, epoch: int) -> Sequence[Any]:
+        """The order, drawn once for an epoch that is dealt out."""
+        if self._latest is None or self._latest[0] != epoch:
+            self._latest = epoch, self._order(epoch)
+        return self._latest[1]
+
+    def _order(self, epoch: int) -> Sequence[Any]:
         """All workers' items of an epoch, in order: indices, or lists of them."""
         if not isinstance(self.data, DataLoader):
             return self._permutation(len(self.data), epoch) if self.shuffle else range(len(self.data))
@@ -172,18 +169,33 @@ class Shard:
             np.random.set_state(streams[1])
             torch.set_rng_state(streams[2])
 
-    def _grouped(self, items: list[Any]) -> list[list[Any]]:
-        if self._by_batch:
-            return items
+    @property
+    def _size(self) -> tuple[int, bool]:
+        """The items in a batch, and whether a last one with fewer is left out."""
         own = self.data.batch_sampler if isinstance(self.data, DataLoader) else None
         size, drop = (own.batch_size, own.drop_last) if isinstance(own, BatchSampler) else (self.batch_size, self.drop_last)
         assert size is not None
-        batches = [items[start : start + size] for start in range(0, len(items), size)]
-        return batches[:-1] if drop and batches and len(batches[-1]) < size else batches
+        return size, drop
 
-    def _fetch(self, batches: list[list[int]], epoch: int) -> Iterable[Any]:
-        if isinstance(self.data, TensorDataset):
-            return ([t[torch.tensor(batch)] for t in self.data.tensors] for batch in batches)
+    def _batches_in(self, items: Sequence[Any]) -> int:
+        if self._by_batch:
+            return len(items)
+        size, drop = self._size
+        return len(items) // size if drop else -(-len(items) // size)
+
+    def _batch(self, items: Sequence[Any], number: int) -> Any:
+        """The items of a batch: a list of indices, or what a loader's own sampler gave for one."""
+        if self._by_batch:
+            return items[number]
+        size, _ = self._size
+        return list(items[number * size : (number + 1) * size])
+
+    def _items_in(self, batch: Any) -> int:
+        return 1 if self._by_batch else len(batch)
+
+    def _fetch(self, batches: Iterable[Any], epoch: int) -> Iterable[Any]:
+        if is_tensors(self.data):
+            return (rows(self.data, batch) for batch in batches)
         # A generator of its own: else each new iterator would draw from the script's stream, and a resumed run differ.
         own = torch.Generator().manual_seed(self.seed + epoch + 0x9E3779B9 * self.index)
         if not isinstance(self.data, DataLoader):
@@ -202,15 +214,3 @@ class Shard:
             generator=own,
             prefetch_factor=given.prefetch_factor,
         )
-
-
-def samples_in(batch: Any) -> int:
-    """The length of the first tensor in a batch; 1 if there is none to tell."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else 1
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    return next((samples_in(part) for part in parts if isinstance(part, (Tensor, Mapping, tuple, list))), 1)
-
-
-def _is_map(data: object) -> bool:
-    return isinstance(data, Sized) and hasattr(data, "__getitem__") and not isinstance(data, (DataLoader, list))

@@ -1,0 +1,120 @@
+"""Elastic averaging (Zhang et al. 2015, arXiv 1412.6651): workers with weights of their own, tied to the server's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import SGD
+
+from mpips.config import ConfigError
+from mpips.message import Control, Pull, Row
+from mpips.update import Local
+
+
+class Elastic(Local):
+    """EASGD, algorithm 1: every tau steps d = alpha (x - centre), x <- x - d, centre <- centre + d.
+
+    As in the paper the gradient is that at x, and d that before the local step. The server's answers do not land in the model
+    but in `centre`; -d is pushed, and the server steps with learning rate 1.
+
+    Attributes:
+        centre: the message that the server's weights arrive in.
+    """
+
+    pulls_first = True
+    wants_weights = False
+
+    def __init__(self, *seat: Any, **named: Any) -> None:
+        super().__init__(*seat, **named)
+        replica = self.replica
+        self.centre = Pull(
+            replica.flat, replica.buffers, lambda n, dtype, device: replica.pull.message.new_zeros(n, dtype=dtype)
+        )
+        rate = self.config.local.moving_rate
+        self.rate = 0.9 / self.workers if rate is None else rate
+        self._own: Tensor | None = None  # the worker's weights while the model holds the centre
+
+    @property
+    def pending(self) -> bool:  # type: ignore[override]
+        """Never: what is between two pulls on the spring stays the worker's own."""
+        return False
+
+    def about_to_push(self) -> bool:
+        """Whether the centre is needed for the step at hand."""
+        return self._taken + 1 >= self.steps
+
+    def step(self, loss: float, samples: float, control: Control) -> bool:
+        """A local step; the last one before a push also gives way to the spring."""
+        if not self.about_to_push():
+            super().step(loss, samples, control)
+            return self._bad is not None
+        whole = self.inner.whole
+        pull = self.anchor.copy_(whole).sub_(self.centre.weights).mul_(self.rate)
+        super().step(loss, samples, control)
+        whole.sub_(pull)
+        if whole is not self.replica.flat.weights:
+            self.replica.flat.weights.copy_(whole)
+        return True
+
+    def park(self) -> None:
+        """Where the server is on this rank, the model is its memory: leave the centre there, and keep the own weights apart."""
+        if self.here and self._own is None:
+            self._own = self.inner.whole.clone()
+            self.replica.flat.weights.copy_(self.centre.weights)
+
+    def unpark(self) -> None:
+        """The worker goes on: its own weights back into the model."""
+        if self.here and self._own is not None:
+            self.centre.weights.copy_(self.replica.flat.weights)
+            self.inner.whole.copy_(self._own)
+            self.replica.flat.weights.copy_(self._own)
+            self._own = None
+
+    def write_nothing(self, row: Row, metrics: int) -> None:
+        """See `Gradient`."""
+        super().write_nothing(row, metrics)
+        self.park()
+
+    def write(self, row: Row, metrics: Sequence[float], loss_scale: float) -> None:
+        """See `Gradient.write`; the weight is 1, and buffers stay the worker's own."""
+        push = self.replica.push
+        push.message.zero_()
+        push.gradients.copy_(self.anchor).neg_()
+        row.weight, row.steps, self._taken = 1.0, float(self._taken), 0
+        self.replica.buffers.write(push.floats, push.limbs, row.weight, self.first)
+        self.seal(row, metrics)
+        self.park()
+
+    def received(self) -> None:
+        """The first weights are those of the server; later ones land in the centre."""
+        if self._own is None:
+            self.centre.weights.copy_(self.replica.flat.weights)
+        self.unpark()
+
+    def tree(self) -> dict[str, Any]:
+        """The worker's optimizer, its own weights, and where it is between two pulls on the spring."""
+        own = self.inner.whole if self._own is None else self._own
+        return {"inner": self.inner.tree(), "weights": dict(self.replica.flat.named(own)), "taken": self._taken}
+
+    def put(self, tree: dict[str, Any]) -> None:
+        """See `Gradient`; a worker that is new begins at the server's weights."""
+        super().put(tree)
+        if "weights" in tree:
+            for name, view in self.replica.flat.named(self.inner.whole):
+                view.copy_(tree["weights"][name])
+            self.replica.flat.weights.copy_(self.inner.whole)
+            self._taken = int(tree["taken"])
+
+
+class ElasticMomentum(Elastic):
+    """EAMSGD: the local steps have Nesterov momentum; x is torch's variable, the point the gradient is taken at."""
+
+    def __init__(self, *seat: Any, **named: Any) -> None:
+        super().__init__(*seat, **named)
+        own = self.inner.torch
+        if not isinstance(own, SGD) or not all(g["nesterov"] for g in own.param_groups):
+            raise ConfigError(
+                "optimizer: given another with mode eamsgd, allowed: torch.optim.SGD(momentum=..., nesterov=True)"
+            )

@@ -1,0 +1,318 @@
+"""Clients: many of them, each with data of its own, hosted by fewer workers.
+
+A worker trains its clients of the round one after another, each from the server's weights, and pushes their sum once. A rule
+other than the mean therefore judges workers; host one client on each where it is to judge clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from mpips.clients import Clients, chosen, hosts
+from mpips.config import ConfigError
+from mpips.data import Place
+from mpips.message import Control, Row
+from mpips.update import Local
+
+
+class FedAvg(Local):
+    """Local epochs of each client (McMahan et al. 2017, arXiv 1602.05629, algorithm 1).
+
+    Attributes:
+        pinned: whether clients have state of their own and so stay with one worker.
+        measuring: whether the client's data pass for its loss at the server's weights; there are no steps then.
+    """
+
+    pinned = False
+    measuring = False
+
+    def __init__(self, *seat: Any, **named: Any) -> None:
+        super().__init__(*seat, **named)
+        self._sum: Tensor | None = None
+        self._hosted = 0  # clients that have trained here in this round
+        self._weight = self._steps = 0.0
+        self._size = 0
+        self._left_out: int | None = None  # first slot that was not finite of a client that does not count
+        state = self.inner.torch.state
+        self._fresh = {
+            p: {k: _copy(v) for k, v in kept.items()} for p, kept in state.items()
+        }  # torch's Adagrad begins with some
+
+    @property
+    def measures(self) -> bool:
+        """Whether each client's data pass once before it trains."""
+        return False
+
+    @property
+    def pending(self) -> bool:  # type: ignore[override]
+        """Whether clients have trained that have not been pushed."""
+        return self._hosted > 0 or self._left_out is not None or super().pending
+
+    def begin(self, client: int, size: int, chosen: int, clients: int) -> None:
+        """`client`, with `size` items, one of `chosen` in this round out of `clients`, begins."""
+        self.client, self._size, self.chosen, self.clients = client, size, chosen, clients
+        self.alone, self.measuring = chosen == 1, False
+        self._forget()
+
+    def _forget(self) -> None:
+        """A client keeps nothing of what was before it: optimizer state, gradients, buffers."""
+        state = self.inner.torch.state
+        state.clear()
+        state.update({p: {k: _copy(v) for k, v in kept.items()} for p, kept in self._fresh.items()})
+        self.replica.flat.clear()
+        self.replica.buffers.load(self.replica.pull.buffers)
+
+    def measure(self, loss: float, samples: float) -> None:
+        """Take note of the mean `loss` over `samples` of the client's data at the server's weights."""
+
+    def trains(self) -> None:
+        """The client's data have passed for its loss; it trains from now on."""
+        self.measuring = False
+        self._forget()
+
+    def step(self, loss: float, samples: float, control: Control) -> bool:
+        """See `Local`; no push is due before all clients of this worker have trained."""
+        super().step(loss, samples, control)
+        return False
+
+    def end(self) -> None:
+        """The client has trained: add it to the others of this worker."""
+        bad = self.replica.flat.first_nonfinite(self.inner.whole) if self._bad is None else self._bad
+        if bad is not None:
+            self._leave_out(bad)
+        elif self._taken:  # else it had no data
+            self.replica.push.message.zero_()
+            weight, steps = self.compose(self._size)
+            self._weight += weight
+            self._steps += weight * steps
+            self._hosted += 1
+            self._add(self.replica.push.message[: self.replica.push.tail_at + self.replica.push.limbs.numel()])
+        self.replica.flat.clear()
+
+    def _add(self, client: Tensor) -> None:
+        """Floats are summed, integers are those of the first client."""
+        if self._sum is None:
+            self._sum = client.clone()
+        elif self._hosted == 1:
+            self._sum.copy_(client)
+        else:
+            self._sum[: self.replica.push.tail_at].add_(client[: self.replica.push.tail_at])
+
+    def _leave_out(self, bad: int) -> None:
+        """A client that is not finite: it counts for nothing, or this worker says so and the round does not count."""
+        self._taken = 0
+        self.replica.flat.weights.copy_(self.anchor)
+        self.inner.refresh()
+        self._forget()
+        if self.config.nonfinite == "drop":
+            self._left_out, self._bad = bad, None
+        else:
+            self._bad = bad
+
+    def write(self, row: Row, metrics: Sequence[float], loss_scale: float) -> None:
+        """See `Gradient.write`."""
+        if self._taken:
+            self.end()  # of a client whose loop the script broke out of
+        push, left_out = self.replica.push, self._left_out
+        push.message.zero_()
+        if self._sum is not None and self._hosted:
+            push.message[: len(self._sum)].copy_(self._sum)
+        else:
+            self.replica.buffers.write(push.floats, push.limbs, 0, self.first)
+        row.weight, row.steps, self._weight, self._steps = self._weight, self._steps, 0.0, 0.0
+        self._hosted, self._left_out = 0, None
+        self.seal(row, metrics)
+        if left_out is not None and not row.bad:  # the others count; what is known of the loss counts for nothing
+            row.bad, row.samples, row.loss = 1 + left_out, 0, 0
+            push.write(self.rank, row, [0.0] * len(metrics))
+
+    def tree(self) -> dict[str, Any]:
+        """The worker's scheduler: clients begin anew in each round."""
+        self._forget()
+        return {"inner": self.inner.tree() | {"masters": {}}}
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+class FedProx(FedAvg):
+    """Local loss plus mu/2 |w - w_t|^2 (Li et al. 2020, arXiv 1812.06127, equation 2)."""
+
+    def correct(self) -> None:
+        """grad += mu (w - w_t)."""
+        mu = 0.01 if self.config.clients.mu is None else self.config.clients.mu
+        if mu:
+            self.replica.push.gradients.add_(self.inner.whole, alpha=mu).sub_(self.anchor, alpha=mu)
+
+
+class FedNova(FedAvg):
+    """Each client's change divided by its number of local steps (Wang et al. 2020, arXiv 2007.07481), for plain SGD.
+
+    The server multiplies their mean by the mean number of steps.
+    """
+
+    def weigh(self, samples: float) -> float:
+        """See `Local`."""
+        self.replica.push.gradients.div_(self._taken)
+        return super().weigh(samples)
+
+
+class QFedAvg(FedAvg):
+    """Clients with a larger loss count more (Li et al. 2020, arXiv 1905.10497, algorithm 2), L = 1 / learning rate.
+
+    Pushes F^q L (w - w_k) with weight h = q F^(q-1) |L (w - w_k)|^2 + L F^q; their sums' quotient is the server's step.
+    """
+
+    @property
+    def measures(self) -> bool:
+        """See `FedAvg`."""
+        return self.config.clients.q > 0
+
+    def begin(self, client: int, size: int, chosen: int, clients: int) -> None:
+        """See `FedAvg`."""
+        super().begin(client, size, chosen, clients)
+        self._loss = self._seen = 0.0
+
+    def measure(self, loss: float, samples: float) -> None:
+        """See `FedAvg`."""
+        self._loss += loss * samples
+        self._seen += samples
+        self.replica.flat.clear()
+
+    def weigh(self, samples: float) -> float:
+        """See the class."""
+        q, rate = self.config.clients.q, self.inner.lr
+        if q == 0:  # every client counts alike
+            return 1.0
+        loss = max(self._loss / max(self._seen, 1.0), 1e-10)
+        change = self.replica.push.gradients.div_(rate)
+        weight: float = q * loss ** (q - 1) * float(change.double().square().sum()) + loss**q / rate
+        change.mul_(loss**q / weight)  # to be multiplied by the weight
+        return weight
+
+
+class Scaffold(FedAvg):
+    """Control variates against client drift (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1, option II).
+
+    The second vector is c on its way back, and the change of c on its way there.
+    """
+
+    pinned = True
+
+    def __init__(self, *seat: Any, **named: Any) -> None:
+        super().__init__(*seat, **named)
+        groups = self.inner.torch.param_groups
+        if not isinstance(self.inner.torch, SGD) or any(g["momentum"] or g["lr"] != groups[0]["lr"] for g in groups):
+            allowed = "torch.optim.SGD without momentum, with one learning rate"
+            raise ConfigError(f"optimizer: given another with mode scaffold, allowed: {allowed}")
+        self.variates: dict[int, Tensor] = {}
+
+    @property
+    def _own(self) -> Tensor:
+        if self.client not in self.variates:
+            self.variates[self.client] = torch.zeros_like(self.anchor)
+        return self.variates[self.client]
+
+    def correct(self) -> None:
+        """grad += c - c_i."""
+        assert self.replica.pull.second is not None
+        self.replica.push.gradients.sub_(self._own).add_(self.replica.pull.second)
+
+    def compose(self, samples: float) -> tuple[float, float]:
+        """See `Local`; c_i+ = c_i - c + (x - y) / (K lr)."""
+        push, pull, steps = self.replica.push, self.replica.pull, self._taken
+        assert push.second is not None
+        assert pull.second is not None
+        change = push.second.copy_(self.anchor).sub_(self.inner.whole).div_(steps * self.inner.lr).sub_(pull.second)
+        self._own.add_(change)
+        change.mul_(self.chosen / self.clients)  # c moves by the mean over all clients, the server takes it over the chosen
+        return super().compose(samples)
+
+    def weigh(self, samples: float) -> float:
+        """Every client counts alike."""
+        return 1.0
+
+    def tree(self) -> dict[str, Any]:
+        """The hosted clients' control variates by client and parameter, beside what `FedAvg` has."""
+        flat = self.replica.flat
+        return super().tree() | {"clients": {str(k): dict(flat.named(c)) for k, c in self.variates.items()}}
+
+    def put(self, tree: dict[str, Any]) -> None:
+        """See `Gradient`."""
+        super().put(tree)
+        self.variates = {}
+        for key, named in tree.get("clients", {}).items():
+            variate = self.variates[int(key)] = torch.zeros_like(self.anchor)
+            for name, view in self.replica.flat.named(variate):
+                view.copy_(named[name])
+
+
+class Hosting:
+    """One worker's part in a communication round: batches of those of its clients that were chosen, client after client.
+
+    Args:
+        update: this worker's, which is told where each client begins and ends.
+        data: the clients. Any other data, a map-style dataset or a tuple of tensors, is dealt out to one client on each worker.
+        batch_size: items in a batch; None for all of a client's.
+        shuffle, drop_last: of each client's epochs.
+        own: whether the data is this worker's alone, and so that of the client of its number.
+        seed: with the epoch, decides which clients are chosen, and their orders.
+        forget: called where a client begins.
+
+    Raises:
+        ValueError: the data is of another kind.
+    """
+
+    def __init__(
+        self,
+        update: FedAvg,
+        data: Any,
+        batch_size: int | None,
+        shuffle: bool,
+        drop_last: bool,
+        own: bool,
+        seed: int,
+        forget: Callable[[], None],
+    ) -> None:
+        self.update, self.batch_size, self.shuffle, self.drop_last = update, batch_size, shuffle, drop_last
+        self.own, self.seed, self._forget = own, seed, forget
+        if own and isinstance(data, Clients):
+            raise ValueError("shard=False given with Clients, which the workers share; leave it out")
+        if own:
+            self.clients = _alone(data, update.index, update.workers)
+        else:
+            self.clients = data if isinstance(data, Clients) else Clients.split(data, update.workers, update.config.seed)
+
+    def batches(self, place: Place) -> Iterator[tuple[Any, int, bool]]:
+        """As `Shard.batches`; no items are counted, as no checkpoint lies inside a round."""
+        update, sizes, config = self.update, self.clients.sizes, self.update.config.clients
+        drawn = chosen(self.seed, place.epoch, len(sizes), config.fraction)
+        filled = drawn if self.own else [k for k in drawn if sizes[k]]
+        mine = hosts(drawn, update.workers, update.pinned or self.own, sizes)[update.index]
+        update.first = (filled or drawn)[0] in mine  # whose integer buffers are taken, on whatever number of workers
+        for k in mine:
+            self._forget()
+            update.begin(k, sizes[k], len(filled), len(sizes))
+            if update.measures:
+                update.measuring = True
+                yield from self._pass(k, place.epoch, 1, False, False)
+                update.trains()
+            yield from self._pass(k, place.epoch, config.epochs, self.shuffle, self.drop_last)
+            update.end()
+
+    def _pass(self, k: int, round: int, epochs: int, shuffle: bool, drop_last: bool) -> Iterator[tuple[Any, int, bool]]:
+        for batch, _, _ in self.clients.batches(k, round, epochs, self.batch_size, self.seed, shuffle, drop_last):
+            yield batch, 0, False
+
+
+def _alone(data: Any, index: int, workers: int) -> Clients:
+    """Clients of whom only the one of this number is known here."""
+    (mine,) = Clients([data])
+    nothing: tuple[int, ...] = ()
+    return Clients.by_index(mine, [range(len(mine)) if k == index else nothing for k in range(workers)])

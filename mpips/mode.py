@@ -1,0 +1,203 @@
+"""Modes: each a row of what workers compute, how the server steps, and whether it runs rounds or answers requests.
+
+To add one, write the row (see CONTRIBUTING.md). The rule that combines, and most of a row's numbers, are settings of their own.
+
+| mode                   | a worker pushes                       | the server steps with             |          |
+|------------------------|---------------------------------------|-----------------------------------|----------|
+| sync                   | the gradient of each batch            | the script's optimizer            | rounds   |
+| sync, backup_workers b | the same; the last b of a round drop  | the same                          | requests |
+| async                  | the same                              | the same, one by one              | requests |
+| ssp                    | the same, at most `staleness.bound` clocks ahead | the same               | requests |
+| fedbuff                | where its local steps led             | `staleness.buffer` of them        | requests |
+| easgd, eamsgd          | what pulls the centre towards it      | their sum                         | requests |
+| local_sgd              | its weights after `local.steps` steps | their mean                        | rounds   |
+| slowmo, diloco         | how far its local steps led           | slow momentum; Nesterov           | rounds   |
+| fedavg and its kin     | the same, of clients' local epochs    | mean; momentum, Adam, Yogi, Adagrad | rounds |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import SGD, Optimizer
+
+from mpips.config import Config, ConfigError
+from mpips.elastic import Elastic, ElasticMomentum
+from mpips.federated import FedAvg, FedNova, FedProx, QFedAvg, Scaffold
+from mpips.message import Replica
+from mpips.optimizer import Average, FlatOptimizer, MakeOptimizer, MakeScheduler, Scheduler
+from mpips.outer import FedAdagrad, FedAdam, FedYogi, SlowMo
+from mpips.update import Gradient, Local
+
+Step = Callable[[Config, Any], Optimizer]
+
+
+def average(config: Config, params: Any) -> Optimizer:
+    """w <- w - lr * mean change, with momentum if `outer.momentum` says so; as it stands, the mean of the workers' weights."""
+    return SGD(params, lr=config.outer.lr or 1.0, momentum=config.outer.momentum or 0.0)
+
+
+def momentum(config: Config, params: Any) -> Optimizer:
+    """FedAvgM (Hsu et al. 2019, arXiv 1909.06335)."""
+    return SGD(params, lr=config.outer.lr or 1.0, momentum=0.9 if config.outer.momentum is None else config.outer.momentum)
+
+
+def slow_momentum(config: Config, params: Any) -> Optimizer:
+    """SlowMo (Wang et al. 2019, arXiv 1910.00643)."""
+    return SlowMo(params, lr=config.outer.lr or 1.0, momentum=0.5 if config.outer.momentum is None else config.outer.momentum)
+
+
+def nesterov(config: Config, params: Any) -> Optimizer:
+    """DiLoCo's outer step (Douillard et al. 2023, arXiv 2311.08105)."""
+    beta = 0.9 if config.outer.momentum is None else config.outer.momentum
+    return SGD(params, lr=config.outer.lr or 0.7, momentum=beta, nesterov=beta > 0)
+
+
+def adaptive(kind: type[FedAdam] | type[FedYogi] | type[FedAdagrad]) -> Step:
+    """FedOpt (Reddi et al. 2020, arXiv 2003.00295): no bias correction, unlike `torch.optim.Adam`."""
+
+    def make(config: Config, params: Any) -> Optimizer:
+        given: dict[str, Any] = {"lr": config.outer.lr or 0.1, "tau": config.outer.tau}
+        if config.outer.momentum is not None:
+            given["momentum"] = config.outer.momentum
+        if kind is not FedAdagrad:
+            given["beta2"] = config.outer.beta2
+        return kind(params, **given)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One row.
+
+    Attributes:
+        update: what a worker computes between pull and push.
+        step: makes the server's optimizer of its parameters; None: it is the script's.
+        requests: whether the server answers requests; else it runs rounds.
+        steps: local steps between two pushes, if `local.steps` does not say; 0: the clients' epochs.
+        policy: what becomes of late contributions, if `staleness.policy` does not say.
+        buffer: contributions that make one update, if `staleness.buffer` does not say.
+        bounded: whether workers wait for those that are too far behind.
+        vectors: vectors of the weights' length in a message.
+        normalised: whether the server's step is multiplied by the mean number of local steps.
+    """
+
+    update: type[Gradient] = Gradient
+    step: Step | None = None
+    requests: bool = False
+    steps: int = 1
+    policy: str = "none"
+    buffer: int = 1
+    bounded: bool = False
+    vectors: int = 1
+    normalised: bool = False
+
+    @property
+    def local(self) -> bool:
+        """Whether workers take steps of their own, with the script's optimizer."""
+        return self.step is not None
+
+    @property
+    def federated(self) -> bool:
+        """Whether the workers host clients."""
+        return issubclass(self.update, FedAvg)
+
+
+MODES: dict[str, Mode] = {
+    "sync": Mode(),
+    "async": Mode(requests=True),
+    "ssp": Mode(requests=True, bounded=True),
+    "fedbuff": Mode(Local, average, requests=True, steps=8, policy="poly", buffer=10),
+    "easgd": Mode(Elastic, average, requests=True, steps=10),
+    "eamsgd": Mode(ElasticMomentum, average, requests=True, steps=10),
+    "local_sgd": Mode(Local, average, steps=8),
+    "slowmo": Mode(Local, slow_momentum, steps=12),
+    "diloco": Mode(Local, nesterov, steps=500),
+    "fedavg": Mode(FedAvg, average),
+    "fedprox": Mode(FedProx, average),
+    "fednova": Mode(FedNova, average, normalised=True),
+    "qfedavg": Mode(QFedAvg, average),
+    "scaffold": Mode(Scaffold, average, vectors=2),
+    "fedavgm": Mode(FedAvg, momentum),
+    "fedadam": Mode(FedAvg, adaptive(FedAdam)),
+    "fedyogi": Mode(FedAvg, adaptive(FedYogi)),
+    "fedadagrad": Mode(FedAvg, adaptive(FedAdagrad)),
+}
+
+
+def choose_mode(config: Config) -> Mode:
+    """The configured mode.
+
+    Raises:
+        ConfigError: no mode of that name, or settings that do not go with it.
+    """
+    if config.mode not in MODES:
+        raise ConfigError(f"mode: given {config.mode!r}, allowed: {', '.join(MODES)}")
+    mode = MODES[config.mode]
+    if config.backup_workers:
+        _allow("backup_workers", config, config.backup_workers, "0, or mode sync", config.mode == "sync")
+        mode = Mode(requests=True)
+    if config.local.fragments > 1 or config.local.delay or config.local.mix:
+        _allow("local.fragments, local.delay, local.mix", config, "others than 1, 0, 0", "them with diloco", False)
+    if config.overlap:
+        _allow("overlap", config, True, "modes async and ssp", mode.requests and not mode.local)
+    if mode.requests:
+        _allow("rule", config, config.rule, "mean, as contributions are not taken together", config.rule == "mean")
+        _allow("server_trains", config, True, "false: the server answers the workers' requests", not config.server_trains)
+        _allow("deterministic", config, True, "false, as the order is that of arrival", not config.deterministic)
+    if mode.requests or mode.local:
+        _allow("loss_scale", config, config.loss_scale, "null; bfloat16 needs none", config.loss_scale is None)
+    if config.mode in ("fednova", "qfedavg", "scaffold"):
+        _allow("rule", config, config.rule, "mean", config.rule == "mean")
+    return mode
+
+
+def _allow(key: str, config: Config, given: object, allowed: str, ok: bool) -> None:
+    if not ok:
+        raise ConfigError(f"{key}: given {given!r} with mode {config.mode}, allowed: {allowed}")
+
+
+def takes_weights(config: Config, workers: int) -> bool:
+    """Whether workers push their weights, and the server takes the mean as it is; else they push how far they came.
+
+    The mean of one worker's weights has its bits, w - (w - own) has not. Robust rules need changes, and so does every server
+    step but plain averaging.
+    """
+    mode, outer = choose_mode(config), config.outer
+    plain = mode.step is average and (outer.lr or 1.0) == 1.0 and not outer.momentum and config.rule == "mean"
+    if not plain or issubclass(mode.update, Elastic):
+        return False
+    if mode.requests:
+        return workers == 1 and (config.staleness.buffer or mode.buffer) == 1
+    return mode.update not in (FedNova, QFedAvg) or (mode.update is QFedAvg and config.clients.q == 0)
+
+
+def server_optimizer(
+    config: Config,
+    workers: int,
+    replica: Replica,
+    optimizer: Optimizer | MakeOptimizer,
+    scheduler: Scheduler | MakeScheduler | None,
+) -> FlatOptimizer | Average:
+    """What the server steps with."""
+    step = choose_mode(config).step
+    if step is None:
+        return FlatOptimizer(replica, optimizer, scheduler)
+    if takes_weights(config, workers):
+        return Average(replica)
+    return FlatOptimizer(replica, lambda params: step(config, params), None)
+
+
+def make_update(config: Config, replica: Replica, rank: int, index: int, workers: int, inner: FlatOptimizer | None) -> Gradient:
+    """What worker `index` of `workers` pushes."""
+    mode = choose_mode(config)
+    update = mode.update(replica, rank, index, workers, config, inner)
+    if mode.requests:  # each contribution is taken by itself
+        update.alone = update.first = True
+    if isinstance(update, Local):
+        update.steps = config.local.steps or mode.steps
+        update.takes_weights = takes_weights(config, workers)
+    return update

@@ -1,0 +1,162 @@
+"""Optimizers that torch does not have, for the server's step on what local training has changed.
+
+Each takes the pseudo-gradient D = x - mean(x_i), the weights sent minus the mean of those that came back, from `p.grad`. The
+papers on FedOpt write the other sign, mean(x_i) - x, and add where these subtract; the bits are the same.
+
+FedAvgM (Hsu et al. 2019, arXiv 1909.06335: v <- beta v + D, w <- w - v) is `torch.optim.SGD(lr=1, momentum=beta)`,
+and FedAvg is `torch.optim.SGD(lr=1)`; they have no class here.
+
+All of them work on each coordinate alone: a step on a slice gives the same bits there as a step on the whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+
+
+class _Coordinatewise(Optimizer):
+    """A loop over the parameters that have a gradient."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of every parameter, whatever its shape, with the gradient of the same shape and dtype that it has.
+
+        Args:
+            closure: evaluates the loss again, as in `torch.optim`.
+        """
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self._move(p, p.grad, group)
+        return loss
+
+    def _move(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class _FedOpt(_Coordinatewise):
+    def __init__(self, params: ParamsT, lr: float, momentum: float, beta2: float, tau: float) -> None:
+        _allow("lr", lr, "0 or more", 0 <= lr < math.inf)
+        _allow("momentum", momentum, "from 0 to less than 1", 0 <= momentum < 1)
+        _allow("beta2", beta2, "from 0 to less than 1", 0 <= beta2 < 1)
+        _allow("tau", tau, "above 0", 0 < tau < math.inf)
+        super().__init__(params, {"lr": lr, "momentum": momentum, "beta2": beta2, "tau": tau})
+
+    def _move(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state, momentum, tau = self.state[p], group["momentum"], group["tau"]
+        if not state:  # also of one that has had no gradient until now
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.full_like(p, tau**2, memory_format=torch.preserve_format)
+        mean, square = state["exp_avg"], state["exp_avg_sq"]
+        mean.mul_(momentum).add_(grad, alpha=1 - momentum)
+        self._accumulate(square, grad, group["beta2"])
+        p.addcdiv_(mean, square.sqrt().add_(tau), value=-float(group["lr"]))  # not corrected for the start, unlike torch's
+
+    def _accumulate(self, square: Tensor, grad: Tensor, beta2: float) -> None:
+        raise NotImplementedError
+
+
+class FedAdagrad(_FedOpt):
+    """Adagrad on the server (Reddi et al. 2021, arXiv 2003.00295, algorithm 2): v <- v + D^2.
+
+    m <- beta_1 m + (1 - beta_1) D; w <- w - lr m / (sqrt(v) + tau); v starts as tau^2, m as 0. State of a parameter: `exp_avg`
+    (m) and `exp_avg_sq` (v), of its shape and dtype.
+
+    Args:
+        params: parameters or groups of them, float32 or float64.
+        lr: the paper's eta.
+        momentum: beta_1; the paper has none with Adagrad.
+        tau: degree of adaptivity; the smaller, the more adaptive.
+    """
+
+    def __init__(self, params: ParamsT, lr: float, momentum: float = 0.0, tau: float = 1e-3) -> None:
+        super().__init__(params, lr, momentum, 0.0, tau)
+
+    def _accumulate(self, square: Tensor, grad: Tensor, beta2: float) -> None:
+        square.addcmul_(grad, grad)
+
+
+class FedYogi(_FedOpt):
+    """Yogi on the server (Reddi et al. 2021, arXiv 2003.00295, algorithm 2): v <- v - (1 - beta_2) D^2 sign(v - D^2).
+
+    Unlike Adam's, v shrinks by no more than (1 - beta_2) D^2 in a step. The rest is `FedAdam`.
+
+    Args:
+        params, lr, momentum, beta2, tau: as of `FedAdam`.
+    """
+
+    def __init__(self, params: ParamsT, lr: float, momentum: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> None:
+        super().__init__(params, lr, momentum, beta2, tau)
+
+    def _accumulate(self, square: Tensor, grad: Tensor, beta2: float) -> None:
+        new = grad * grad
+        square.addcmul_(new, (square - new).sign_(), value=beta2 - 1)
+
+
+class FedAdam(_FedOpt):
+    """Adam on the server (Reddi et al. 2021, arXiv 2003.00295, algorithm 2): v <- beta_2 v + (1 - beta_2) D^2.
+
+    m <- beta_1 m + (1 - beta_1) D; w <- w - lr m / (sqrt(v) + tau); v starts as tau^2, m as 0. It is not `torch.optim.Adam`,
+    which divides m and v by what they lack in the first steps. State of a parameter: `exp_avg` (m) and `exp_avg_sq` (v), of
+    its shape and dtype.
+
+    Args:
+        params: parameters or groups of them, float32 or float64.
+        lr: the paper's eta.
+        momentum: beta_1.
+        beta2: decay of the second moment.
+        tau: degree of adaptivity; the smaller, the more adaptive.
+    """
+
+    def __init__(self, params: ParamsT, lr: float, momentum: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> None:
+        super().__init__(params, lr, momentum, beta2, tau)
+
+    def _accumulate(self, square: Tensor, grad: Tensor, beta2: float) -> None:
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+
+
+class SlowMo(_Coordinatewise):
+    """Slow momentum (Wang et al. 2020, arXiv 1910.00643, algorithm 1): u <- beta u + D / gamma; w <- w - alpha gamma u.
+
+    gamma is the workers' learning rate in the round that has ended: set `inner_lr` of a group before the step whenever it has
+    changed. While it is 0 no worker has moved and nothing changes. With gamma constant this is `torch.optim.SGD(lr=alpha,
+    momentum=beta)` but for rounding. State of a parameter: `momentum_buffer` (u), of its shape and dtype.
+
+    Args:
+        params: parameters or groups of them, float32 or float64.
+        lr: alpha, the slow learning rate.
+        momentum: beta, the slow momentum.
+        inner_lr: gamma.
+    """
+
+    def __init__(self, params: ParamsT, lr: float = 1.0, momentum: float = 0.5, inner_lr: float = 1.0) -> None:
+        _allow("lr", lr, "0 or more", 0 <= lr < math.inf)
+        _allow("momentum", momentum, "from 0 to less than 1", 0 <= momentum < 1)
+        _allow("inner_lr", inner_lr, "0 or more", 0 <= inner_lr < math.inf)
+        super().__init__(params, {"lr": lr, "momentum": momentum, "inner_lr": inner_lr})
+
+    def _move(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        gamma = float(group["inner_lr"])
+        if gamma == 0:
+            return
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        slow = state["momentum_buffer"]
+        slow.mul_(group["momentum"]).add_(grad, alpha=1 / gamma)
+        p.add_(slow, alpha=-float(group["lr"]) * gamma)
+
+
+def _allow(name: str, given: float, allowed: str, ok: bool) -> None:
+    if not ok:
+        raise ValueError(f"{name}: given {given}, allowed: a number {allowed}")

@@ -1,0 +1,88 @@
+"""What "together" means: a rule turns the contributions of a round into one.
+
+A rule says what it `needs`, and that alone picks the collectives (`mpips/combine.py`): "sum" a Reduce; "rows" a Gather, slice
+by slice; "gram" a Gather for inner products of whole contributions, then a Reduce with the coefficients found. To add one,
+derive a class from `Rule` and enter it in RULES (see CONTRIBUTING.md), or leave it in a module of your own and give its name.
+
+| rule      | needs | what                                                                | faulty ones it withstands       |
+|-----------|-------|---------------------------------------------------------------------|---------------------------------|
+| mean      | sum   | samples-weighted mean                                               | none                            |
+| normclip  | sum   | the same, of contributions cut to `robust.radius`                   | bounds what each can do         |
+| median    | rows  | coordinate-wise median                                              | less than half                  |
+| trimmed   | rows  | mean without the `robust.bad` smallest and largest of a coordinate  | `bad`, 2 bad < n                |
+| sign      | rows  | the sign that most have                                             | less than half                  |
+| krum      | gram  | the one nearest to its neighbours                                   | `bad`, 2 bad + 2 < n            |
+| multikrum | gram  | the mean of the n - bad best of Krum                                | `bad`, 2 bad + 2 < n            |
+| bulyan    | gram  | Krum's choice, trimmed around the median                            | `bad`, 4 bad + 3 <= n           |
+| rfa       | gram  | geometric median                                                    | less than half of the weight    |
+| cclip     | gram  | last result, moved by differences cut to `robust.radius`            | bounds what each can do         |
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from mpips.config import Config, ConfigError
+from mpips.rule.coordinate import Median, SignMajority, TrimmedMean, strips
+from mpips.rule.gram import Bulyan, CentredClipping, GeometricMedian, Krum, MultiKrum
+from mpips.rule.mean import Mean, NormClip
+from mpips.rule.protocol import Needs, Rule, RuleError
+
+__all__ = ["RULES", "Mean", "Needs", "Rule", "RuleError", "choose", "strips"]
+
+RULES: dict[str, Callable[..., Rule]] = {
+    "mean": Mean,
+    "median": Median,
+    "trimmed": TrimmedMean,
+    "krum": Krum,
+    "multikrum": MultiKrum,
+    "bulyan": Bulyan,
+    "rfa": GeometricMedian,
+    "cclip": CentredClipping,
+    "normclip": NormClip,
+    "sign": SignMajority,
+}
+
+
+def choose(config: Config) -> tuple[Rule, Needs]:
+    """The configured rule, and what the exchange must bring in the end: rows, in deterministic mode, for any rule.
+
+    A rule's constructor is given those settings of the group `robust` that it has parameters of the same names for.
+
+    Raises:
+        ConfigError: no rule of that name.
+    """
+    make = RULES[config.rule] if config.rule in RULES else _load(config.rule)
+    rule = _make(make, config)
+    last = rule.needs if rule.needs != "gram" else rule.then
+    return rule, "rows" if config.deterministic else last
+
+
+def _load(name: str) -> Callable[..., Any]:
+    """A rule outside this package: `package.module:Class` or `package.module.Class`."""
+    place, _, attribute = name.rpartition(":" if ":" in name else ".")
+    if not place or not attribute:
+        raise ConfigError(f"rule: given {name!r}, allowed: {', '.join(RULES)}, or a class by its name, package.module:Class")
+    try:
+        found = getattr(importlib.import_module(place), attribute)
+    except Exception as error:  # whatever a module of somebody else's raises when it is imported
+        raise ConfigError(f"rule: given {name!r}, which cannot be loaded ({' '.join(str(error).split())})") from None
+    if not callable(found):
+        raise ConfigError(f"rule: given {name!r}, which is no class or function")
+    return found  # type: ignore[no-any-return]
+
+
+def _make(make: Callable[..., Any], config: Config) -> Rule:
+    try:
+        names = inspect.signature(make).parameters
+        rule = make(**{name: value for name, value in vars(config.robust).items() if name in names})
+    except Exception as error:  # whatever a rule of somebody else's raises
+        raise ConfigError(f"rule: given {config.rule!r}, which cannot be made ({' '.join(str(error).split())})") from None
+    lacks = [name for name in dir(Rule) if not name.startswith("_") and not hasattr(rule, name)]
+    if lacks or getattr(rule, "needs", None) not in ("sum", "rows", "gram") or rule.then not in ("sum", "rows"):
+        reason = f"has no {lacks[0]}; derive it from mpips.rule.Rule" if lacks else "says needs or then as none may"
+        raise ConfigError(f"rule: given {config.rule!r}, which {reason}")
+    return rule  # type: ignore[no-any-return]

@@ -1,0 +1,119 @@
+"""What an asynchronous server does with a contribution that comes late.
+
+The staleness of a contribution is the number of versions between its pull and its push: 0 is not late. A policy scales or
+rejects what came; delay compensation corrects it for where the weights have gone meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mpips.config import Staleness
+
+EPSILON = 1e-7  # of the adaptive compensation, as in the paper
+
+
+def whole(staleness: int, settings: Staleness) -> float:
+    """1: late or not."""
+    return 1.0
+
+
+def reject(staleness: int, settings: Staleness) -> float:
+    """1 up to the bound, then 0."""
+    return 1.0 if staleness <= settings.bound else 0.0
+
+
+def inverse(staleness: int, settings: Staleness) -> float:
+    """1 / max(1, staleness) (Zhang et al. 2016, arXiv 1511.05950)."""
+    return 1 / max(1, staleness)
+
+
+def poly(staleness: int, settings: Staleness) -> float:
+    """(staleness + 1)^-a (Xie et al. 2019, arXiv 1903.03934); FedBuff's 1 / sqrt(1 + staleness) is a = 0.5."""
+    return float((staleness + 1) ** -settings.power)
+
+
+def hinge(staleness: int, settings: Staleness) -> float:
+    """1 up to the bound b, then 1 / (a (staleness - b) + 1) (Xie et al. 2019, arXiv 1903.03934)."""
+    return 1 / (settings.power * max(0, staleness - settings.bound) + 1)
+
+
+# name -> what a contribution is multiplied by, from 0 (do not take it) to 1, never more the later it is
+POLICIES: dict[str, Callable[[int, Staleness], float]] = {
+    "none": whole,
+    "reject": reject,
+    "inverse": inverse,
+    "poly": poly,
+    "hinge": hinge,
+    "dc": whole,
+    "dc-adaptive": whole,
+}
+
+
+class Compensation:
+    """Delay compensation: DC-ASGD (Zheng et al. 2017, arXiv 1609.08326).
+
+        g <- g + lambda g g (w - w_k)                           coordinate by coordinate; w_k: the weights g was computed at
+        s <- m s + (1 - m) g g,  lambda = lambda_0 / sqrt(s + 1e-7)        adaptive; s starts as 0 and is shared by all ranks
+
+    A coordinate that has not moved since keeps its gradient's bits. Holds one copy of the weights for each rank, in their
+    dtype: the algorithm needs them.
+
+    Args:
+        adaptive: whether lambda follows the gradients' size, for each coordinate.
+        strength: lambda, or lambda_0; 0 changes nothing.
+        decay: m.
+    """
+
+    def __init__(self, adaptive: bool, strength: float, decay: float = 0.95) -> None:
+        self.adaptive, self.strength, self.decay = adaptive, strength, decay
+        self._sent: dict[int, Tensor] = {}
+        self._mean_square: Tensor | None = None
+
+    def remember(self, rank: int, weights: Tensor) -> None:
+        """`weights`, `(numel,)`, of any floating dtype, are sent to `rank`; they are copied."""
+        kept = self._sent.get(rank)
+        if kept is None or kept.device != weights.device:
+            kept = self._sent[rank] = torch.empty_like(weights)
+        kept.copy_(weights)
+
+    def correct(self, rank: int, gradient: Tensor, weights: Tensor) -> None:
+        """Correct a gradient in place.
+
+        Args:
+            rank: who computed it, at the weights remembered last for that rank.
+            gradient: `(numel,)`, float32 or float64, finite; a mean, not yet multiplied by samples or a loss scale, since its
+                square counts.
+            weights: `(numel,)`, the server's present weights, of the dtype of those remembered.
+        """
+        factor = (weights.to(gradient) - self._sent[rank].to(gradient)).mul_(self.strength)
+        if self.adaptive:
+            factor.div_(self._follow(gradient).add(EPSILON).sqrt_())
+        # g (1 + lambda g d), in an order in which no g g overflows and d = 0 is exact
+        gradient.mul_(factor.mul_(gradient).add_(1))
+
+    def _follow(self, gradient: Tensor) -> Tensor:
+        kept = torch.zeros_like(gradient) if self._mean_square is None else self._mean_square.to(gradient)
+        self._mean_square = kept.mul_(self.decay).addcmul_(gradient, gradient, value=1 - self.decay)
+        return self._mean_square
+
+    def tree(self) -> dict[str, Any]:
+        """For a checkpoint: the weights sent by rank as text, and the mean square if there is one."""
+        sent = {str(rank): weights for rank, weights in sorted(self._sent.items())}
+        return {"sent": sent} | ({} if self._mean_square is None else {"mean_square": self._mean_square})
+
+    def put(self, tree: dict[str, Any]) -> None:
+        """Take back what `tree` gave; nothing else stays."""
+        self._sent = {int(rank): weights.clone() for rank, weights in tree["sent"].items()}
+        mean_square = tree.get("mean_square")
+        self._mean_square = None if mean_square is None else mean_square.clone()
+
+
+def compensation(policy: str, settings: Staleness) -> Compensation | None:
+    """What corrects gradients under a policy, if anything does."""
+    return Compensation(policy == "dc-adaptive", settings.strength) if policy.startswith("dc") else None

@@ -31,7 +31,7 @@ from mpips.mode import choose_mode
 from mpips.optimizer import MakeOptimizer, MakeScheduler, Scheduler
 from mpips.parameter_server import ParameterServer
 from mpips.server import Server
-from mpips.start import choose_trainable, configure, join
+from mpips.start import check_rule, choose_trainable, configure, join
 from mpips.trainable import Trainable
 from mpips.worker import Worker, place_of
 
@@ -115,6 +115,7 @@ class Run:
         self.config, self._exchange = config, exchange
         self.worker, self.workers = place_of(exchange, config)
         self.serves, self.trains = exchange.rank == SERVER, self.worker >= 0
+        check_rule(config, self.workers)
         self._mode = choose_mode(config)
         self._server: Server | ParameterServer | None = None
         self._worker: Worker | None = None

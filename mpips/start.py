@@ -15,7 +15,7 @@ from mpips.config import BAD_CONFIGURATION, Config, ConfigError, resolve
 from mpips.exchange import Exchange, mpi
 from mpips.exchange.simulated import World
 from mpips.mode import choose_mode
-from mpips.rule import choose
+from mpips.rule import RuleError, choose
 from mpips.trainable import Trainable, freeze
 
 
@@ -45,6 +45,20 @@ def choose_trainable(model: nn.Module, trainable: Trainable) -> None:
         freeze(model, trainable)
     except ConfigError as error:
         raise _refused(error) from None
+
+
+def check_rule(config: Config, workers: int) -> None:
+    """There are workers enough for the rule, where it combines them all.
+
+    Raises:
+        SystemExit: with status 2 and one line on the screen.
+    """
+    mode = choose_mode(config)
+    if not mode.requests and not mode.federated:
+        try:
+            choose(config)[0].check(workers)
+        except RuleError as error:
+            raise _refused(ConfigError(f"rule: {error}")) from None
 
 
 def join(config: Config) -> Exchange:

@@ -17,17 +17,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mpips.client import Client
     from mpips.clients import Clients
     from mpips.config import Config, ConfigError, add_arguments
+    from mpips.parameter_server import ParameterServer
     from mpips.run import Run, connect
     from mpips.server import Server
     from mpips.start import configure, device, join
     from mpips.worker import Worker
 
 __all__ = [
+    "Client",
     "Clients",
     "Config",
     "ConfigError",
+    "ParameterServer",
     "Run",
     "Server",
     "Worker",
@@ -39,8 +43,10 @@ __all__ = [
 ]
 
 _HOMES = {
+    "mpips.client": ("Client",),
     "mpips.clients": ("Clients",),
     "mpips.config": ("Config", "ConfigError", "add_arguments"),
+    "mpips.parameter_server": ("ParameterServer",),
     "mpips.run": ("Run", "connect"),
     "mpips.server": ("Server",),
     "mpips.start": ("configure", "device", "join"),

@@ -10,17 +10,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
 
 from mpips.elastic import Elastic
 from mpips.message import CONTROL_BYTES, ROUNDS, Control, Row
+from mpips.parameter_server.request import BATCH, BUSY, BYE, WEIGHTS
+from mpips.state import RankState
 from mpips.worker import Worker
 
 
 class Client(Worker):
     """One worker of a `ParameterServer`; see `Worker` for its arguments.
+
+    Once the server has told it to stop, nobody listens: what it would still send is dropped, and every call returns at once.
 
     Attributes:
         version: the version of the weights in the model.
@@ -29,72 +34,109 @@ class Client(Worker):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self.version = 0
-        self._granted: deque[int] = deque()
-        self._want = True
-        self._waiting: Callable[[], bool] | None = None
-        elastic = self.update.centre if isinstance(self.update, Elastic) else None
-        self._pull = elastic or self.replica.pull  # where answers land
-        self._outgoing = self._incoming = self.replica.push.message[:0]
+        push, pull = self.replica.push, self.replica.pull
+        self._elastic = self.update if isinstance(self.update, Elastic) else None
+        self._pull = self._elastic.centre if self._elastic else pull  # where answers land
+        self._request = push.message[push.tail_at :].clone()  # of a pull: the push message is never touched by one
+        self._outgoing = self._incoming = push.message[:0]
         if self.config.overlap:
-            self._outgoing, self._incoming = self.replica.push.message.clone(), self.replica.pull.message.clone()
+            self._outgoing, self._incoming = push.message.clone(), pull.message.clone()
+        self._waiting: Callable[[], bool] | None = None
+        self._beside = False  # whether what it waits for is the answer to a push, while the next update is computed
+        self._sent = replace(self.place)  # where it was when the last push left
+        self._granted: deque[int] = deque()
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._granted.clear()
+        self._draws = False  # whether batches are dealt out to it
+        self.used = self._reported = 0  # batches used since the last push, and those of them that the server knows of
 
     def receive_initial_weights(self) -> None:
-        """See `Worker`."""
+        """See `Worker`; also how a worker begins again when the server does."""
+        self.done, self.stop = False, 0
         super().receive_initial_weights()
         self.version = int(self._control.version)
-        if isinstance(self.update, Elastic):
-            self._pull.message.copy_(self.replica.pull.message)
+        if self._elastic:
+            self._pull.control = self._control
+        self._sent = replace(self.place)
+        self._begin_anew()
+        if self.inner and self.inner.scheduler:  # the server is at a later version than this worker had heard of
+            self._schedule(self.version - self.inner.scheduler.last_epoch)
 
     def step(self, loss: float, samples: int, metrics: Sequence[float] = (), taken: int = 0) -> Control:
         """See `Worker`."""
-        if isinstance(self.update, Elastic) and self.update.about_to_push():
-            self.ask()
+        if self._control.stop:
+            self.replica.flat.clear()
+            return self._control
+        self._ask_for_centre()
         return super().step(loss, samples, metrics, taken)
 
-    def ask(self) -> Control:
-        """Pull: the newest weights, if they are not here already. Gradients that were not pushed stay."""
+    def push(self, loss: float, samples: int, metrics: Sequence[float] = (), taken: int = 0) -> None:
+        """See `Worker`; `pull` takes the answer. Without `overlap` nothing may be computed before that."""
+        if self._control.stop:
+            self.replica.flat.clear()
+            return
+        self._ask_for_centre()
+        super().push(loss, samples, metrics, taken)
+
+    def _ask_for_centre(self) -> None:
+        """Where the step at hand gives way to the spring: from the centre as it is now."""
+        if self._elastic and self._elastic.about_to_push():
+            self._before_push(self.ask)
+
+    def _before_push(self, call: Callable[[], object]) -> None:
+        """What is said now does not say yet that the shard is exhausted."""
+        done, self.done = self.done, False
+        call()
+        self.done = done
+
+    def ask(self, weights: bool = True) -> Control:
+        """Pull: the newest weights, if they are not here already and nothing has been computed that is to be pushed.
+
+        Args:
+            weights: False if they are not needed.
+        """
         if self._waiting:  # the answer to the last push is on its way
             self._hear()
-        self._write_request()
-        self._post(False)
-        self._hear()
+        if not self._control.stop:
+            self._post_request(weights, busy=not self.done)
+            self._hear()
         return self._control
 
     def next_ticket(self) -> int | None:
         """The number of the next batch for this worker; None when the run is to stop."""
-        while not self._granted:
-            self.ask()
-            if self._control.stop:
-                return None
-        return self._granted.popleft()
+        self._draws = True
+        if self._waiting and not self._granted:
+            self._hear()
+        while len(self._granted) < 1 + (self.config.overlap and not self._waiting) and not self._control.stop:
+            self.ask(weights=not self._elastic)
+        return None if self._control.stop else self._granted.popleft()
 
     def begin(self) -> None:
         """See `Worker`."""
         super().begin()
-        self._granted.clear()
-        self.used = 0
+        self._begin_anew()
 
     def finish(self) -> None:
         """See `Worker`."""
         if self._waiting:
+            self._before_push(self._hear)  # the request that says it is the end is still to come
+        if not self._control.stop:
+            super().finish()
+
+    def close(self) -> None:
+        """Say good-bye: the server waits for this worker no more. What local steps have led to is pushed first."""
+        if self._waiting:
             self._hear()
-        super().finish()
-
-    def _row(self, samples: float = 0, loss: float = 0) -> Row:
-        row = super()._row(samples, loss)
-        row.round, row.tickets, row.want = self.version % ROUNDS, self.used, self._want
-        self.used = 0
-        return row
-
-    def _write_request(self) -> None:
-        """The end of the push message alone: gradients accumulate in its body."""
-        push = self.replica.push
-        push.message[push.tail_at :].zero_()
-        push.write(self.exchange.rank, self._row(), [0.0] * len(self.config.metrics))
+        if self._control.stop or self.stop == BYE:
+            return
+        self.done, self.stop = True, BYE
+        self.idle()
 
     def idle(self) -> Control:
         """See `Worker`; without anything to push it is a pull."""
-        if self.update.pending:
+        if self.update.pending and not self._control.stop:
             self._push()
             return self.pull()
         self._begun, self._told = self.exchange.clock(), self.done
@@ -102,56 +144,92 @@ class Client(Worker):
         self._left = self.exchange.clock()
         return self._control
 
+    def _row(self, samples: float = 0, loss: float = 0) -> Row:
+        row = super()._row(samples, loss)
+        row.round, row.tickets, row.want = self.version % ROUNDS, self.used, WEIGHTS * self.update.wants_weights
+        if self._draws and not self.done and len(self._granted) < 1 + self.config.overlap:
+            row.want += BATCH
+        self._reported, self.used = self._reported + self.used, 0
+        return row
+
+    @property
+    def _working(self) -> bool:
+        """Whether gradients or steps have been computed that are not pushed."""
+        return self.update.pending or self.replica.flat.pending
+
+    def _post_request(self, weights: bool, busy: bool) -> None:
+        """A pull; new weights would spoil what has been computed at those that are here."""
+        busy = busy and bool(self.used or self._reported or self._working)
+        weights = weights and (bool(self._elastic) or not self._working)
+        row = self._row()
+        row.want = (int(row.want) & BATCH) + BUSY * busy + WEIGHTS * weights
+        values = [*asdict(row).values(), *[0.0] * len(self.config.metrics)]
+        self._request[len(self._request) - len(values) :].copy_(self._request.new_tensor(values))
+        self._waiting = self.exchange.ask(self._request, self._landing, CONTROL_BYTES)
+
     def _push(self) -> None:
-        self._want = self.update.wants_weights
+        if self._waiting and not self._beside:
+            self._hear()
         super()._push()
-        self._want = True
 
     def _send(self) -> None:
         self._begun, self._told = self.exchange.clock(), self.done
         if self._waiting:
-            self._hear()
-        self._post(True)
-
-    def _post(self, whole: bool) -> None:
-        push, overlap = self.replica.push, self.config.overlap and whole
-        message = push.message if whole else push.message[push.tail_at :]
-        if overlap:
+            self._before_push(self._hear)
+        if self._control.stop:
+            return
+        message, self._beside = self.replica.push.message, self.config.overlap
+        if self._beside:
             message = self._outgoing.copy_(message)
-        self._waiting = self.exchange.ask(message, self._landing, CONTROL_BYTES, overlap)
+        self._sent, self._reported = replace(self.place), 0
+        self._waiting = self.exchange.ask(message, self._landing, CONTROL_BYTES, self._beside)
 
     @property
     def _landing(self) -> Tensor:
         return self._incoming if self.config.overlap else self._pull.message
 
     def _receive(self, contributed: bool) -> None:
-        if not self.config.overlap or self.done:
+        if self._waiting and (not self.config.overlap or self.done):
             self._hear()
         self._left = self.exchange.clock()
 
     def _hear(self) -> None:
-        """Take the answer; write a checkpoint if it says so, and ask again if this worker may not go on yet."""
-        assert self._waiting
-        waiting, self._waiting = self._waiting, None
-        whole = waiting()
-        pull = self._pull
+        """Take the answer. A checkpoint is written if it says so; then this worker asks again, for it may not go on yet."""
+        while self._waiting:
+            waiting, self._waiting = self._waiting, None
+            self._take(waiting())
+            self.place.over = not (self._control.active or self._control.stop or self._control.again)
+            if self._control.checkpoint:
+                self.save()
+            self.replica.check_finite(self._control)
+            if self._control.again:
+                self._post_request(not self._elastic, busy=False)
+        if self._beside and self._control.stop:  # what has been computed beside will be again
+            self.place.taken, self.place.samples = self._sent.taken, self._sent.samples
+            self.replica.flat.clear()
+        self._beside = False
+
+    def _take(self, whole: bool) -> None:
+        pull, version = self._pull, self._control.version
         if self.config.overlap:
             length = self._incoming.numel() if whole else CONTROL_BYTES
             pull.message[:length].copy_(self._incoming[:length])
-        before, self._control = self._control, pull.control
-        control = self._control
+        self._control = control = pull.control
         if whole:
             self.version = int(control.version)
-            if not isinstance(self.update, Elastic):
+            if not self._elastic:
                 self.replica.buffers.load(pull.buffers)
                 self.update.received()
-        self.replica.check_finite(control)
-        if self.inner and self.config.schedule == "round" and control.version > before.version:
-            self.inner.schedule()
+        self._schedule(control.version - version)
         if control.ticket >= 0:
             self._granted.append(int(control.ticket))
-        self.place.over = not control.active
-        if control.checkpoint:
-            self.save()
-        if control.again:
-            self.ask()
+
+    def _schedule(self, versions: float) -> None:
+        if self.inner and self.config.schedule == "round":
+            for _ in range(int(versions)):
+                self.inner.schedule()
+
+    def state(self) -> RankState:
+        """See `Worker`; while the next update is computed beside, what was known when the last push left."""
+        state = super().state()
+        return replace(state, place=self._sent, gradients={}) if self._beside else state

@@ -97,9 +97,11 @@ class Local:
     steps: int | None = field(default=None, metadata={"help": "so many local steps between two rounds (H, tau)"})
     after: int = field(default=0, metadata={"help": "post-local SGD: one step a round for so many rounds first"})
     moving_rate: float | None = field(default=None, metadata={"help": "easgd: alpha; null: 0.9 / workers"})
-    fragments: int = field(default=1, metadata={"help": "diloco: send one of so many fragments at a time (streaming)"})
-    delay: int = field(default=0, metadata={"help": "diloco: local steps until a fragment's result is taken up"})
-    mix: float = field(default=0.0, metadata={"help": "diloco: share of the local weights kept when a result is taken up"})
+    fragments: int = field(default=1, metadata={"help": "diloco, slowmo: send one of so many fragments at a time (streaming)"})
+    delay: int = field(default=0, metadata={"help": "with fragments: local steps until a fragment's result is taken up"})
+    mix: float = field(
+        default=0.0, metadata={"help": "with fragments: share of the local weights kept when a result is taken up"}
+    )
 
     def __post_init__(self) -> None:
         _allow("local.steps", self.steps, "a whole number, 1 or more, or null", self.steps is None or self.steps >= 1)

@@ -53,7 +53,8 @@ class Elastic(Local):
         whole = self.inner.whole
         pull = self.anchor.copy_(whole).sub_(self.centre.weights).mul_(self.rate)
         super().step(loss, samples, control)
-        whole.sub_(pull)
+        if self._bad is None:  # else the server will not take it
+            whole.sub_(pull)
         if whole is not self.replica.flat.weights:
             self.replica.flat.weights.copy_(whole)
         return True
@@ -94,9 +95,10 @@ class Elastic(Local):
         self.unpark()
 
     def tree(self) -> dict[str, Any]:
-        """The worker's optimizer, its own weights, and where it is between two pulls on the spring."""
-        own = self.inner.whole if self._own is None else self._own
-        return {"inner": self.inner.tree(), "weights": dict(self.replica.flat.named(own)), "taken": self._taken}
+        """The worker's optimizer, its own weights and buffers, and where it is between two pulls on the spring."""
+        own, buffers = self.inner.whole if self._own is None else self._own, dict(self.replica.buffers.named)
+        weights = dict(self.replica.flat.named(own))
+        return {"inner": self.inner.tree(), "weights": weights, "buffers": buffers, "taken": self._taken}
 
     def put(self, tree: dict[str, Any]) -> None:
         """See `Gradient`; a worker that is new begins at the server's weights."""
@@ -105,7 +107,10 @@ class Elastic(Local):
             for name, view in self.replica.flat.named(self.inner.whole):
                 view.copy_(tree["weights"][name])
             self.replica.flat.weights.copy_(self.inner.whole)
+            for name, buffer in self.replica.buffers.named.items():
+                buffer.copy_(tree["buffers"][name])
             self._taken = int(tree["taken"])
+            self.park()  # until the loop goes on
 
 
 class ElasticMomentum(Elastic):

@@ -6,16 +6,14 @@ other than the mean therefore judges workers; host one client on each where it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from mpips.clients import Clients, chosen, hosts
 from mpips.config import ConfigError
-from mpips.data import Place
 from mpips.message import Control, Row
 from mpips.update import Local
 
@@ -251,68 +249,3 @@ class Scaffold(FedAvg):
             variate = self.variates[int(key)] = torch.zeros_like(self.anchor)
             for name, view in self.replica.flat.named(variate):
                 view.copy_(named[name])
-
-
-class Hosting:
-    """One worker's part in a communication round: batches of those of its clients that were chosen, client after client.
-
-    Args:
-        update: this worker's, which is told where each client begins and ends.
-        data: the clients. Any other data, a map-style dataset or a tuple of tensors, is dealt out to one client on each worker.
-        batch_size: items in a batch; None for all of a client's.
-        shuffle, drop_last: of each client's epochs.
-        own: whether the data is this worker's alone, and so that of the client of its number.
-        seed: with the epoch, decides which clients are chosen, and their orders.
-        forget: called where a client begins.
-
-    Raises:
-        ValueError: the data is of another kind.
-    """
-
-    def __init__(
-        self,
-        update: FedAvg,
-        data: Any,
-        batch_size: int | None,
-        shuffle: bool,
-        drop_last: bool,
-        own: bool,
-        seed: int,
-        forget: Callable[[], None],
-    ) -> None:
-        self.update, self.batch_size, self.shuffle, self.drop_last = update, batch_size, shuffle, drop_last
-        self.own, self.seed, self._forget = own, seed, forget
-        if own and isinstance(data, Clients):
-            raise ValueError("shard=False given with Clients, which the workers share; leave it out")
-        if own:
-            self.clients = _alone(data, update.index, update.workers)
-        else:
-            self.clients = data if isinstance(data, Clients) else Clients.split(data, update.workers, update.config.seed)
-
-    def batches(self, place: Place) -> Iterator[tuple[Any, int, bool]]:
-        """As `Shard.batches`; no items are counted, as no checkpoint lies inside a round."""
-        update, sizes, config = self.update, self.clients.sizes, self.update.config.clients
-        drawn = chosen(self.seed, place.epoch, len(sizes), config.fraction)
-        filled = drawn if self.own else [k for k in drawn if sizes[k]]
-        mine = hosts(drawn, update.workers, update.pinned or self.own, sizes)[update.index]
-        update.first = (filled or drawn)[0] in mine  # whose integer buffers are taken, on whatever number of workers
-        for k in mine:
-            self._forget()
-            update.begin(k, sizes[k], len(filled), len(sizes))
-            if update.measures:
-                update.measuring = True
-                yield from self._pass(k, place.epoch, 1, False, False)
-                update.trains()
-            yield from self._pass(k, place.epoch, config.epochs, self.shuffle, self.drop_last)
-            update.end()
-
-    def _pass(self, k: int, round: int, epochs: int, shuffle: bool, drop_last: bool) -> Iterator[tuple[Any, int, bool]]:
-        for batch, _, _ in self.clients.batches(k, round, epochs, self.batch_size, self.seed, shuffle, drop_last):
-            yield batch, 0, False
-
-
-def _alone(data: Any, index: int, workers: int) -> Clients:
-    """Clients of whom only the one of this number is known here."""
-    (mine,) = Clients([data])
-    nothing: tuple[int, ...] = ()
-    return Clients.by_index(mine, [range(len(mine)) if k == index else nothing for k in range(workers)])

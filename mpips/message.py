@@ -8,6 +8,7 @@ length which a mode may need (scaffold's control variates). Left of `||` is the 
 tail, which is summed. A rank writes its own row of the tail and leaves the others zero, so the sum is all rows: counts, losses,
 flags and metrics of every rank, without a message more.
 All of the tail is exact in float32: counts below 2^24, and integers in four limbs of 16 bits.
+With `local.fragments` a round is about some of the parameters: theirs of the gradients and of the weights travel, and the rest.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from mpips.buffers import Buffers
-from mpips.config import Config
+from mpips.config import Config, ConfigError
 from mpips.flat import ALIGNMENT, Flat
 
 LIMBS = 4  # 16-bit pieces of an int64
@@ -134,6 +136,7 @@ class Push:
         gradients, floats, limbs, presence: views of its parts.
         second: a further view of the gradients' length; None where the mode has none.
         rows: `(size, columns)` view, one row per rank.
+        span: the elements of the flat buffer that it is about.
     """
 
     def __init__(
@@ -149,12 +152,21 @@ class Push:
             len(flat.slots),
             size * len(self.columns),
         ]
-        self.message = allocate(sum(lengths), dtype, flat.weights.device)
-        parts = torch.split(self.message, lengths)
-        self.gradients, self.floats, second, self.limbs, self.presence = parts[:5]
-        self.second = second if vectors > 1 else None
-        self.rows = parts[5].view(size, len(self.columns))
+        self.span = slice(0, flat.numel)
+        self._lay_out(allocate(sum(lengths), dtype, flat.weights.device), lengths)
+
+    def _lay_out(self, room: Tensor, lengths: list[int]) -> None:
+        self.lengths, self.message = lengths, room[: sum(lengths)]
+        self.gradients, self.floats, second, self.limbs, self.presence, rows = torch.split(self.message, lengths)
+        self.second = second if lengths[2] else None
+        self.rows = rows.view(-1, len(self.columns))
         self.tail_at = sum(lengths[:3])
+
+    def fill(self) -> None:
+        """Take what is to be sent from the whole message: it is this."""
+
+    def spill(self) -> None:
+        """Put what has come into the whole message."""
 
     @property
     def body(self) -> Tensor:
@@ -165,6 +177,27 @@ class Push:
         """Say `row` and the metrics' sums for this rank; a request has one row, whoever makes it."""
         values = [*asdict(row).values(), *metrics]
         self.rows[rank if len(self.rows) > 1 else 0].copy_(torch.tensor(values, dtype=self.message.dtype))
+
+
+class Fragment(Push):
+    """The message of neighbouring `slots`, which take up `span`: their part of the gradients, and all that lies behind."""
+
+    def __init__(self, whole: Push, slots: slice, span: slice, room: Tensor) -> None:
+        self.whole, self.slots, self.span, self.columns = whole, slots, span, whole.columns
+        self._lay_out(room, [span.stop - span.start, *whole.lengths[1:]])
+
+    def fill(self) -> None:
+        """See `Push`; the other parameters count as absent, so the server passes over them."""
+        self.gradients.copy_(self.whole.gradients[self.span])
+        self.message[self.lengths[0] :].copy_(self.whole.message[self.whole.lengths[0] :])
+        self.presence[: self.slots.start].zero_()
+        self.presence[self.slots.stop :].zero_()
+
+    def spill(self) -> None:
+        """See `Push`."""
+        self.whole.gradients.zero_()
+        self.whole.gradients[self.span].copy_(self.gradients)
+        self.whole.message[self.whole.lengths[0] :].copy_(self.message[self.lengths[0] :])
 
 
 class Pull:
@@ -190,6 +223,11 @@ class Pull:
         self.weights = spans[0].view(flat.weights.dtype)
         self.second = spans[1].view(wire) if vectors > 1 else None
         self.buffers = [span.view(t.dtype).view(t.shape) for span, t in zip(spans[2:], buffers.tensors, strict=True)]
+        self._behind = self.message[starts[1] :]
+
+    def parts(self, span: slice) -> list[Tensor]:
+        """The message in pieces; of the weights these alone."""
+        return [part for part in (self.control_message, self.weights[span], self._behind) if part.numel()]
 
     @property
     def control_message(self) -> Tensor:
@@ -215,6 +253,7 @@ class Replica:
         flat: the model's parameters; their data are views of `pull`, their gradients of `push` where the dtypes agree.
         buffers: the model's buffers.
         push, pull: the messages.
+        fragments: what of the push message travels, one in a round, in turn: all of it, unless it has been cut.
         wire_is_grad: whether gradients accumulate directly in the push message.
     """
 
@@ -223,11 +262,42 @@ class Replica:
     ) -> None:
         self.flat, self.buffers = flat, buffers
         self.push = Push(flat, buffers, size, metrics, allocate, vectors)
+        self.fragments = [self.push]
         self.pull = Pull(flat, buffers, allocate, vectors)
         flat.attach_weights(self.pull.weights)
         self.wire_is_grad = self.push.message.dtype == flat.weights.dtype
         if self.wire_is_grad:
             flat.attach_grad(self.push.gradients)
+
+    def cut(self, count: int, allocate: Allocate) -> None:
+        """Let so many fragments take turns: whole parameters, neighbours, each cut where it is nearest to equal shares.
+
+        Raises:
+            ConfigError: there are fewer parameters.
+        """
+        starts, push, numel = [slot.offset for slot in self.flat.slots], self.push, self.flat.numel
+        if count > len(starts):
+            raise ConfigError(f"local.fragments: given {count}, allowed: up to {len(starts)}, the model's trained tensors")
+        cuts = [0]
+        for number in range(1, count):
+            places = range(cuts[-1] + 1, len(starts) - count + number + 1)
+            cuts.append(min(places, key=lambda at: abs(starts[at] * count - numel * number)))
+        spans = [slice(*pair) for pair in pairwise([*(starts[at] for at in cuts), numel])]
+        slots = [slice(*pair) for pair in pairwise([*cuts, len(starts)])]
+        length = max(span.stop - span.start for span in spans) + push.message.numel() - numel
+        room = allocate(length, push.message.dtype, push.message.device)  # for all of them: one travels at a time
+        self.fragments = [Fragment(push, *where, room) for where in zip(slots, spans, strict=True)]
+
+    def push_for(self, round: float) -> Push:
+        """What travels to the server in this round, filled from `push`; the server spills back what came of it."""
+        push = self.fragments[int(round) % len(self.fragments)]
+        push.fill()
+        return push
+
+    def pull_for(self, round: float) -> list[Tensor]:
+        """What travels back in this round."""
+        count = len(self.fragments)
+        return [self.pull.message] if count == 1 else self.pull.parts(self.fragments[int(round) % count].span)
 
     def clear(self) -> None:
         """Nothing to push: zero gradients, empty tail."""
@@ -255,5 +325,7 @@ def replicate(model: nn.Module, config: Config, size: int, allocate: Allocate, v
     flat = Flat(model)
     buffers = Buffers(flat.model, config.buffers, wire_dtype(flat.weights.dtype))
     replica = Replica(flat, buffers, size, config.metrics, allocate, vectors)
+    if config.local.fragments > 1:
+        replica.cut(config.local.fragments, allocate)
     buffers.store(replica.pull.buffers)
     return replica

@@ -12,13 +12,14 @@ To add one, write the row (see CONTRIBUTING.md). The rule that combines, and mos
 | easgd, eamsgd          | what pulls the centre towards it      | their sum                         | requests |
 | local_sgd              | its weights after `local.steps` steps | their mean                        | rounds   |
 | slowmo, diloco         | how far its local steps led           | slow momentum; Nesterov           | rounds   |
+| the same, `local.fragments` | a fragment of it            | the same, on the fragment         | rounds   |
 | fedavg and its kin     | the same, of clients' local epochs    | mean; momentum, Adam, Yogi, Adagrad | rounds |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.optim import SGD, Optimizer
@@ -29,6 +30,7 @@ from mpips.federated import FedAvg, FedNova, FedProx, QFedAvg, Scaffold
 from mpips.message import Replica
 from mpips.optimizer import Average, FlatOptimizer, MakeOptimizer, MakeScheduler, Scheduler
 from mpips.outer import FedAdagrad, FedAdam, FedYogi, SlowMo
+from mpips.streaming import Streaming, cycle
 from mpips.update import Gradient, Local
 
 Step = Callable[[Config, Any], Optimizer]
@@ -140,8 +142,14 @@ def choose_mode(config: Config) -> Mode:
     if config.backup_workers:
         _allow("backup_workers", config, config.backup_workers, "0, or mode sync", config.mode == "sync")
         mode = Mode(requests=True)
-    if config.local.fragments > 1 or config.local.delay or config.local.mix:
-        _allow("local.fragments, local.delay, local.mix", config, "others than 1, 0, 0", "them with diloco", False)
+    local = config.local
+    if local.fragments > 1 or local.delay or local.mix:
+        key, given = "local.fragments, local.delay, local.mix", [local.fragments, local.delay, local.mix]
+        _allow(key, config, given, "1, 0, 0, or mode diloco or slowmo", config.mode in ("diloco", "slowmo"))
+        mode = replace(mode, update=Streaming)
+        cycle(config, local.steps or mode.steps)
+        ok = local.fragments == 1 or config.rule != "cclip"
+        _allow("rule", config, config.rule, "others with local.fragments: it compares with the last round", ok)
     if config.overlap:
         _allow("overlap", config, True, "modes async and ssp", mode.requests and not mode.local)
     if mode.requests:
@@ -198,6 +206,6 @@ def make_update(config: Config, replica: Replica, rank: int, index: int, workers
     if mode.requests:  # each contribution is taken by itself
         update.alone = update.first = True
     if isinstance(update, Local):
-        update.steps = config.local.steps or mode.steps
+        update.steps = cycle(config, config.local.steps or mode.steps)
         update.takes_weights = takes_weights(config, workers)
     return update

@@ -6,6 +6,7 @@ are the push message itself.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -126,7 +127,9 @@ class FlatOptimizer:
             if value is not None:
                 self.scheduler.step(value)
         elif self.scheduler is not None:
-            self.scheduler.step()
+            with warnings.catch_warnings():  # a server beside workers with steps of their own keeps their rate and never steps
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                self.scheduler.step()
 
     def tree(self) -> dict[str, Any]:
         """Optimizer, scheduler and master weights for a checkpoint."""

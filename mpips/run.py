@@ -20,12 +20,12 @@ from torch.optim import Optimizer
 
 from mpips import failure, folder, report, rng
 from mpips.client import Client
-from mpips.clients import Clients
+from mpips.clients import Clients, Hosting
 from mpips.config import Config
 from mpips.data import Place, Shard, samples_in
 from mpips.environment import environment
 from mpips.exchange import SERVER, Exchange, share
-from mpips.federated import FedAvg, Hosting
+from mpips.federated import FedAvg
 from mpips.message import Control, Stop
 from mpips.mode import choose_mode
 from mpips.optimizer import MakeOptimizer, MakeScheduler, Scheduler
@@ -470,7 +470,7 @@ class Run:
             if self._worker:
                 self._worker.end_epoch()
         every, done = self.config.checkpoint.epochs, self._place.epoch
-        if self._cut or self.stopping or done >= count or (every and done % every == 0):
+        if self.stopping or done >= count or (every and done % every == 0):
             self._save()
 
     def _finish(self) -> None:

@@ -76,10 +76,11 @@ class Server(Service):
         Raises:
             ExchangeError: a rank is in another round.
         """
-        push = self.replica.push
         if not self.trains:
-            push.message.zero_()
+            self.replica.push.message.zero_()
+        push = self.replica.push_for(self.control.round)
         self.combined = combine(self.exchange, push, self.rule, self.last, self.first)
+        push.spill()
         table = push.rows.tolist()[self.first :]
         results = {rank: dict(zip(self._columns, row, strict=True)) for rank, row in enumerate(table, self.first)}
         for rank, row in results.items():
@@ -132,8 +133,12 @@ class Server(Service):
         self.report.round((*row[:5], control.lr, *row[5:]), samples_per_s=speed, ranks=rank_states(rows, self.trains))
 
     def send_updates(self, weights: Tensor | None = None) -> None:
-        """Send the weights, or these ones (`(numel,)`, the flat layout), and the control to all ranks."""
+        """Send the weights, or these ones (`(numel,)`, the flat layout), and the control to all ranks; `note` has come before.
+
+        With `local.fragments` the round's fragment alone is sent.
+        """
         if weights is not None:
             self.replica.pull.weights.copy_(weights)
         self.replica.pull.control = self.control
-        self.exchange.publish(self.replica.pull.message)
+        for part in self.replica.pull_for(self.control.round - 1):
+            self.exchange.publish(part)

@@ -291,8 +291,14 @@ class Service:
             SnapshotError: it is of another model, optimizer or scheduler.
         """
         tree = checkpoint.load(path)
+        saved = tree["mode"]["name"]
+        if saved != self.config.mode and (self.mode.local or tree["inner"]):
+            raise snapshot.SnapshotError(
+                f"the checkpoint is of mode {saved}, this run of {self.config.mode}; give --mode {saved}"
+            )
         snapshot.put_model(tree, self.replica)
-        self.optimizer.put(tree)
+        if "optimizer" in tree:
+            self.optimizer.put(tree)
         if self.inner:
             self.inner.put(tree["inner"])
         if tree["rule"].pop("name") == self.config.rule:

@@ -131,8 +131,9 @@ def for_worker(states: list[RankState], index: int, workers: int) -> RankState |
     cuts = first.cuts if first.over else [*first.cuts, [p.taken for p in places]]
     place = Place(first.epoch, first.loop, 0, first.over, cuts, mine.place.samples if mine else 0, first.validations)
     clients = _clients(states, index, workers)
-    if mine is None:
-        return RankState(index, place, {}, own=clients)
+    if mine is None:  # begins with another's optimizer, whose scheduler has come as far; not with its elastic weights
+        known = {key: kept for key, kept in saved[old[0]].own.items() if key == "inner"}
+        return RankState(index, place, {}, own=known | clients)
     return RankState(index, place, mine.streams, mine.buffers, mine.gradients, mine.own | clients)
 
 

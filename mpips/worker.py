@@ -268,7 +268,7 @@ class Worker:
         self._begun = self.exchange.clock()
         self._told = self.done
         if not self._server:
-            push = self.replica.push
+            push = self.replica.push_for(self._control.round)
             contribute(self.exchange, push, self._rule, self._last)
 
     def _receive(self, contributed: bool) -> None:
@@ -278,7 +278,8 @@ class Worker:
 
     def _pull_message(self, contributed: bool) -> Control:
         version = self._control.version
-        self.exchange.publish(self.replica.pull.message)
+        for part in self.replica.pull_for(self._control.round):
+            self.exchange.publish(part)
         self._control = self.replica.pull.control
         self.place.over = not self._control.active
         self.replica.check_finite(self._control)

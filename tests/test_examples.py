@@ -21,6 +21,7 @@ Start = Callable[..., "subprocess.CompletedProcess[str]"]
 CASES = {  # example and the flags of a short run
     "charlm": ("charlm.py", "--epochs", "1", "--rounds", "20", "--accumulate", "2", "--batch-size", "4"),
     "custom_loop": ("custom_loop.py", "--rounds", "10"),
+    "fedavg": ("fedavg.py", "small.h5", "--rounds", "12", "--clients", "6", "--clients.fraction", "0.5"),
     "finetune": ("finetune.py", "--epochs", "2"),
     "digits": ("digits.py", "--epochs", "2"),
     "mnist 2nn": ("mnist.py", "small.h5", "--epochs", "2", "--batch-size", "16"),

@@ -22,7 +22,7 @@ LAYERS = [
     {"server", "parameter_server", "worker"},
     {"service"},
     {"mode"},
-    {"federated", "elastic"},
+    {"federated", "elastic", "streaming"},
     {"update"},
     {"optimizer"},
     {"snapshot", "contract", "combine"},

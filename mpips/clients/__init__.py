@@ -4,6 +4,7 @@ Everything here follows from the numbers given, the same on every rank; no strea
 """
 
 from mpips.clients.clients import Clients
+from mpips.clients.hosting import Hosting
 from mpips.clients.round import chosen, hosts
 
-__all__ = ["Clients", "chosen", "hosts"]
+__all__ = ["Clients", "Hosting", "chosen", "hosts"]

@@ -1,0 +1,702 @@
+"""Federated modes against the papers' formulas: whole models as vectors, a plain loop over the clients, one process."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from programs import OPTIMIZERS, cnn, data, metrics, mlp, sha, train
+from test_exchange_mpi import on_mpi
+from test_resume import last
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+import mpips
+from mpips import Clients
+from mpips.clients import chosen
+from mpips.config import ConfigError
+from mpips.exchange import Exchange
+from mpips.exchange.simulated import Killed, World
+from mpips.message import NonFiniteError
+
+SIZES = (30, 7, 22, 1, 40, 12, 3)
+ROUNDS, BATCH, LR, SEED = 4, 8, 0.1, 5
+MODES = ("fedavg", "fedprox", "fednova", "qfedavg", "scaffold", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
+SOME = {"fraction": 0.5, "epochs": 2}  # 4 of 7 clients (3.5 is rounded to even), 2 epochs each
+
+
+def clients(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = SIZES) -> Clients:
+    x, y = data(sum(sizes), dtype)
+    return Clients(list(zip(x.split(sizes), y.split(sizes), strict=True)))
+
+
+def ours(exchange: Exchange, given: Any = None, rounds: int = ROUNDS, batch: int | None = BATCH, **settings: Any) -> Tensor:
+    net = settings.pop("net", mlp)().double()
+    inner = settings.pop("inner", lambda p: torch.optim.SGD(p, lr=LR))
+    train(exchange, net, inner, clients() if given is None else given, batch, rounds, True, **{"seed": SEED, **settings})
+    return parameters_to_vector(net.parameters()).detach().clone()
+
+
+def gradient(net: nn.Module, at: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, float]:
+    vector_to_parameters(at.clone(), net.parameters())
+    net.zero_grad()
+    loss = F.cross_entropy(net(x), y)
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in net.parameters()]), loss.item()
+
+
+def mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
+    return sum((w * v for w, v in zip(weights, vectors, strict=True)), torch.zeros(())) / sum(weights)
+
+
+def formulas(
+    mode: str,
+    given: Clients | None = None,
+    rounds: int = ROUNDS,
+    batch: int | None = BATCH,
+    fraction: float = 1.0,
+    epochs: int = 1,
+    mu: float = 0.01,
+    q: float = 1.0,
+    lr: float = 1.0,
+    beta: float = 0.9,
+) -> Tensor:
+    """Algorithms as their papers state them; `lr` and `beta` are the server's."""
+    given = given or clients()
+    net = mlp().double()
+    w = parameters_to_vector(net.parameters()).detach().clone()
+    c, variates = torch.zeros_like(w), [torch.zeros_like(w) for _ in given]
+    m, v = torch.zeros_like(w), torch.full_like(w, 1e-3**2)
+    for t in range(rounds):
+        some = [k for k in chosen(SEED, t, len(given), fraction) if given.sizes[k]]
+        n = [float(given.sizes[k]) for k in some]
+        local, taken, losses, moved = [], [], [], []
+        for k in some:
+            losses.append(gradient(net, w, *given[k][:])[1])
+            y, steps = w.clone(), 0
+            for (xs, ys), _, _ in given.batches(k, t, epochs, batch, SEED):
+                g, _ = gradient(net, y, xs, ys)
+                if mode == "fedprox":
+                    g = g + mu * (y - w)
+                if mode == "scaffold":
+                    g = g - variates[k] + c
+                y, steps = y - LR * g, steps + 1
+            if mode == "scaffold":
+                new = variates[k] - c + (w - y) / (steps * LR)
+                moved.append(new - variates[k])
+                variates[k] = new
+            local.append(y)
+            taken.append(steps)
+        if mode in ("fedavg", "fedprox"):
+            w = w - lr * (w - mean(local, n))
+        elif mode == "fednova":
+            p = [a / sum(n) for a in n]
+            tau = sum(a * s for a, s in zip(p, taken, strict=True))
+            w = w - lr * tau * sum((a * (w - y) / s for a, y, s in zip(p, local, taken, strict=True)), torch.zeros(()))
+        elif mode == "qfedavg":
+            big = 1 / LR
+            deltas = [big * (w - y) for y in local]
+            h = [q * f ** (q - 1) * d.square().sum() + big * f**q for f, d in zip(losses, deltas, strict=True)]
+            w = w - lr * sum((f**q * d for f, d in zip(losses, deltas, strict=True)), torch.zeros(())) / sum(h)
+        elif mode == "scaffold":
+            w = w + lr * mean([y - w for y in local], [1.0] * len(some))
+            c = c + len(some) / len(given) * mean(moved, [1.0] * len(some))
+        elif mode == "fedavgm":
+            m = beta * m + (w - mean(local, n))
+            w = w - lr * m
+        else:
+            delta = mean(local, n) - w
+            m = beta * m + (1 - beta) * delta
+            if mode == "fedadagrad":
+                v = v + delta**2
+            elif mode == "fedyogi":
+                v = v - 0.01 * delta**2 * torch.sign(v - delta**2)
+            else:
+                v = 0.99 * v + 0.01 * delta**2
+            w = w + lr * m / (v.sqrt() + 1e-3)
+    return w
+
+
+def outer(mode: str) -> dict[str, float]:
+    """The server's rate and momentum that a mode has if none are given."""
+    if mode in ("fedadam", "fedyogi", "fedadagrad"):
+        return {"lr": 0.1, "beta": 0.0 if mode == "fedadagrad" else 0.9}
+    return {}
+
+
+def assert_near(a: Tensor, b: Tensor) -> None:
+    assert torch.linalg.norm(a - b) <= 1e-12 * torch.linalg.norm(b)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("mode", MODES)
+def test_some_clients_and_epochs_are_the_formulas(mode: str, size: int) -> None:
+    results = World(size).run(lambda e: ours(e, mode=mode, clients=SOME))
+    assert_near(results[0], formulas(mode, fraction=0.5, epochs=2, **outer(mode)))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_clients_on_a_server_that_trains_are_the_formulas(mode: str) -> None:
+    results = World(3).run(lambda e: ours(e, mode=mode, server_trains=True))
+    assert_near(results[0], formulas(mode, **outer(mode)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings", "how"),
+    [
+        ("fedprox", {"clients": {"mu": 0.5, "epochs": 3}}, {"mu": 0.5, "epochs": 3}),
+        ("qfedavg", {"clients": {"q": 0.3}}, {"q": 0.3}),
+        ("qfedavg", {"clients": {"q": 3.0}}, {"q": 3.0}),
+        ("qfedavg", {"clients": {"q": 0.0}, "outer": {"lr": 0.5}}, {"q": 0.0, "lr": 0.5}),
+        ("fedavg", {"outer": {"lr": 0.5}}, {"lr": 0.5}),
+        ("scaffold", {"outer": {"lr": 0.5}, "clients": {"fraction": 0.3}}, {"lr": 0.5, "fraction": 0.3}),
+        ("fednova", {"outer": {"lr": 0.5}}, {"lr": 0.5}),
+        ("fedavgm", {"outer": {"lr": 0.5, "momentum": 0.5}}, {"lr": 0.5, "beta": 0.5}),
+        ("fedadam", {"outer": {"lr": 0.01, "momentum": 0.5}}, {"lr": 0.01, "beta": 0.5}),
+    ],
+    ids=str,
+)
+def test_their_settings_are_the_papers(mode: str, settings: dict[str, Any], how: dict[str, Any]) -> None:
+    assert_near(World(3).run(lambda e: ours(e, mode=mode, **settings))[0], formulas(mode, **how))
+
+
+def test_a_client_s_data_as_one_batch() -> None:
+    assert_near(World(3).run(lambda e: ours(e, batch=None, mode="fedavg"))[0], formulas("fedavg", batch=None))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_number_of_ranks_changes_the_result(mode: str) -> None:
+    given = clients(sizes=(5, 0, 17, 2, 9, 30))  # one has nothing
+    one, *others = [World(size).run(lambda e: ours(e, given, mode=mode, clients=SOME))[0] for size in (1, 2, 8)]
+    assert_near(one, formulas(mode, given, fraction=0.5, epochs=2, **outer(mode)))
+    for other in others:
+        assert_near(other, one)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("mode", MODES)
+def test_over_mpi_they_are_the_formulas(mode: str) -> None:
+    results = on_mpi(lambda e: ours(e, mode=mode, clients=SOME))
+    assert_near(results[0], formulas(mode, fraction=0.5, epochs=2, **outer(mode)))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+# One client alone: plain PyTorch, bit for bit.
+
+
+def alone(exchange: Exchange, optimizer: str, **settings: Any) -> str:
+    net = mlp()
+    given = clients(torch.float32, (103,))
+    train(exchange, net, OPTIMIZERS[optimizer](net.parameters()), given, 16, 5, True, seed=SEED, **settings)
+    return sha(net)
+
+
+def plainly(optimizer: str, epochs: int) -> str:
+    net, given = mlp(), clients(torch.float32, (103,))
+    for t in range(5):
+        made = OPTIMIZERS[optimizer](net.parameters())  # a client keeps nothing between rounds
+        for (x, y), _, _ in given.batches(0, t, epochs, 16, SEED):
+            made.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            made.step()
+    return sha(net)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["fedavg", "fedprox"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_one_client_is_plain_pytorch(optimizer: str, mode: str, size: int) -> None:
+    results = World(size).run(lambda e: alone(e, optimizer, mode=mode, clients={"epochs": 2, "mu": 0.0}))
+    assert results == [plainly(optimizer, 2)] * size
+
+
+@pytest.mark.mpi(min_size=2)
+def test_one_client_over_mpi_is_plain_pytorch() -> None:
+    results = on_mpi(lambda e: alone(e, "momentum", mode="fedavg"))
+    assert set(results) == {plainly("momentum", 1)}
+
+
+def test_optimizers_that_begin_with_state_begin_with_it_for_each_client() -> None:
+    def made(p: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adagrad(p, lr=0.05, initial_accumulator_value=0.1)
+
+    given, net = clients(sizes=(20,)), mlp().double()
+    for t in range(ROUNDS):
+        optimizer = made(net.parameters())
+        for (x, y), _, _ in given.batches(0, t, 1, BATCH, SEED):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+    assert torch.equal(ours(World(1).ends[0], given, mode="fedavg", inner=made), parameters_to_vector(net.parameters()))
+
+
+# Identities.
+
+
+def run(size: int = 3, given: Any = None, **settings: Any) -> Tensor:
+    return World(size).run(lambda e: ours(e, given, **settings))[0]
+
+
+def equal_weights() -> Clients:
+    """FedAvg of clients of equal sizes: their uniform mean."""
+    return clients(sizes=(16,) * 5)
+
+
+def test_fedprox_without_its_term_is_fedavg() -> None:
+    assert torch.equal(run(mode="fedprox", clients={**SOME, "mu": 0.0}), run(mode="fedavg", clients=SOME))
+
+
+def test_scaffold_without_variates_is_fedavg() -> None:
+    given = equal_weights()
+    first = {"given": given, "rounds": 1, "clients": {"epochs": 3}}  # in the first round they are 0
+    assert_near(run(mode="scaffold", **first), run(mode="fedavg", **first))
+    later = {"given": given, "clients": {"epochs": 3}}
+    assert (run(mode="scaffold", **later) - run(mode="fedavg", **later)).abs().max() > 1e-6
+
+
+def test_qfedavg_with_q_0_is_the_plain_mean() -> None:
+    given = equal_weights()
+    assert_near(run(given=given, mode="qfedavg", clients={**SOME, "q": 0.0}), run(given=given, mode="fedavg", clients=SOME))
+
+
+def test_fednova_with_equal_steps_is_fedavg() -> None:
+    given = clients(sizes=(15, 16, 14, 9))  # 2 steps of 8 each, of different weights
+    assert_near(run(given=given, mode="fednova", clients=SOME), run(given=given, mode="fedavg", clients=SOME))
+
+
+def test_fedavgm_without_momentum_is_fedavg() -> None:
+    assert_near(run(mode="fedavgm", outer={"momentum": 0.0}), run(mode="fedavg"))
+
+
+def test_clients_on_workers_of_their_own_are_local_sgd_and_diloco() -> None:
+    """3 workers, each with the same data, in the same order, in all modes: 4 steps an epoch."""
+    x, y = data(96, torch.float64)
+
+    def program(exchange: Exchange, **settings: Any) -> Tensor:
+        k = exchange.rank - 1
+        own = (x[k * 32 :][:32], y[k * 32 :][:32]) if k >= 0 else ()
+        net = mlp().double()
+        train(exchange, net, lambda p: torch.optim.SGD(p, lr=LR), own, BATCH, ROUNDS, False, shard=False, **settings)
+        return parameters_to_vector(net.parameters()).detach().clone()
+
+    fedavg = World(4).run(lambda e: program(e, mode="fedavg"))[0]
+    local = World(4).run(lambda e: program(e, mode="local_sgd", local={"steps": 4}))[0]
+    diloco = World(4).run(lambda e: program(e, mode="diloco", local={"steps": 4}, outer={"lr": 1.0, "momentum": 0.0}))[0]
+    assert_near(local, fedavg)
+    assert_near(diloco, fedavg)
+
+
+# Data.
+
+
+def test_other_data_is_dealt_out_to_a_client_on_each_worker() -> None:
+    given = data(50, torch.float64)
+    results = run(4, given, mode="fedavg")
+    assert_near(results, run(1, Clients.split(given, 3, SEED), mode="fedavg"))
+
+
+def test_data_of_a_rank_s_own_is_that_of_the_client_of_its_number() -> None:
+    given = clients(sizes=(30, 7, 22))
+
+    def program(exchange: Exchange) -> Tensor:
+        own = given[exchange.rank - 1] if exchange.rank else None
+        net = mlp().double()
+        ps = mpips.connect(
+            net,
+            lambda p: torch.optim.SGD(p, lr=LR),
+            exchange=exchange,
+            run_dir="run",
+            mode="scaffold",
+            seed=SEED,
+            clients={"fraction": 0.67},
+        )
+        for _ in ps.epochs(ROUNDS):
+            for x, y in ps.batches(own, BATCH, shard=False):
+                loss = F.cross_entropy(net(x), y)
+                loss.backward()
+                ps.step(loss)
+        return parameters_to_vector(net.parameters()).detach().clone()
+
+    results = World(4).run(program)
+    whole = [World(2).run(lambda e: ours(e, given, mode="scaffold", clients={"fraction": 0.67}))[0]][0]
+    # the orders of the batches are those of the same clients
+    assert_near(results[0], whole)
+
+
+@pytest.mark.parametrize(("given", "says"), [([1, 2], "map-style"), (iter(()), "map-style")])
+def test_data_that_cannot_be_dealt_out_is_refused(given: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        ours(World(1).ends[0], given, mode="fedavg")
+
+
+def test_clients_of_all_ranks_are_not_one_rank_s_own() -> None:
+    with pytest.raises(ValueError, match="shard=False"):
+        train(World(1).ends[0], mlp(), lambda p: torch.optim.SGD(p, lr=0.1), clients(), 8, 1, shard=False, mode="fedavg")
+
+
+def test_modes_without_clients_take_their_data_together() -> None:
+    given = clients()
+    assert torch.equal(run(3, given, mode="sync"), run(3, given.together(), mode="sync"))
+
+
+def seen(exchange: Exchange, given: Any, loops: int = 1, rounds: int = 2, **how: Any) -> list[list[int]]:
+    """The items of each batch, by their number in column 0, whoever has them."""
+    net = nn.Linear(1, 1)
+    ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=0.1), exchange=exchange, run_dir="run", mode="fedavg")
+    found = []
+    for _ in ps.epochs(rounds):
+        for _ in range(loops):
+            for (x,) in ps.batches(given, 4, **how):
+                found.append(x[:, 0].int().tolist())
+                loss = net(x).mean() * 0
+                loss.backward()
+                ps.step(loss)
+    assert ps.round == rounds * loops
+    return found
+
+
+def numbered() -> Clients:
+    return Clients.by_index((torch.arange(25.0)[:, None],), [range(9), range(9, 10), [], range(10, 25)])
+
+
+def test_batches_in_order_and_without_what_does_not_fill_one() -> None:
+    results = seen(World(1).ends[0], numbered(), rounds=1, shuffle=False, drop_last=True)
+    assert results == [[0, 1, 2, 3], [4, 5, 6, 7], *[list(range(n, n + 4)) for n in (10, 14, 18)]]
+
+
+def test_each_loop_of_an_epoch_is_a_round_with_orders_of_its_own() -> None:
+    results = seen(World(1).ends[0], numbered(), loops=2, rounds=2)
+    a_round = len(results) // 4
+    rounds = [results[i * a_round :][:a_round] for i in range(4)]
+    assert len({str(r) for r in rounds}) == 4
+    assert all(sorted(i for batch in r for i in batch) == list(range(25)) for r in rounds)
+
+
+def test_more_workers_than_clients() -> None:
+    by_rank = World(7).run(lambda e: seen(e, numbered()))
+    items = sorted(i for rank in by_rank for batch in rank for i in batch)
+    assert items == sorted([*range(25)] * 2)
+    assert [] in by_rank[1:]  # one hosts nobody
+
+
+# The loop.
+
+
+def stepping(exchange: Exchange, leave: Any, mode: str = "fedavg", rounds: int = 3, **settings: Any) -> tuple[Tensor, int]:
+    """Loops in which `leave(ps, step)` decides to break."""
+    net = mlp().double()
+    ps = mpips.connect(
+        net, lambda p: torch.optim.SGD(p, lr=LR), exchange=exchange, run_dir="run", mode=mode, seed=SEED, **settings
+    )
+    step = 0
+    for _ in ps.epochs(rounds):
+        for x, y in ps.batches(clients(), BATCH):
+            if leave(ps, step):
+                break
+            loss = F.cross_entropy(net(x), y)
+            loss.backward()
+            ps.step(loss)
+            step += 1
+    ps.close()
+    return parameters_to_vector(net.parameters()).detach().clone(), ps.round
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_loop_that_is_broken_out_of_counts_what_was_trained(mode: str, size: int) -> None:
+    results = World(size).run(lambda e: stepping(e, lambda ps, step: step == 9, mode))
+    assert {rounds for _, rounds in results} == {3}
+    assert all(torch.equal(results[0][0], other) for other, _ in results)
+    assert results[0][0].isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["fedavg", "fedadam"])
+def test_a_client_that_is_broken_off_counts_with_its_steps(mode: str) -> None:
+    """One client of 40 items, left after 3 of 5 steps in each round."""
+
+    def program(exchange: Exchange) -> Tensor:
+        net = mlp().double()
+        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=LR), exchange=exchange, run_dir="run", mode=mode)
+        for _ in ps.epochs(2):
+            for step, (x, y) in enumerate(ps.batches(clients(sizes=(40,)), BATCH, shuffle=False)):
+                if step == 3:
+                    F.cross_entropy(net(x), y).backward()  # a gradient that is not stepped with
+                    break
+                loss = F.cross_entropy(net(x), y)
+                loss.backward()
+                ps.step(loss)
+        return parameters_to_vector(net.parameters()).detach().clone()
+
+    def whole(exchange: Exchange) -> Tensor:
+        settings = {"mode": mode, "seed": 0}
+        net, (x, y) = mlp().double(), clients(sizes=(40,))[0][:24]
+        train(exchange, net, lambda p: torch.optim.SGD(p, lr=LR), Clients([(x, y)]), BATCH, 2, False, **settings)
+        return parameters_to_vector(net.parameters()).detach().clone()
+
+    expected = World(1).run(whole)[0]
+    for size in (1, 2, 3):
+        assert torch.equal(World(size).run(lambda e: program(e))[0], expected)
+
+
+def test_a_client_that_is_left_before_its_first_step_leaves_no_gradient_behind() -> None:
+    def program(exchange: Exchange, first: int) -> Tensor:
+        net = mlp().double()
+        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=LR), exchange=exchange, run_dir="run", mode="fedavg")
+        for epoch in range(first, 2):
+            for x, y in ps.batches(clients(sizes=(40,)), BATCH, shuffle=False):
+                loss = F.cross_entropy(net(x), y)
+                loss.backward()
+                if epoch == 0:
+                    break
+                ps.step(loss)
+        return parameters_to_vector(net.parameters()).detach().clone()
+
+    for size in (1, 2):
+        expected = World(size).run(lambda e: program(e, 1))[0]
+        assert torch.equal(World(size).run(lambda e: program(e, 0))[0], expected)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_stop_ends_the_run_with_the_round(size: int) -> None:
+    def ask(ps: mpips.Run, step: int) -> bool:
+        if step == 2 and ps.worker == 0:
+            ps.stop()
+        return False
+
+    results = World(size).run(lambda e: stepping(e, ask))
+    assert [rounds for _, rounds in results] == [1] * size
+    assert all(torch.equal(result, results[0][0]) for result, _ in results)
+    assert_near(results[0][0], formulas("fedavg", rounds=1))
+    again = World(size).run(lambda e: stepping(e, lambda ps, step: False, resume="auto"))  # the round is behind it
+    assert again[0][1] == 3
+    assert_near(again[0][0], formulas("fedavg", rounds=3))
+
+
+def test_a_worker_that_returns_from_its_loop_ends_the_run() -> None:
+    def program(exchange: Exchange) -> str:
+        net = mlp()
+        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=LR), exchange=exchange, run_dir="run", mode="fedavg")
+
+        def script() -> None:
+            for _ in ps.epochs(3):
+                for step, (x, y) in enumerate(ps.batches(clients(torch.float32), BATCH)):
+                    if ps.worker == 1 and step == 3:
+                        return
+                    loss = F.cross_entropy(net(x), y)
+                    loss.backward()
+                    ps.step(loss)
+
+        script()
+        ps.close()
+        return ps.stopping
+
+    assert set(World(3).run(program)) == {"left"}
+
+
+def test_gradients_that_a_script_does_not_step_with_do_not_reach_the_next_client() -> None:
+    def program(exchange: Exchange, extra: bool) -> Tensor:
+        net = mlp().double()
+        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=LR), exchange=exchange, run_dir="run", mode="fedavg")
+        for _ in ps.epochs(2):
+            for x, y in ps.batches(clients(sizes=(16, 5, 24)), BATCH, shuffle=False):
+                if extra or len(x) == BATCH:
+                    loss = F.cross_entropy(net(x), y)
+                    loss.backward()
+                if len(x) == BATCH:
+                    ps.step(loss)
+        return parameters_to_vector(net.parameters()).detach().clone()
+
+    assert torch.equal(World(1).run(lambda e: program(e, True))[0], World(1).run(lambda e: program(e, False))[0])
+
+
+def test_a_round_reports_each_sample_once() -> None:
+    for mode, epochs in (("fedavg", 2), ("qfedavg", 2)):
+        World(3).run(lambda e, mode=mode, epochs=epochs: ours(e, mode=mode, clients={"epochs": epochs}, run_dir=mode))
+        rows = metrics(Path(mode))
+        assert [row["samples"] for row in rows] == [sum(SIZES) * epochs] * ROUNDS
+        assert [row["version"] for row in rows] == [1, 2, 3, 4]
+
+
+# Checkpoints.
+
+
+def resumable(exchange: Exchange, mode: str, rounds: int = 6, **settings: Any) -> str:
+    net = mlp()
+
+    def made(p: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(p, lr=LR)
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+
+    ps = mpips.connect(net, made, schedule, exchange=exchange, mode=mode, seed=SEED, **{"clients": SOME, **settings})
+    for _ in ps.epochs(rounds):
+        for x, y in ps.batches(clients(torch.float32), BATCH):
+            loss = F.cross_entropy(net(x), y)
+            loss.backward()
+            ps.step(loss)
+        ps.validate(lambda: 1.0)
+    return sha(net)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("mode", ["fedavg", "scaffold", "fedadam"])
+def test_killed_at_any_call_and_resumed(mode: str, size: int) -> None:
+    whole = World(size, seed=3)
+    expected = whole.run(lambda e: resumable(e, mode, run_dir="whole"))
+    for call in range(6, min(whole.calls), 7):
+        world, folder = World(size, seed=call), f"killed-{call}"
+        world.kill(call % size, call)
+        with pytest.raises(Killed):
+            world.run(lambda e, folder=folder: resumable(e, mode, run_dir=folder))
+        again = World(size).run(lambda e, folder=folder: resumable(e, mode, run_dir=folder, resume="auto"))
+        assert again == expected, f"killed at call {call}"
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2), (3, 1), (4, 6)])
+def test_variates_follow_their_clients_to_another_number_of_workers(before: int, after: int) -> None:
+    expected = formulas("scaffold", rounds=6, fraction=0.5, epochs=2)
+    World(before).run(lambda e: ours(e, mode="scaffold", rounds=3, clients=SOME))
+    result = World(after).run(lambda e: ours(e, mode="scaffold", rounds=6, clients=SOME, resume="auto"))
+    assert_near(result[0], expected)
+
+
+def test_clients_other_than_scaffold_s_keep_nothing() -> None:
+    World(3).run(lambda e: ours(e, mode="fedavg", inner=lambda p: torch.optim.Adam(p), rounds=2))
+    for state in last(Path("run"))["ranks"].values():
+        assert not state["own"].get("clients")
+        assert not state["own"].get("inner", {}).get("optimizer", {}).get("state")
+
+
+@pytest.mark.parametrize(("epochs", "kept"), [(1, [3, 4, 5, 6, 7]), (3, [3, 6, 7]), (0, [7])])
+def test_checkpoints_after_some_epochs_and_the_last(epochs: int, kept: list[int]) -> None:
+    settings = {"checkpoint": {"epochs": epochs, "keep": 5}}
+    World(3).run(lambda e: ours(e, mode="fedavg", rounds=7, **settings))
+    names = sorted(Path("run/checkpoints").glob("*.h5"))
+    assert [int("".join(filter(str.isdigit, name.stem))) for name in names] == kept
+
+
+def test_a_stop_is_saved_whatever_the_epoch() -> None:
+    def stop(ps: mpips.Run, step: int) -> bool:
+        if step == 20 and ps.worker == 0:
+            ps.stop()
+        return False
+
+    World(2).run(lambda e: stepping(e, stop, checkpoint={"epochs": 0}, rounds=9))
+    assert last(Path("run"))["round"] == 2
+
+
+# Models, rules, faults.
+
+
+def normalised(exchange: Exchange, **settings: Any) -> dict[str, Tensor]:
+    net = cnn().double()
+    train(
+        exchange,
+        net,
+        lambda p: torch.optim.SGD(p, lr=LR),
+        clients(sizes=(20, 8, 13, 30)),
+        BATCH,
+        2,
+        True,
+        seed=SEED,
+        **settings,
+    )
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("mode", ["fedavg", "qfedavg", "scaffold"])
+def test_batchnorm_s_statistics_are_the_clients_mean(mode: str) -> None:
+    by_size = [World(size).run(lambda e: normalised(e, mode=mode)) for size in (1, 2, 3, 6)]
+    for results in by_size:
+        assert all(torch.equal(results[0][name], rank[name]) for rank in results for name in rank)
+        for name, tensor in results[0].items():
+            torch.testing.assert_close(tensor, by_size[0][0][name], rtol=1e-11, atol=1e-13)
+    first = [-(-n // BATCH) for n in (20,)]  # client 0's batches, in both rounds
+    assert by_size[0][0]["2.num_batches_tracked"] == 2 * first[0]
+
+
+def test_batchnorm_s_statistics_by_hand() -> None:
+    given, net = clients(sizes=(20, 8, 13, 30)), cnn().double()
+    start, after = copy.deepcopy(net.state_dict()), []
+    for k in range(4):
+        net.load_state_dict(start)
+        optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+        for (x, y), _, _ in given.batches(k, 0, 1, BATCH, SEED):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+        after.append(copy.deepcopy(net.state_dict()))
+    expected = mean([a["2.running_var"] for a in after], [20.0, 8.0, 13.0, 30.0])
+
+    def program(exchange: Exchange) -> Tensor:
+        net = cnn().double()
+        train(exchange, net, lambda p: torch.optim.SGD(p, lr=LR), given, BATCH, 1, True, seed=SEED, mode="fedavg")
+        return net[2].running_var.clone()
+
+    torch.testing.assert_close(World(3).run(program)[0], expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule", ["median", "krum"])
+def test_a_robust_rule_withstands_a_client_that_lies(rule: str) -> None:
+    x, y = data(5 * 16, torch.float64)
+    honest = [(x[k * 16 :][:16], y[k * 16 :][:16]) for k in range(5)]
+    liar = (honest[2][0] * -1e3, honest[2][1])
+    given = Clients([*honest[:2], liar, *honest[3:]])
+    fair = run(6, Clients(honest), mode="fedavg", rule=rule)
+    lied = run(6, given, mode="fedavg", rule=rule)
+    naive = run(6, given, mode="fedavg")
+    assert (lied - fair).norm() < 1 < (naive - fair).norm()
+
+
+def faulty(exchange: Exchange, bad: int, mode: str = "fedavg", **settings: Any) -> Tensor:
+    """The data of one client are not finite."""
+    x, y = data(sum(SIZES), torch.float64)
+    parts = list(zip(x.split(SIZES), y.split(SIZES), strict=True))
+    parts[bad][0].mul_(float("nan"))
+    return ours(exchange, Clients(parts), mode=mode, **settings)
+
+
+@pytest.mark.parametrize("mode", ["fedavg", "scaffold", "qfedavg", "fedadam"])
+def test_a_client_that_is_not_finite_ends_the_run_or_is_left_out(mode: str) -> None:
+    for size in (1, 3):
+        with pytest.raises(NonFiniteError, match=r"gradient of 0\.weight"):
+            World(size).run(lambda e: faulty(e, 4, mode))
+    dropped = World(3).run(lambda e: faulty(e, 4, mode, nonfinite="drop", run_dir="drop"))[0]
+    assert dropped.isfinite().all()
+    assert (Path("drop") / "events.jsonl").read_text().count("NaN or Inf") == ROUNDS
+    assert all(row["loss"] == row["loss"] for row in metrics(Path("drop")))
+    skipped = World(3).run(lambda e: faulty(e, 4, mode, nonfinite="skip"))[0]
+    assert torch.equal(skipped, parameters_to_vector(mlp().double().parameters()))
+
+
+def test_a_client_that_is_left_out_is_as_one_without_data() -> None:
+    x, y = data(sum(SIZES), torch.float64)
+    parts = list(zip(x.split(SIZES), y.split(SIZES), strict=True))
+    parts[4] = (parts[4][0][:0], parts[4][1][:0])
+    for size in (1, 3):
+        dropped = World(size).run(lambda e: faulty(e, 4, nonfinite="drop"))[0]
+        assert_near(dropped, run(size, Clients(parts), mode="fedavg"))
+
+
+def test_weights_that_overflow_are_seen_without_a_gradient_that_does() -> None:
+    with pytest.raises(NonFiniteError):
+        ours(World(1).ends[0], clients(), mode="fedavg", inner=lambda p: torch.optim.SGD(p, lr=1e308))
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.Adam(p),
+        lambda p: torch.optim.SGD([{"params": p[:1], "lr": 0.2}, {"params": p[1:]}], lr=0.1),
+    ],
+)
+def test_scaffold_refuses_optimizers_that_its_variates_are_not_of(inner: Any) -> None:
+    with pytest.raises(ConfigError, match="scaffold"):
+        ours(World(1).ends[0], mode="scaffold", inner=inner)

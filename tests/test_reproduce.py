@@ -1,0 +1,45 @@
+"""What examples/reproduce measures, in small: the scripts run, and say what they should of cases that leave no doubt."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_examples import EXAMPLES, small_mnist
+
+REPRODUCE = EXAMPLES / "reproduce"
+Start = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def test_krum_withstands_what_breaks_the_mean(solo: Start, tmp_path: Path) -> None:
+    small_mnist(tmp_path / "small.h5")
+    flags = ["--rules", "mean", "krum", "--attacks", "none", "x1000", "nan-late", "--epochs", "6"]
+    done = solo(REPRODUCE / "robust.py", "small.h5", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = {line.split()[0]: line.split()[1:4] for line in done.stdout.splitlines()[2:]}
+    assert [value.endswith("!") for value in table["mean"]] == [False, True, True], done.stdout
+    assert float(table["krum"][0]) > 80
+    assert not any(value.endswith("!") for value in table["krum"]), done.stdout
+
+
+def test_asynchronous_training_does_not_wait_for_a_straggler(mpirun: Start, tmp_path: Path) -> None:
+    flags = ["--modes", "sync", "async", "--rates", "0.4", "--seeds", "1", "--seconds", "8", "--target", "0.6", "--out", "out"]
+    done = mpirun(3, REPRODUCE / "straggler.py", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out" / "straggler-one.json").read_text())
+    (sync,), (free,) = found["sync"], found["async"]
+    assert free["updates a second"] > 2 * sync["updates a second"]  # 100 + 20 against 20, if nothing else took time
+    assert max(map(int, free["staleness"])) >= 1
+    assert free["seconds"] < 1000
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+def test_no_worker_is_ever_farther_ahead_than_the_bound(bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPRODUCE))
+    speed, lead = importlib.import_module("ssp_bound").run(bound, "one", steps=100)
+    assert lead == bound
+    assert speed == pytest.approx(80, rel=0.05)  # 4 steps in 50 ms: all end up at the pace of the slowest

@@ -45,13 +45,13 @@ class Row:
         loss: sum over samples of the loss.
         bad: 1 + the index of the first tensor that is not finite; 0 when all are.
         done: 1 when this rank's shard is exhausted.
-        stop: 1 when this rank asks to end the run, 2 when it has left its loop.
+        stop: 1 when this rank asks to end the run, 2 when it has left its loop, 3 when it has closed.
         signal: 1 when it was told to write a checkpoint and end.
         round: the round this rank believes to be in, modulo ROUNDS; in a request the version of its weights.
         train, wait: seconds since the last round spent outside and inside the exchange.
         steps: local steps behind the contribution, times its weight.
         tickets: dealt batches that are used up with this step.
-        want: 1 when the answer to this request is to bring the weights.
+        want: what the answer to this request is to bring, see `parameter_server/request.py`.
     """
 
     samples: float = 0
@@ -101,7 +101,7 @@ class Control:
         slot: the index of its first such tensor.
         value: the last validation's value.
         ticket: the batch dealt to this worker; -1 when there is none left.
-        again: 1 when this worker is to ask again: it may not go on yet.
+        again: 1 when this worker is to ask again, having given its state for the checkpoint.
     """
 
     round: float = 0

@@ -349,5 +349,10 @@ class Service:
                 "checkpoint": None if self.last_checkpoint is None else str(self.last_checkpoint),
                 "messages": messages,
                 "bytes": moved,
+                **self.summary(),
             }
         )
+
+    def summary(self) -> dict[str, Any]:
+        """What this kind of server has to say of the run at its end."""
+        return {}

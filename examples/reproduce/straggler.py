@@ -88,7 +88,7 @@ def train(name: str, lr: float, seed: int, args: argparse.Namespace) -> tuple[fl
     if not ps.serves:
         return seconds, {}
     done = json.loads((folder / "DONE").read_text())
-    late = done.get("staleness") or getattr(ps._server, "staleness", {})
+    late = done.get("staleness", {})
     updates = done["versions"] / curve[-1][0]
     return seconds, {"lr": lr, "seconds": seconds, "updates a second": updates, "staleness": late, "curve": curve}
 

@@ -277,13 +277,8 @@ class ParameterServer(Service):
         self.dealing.end_loop(self.place.over)
 
     def summary(self) -> dict[str, Any]:
-        """What this kind of server has to say of the run at its end."""
+        """The staleness of all contributions; see `Service`."""
         return self.intake.summary()
-
-    def write_results(self, accuracy_validation: list[float]) -> None:
-        """See `Service`; the staleness of all contributions is an event of its own."""
-        self.report.event("staleness", **self.summary())
-        super().write_results(accuracy_validation)
 
     def own_tree(self) -> dict[str, Any]:
         """Clocks, staleness so far, what is kept for the next update and by whom, and the batches not used up."""

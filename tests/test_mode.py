@@ -1,0 +1,126 @@
+"""Rows of modes, and settings that do not go with them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from programs import data, mlp, train
+
+import mpips
+from mpips.config import Config, ConfigError, Local, Outer, Staleness
+from mpips.exchange import Exchange
+from mpips.exchange.simulated import World
+from mpips.mode import MODES, choose_mode, takes_weights
+from mpips.snapshot import SnapshotError
+
+
+def sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.1)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_trains_on_several_ranks(name: str) -> None:
+    def program(exchange: Exchange) -> tuple[float, float]:
+        net = mlp()
+        nesterov = {"momentum": 0.9, "nesterov": True} if name == "eamsgd" else {}
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, **nesterov)
+        ps = mpips.connect(net, optimizer, exchange=exchange, run_dir="run", mode=name, local={"steps": 2})
+        x, y = data(96)
+        y[:] = x[:, :5].argmax(1)  # something that can be learned
+        losses = []
+        for _ in ps.epochs(12):
+            for bx, by in ps.batches((x, y), 8):
+                loss = torch.nn.functional.cross_entropy(net(bx), by)
+                loss.backward()
+                ps.step(loss)
+            losses.append(ps.validate(lambda: torch.nn.functional.cross_entropy(net(x), y)))
+        return losses[0], losses[-1]
+
+    for first, last in World(3).run(program):
+        assert last < first
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mode": "asink"}, "mode: given 'asink', allowed: sync, async"),
+        ({"mode": "async", "rule": "krum"}, "rule: given 'krum' with mode async, allowed: mean"),
+        ({"mode": "async", "deterministic": True}, "deterministic: given True with mode async, allowed: false"),
+        ({"mode": "ssp", "server_trains": True}, "server_trains: given True with mode ssp"),
+        ({"mode": "diloco", "loss_scale": 8.0}, "loss_scale: given 8.0 with mode diloco"),
+        ({"mode": "fedavg", "backup_workers": 1}, "backup_workers: given 1 with mode fedavg"),
+        ({"mode": "sync", "overlap": True}, "overlap: given True with mode sync"),
+        ({"mode": "scaffold", "rule": "median"}, "rule: given 'median' with mode scaffold, allowed: mean"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_go_together(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        choose_mode(Config(**settings))
+    assert str(error.value).startswith(words)
+
+
+def test_weights_travel_only_where_their_plain_mean_is_taken() -> None:
+    assert takes_weights(Config(mode="local_sgd"), 3)
+    assert takes_weights(Config(mode="fedavg"), 3)
+    assert not takes_weights(Config(mode="local_sgd", rule="median"), 3)
+    assert not takes_weights(Config(mode="local_sgd", outer=Outer(momentum=0.5)), 3)
+    assert not takes_weights(Config(mode="diloco", local=Local(steps=3)), 1)
+    assert not takes_weights(Config(mode="easgd"), 1)
+    assert takes_weights(Config(mode="fedbuff", staleness=Staleness(buffer=1)), 1)
+    assert not takes_weights(Config(mode="fedbuff", staleness=Staleness(buffer=1)), 2)
+
+
+def test_a_rule_with_too_few_workers_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        World(3).run(lambda e: mpips.connect(mlp(), sgd, exchange=e, rule="krum"))
+    assert "mpips: rule: krum with robust.bad=1 needs 5 contributions, 2 came\n" in capsys.readouterr().err
+
+
+def test_a_robust_rule_wants_a_worker_for_each_client() -> None:
+    def program(exchange: Exchange) -> None:
+        net = mlp()
+        train(exchange, net, sgd(net.parameters()), mpips.Clients.split(data(60), 6), 5, mode="fedavg", rule="median")
+
+    with pytest.raises(ConfigError, match="6 clients a round on 2 workers"):
+        World(3).run(program)
+
+
+@pytest.mark.parametrize(("before", "after"), [("sync", "diloco"), ("diloco", "sync"), ("local_sgd", "fedavg")])
+def test_a_checkpoint_of_another_mode_is_refused(before: str, after: str) -> None:
+    def program(exchange: Exchange, mode: str, **more: Any) -> None:
+        net = mlp()
+        train(exchange, net, sgd(net.parameters()), data(32), 8, mode=mode, **more)
+
+    World(2).run(lambda e: program(e, before))
+    with pytest.raises(SnapshotError, match=f"of mode {before}, this run of {after}; give --mode {before}"):
+        World(2).run(lambda e: program(e, after, resume=str(Path("run").resolve())))
+
+
+def test_new_workers_of_a_resumed_run_have_the_schedulers_rate() -> None:
+    def program(exchange: Exchange, epochs: int, **more: Any) -> float:
+        net = mlp()
+        ps = mpips.connect(
+            net,
+            torch.optim.SGD(net.parameters(), lr=0.1),
+            lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+            exchange=exchange,
+            **{"run_dir": "run", "mode": "local_sgd", **more},
+        )
+        for _ in ps.epochs(epochs):
+            for x, y in ps.batches(data(32), 4):
+                loss = torch.nn.functional.cross_entropy(net(x), y)
+                loss.backward()
+                ps.step(loss)
+        inner = (ps._worker or ps._server).inner  # type: ignore[union-attr]
+        assert inner is not None
+        return inner.lr
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a server that only keeps the rate is no reason for torch's warning
+        assert World(3).run(lambda e: program(e, 2)) == [0.025] * 3
+        assert World(5).run(lambda e: program(e, 3, resume="auto")) == [0.0125] * 5

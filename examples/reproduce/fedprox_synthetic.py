@@ -5,8 +5,8 @@
 
 Logistic regression, 30 clients of whom 10 train in a round, 20 local epochs, batches of 10, lr 0.01, mu = 1. Synthetic (a, b):
 a is how much the clients' models differ, b how much their data do (section 5.1 of the paper). The paper's figure has the
-training loss: it falls alike for both on alike clients; on others FedAvg's is higher and wavers. Its +22 % accuracy is with
-stragglers that FedAvg leaves out, which are not simulated here.
+training loss: where clients differ FedAvg's is higher and wavers. Its +22 % accuracy is with stragglers that FedAvg leaves
+out, which are not simulated here.
 """
 
 import argparse

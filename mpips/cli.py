@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpips import __version__
+from mpips.bench import flags
 
 if TYPE_CHECKING:
     import torch
@@ -115,6 +116,9 @@ def _parser() -> Parser:
     export.add_argument("--to", type=_target, required=True, metavar="PATH", help="x.pt or x.safetensors")
 
     _verb(verbs, "env", env_verb, "describe this machine, for a bug report")
+
+    text = "measure mpips beside raw MPI, DDP and the hardware's limit, interleaved in one run"
+    flags.add_kinds(_verb(verbs, "bench", bench_verb, text))
     return parser
 
 
@@ -295,6 +299,17 @@ def env_verb(options: argparse.Namespace) -> int:
     facts = report()
     print(json.dumps(facts) if options.json else "\n".join(_listing(facts)))
     return 0
+
+
+def bench_verb(options: argparse.Namespace) -> int:
+    """Measure, and show the figures."""
+    from mpips.bench.error import BenchError
+    from mpips.bench.session import bench
+
+    try:
+        return bench(options)
+    except BenchError as error:
+        raise (UsageError if error.status == UsageError.status else VerbError)(str(error)) from error
 
 
 def _listing(facts: Mapping[str, object], indent: str = "") -> Iterator[str]:

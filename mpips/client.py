@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -163,7 +163,7 @@ class Client(Worker):
         weights = weights and (bool(self._elastic) or not self._working)
         row = self._row()
         row.want = (int(row.want) & BATCH) + BUSY * busy + WEIGHTS * weights
-        values = [*asdict(row).values(), *[0.0] * len(self.config.metrics)]
+        values = [*vars(row).values(), *[0.0] * len(self.config.metrics)]
         self._request[len(self._request) - len(values) :].copy_(self._request.new_tensor(values))
         self._waiting = self.exchange.ask(self._request, self._landing, CONTROL_BYTES)
 

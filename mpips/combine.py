@@ -13,17 +13,30 @@ has no say in the inner products.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from mpips.exchange import Apply, Exchange
+from mpips.exchange import Apply
 from mpips.message import COLUMNS, Push
 from mpips.rule import Mean, Needs, Rule, RuleError, strips
 
 SAMPLES, WEIGHT, BAD = (COLUMNS.index(name) for name in ("samples", "weight", "bad"))
 HUGE = 1e300  # a larger square is as good as infinite: sums of a few of them would be
+
+
+class Way(Protocol):
+    """What is needed here of an exchange; one whose rows are clients is in `lanes.py`."""
+
+    rank: int
+    size: int
+
+    def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
+        """See `Exchange`."""
+
+    def publish(self, message: Tensor) -> None:
+        """See `Exchange`."""
 
 
 class Combined(NamedTuple):
@@ -39,7 +52,7 @@ class Combined(NamedTuple):
     refused: str = ""
 
 
-def contribute(exchange: Exchange, push: Push, rule: Rule, last: Needs) -> None:
+def contribute(exchange: Way, push: Push, rule: Rule, last: Needs) -> None:
     """The half of a rank without the server.
 
     Args:
@@ -47,13 +60,18 @@ def contribute(exchange: Exchange, push: Push, rule: Rule, last: Needs) -> None:
         push: this rank's contribution and row; the body is changed.
         rule, last: what `choose` gives.
     """
-    _prepare(exchange.rank, push, rule)
+    prepare(exchange.rank, push, rule)
+    give(exchange, push, rule, last)
+
+
+def give(exchange: Way, push: Push, rule: Rule, last: Needs) -> None:
+    """`contribute`, of contributions that the rule has prepared."""
     exchange.combine(push.message, push.tail_at, "rows" if rule.needs == "gram" else last, _ignore)
     if rule.needs == "gram":
         _weigh(exchange, push, rule, last, torch.zeros(exchange.size, dtype=torch.float64), _ignore)
 
 
-def combine(exchange: Exchange, push: Push, rule: Rule, last: Needs, first: int) -> Combined:
+def combine(exchange: Way, push: Push, rule: Rule, last: Needs, first: int) -> Combined:
     """The server's half; the contributions' combination is left in the body of its push message, their rows in the tail.
 
     Args:
@@ -62,26 +80,36 @@ def combine(exchange: Exchange, push: Push, rule: Rule, last: Needs, first: int)
         rule, last: what `choose` gives.
         first: the rank of the first worker.
     """
-    _prepare(exchange.rank, push, rule)
+    prepare(exchange.rank, push, rule)
+    return take(exchange, push, rule, last, first)
+
+
+def take(exchange: Way, push: Push, rule: Rule, last: Needs, first: int) -> Combined:
+    """`combine`, of contributions that the rule has prepared."""
     if rule.needs == "gram":
         return _by_gram(exchange, push, rule, last, first)
     apply = _Slices(push, rule, first, exchange.size)
     exchange.combine(push.message, push.tail_at, last, apply)
     if apply.refused:
         push.body.zero_()
-    if type(rule).prepare is not Rule.prepare:  # ranks may have left themselves out
-        left_out = (push.rows[:, SAMPLES] > 0) & (push.rows[:, WEIGHT] == 0)
-        apply.faulty |= set(left_out.nonzero().flatten().tolist())
-    return Combined(sorted(apply.faulty), apply.refused)
+    return Combined(sorted(apply.faulty | left_out(push.rows, rule)), apply.refused)
+
+
+def left_out(rows: Tensor, rule: Rule) -> set[int]:
+    """Those ranks, by the summed rows of the tail, that the rule made leave themselves out when it prepared theirs."""
+    if type(rule).prepare is Rule.prepare:
+        return set()
+    return set(((rows[:, SAMPLES] > 0) & (rows[:, WEIGHT] == 0)).nonzero().flatten().tolist())
 
 
 def _ignore(part: slice, rows: Tensor) -> None:
     pass
 
 
-def _prepare(rank: int, push: Push, rule: Rule) -> None:
+def prepare(rank: int, push: Push, rule: Rule) -> None:
+    """Let the rule see this rank's contribution before it is brought together with others."""
     weight = float(push.rows[rank, WEIGHT])
-    if weight > 0 and not rule.prepare(push.gradients, weight):
+    if weight > 0 and not rule.prepare(push.gradients, 1.0 if push.raw else weight):
         push.body.zero_()
         push.rows[rank, WEIGHT] = 0
 
@@ -171,7 +199,7 @@ class _Gram:
         return ~self.faulty & (self.matrix.diagonal() <= HUGE)  # False for NaN
 
 
-def _by_gram(exchange: Exchange, push: Push, rule: Rule, last: Needs, first: int) -> Combined:
+def _by_gram(exchange: Way, push: Push, rule: Rule, last: Needs, first: int) -> Combined:
     origin = rule.origin(push.gradients)
     gram = _Gram(push, exchange.size, origin)
     exchange.combine(push.message, push.tail_at, "rows", gram)
@@ -203,18 +231,19 @@ def _move(gradients: Tensor, origin: Tensor, share: float) -> None:
         origin.copy_(gradients)
 
 
-def _weigh(exchange: Exchange, push: Push, rule: Rule, last: Needs, coefficients: Tensor, apply: Apply) -> None:
-    """Every rank learns its coefficient, multiplies its body by it, and the bodies are brought together; none, if all are 0."""
+def _weigh(exchange: Way, push: Push, rule: Rule, last: Needs, coefficients: Tensor, apply: Apply) -> None:
+    """Every rank learns the coefficients, multiplies its own by theirs, and all are brought together; none, if all are 0."""
     exchange.publish(coefficients)
     if not coefficients.any():
         return
-    own, weight = float(coefficients[exchange.rank]), float(push.rows[exchange.rank, WEIGHT])
-    if own == 0 or weight <= 0:
-        push.body.zero_()  # not multiplied: 0 times NaN is NaN
-    else:
-        whole = float(coefficients.sum()) if rule.then == "sum" else 1.0
-        _multiply(push.gradients, own / weight)
-        _multiply(push.message[push.gradients.numel() : push.tail_at], own / (whole or 1.0) / weight)
+    whole = float(coefficients.sum()) if rule.then == "sum" else 1.0
+    for row, body in push.own(exchange.rank):
+        own, weight = float(coefficients[row]), float(push.rows[row, WEIGHT])
+        if own == 0 or weight <= 0:
+            body.zero_()  # not multiplied: 0 times NaN is NaN
+        else:
+            _multiply(body[: push.gradients.numel()], own / weight)
+            _multiply(body[push.gradients.numel() :], own / (whole or 1.0) / weight)
     exchange.combine(push.body, push.tail_at, last, apply)
 
 

@@ -1,7 +1,7 @@
 """Clients: many of them, each with data of its own, hosted by fewer workers.
 
-A worker trains its clients of the round one after another, each from the server's weights, and pushes their sum once. A rule
-other than the mean therefore judges workers; host one client on each where it is to judge clients.
+A worker trains its clients of the round one after another, each from the server's weights, and pushes their sum once. Where the
+rule is not the mean, it judges clients: the worker keeps theirs apart, and each is a row of its own (`lanes.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim import SGD
 
 from mpips.config import ConfigError
-from mpips.message import Control, Row
+from mpips.message import Contribution, Control, Row
+from mpips.rule import RuleError, choose
 from mpips.update import Local
 
 
@@ -31,7 +32,8 @@ class FedAvg(Local):
 
     def __init__(self, *seat: Any, **named: Any) -> None:
         super().__init__(*seat, **named)
-        self._sum: Tensor | None = None
+        self._apart = self.config.rule != "mean"  # whether clients are judged one by one
+        self._sum: Tensor | None = None  # of the clients; of clients kept apart the integer buffers alone
         self._hosted = 0  # clients that have trained here in this round
         self._weight = self._steps = 0.0
         self._size = 0
@@ -50,6 +52,17 @@ class FedAvg(Local):
     def pending(self) -> bool:  # type: ignore[override]
         """Whether clients have trained that have not been pushed."""
         return self._hosted > 0 or self._left_out is not None or super().pending
+
+    def check(self, chosen: int) -> None:
+        """So many clients a round are enough for the rule.
+
+        Raises:
+            ConfigError: they are not.
+        """
+        try:
+            choose(self.config)[0].check(chosen)
+        except RuleError as error:
+            raise ConfigError(f"rule: {error}, the clients of a round") from None
 
     def begin(self, client: int, size: int, chosen: int, clients: int) -> None:
         """`client`, with `size` items, one of `chosen` in this round out of `clients`, begins."""
@@ -79,7 +92,7 @@ class FedAvg(Local):
         return False
 
     def end(self) -> None:
-        """The client has trained: add it to the others of this worker."""
+        """The client has trained: put it to the others of this worker."""
         bad = self.replica.flat.first_nonfinite(self.inner.whole) if self._bad is None else self._bad
         if bad is not None:
             self._leave_out(bad)
@@ -89,17 +102,22 @@ class FedAvg(Local):
             self._weight += weight
             self._steps += weight * steps
             self._hosted += 1
-            self._add(self.replica.push.message[: self.replica.push.tail_at + self.replica.push.limbs.numel()])
+            self._add(weight)
         self.replica.flat.clear()
 
-    def _add(self, client: Tensor) -> None:
-        """Floats are summed, integers are those of the first client."""
+    def _add(self, weight: float) -> None:
+        """Floats are summed, or kept apart; integers are those of the first client."""
+        push = self.replica.push
+        client = push.message[: push.tail_at + push.limbs.numel()]
+        if self._apart:
+            push.clients.append(Contribution(self.client, push.body.clone(), self._size, weight))
+            client = push.limbs
         if self._sum is None:
             self._sum = client.clone()
         elif self._hosted == 1:
             self._sum.copy_(client)
-        else:
-            self._sum[: self.replica.push.tail_at].add_(client[: self.replica.push.tail_at])
+        elif not self._apart:
+            self._sum[: push.tail_at].add_(client[: push.tail_at])
 
     def _leave_out(self, bad: int) -> None:
         """A client that is not finite: it counts for nothing, or this worker says so and the round does not count."""
@@ -107,6 +125,9 @@ class FedAvg(Local):
         self.replica.flat.weights.copy_(self.anchor)
         self.inner.refresh()
         self._forget()
+        if self._apart:
+            push = self.replica.push
+            push.clients.append(Contribution(self.client, torch.zeros_like(push.body), bad=1 + bad))
         if self.config.nonfinite == "drop":
             self._left_out, self._bad = bad, None
         else:
@@ -119,7 +140,7 @@ class FedAvg(Local):
         push, left_out = self.replica.push, self._left_out
         push.message.zero_()
         if self._sum is not None and self._hosted:
-            push.message[: len(self._sum)].copy_(self._sum)
+            (push.limbs if self._apart else push.message[: len(self._sum)]).copy_(self._sum)
         else:
             self.replica.buffers.write(push.floats, push.limbs, 0, self.first)
         row.weight, row.steps, self._weight, self._steps = self._weight, self._steps, 0.0, 0.0
@@ -210,6 +231,8 @@ class Scaffold(FedAvg):
             allowed = "torch.optim.SGD without momentum, with one learning rate"
             raise ConfigError(f"optimizer: given another with mode scaffold, allowed: {allowed}")
         self.variates: dict[int, Tensor] = {}
+        self._moved: dict[int, Tensor] = {}  # by which those of this round's clients move, if the server takes it
+        self._composed = Control()  # what the server had said when they did
 
     @property
     def _own(self) -> Tensor:
@@ -228,7 +251,7 @@ class Scaffold(FedAvg):
         assert push.second is not None
         assert pull.second is not None
         change = push.second.copy_(self.anchor).sub_(self.inner.whole).div_(steps * self.inner.lr).sub_(pull.second)
-        self._own.add_(change)
+        self._moved[self.client], self._composed = change.clone(), pull.control
         change.mul_(self.chosen / self.clients)  # c moves by the mean over all clients, the server takes it over the chosen
         return super().compose(samples)
 
@@ -236,8 +259,24 @@ class Scaffold(FedAvg):
         """Every client counts alike."""
         return 1.0
 
+    def received(self) -> None:
+        """See `Gradient`."""
+        super().received()
+        self._settle()
+
+    def _settle(self) -> None:
+        """If the round is over, the c_i of its clients move, unless the server has not taken it."""
+        said = self.replica.pull.control
+        if not self._moved or said.round == self._composed.round:
+            return
+        if said.version > self._composed.version:
+            for client, change in self._moved.items():
+                self.variates[client].add_(change)
+        self._moved.clear()
+
     def tree(self) -> dict[str, Any]:
         """The hosted clients' control variates by client and parameter, beside what `FedAvg` has."""
+        self._settle()  # a checkpoint that the control asks for is written before `received`
         flat = self.replica.flat
         return super().tree() | {"clients": {str(k): dict(flat.named(c)) for k, c in self.variates.items()}}
 

@@ -80,7 +80,7 @@ class Flat:
         aliases: further name -> first name, for tied parameters.
         slots: the places of the parameters.
         weights: `(numel,)` tensor in the model's dtype; every parameter's data is a view of it.
-        grad: `(numel,)` tensor in the model's dtype; every parameter's `.grad` is a view of it.
+        grad: `(numel,)` tensor in the model's dtype; every parameter's `.grad` is a view of it from backward to `clear`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -98,29 +98,47 @@ class Flat:
         self._touched: set[nn.Parameter] = set()
         self._checked = False
         for p in self.parameters:
-            p.register_post_accumulate_grad_hook(self._touched.add)  # type: ignore[no-untyped-call]
+            p.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
         self.attach_weights(self.weights)
+        self._views = self._grads_in(self.grad)  # a gradient is known by being the very same object
 
     def attach_weights(self, flat: Tensor) -> None:
         """Move the weights into `flat` (`(numel,)`, the model's dtype), whose views the parameters become."""
         for slot, p in zip(self.slots, self.parameters, strict=True):
             view = slot.view(flat)
             view.copy_(p.data)
-            p.data = view
+            p.data = view  # one by one, so that the old ones go
+        self.weights = flat
+
+    def rehang_weights(self, flat: Tensor) -> None:
+        """The weights are in `flat` already: let the parameters become its views."""
+        for slot, p in zip(self.slots, self.parameters, strict=True):
+            p.data = slot.view(flat)
         self.weights = flat
 
     def attach_grad(self, flat: Tensor) -> None:
         """Let gradients accumulate in `flat` (`(numel,)`, the model's dtype)."""
-        self.grad = flat
+        self.grad, self._views = flat, self._grads_in(flat)
         self.clear()
 
+    def _grads_in(self, flat: Tensor) -> dict[Tensor, Tensor]:
+        return {p: slot.view(flat) for slot, p in zip(self.slots, self.parameters, strict=True)}
+
     def clear(self) -> None:
-        """All gradients zero, and none of them counted as present."""
-        self.grad.zero_()
+        """No parameter has a gradient. What is in `grad` stays there, so nothing is written: the next backward does that."""
         self._touched.clear()
-        for slot, p in zip(self.slots, self.parameters, strict=True):
-            if p.grad is None or not _lies_at(p.grad, self.grad, slot):
-                p.grad = slot.view(self.grad)
+        for p in self.parameters:
+            p.grad = None
+
+    def _accumulated(self, p: nn.Parameter) -> None:
+        """Autograd has accumulated into `p.grad`, a tensor of its own where there was none: it is still in the cache."""
+        view = self._views[p]
+        if p.grad is not view:
+            assert p.grad is not None
+            if not _same_memory(p.grad, view):
+                view.copy_(p.grad.detach().to_dense())
+            p.grad = view
+        self._touched.add(p)
 
     def collect(self) -> list[bool]:
         """Bring gradients that autograd or the user put elsewhere back into the flat buffer.
@@ -135,23 +153,22 @@ class Flat:
         """
         self._check_still_ours()
         present = []
-        for slot, p in zip(self.slots, self.parameters, strict=True):
-            if not _lies_at(p.data, self.weights, slot):
+        start, itemsize = self.weights.data_ptr(), self.weights.element_size()
+        for slot, (p, view) in zip(self.slots, self._views.items(), strict=True):
+            if p.data_ptr() != start + slot.offset * itemsize and slot.numel:
                 raise LayoutError(
                     f"{slot.name} has left the flat buffer; move or cast the model and assign to p.data before connect, "
                     f"not after it"
                 )
-            view = slot.view(self.grad)
-            if p.grad is None:
+            grad = p.grad
+            if grad is None:
                 view.zero_()
-                found = False
-            elif not _lies_at(p.grad, self.grad, slot):
-                view.copy_(p.grad.to_dense())
-                found = True
-            else:  # written in place: by backward, which calls the hook, or by hand
-                found = p in self._touched or bool(view.any())
-            p.grad = view
-            present.append(found)
+                p.grad = view
+            elif grad is not view and not _same_memory(grad, view):
+                view.copy_(grad.to_dense())
+                p.grad = view
+            # else written in place: by backward, which calls the hook, or by hand
+            present.append(grad is not None and (p in self._touched or grad is not view or bool(view.any())))
         return present
 
     def _check_still_ours(self) -> None:
@@ -175,7 +192,7 @@ class Flat:
         """Put back gradients, by name, that were accumulated and not pushed."""
         for slot, p in zip(self.slots, self.parameters, strict=True):
             if slot.name in gradients:
-                slot.view(self.grad).copy_(gradients[slot.name])
+                p.grad = slot.view(self.grad).copy_(gradients[slot.name])
                 self._touched.add(p)
 
     def pushed(self) -> None:
@@ -198,11 +215,11 @@ class Flat:
         return ((slot.name, slot.view(flat)) for slot in self.slots)
 
 
-def _lies_at(tensor: Tensor, flat: Tensor, slot: Slot) -> bool:
-    """Whether `tensor` is where `slot` of `flat` is."""
+def _same_memory(tensor: Tensor, view: Tensor) -> bool:
+    """Whether `tensor` is where `view` is."""
     if tensor.layout != torch.strided:
         return False
-    return not slot.numel or tensor.data_ptr() == flat.data_ptr() + slot.offset * flat.element_size()
+    return not view.numel() or tensor.data_ptr() == view.data_ptr()
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:

@@ -152,6 +152,9 @@ def choose_mode(config: Config) -> Mode:
         _allow("rule", config, config.rule, "others with local.fragments: it compares with the last round", ok)
     if config.overlap:
         _allow("overlap", config, True, "modes async and ssp", mode.requests and not mode.local)
+        bound = config.staleness.bound  # while a push travels its worker is one clock further
+        ok = not config.backup_workers and (bound > 0 or not mode.bounded)
+        _allow("overlap", config, True, "false with backup_workers, and with ssp at staleness.bound 0", ok)
     if mode.requests:
         _allow("rule", config, config.rule, "mean, as contributions are not taken together", config.rule == "mean")
         _allow("server_trains", config, True, "false: the server answers the workers' requests", not config.server_trains)
@@ -168,13 +171,18 @@ def _allow(key: str, config: Config, given: object, allowed: str, ok: bool) -> N
         raise ConfigError(f"{key}: given {given!r} with mode {config.mode}, allowed: {allowed}")
 
 
-def takes_weights(config: Config, workers: int) -> bool:
+def judges_clients(mode: Mode, config: Config) -> bool:
+    """Whether the rule's rows are clients, not ranks."""
+    return mode.federated and config.rule != "mean"
+
+
+def takes_weights(mode: Mode, config: Config, workers: int) -> bool:
     """Whether workers push their weights, and the server takes the mean as it is; else they push how far they came.
 
     The mean of one worker's weights has its bits, w - (w - own) has not. Robust rules need changes, and so does every server
     step but plain averaging.
     """
-    mode, outer = choose_mode(config), config.outer
+    outer = config.outer
     plain = mode.step is average and (outer.lr or 1.0) == 1.0 and not outer.momentum and config.rule == "mean"
     if not plain or issubclass(mode.update, Elastic):
         return False
@@ -184,6 +192,7 @@ def takes_weights(config: Config, workers: int) -> bool:
 
 
 def server_optimizer(
+    mode: Mode,
     config: Config,
     workers: int,
     replica: Replica,
@@ -191,21 +200,22 @@ def server_optimizer(
     scheduler: Scheduler | MakeScheduler | None,
 ) -> FlatOptimizer | Average:
     """What the server steps with."""
-    step = choose_mode(config).step
+    step = mode.step
     if step is None:
         return FlatOptimizer(replica, optimizer, scheduler)
-    if takes_weights(config, workers):
+    if takes_weights(mode, config, workers):
         return Average(replica)
     return FlatOptimizer(replica, lambda params: step(config, params), None)
 
 
-def make_update(config: Config, replica: Replica, rank: int, index: int, workers: int, inner: FlatOptimizer | None) -> Gradient:
+def make_update(
+    mode: Mode, config: Config, replica: Replica, rank: int, index: int, workers: int, inner: FlatOptimizer | None
+) -> Gradient:
     """What worker `index` of `workers` pushes."""
-    mode = choose_mode(config)
     update = mode.update(replica, rank, index, workers, config, inner)
     if mode.requests:  # each contribution is taken by itself
         update.alone = update.first = True
     if isinstance(update, Local):
         update.steps = cycle(config, config.local.steps or mode.steps)
-        update.takes_weights = takes_weights(config, workers)
+        update.takes_weights = takes_weights(mode, config, workers)
     return update

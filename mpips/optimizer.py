@@ -7,7 +7,8 @@ are the push message itself.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class FlatOptimizer:
         self.replica = replica
         self.weights = replica.flat.parameters if replica.wire_is_grad else self._masters()
         self.names: dict[Tensor, str] = {p: s.name for p, s in zip(self.weights, replica.flat.slots, strict=True)}
-        self._grads = [grad for _, grad in replica.flat.named(replica.push.gradients)]
+        self.rebind()
         self.torch = self._adopt(optimizer) if isinstance(optimizer, Optimizer) else optimizer(list(self.weights))
         self._check_own()
         if isinstance(self.torch, torch.optim.LBFGS):
@@ -56,6 +57,10 @@ class FlatOptimizer:
         self.scheduler: Scheduler | None = scheduler
         if self.scheduler is not None and self.scheduler.optimizer is not self.torch:
             raise ConfigError("scheduler: given one of another optimizer, allowed: one built from the optimizer given here")
+
+    def rebind(self) -> None:
+        """The push message lies elsewhere now."""
+        self._grads = [grad for _, grad in self.replica.flat.named(self.replica.push.gradients)]
 
     @property
     def lr(self) -> float:
@@ -109,17 +114,28 @@ class FlatOptimizer:
             p.grad = grad if seen else None
         if clip is not None:
             nn.utils.clip_grad_norm_(self.weights, clip)
-        rates = [group["lr"] for group in self.torch.param_groups]
-        if scale != 1:
-            for group in self.torch.param_groups:
-                group["lr"] = group["lr"] * scale
-        self.torch.step()
-        for group, rate in zip(self.torch.param_groups, rates, strict=True):
-            group["lr"] = rate
+        with self.scaled(scale):
+            self.torch.step()
         for p, own in zip(self.weights, before, strict=True):
             p.grad = own
         if not self.replica.wire_is_grad:
             self.replica.pull.weights.copy_(self._whole)
+
+    def skip(self) -> None:
+        """No step is taken in this round."""
+
+    @contextmanager
+    def scaled(self, scale: float) -> Iterator[None]:
+        """The learning rates are multiplied by `scale` in here."""
+        if scale == 1:
+            yield
+            return
+        rates = [group["lr"] for group in self.torch.param_groups]
+        for group, rate in zip(self.torch.param_groups, rates, strict=True):
+            group["lr"] = rate * scale
+        yield
+        for group, rate in zip(self.torch.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def schedule(self, value: float | None = None) -> None:
         """One step of the scheduler; `value` is what ReduceLROnPlateau watches."""
@@ -133,12 +149,12 @@ class FlatOptimizer:
 
     def tree(self) -> dict[str, Any]:
         """Optimizer, scheduler and master weights for a checkpoint."""
-        names, whole = self.names, None if self.replica.wire_is_grad else self._whole
-        return {
-            "optimizer": snapshot.take_optimizer(self.torch, names),
-            "scheduler": self._scheduler_tree(),
-            "masters": {} if whole is None else dict(self.replica.flat.named(whole)),
-        }
+        return self.wrap(snapshot.take_optimizer(self.torch, self.names))
+
+    def wrap(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """`tree`, with the optimizer's part given."""
+        masters = {} if self.replica.wire_is_grad else dict(self.replica.flat.named(self._whole))
+        return {"optimizer": optimizer, "scheduler": self._scheduler_tree(), "masters": masters}
 
     def _scheduler_tree(self) -> dict[str, str]:
         if self.scheduler is None:
@@ -174,6 +190,9 @@ class Average:
     def step(self, present: Sequence[float], clip: float | None, scale: float = 1.0) -> None:
         """The combined weights are the new ones."""
         self.replica.pull.weights.copy_(self.replica.push.gradients)
+
+    def skip(self) -> None:
+        """No step is taken in this round."""
 
     def schedule(self, value: float | None = None) -> None:
         """There is nothing to schedule."""

@@ -10,9 +10,9 @@ import atexit
 import json
 import sys
 from collections.abc import Callable, Iterator
-from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,11 @@ from torch.optim import Optimizer
 
 from mpips import failure, folder, report, rng
 from mpips.client import Client
-from mpips.clients import Clients, Hosting
 from mpips.config import Config
-from mpips.data import Place, Shard, samples_in
+from mpips.data import Place
 from mpips.environment import environment
 from mpips.exchange import SERVER, Exchange, share
-from mpips.federated import FedAvg
+from mpips.loop import Loop
 from mpips.message import Control, Stop
 from mpips.mode import choose_mode
 from mpips.optimizer import MakeOptimizer, MakeScheduler, Scheduler
@@ -51,7 +50,8 @@ def connect(
     Args:
         model: the model, on its device. Its trainable parameters become views of one flat tensor.
         optimizer: any `torch.optim` optimizer of the model's parameters, or a function from a list of parameters to one. It
-            is used on the server only.
+            steps on the server, which on one node may be all ranks, each on its slice of the weights; in modes with local steps
+            it is the workers'.
         scheduler: a learning-rate scheduler of that optimizer, or a function from an optimizer to one.
         trainable: which parameters to train, the others being frozen: a name pattern ("head.*"), several, or a predicate of
             name and parameter. Only these travel, and only they have optimizer state. Those with requires_grad if None.
@@ -85,12 +85,10 @@ def _leave(run: Run, exchange: Exchange) -> None:
         sys.excepthook(*sys.exc_info())
 
 
-class Where(Enum):
-    """Where the script is on a rank that trains: a `batches` loop is at its end, running, or was broken out of."""
-
-    OUTSIDE = 0
-    INSIDE = 1
-    BROKE = 2
+def _preempted(server: Server | ParameterServer | None) -> NoReturn:
+    if server:
+        server.report.preempted(server.last_checkpoint)
+    raise SystemExit(failure.PREEMPTED)
 
 
 class Run:
@@ -125,14 +123,8 @@ class Run:
             self._serve(model, optimizer, scheduler, validation_data, resume)
         if self.trains:
             self._train(model, optimizer, scheduler)
-        self._streams = rng.capture() if resume else None
-        self._where = Where.OUTSIDE
-        self._loops = self._validations = 0  # begun in this epoch, those included that a resumed run has behind it
-        self._taken = 0  # items yielded since the last step
-        self._samples = self._place.samples  # samples behind what has not been pushed
-        self._steps = 0  # on the batch at hand
-        self._several = False  # the script takes several steps on one batch
-        self._cut = False  # a stop ended the epoch before its end
+        self._loop = Loop(self._half, rng.capture() if resume else None, partial(_preempted, self._server))
+        self._validations = 0  # in this epoch, those included that a resumed run has behind it
         self._begun = self._ended = False  # whether `epochs` has begun, and the run has been finished
 
     def _agree_on_folder(self) -> tuple[Path, Path | None]:
@@ -189,18 +181,19 @@ class Run:
         self._worker.receive_initial_weights()
 
     @property
+    def _half(self) -> Worker | Server | ParameterServer:
+        """What this rank does in a loop: the worker's half if it trains."""
+        half = self._worker or self._server
+        assert half
+        return half
+
+    @property
     def _place(self) -> Place:
-        if self._worker:
-            return self._worker.place
-        assert self._server
-        return self._server.place
+        return self._half.place
 
     @property
     def _control(self) -> Control:
-        if self._worker:
-            return self._worker.control
-        assert self._server
-        return self._server.control
+        return self._half.control
 
     @property
     def round(self) -> int:
@@ -225,7 +218,8 @@ class Run:
             self._server.report.epochs = count
         self._begun = True
         while place.epoch < count and not self.stopping:
-            self._loops = self._validations = 0
+            self._loop.next_epoch()
+            self._validations = 0
             yield place.epoch
             self._end_epoch(count)
         if not self._left:
@@ -248,111 +242,10 @@ class Run:
         another, `clients.epochs` each. A dataset or a tuple of tensors is dealt out to one client on each worker; with
         `batch_size=None` a client's data is one batch. Modes that know no clients take all clients' data together.
         """
-        self._drain()
-        if self._where is Where.INSIDE:
-            raise RuntimeError("a ps.batches loop inside another; one loop at a time can be resumed")
-        place = self._place
-        loop, self._loops = self._loops, self._loops + 1
-        if self.stopping:
-            return
-        if loop < place.loop:
-            self._rewind(loop == place.loop - 1 and not place.begun)
-            return
-        if place.over:
-            self._rewind(True)
-        else:
-            if self._worker:
-                yield from self._work(self._share(data, loop, (batch_size, shuffle, drop_last), not shard))
-            elif self._server:
-                self._rewind(place.begun)
-                self._server.start_server()
-                self._obey()
-        if place.over:
-            place.next_loop()
-
-    def _share(self, data: Any, loop: int, how: tuple[int | None, bool, bool], own: bool) -> Shard | Hosting:
-        """What of the data is this worker's."""
-        assert self._worker
-        update = self._worker.update
-        if isinstance(update, FedAvg):
-            return Hosting(update, data, *how, own, self.config.seed + (loop << 53), self._forget)
-        seed = self.config.seed * 1_000_003 + loop * 1_009  # the epoch is added: neighbours must not share orders
-        data = data.together() if isinstance(data, Clients) else data
-        return Shard(data, *how, self.worker, self.workers, seed, own)
-
-    def _forget(self) -> None:
-        self._samples = 0
-
-    def _work(self, shard: Shard | Hosting) -> Iterator[Any]:
-        worker = self._worker
-        assert worker
-        worker.begin()
-        self._where = Where.INSIDE
-        batches = self._deal(shard)
-        self._rewind(worker.place.begun)
-        for batch, count, last in batches:
-            self._taken += count
-            self._samples += samples_in(batch)
-            self._steps, worker.done = 0, last and not self._several
-            worker.used += 1
-            try:
-                yield batch
-            except GeneratorExit:
-                if self._where is Where.INSIDE:
-                    self._where = Where.BROKE
-                raise
-            if self.stopping:
-                return
-        self._obey()
-        if not self.stopping:
-            self._exhausted()
-
-    def _deal(self, shard: Shard | Hosting) -> Iterator[Any]:
-        """This worker's own batches; or, of a server that answers requests, those that it deals out."""
-        worker, place = self._worker, self._place
-        total = shard.tickets(place.epoch) if isinstance(worker, Client) and isinstance(shard, Shard) else None
-        if total is None or isinstance(shard, Hosting):
-            return shard.batches(place)
-
-        def ticket() -> int | None:
-            assert isinstance(worker, Client)
-            number = worker.next_ticket()
-            return None if number is None or number >= total else number
-
-        return shard.dealt(place.epoch, ticket)
-
-    def _rewind(self, here: bool) -> None:
-        """If a resumed run goes on `here`, undo what the script and the skipping have drawn on the way."""
-        if here and self._streams is not None:
-            rng.restore(self._streams)
-        self._streams = None if here else self._streams
-
-    def _exhausted(self) -> None:
-        """Wait with the others until every worker's shard is."""
-        assert self._worker
-        self._worker.place.taken += self._taken
-        self._taken, self._worker.place.samples = 0, self._samples
-        self._where = Where.OUTSIDE
-        self._worker.finish()
-        self._obey()
-
-    def _drain(self) -> None:
-        """End a loop that the script broke out of: for this rank its shard is exhausted."""
-        if self._where is Where.BROKE:
-            self._exhausted()
-            if self._place.over:
-                self._place.next_loop()
-
-    def _between_loops(self, call: str) -> None:
-        self._drain()
-        if self._where is Where.INSIDE:
-            raise RuntimeError(
-                f"{call} inside a ps.batches loop, where a server that does not train never comes; call it after the loop"
-                f" (checkpoints inside: the setting checkpoint.every)"
-            )
+        return self._loop.batches(data, (batch_size, shuffle, drop_last), own=not shard)
 
     def step(self, loss: Tensor | float, samples: int | None = None, **metrics: float) -> None:
-        """Push the gradient that backward left, let the server step, and pull the new weights; gradients are then zero.
+        """Push the gradient that backward left, let the server step, and pull the new weights; gradients are then None.
 
         Args:
             loss: the mean loss over the samples, unscaled.
@@ -362,28 +255,7 @@ class Run:
         Raises:
             NonFiniteError: on all ranks, if some rank's gradient holds a NaN or Inf and `nonfinite` is "raise".
         """
-        if self._worker is None or self._where is not Where.INSIDE:
-            raise RuntimeError("step() outside a ps.batches loop, where the server does not wait for it; call it in the loop")
-        if metrics.keys() != set(self.config.metrics):
-            named = self.config.metrics
-            raise ValueError(f"step() was given the metrics {sorted(metrics)}, the `metrics` setting names {named}")
-        count = self._samples if samples is None else samples
-        taken, self._taken, self._samples, self._worker.place.samples = self._taken, 0, 0, 0
-        if count < 0:
-            raise ValueError(f"step() was given samples={count}; expected 0 or more")
-        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
-        if isinstance(self._worker.update, FedAvg) and self._worker.update.measuring:
-            self._worker.update.measure(value, count)
-            return
-        self._steps += 1
-        self._several = self._several or self._steps > 1
-        if self._steps > 1 and self._worker.done:
-            raise RuntimeError(
-                "a first second step() on one batch, at a shard's last batch: the server has been told it is the end"
-            )
-        ordered = [float(metrics[name]) for name in self.config.metrics]
-        self._worker.step(value, count, ordered, taken)
-        self._obey()
+        self._loop.step(loss, samples, metrics)
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call backward on in fp16 training: times the loss scale that the server decided."""
@@ -400,7 +272,7 @@ class Run:
         Returns:
             The number, on every rank; the last one if a resumed run has this validation behind it, or a rank has left.
         """
-        self._between_loops("validate()")
+        self._loop.check_outside("validate()")
         self._validations += 1
         if self._left or self._validations <= self._place.validations:
             return self._control.value
@@ -421,7 +293,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint now; every rank calls this at the same place, outside a `batches` loop."""
-        self._between_loops("save()")
+        self._loop.check_outside("save()")
         if not self._left:
             self._save()
 
@@ -448,22 +320,11 @@ class Run:
         if self.serves:
             print(*words, flush=True)
 
-    def _obey(self) -> None:
-        """Do what the control says about ending."""
-        if self._control.stop:
-            self._cut = True
-            self._where = Where.OUTSIDE
-        if self._control.stop == Stop.PREEMPTED:
-            self._ended = True
-            if self._server:
-                self._server.report.preempted(self._server.last_checkpoint)
-            raise SystemExit(failure.PREEMPTED)
-
     def _end_epoch(self, count: int) -> None:
-        self._drain()
+        self._loop.drain()
         if self._left:
             return
-        if not self._cut:
+        if not self._loop.cut:
             self._place.next_epoch()
             if self._server:
                 self._server.end_epoch()
@@ -488,10 +349,7 @@ class Run:
         """
         if failure.happened() or self._ended:
             return
-        if self._worker and self._where is not Where.OUTSIDE:
-            self._where = Where.OUTSIDE
-            self._worker.stop = 2
-            self._worker.idle()
+        self._loop.leave()
         if self._control.stop == Stop.PREEMPTED:
             return
         together = self._left or not self._begun

@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mpips.combine import combine
+from mpips import lanes
+from mpips.combine import Combined, combine, left_out
 from mpips.exchange import ExchangeError
 from mpips.message import ROUNDS, Control, Stop
+from mpips.mode import judges_clients
 from mpips.report import rank_states
 from mpips.service import Service
 
@@ -76,12 +78,19 @@ class Server(Service):
         Raises:
             ExchangeError: a rank is in another round.
         """
+        push = self.replica.push
         if not self.trains:
-            self.replica.push.message.zero_()
+            push.message[push.gradients.numel() if push.raw else 0 :].zero_()
         push = self.replica.push_for(self.control.round)
-        self.combined = combine(self.exchange, push, self.rule, self.last, self.first)
+        if self.slices:
+            self.slices.combine()
+            self.combined = Combined(sorted(left_out(push.heard.rows, self.rule)))
+        elif judges_clients(self.mode, self.config):
+            self.combined = lanes.combine(self.exchange, push, self.rule, self.last, self.first, self.config.bucket_mb)
+        else:
+            self.combined = combine(self.exchange, push, self.rule, self.last, self.first)
         push.spill()
-        table = push.rows.tolist()[self.first :]
+        table = push.heard.rows.tolist()[self.first :]
         results = {rank: dict(zip(self._columns, row, strict=True)) for rank, row in enumerate(table, self.first)}
         for rank, row in results.items():
             if row["round"] != self.control.round % ROUNDS:
@@ -91,21 +100,32 @@ class Server(Service):
     def update_weights(self, updates: Updates) -> None:
         """One server update with the combined gradient, unless there is none or it is not to be taken."""
         bad = {rank: int(row["bad"]) - 1 for rank, row in updates.results.items() if row["bad"]}
-        for rank in self.combined.faulty:
-            self.report.event("warning", message=f"rank {rank}: left out by the rule", round=self.control.round)
+        whose = "client" if judges_clients(self.mode, self.config) else "rank"
+        for number in self.combined.faulty:
+            self.report.event("warning", message=f"{whose} {number}: left out by the rule", round=self.control.round)
         if self.combined.refused:
             self.report.event("warning", message=f"no update: {self.combined.refused}", round=self.control.round)
-        take = any(row["weight"] for row in updates.results.values()) and not self.combined.refused
+        bad |= (found := self._found(updates))
+        take = any(row["weight"] for row in updates.results.values()) and not self.combined.refused and not found
         if take and not (bad and (self.config.loss_scale or self.config.nonfinite != "drop")):
-            overflow = self.replica.flat.first_nonfinite(self.replica.push.gradients)
-            if overflow is None:
-                self._take(updates)
-            else:  # finite on every rank, but not their sum
-                bad[self.exchange.rank] = overflow
+            self._take(updates)
+        else:
+            self.optimizer.skip()
         if bad:
             self.judge(bad)
         if self.config.buffers == "server":
             self.replica.buffers.store(self.replica.pull.buffers)
+
+    def _found(self, updates: Updates) -> dict[int, int]:
+        """Whose combined gradient is not finite, rank -> slot: of a rank that has not said so, or the server's, if of none."""
+        if not self.slices:
+            overflow = self.replica.flat.first_nonfinite(self.replica.push.gradients)
+            return {} if overflow is None else {self.exchange.rank: overflow}
+        found = self.slices.faults()
+        for rank in found.keys() & updates.results.keys():
+            updates.samples[rank] = 0
+            updates.results[rank] |= dict.fromkeys(("samples", "loss", *self.config.metrics), 0.0)
+        return found
 
     def _take(self, updates: Updates) -> None:
         rows = updates.results.values()
@@ -139,6 +159,9 @@ class Server(Service):
         """
         if weights is not None:
             self.replica.pull.weights.copy_(weights)
+        if self.slices:
+            self.slices.publish(self.control)
+            return
         self.replica.pull.control = self.control
         for part in self.replica.pull_for(self.control.round - 1):
             self.exchange.publish(part)

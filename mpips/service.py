@@ -23,11 +23,13 @@ from mpips.data import Place
 from mpips.exchange import Exchange, share
 from mpips.message import COLUMNS, Control, Stop, replicate
 from mpips.mode import Mode, choose_mode, server_optimizer
-from mpips.optimizer import FlatOptimizer, MakeOptimizer, MakeScheduler, Scheduler
+from mpips.optimizer import Average, FlatOptimizer, MakeOptimizer, MakeScheduler, Scheduler
 from mpips.report import Report
 from mpips.rule import choose
+from mpips.slices import Slices, settle
 from mpips.state import RankState, pack_all
 from mpips.stopping import LossScale, Patience
+from mpips.update import Gradient
 
 
 class Service:
@@ -89,6 +91,8 @@ class Service:
         self.signalled = self.stop_asked = False
         self._make = (optimizer, scheduler, validation_data)
         self.states = b""
+        self.slices: Slices | None = None
+        self.optimizer: FlatOptimizer | Average | Slices
         self._columns = COLUMNS + self.config.metrics
         self._last = exchange.clock()
 
@@ -98,7 +102,7 @@ class Service:
         rows = 1 if self.mode.requests else self.exchange.size
         self.replica = replicate(self.model, self.config, rows, self.exchange.allocate, self.mode.vectors)
         self.inner = FlatOptimizer(self.replica, optimizer, scheduler) if self.mode.local else None
-        self.optimizer = server_optimizer(self.config, self.workers, self.replica, optimizer, scheduler)
+        self.optimizer = server_optimizer(self.mode, self.config, self.workers, self.replica, optimizer, scheduler)
         self.control.lr = self.lr
         self.check_requires_grad()
 
@@ -127,6 +131,16 @@ class Service:
         self.replica.pull.control = self.control
         self.digest = contract.begin(self.exchange, self.replica, self.config)
         share(self.exchange, self.states)
+        simple = self.mode.update is Gradient and not self.mode.requests
+        optimizer = None if isinstance(self.optimizer, Slices) else self.optimizer
+        self.slices = settle(self.exchange, self.replica, self.config, self.rule, optimizer, simple)
+        if self.slices:
+            self.optimizer = self.slices
+        if self.exchange.size > 1 and not self.mode.requests:
+            plan = self.slices.plan if self.slices else "root"
+            how = "shared memory" if self.slices else "messages"
+            self.report.event("plan", plan=plan, exchange=how)
+            self.report.line(f"plan: {plan}, by {how}", always=True)
         self._last = self.exchange.clock()
 
     def step_with(self, scale: float = 1.0) -> None:
@@ -137,8 +151,8 @@ class Service:
             for group in self.optimizer.torch.param_groups:
                 if "inner_lr" in group:  # SlowMo's gamma
                     group["inner_lr"] = self.inner.lr
-        self.optimizer.step(push.presence.tolist(), clip, scale)
-        self.replica.buffers.combine(push.floats, push.limbs, pull.buffers)
+        self.optimizer.step(push.heard.presence.tolist(), clip, scale)
+        self.replica.buffers.combine(push.floats, push.heard.limbs, pull.buffers)
         if push.second is not None and pull.second is not None:
             pull.second.add_(push.second)
         self.control.version += 1
@@ -178,6 +192,9 @@ class Service:
         """Tell all ranks, between rounds, what the control says: whether to stop, and the validation's value."""
         if self.stop_asked and not self.control.stop:
             self.end(Stop.REQUESTED, [0])
+        if self.slices:
+            self.slices.publish(self.control)
+            return
         self.replica.pull.control = self.control
         self.exchange.publish(self.replica.pull.control_message)
 
@@ -259,7 +276,7 @@ class Service:
             "versions": {"mpips": mpips.__version__, "torch": str(torch.__version__)},
             "world": {"size": self.exchange.size, "workers": self.workers},
             **snapshot.take_model(self.replica),
-            **self.optimizer.tree(),
+            **self._optimizer_tree(states),
             "inner": self.inner.tree() if self.inner else {},
             "rule": {"name": self.config.rule, **self.rule.tree()},
             "mode": {"name": self.config.mode, **self.own_tree()},
@@ -269,6 +286,10 @@ class Service:
             "validation": snapshot.columns(("round", "epoch", "value"), report.values),
             "ranks": {str(rank): state.tree() for rank, state in enumerate(states)},
         }
+
+    def _optimizer_tree(self, states: list[RankState]) -> dict[str, Any]:
+        """The optimizer's part; it is the same, whichever ranks have served which slices."""
+        return self.slices.tree([state.slices for state in states]) if self.slices else self.optimizer.tree()
 
     def own_tree(self) -> dict[str, Any]:
         """What this kind of server has to add to a checkpoint: what travels back beside the weights."""
@@ -311,7 +332,7 @@ class Service:
         states = [RankState.from_tree(tree["ranks"][str(rank)]) for rank in range(len(tree["ranks"]))]
         self.states = pack_all(states)
         first, taken = states[0].place, max(state.place.taken for state in states)
-        self.place = Place(first.epoch, first.loop, taken, first.over, validations=first.validations)
+        self.place = Place(first.epoch, first.loop, taken, first.over, validations=first.validations, inside=first.inside)
         rng.restore(states[0].streams)
         self.control = Control(tree["round"], tree["version"], active=0 if first.over else self.workers, lr=self.lr)
         self.control.loss_scale, self.control.value = self.loss_scale.scale, tree["stopping"]["value"]

@@ -85,10 +85,14 @@ def _check_same(kind: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Any]
 
 def take_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> Tree:
     """Class, parameter groups and state of an optimizer, by parameter name."""
-    groups = [
-        {k: ([names[p] for p in v] if k == "params" else v) for k, v in group.items()} for group in optimizer.param_groups
-    ]
+    members = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     state = {names[p]: {str(k): v for k, v in kept.items()} for p, kept in optimizer.state.items() if p in names}
+    return optimizer_tree(optimizer, members, state)
+
+
+def optimizer_tree(optimizer: Optimizer, members: Sequence[Sequence[str]], state: Tree) -> Tree:
+    """The same, given the names of each group's parameters and the state by name."""
+    groups = [{**group, "params": list(names)} for group, names in zip(optimizer.param_groups, members, strict=True)]
     return {"class": type(optimizer).__name__, "groups": to_json(groups), "state": state}
 
 

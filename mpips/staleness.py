@@ -103,13 +103,12 @@ class Compensation:
         return self._mean_square
 
     def tree(self) -> dict[str, Any]:
-        """For a checkpoint: the weights sent by rank as text, and the mean square if there is one."""
-        sent = {str(rank): weights for rank, weights in sorted(self._sent.items())}
-        return {"sent": sent} | ({} if self._mean_square is None else {"mean_square": self._mean_square})
+        """For a checkpoint: the mean square if there is one. The weights are sent anew after it."""
+        return {} if self._mean_square is None else {"mean_square": self._mean_square}
 
     def put(self, tree: dict[str, Any]) -> None:
         """Take back what `tree` gave; nothing else stays."""
-        self._sent = {int(rank): weights.clone() for rank, weights in tree["sent"].items()}
+        self._sent = {}
         mean_square = tree.get("mean_square")
         self._mean_square = None if mean_square is None else mean_square.clone()
 

@@ -48,7 +48,7 @@ def choose_trainable(model: nn.Module, trainable: Trainable) -> None:
 
 
 def check_rule(config: Config, workers: int) -> None:
-    """There are workers enough for the rule, where it combines them all.
+    """There are workers enough for the rule, where it combines them all; a round's clients are counted when they are known.
 
     Raises:
         SystemExit: with status 2 and one line on the screen.

@@ -33,6 +33,7 @@ class RankState:
         buffers: its own buffers by name, where the policy is `local`.
         gradients: gradients by name that it has accumulated and not yet pushed.
         own: what else the mode's update remembers: the worker's optimizer, clients' states.
+        slices: the server's optimizer's state of the slices that it serves, on its way to the server, which puts it together.
     """
 
     index: int
@@ -41,6 +42,7 @@ class RankState:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
+    slices: dict[str, Any] = field(default_factory=dict)
 
     def tree(self) -> dict[str, Any]:
         """As nested dicts of scalars, lists and tensors, for a checkpoint."""
@@ -56,12 +58,14 @@ class RankState:
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> RankState:
         """What `tree` gave."""
-        return cls(tree["index"], Place(**tree["place"]), tree["streams"], tree["buffers"], tree["gradients"], tree["own"])
+        place = Place(**tree["place"])
+        named = {key: tree[key] for key in ("streams", "buffers", "gradients", "own")}
+        return cls(tree["index"], place, **named, slices=tree.get("slices", {}))
 
     def pack(self) -> bytes:
         """As bytes for the wire."""
         arrays: Arrays = {}
-        tree = self.tree()
+        tree = self.tree() | {"slices": self.slices}
         arrays |= {f"stream {name}": value for name, value in tree.pop("streams").items()}
         arrays["words"] = np.frombuffer(json.dumps(_strip(tree, arrays)).encode(), dtype=np.uint8)
         file = io.BytesIO()

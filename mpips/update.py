@@ -73,15 +73,21 @@ class Gradient:
         push.message[push.gradients.numel() :].zero_()
         self.replica.buffers.write(push.floats, push.limbs, row.weight, self.first)
         if row.weight:
-            push.presence.copy_(push.presence.new_tensor(present))
-            if row.weight != 1:
+            push.write_presence(present)
+            if row.weight != 1 and not push.raw:
                 push.gradients.mul_(row.weight)
-        else:
+        elif not push.raw:
             push.body.zero_()
         push.write(self.rank, row, metrics)
 
     def _look(self, row: Row, metrics: Sequence[float]) -> Sequence[float]:
-        """Mark the row if what is to be pushed is not finite; its loss and metrics are then as useless."""
+        """Mark the row if what is to be pushed is not finite; its loss and metrics are then as useless.
+
+        Where ranks share memory the sum tells, at no further cost, unless this contribution is to be left out of it, or cut.
+        """
+        told = self.replica.push.raw and self.config.rule == "mean"
+        if told and self.config.nonfinite != "drop" and self.config.loss_scale is None:
+            return metrics
         bad = self.replica.flat.first_nonfinite(self.replica.push.gradients)
         if bad is None:
             return metrics
@@ -96,7 +102,7 @@ class Gradient:
             metrics: the number of extra metrics.
         """
         push = self.replica.push
-        push.message.zero_()
+        push.message[push.gradients.numel() if push.raw else 0 :].zero_()
         self.replica.buffers.write(push.floats, push.limbs, 0, self.first)
         push.write(self.rank, row, [0.0] * metrics)
 
@@ -166,6 +172,8 @@ class Local(Gradient):
     def compose(self, samples: float) -> tuple[float, float]:
         """Leave the contribution times its weight in the push message's body, and the model back at the anchor.
 
+        All of the gradients' part is written; the rest of the message is zero before.
+
         Returns:
             The weight, and the local steps.
         """
@@ -190,7 +198,7 @@ class Local(Gradient):
     def write(self, row: Row, metrics: Sequence[float], loss_scale: float) -> None:
         """See `Gradient.write`."""
         push = self.replica.push
-        push.message.zero_()
+        push.message[push.gradients.numel() :].zero_()
         row.weight, steps = self.compose(row.samples)
         row.steps = row.weight * steps
         self.seal(row, metrics)

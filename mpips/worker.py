@@ -17,16 +17,18 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mpips import contract, rng
+from mpips import contract, lanes, rng
 from mpips.combine import contribute
 from mpips.config import Config, ConfigError
 from mpips.data import Place
 from mpips.exchange import Exchange, share
 from mpips.message import ROUNDS, Control, Replica, Row, replicate
-from mpips.mode import choose_mode, make_update
+from mpips.mode import choose_mode, judges_clients, make_update
 from mpips.optimizer import FlatOptimizer, MakeOptimizer, MakeScheduler, Scheduler
 from mpips.rule import choose
+from mpips.slices import Slices, settle
 from mpips.state import RankState, for_worker, unpack_all
+from mpips.update import Gradient
 
 
 @dataclass
@@ -104,12 +106,15 @@ class Worker:
         self.replica = server.replica if server else replicate(model, self.config, rows, exchange.allocate, mode.vectors)
         self._rule, self._last = choose(self.config)
         self._server = server
+        self.slices: Slices | None = None  # where there is a server here, it has them
         self.inner = server.inner if server else None
         if mode.local and not server:
             if optimizer is None:
                 raise ConfigError(f"optimizer: given none with mode {self.config.mode}, allowed: the workers' optimizer")
             self.inner = FlatOptimizer(self.replica, optimizer, scheduler)
-        self.update = make_update(self.config, self.replica, exchange.rank, self.index, self.workers, self.inner)
+        simple = server is None and not mode.local and not mode.requests and self.replica.wire_is_grad
+        self._optimizer = FlatOptimizer(self.replica, optimizer, None) if optimizer is not None and simple else None
+        self.update = make_update(mode, self.config, self.replica, exchange.rank, self.index, self.workers, self.inner)
         self.update.here = server is not None
         self.tally = Tally()
         self.place = Place()
@@ -132,6 +137,8 @@ class Worker:
         else:
             contract.begin(self.exchange, self.replica, self.config)
             states = share(self.exchange, b"")
+            simple = type(self.update) is Gradient and not self.mode.requests
+            self.slices = settle(self.exchange, self.replica, self.config, self._rule, self._optimizer, simple)
         rng.diverge(self.index)
         mine = for_worker(unpack_all(states), self.index, self.workers) if states else None
         if mine is not None:
@@ -186,7 +193,7 @@ class Worker:
         self._send()
 
     def pull(self) -> Control:
-        """Take the new weights and what the server says; gradients are then zero.
+        """Take the new weights and what the server says; gradients are then None.
 
         Raises:
             NonFiniteError: on all ranks, when a rank's update is not finite and `nonfinite` is "raise".
@@ -226,7 +233,9 @@ class Worker:
 
     def hear(self) -> None:
         """Take what the server says between rounds."""
-        if not self._server:
+        if self.slices:
+            self.slices.publish()
+        elif not self._server:
             self.exchange.publish(self.replica.pull.control_message)
         self._control = self.replica.pull.control
 
@@ -242,7 +251,8 @@ class Worker:
             flat.collect()
         waiting = self._kept if self._kept is not None else flat.grad
         pending = dict(flat.named(waiting)) if flat.pending else {}
-        return RankState(self.index, self.place, rng.capture(), own, pending, self.update.tree())
+        slices = self.slices.own() if self.slices else {}
+        return RankState(self.index, self.place, rng.capture(), own, pending, self.update.tree(), slices)
 
     def end_epoch(self) -> None:
         """All ranks have ended an epoch: step the scheduler of the worker's own optimizer, as the server did if it is here."""
@@ -267,9 +277,15 @@ class Worker:
         """The push message as it stands; where the server is on this rank, it takes it from there."""
         self._begun = self.exchange.clock()
         self._told = self.done
-        if not self._server:
+        if self.slices:
+            self.slices.combine()
+            self.slices.follow()
+        elif not self._server:
             push = self.replica.push_for(self._control.round)
-            contribute(self.exchange, push, self._rule, self._last)
+            if judges_clients(self.mode, self.config):
+                lanes.contribute(self.exchange, push, self._rule, self._last, self.config.bucket_mb)
+            else:
+                contribute(self.exchange, push, self._rule, self._last)
 
     def _receive(self, contributed: bool) -> None:
         self._control = self._server.round(contributed) if self._server else self._pull_message(contributed)
@@ -278,8 +294,11 @@ class Worker:
 
     def _pull_message(self, contributed: bool) -> Control:
         version = self._control.version
-        for part in self.replica.pull_for(self._control.round):
-            self.exchange.publish(part)
+        if self.slices:
+            self.slices.publish()
+        else:
+            for part in self.replica.pull_for(self._control.round):
+                self.exchange.publish(part)
         self._control = self.replica.pull.control
         self.place.over = not self._control.active
         self.replica.check_finite(self._control)

@@ -20,7 +20,7 @@ parser.add_argument("--epochs", type=int, default=3)
 parser.add_argument("--samples", type=int, default=330)
 parser.add_argument("--die-at", type=int, default=-1, help="SIGKILL to this rank after so many rounds")
 parser.add_argument("--die-rank", type=int, default=0)
-parser.add_argument("--preempt-at", type=int, default=-1, help="SIGUSR1 to this rank after so many rounds")
+parser.add_argument("--preempt-at", type=int, default=-1, help="SIGUSR1 to this rank after so many rounds or soon after")
 mpips.add_arguments(parser)
 args = parser.parse_args()
 
@@ -38,7 +38,7 @@ for _ in ps.epochs(args.epochs):
         ps.step(loss)
         if ps.round == args.die_at and rank == args.die_rank:
             os.kill(os.getpid(), signal.SIGKILL)
-        if ps.round == args.preempt_at and rank == args.die_rank:
+        if 0 <= args.preempt_at <= ps.round and rank == args.die_rank:
             os.kill(os.getpid(), signal.SIGUSR1)
     ps.validate(lambda: 0.1 * ps.round)
 ps.print("weights", sha(model))

@@ -159,6 +159,8 @@ WRONG = [
     ("stop.target", "best", "a number or null"),
     ("stop.target", ".nan", "a number or null"),
     ("stop.goal", "lower", "max, min"),
+    ("clients.mu", "null", "a number"),
+    ("clients.mu", "-1", "a number, 0 or more"),
 ]
 
 

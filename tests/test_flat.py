@@ -326,11 +326,12 @@ def test_gradients_left_over_wait_while_longer_shards_go_on() -> None:
                 loss.backward()
                 if ps.worker == 1:
                     ps.step(loss)
-        seen[exchange.rank] = [net.weight.detach().clone(), net.weight.grad.clone()]
+        seen[exchange.rank] = [net.weight.detach().clone(), net.weight.grad]
 
     World(2).run(program)
     assert [seen[rank][0].item() for rank in (0, 1)] == [-4.0, -4.0]
     assert seen[0][1].item() == 100.0
+    assert seen[1][1] is None
 
 
 def masters_loop(net: nn.Module, optimizer: str, steps: int, scale: float = 1.0) -> None:
@@ -452,10 +453,15 @@ def test_parameters_and_gradients_are_views_and_stay_so(model: str) -> None:
         simple_ps(ps, net, number, x, y)
         replica = ps._worker.replica
         for slot, p in zip(replica.flat.slots, replica.flat.parameters, strict=True):
+            assert p.grad is None, "nothing to zero"
+            (p * 1.0).sum().backward()
+            if not p.numel():
+                continue
             for tensor, flat in ((p.data, replica.pull.weights), (p.grad, replica.push.gradients)):
                 assert tensor.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
                 assert tensor.storage_offset() == flat.storage_offset() + slot.offset
         places.add(tuple(t.data_ptr() for p in replica.flat.parameters for t in (p, p.grad)))
+        replica.flat.clear()
 
     ps_loop(World(1).ends[0], net, OPTIMIZERS["adam"](net.parameters()), body, 4)
     assert len(places) == 1
@@ -635,5 +641,7 @@ def test_collect_says_which_parameters_have_a_gradient() -> None:
     assert flat.collect() == [True] * 4
     flat.clear()
     assert not flat.pending
-    net[0].bias.grad.fill_(1)  # by hand, in place
+    net[0].bias.grad = torch.ones_like(net[0].bias)  # by hand
     assert flat.collect() == [False, True, False, False]
+    net[0].weight.grad.fill_(1)  # in place
+    assert flat.collect() == [True, True, False, False]

@@ -14,27 +14,29 @@ import mpips
 PACKAGE = Path(mpips.__file__).parent
 LAYERS = [
     {"cli"},
+    {"bench"},
     {"launch"},
     {"screen", "run"},
-    {"start"},
+    {"start", "loop"},
     {"failure", "folder"},
     {"client"},
     {"server", "parameter_server", "worker"},
     {"service"},
     {"mode"},
     {"federated", "elastic", "streaming"},
-    {"update"},
-    {"optimizer"},
+    {"slices"},
+    {"update", "pieces"},
+    {"optimizer", "lanes"},
     {"snapshot", "contract", "combine"},
     {"exchange", "checkpoint", "report", "environment"},
     {"state", "stopping", "staleness"},
     {"message", "rule", "clients"},
     {"data", "rng"},
-    {"buffers", "trainable"},
+    {"buffers", "trainable", "plan"},
     {"flat", "config", "outer"},
 ]
 HEIGHT = {noun: -depth for depth, nouns in enumerate(LAYERS) for noun in nouns}
-HOMES = {"mpi4py": {"exchange"}, "h5py": {"checkpoint"}, "rich": {"screen", "launch", "cli"}}
+HOMES = {"mpi4py": {"exchange", "bench"}, "h5py": {"checkpoint", "bench"}, "rich": {"screen", "launch", "cli"}}
 NOUNS = sorted(
     {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")} - {"__init__", "__main__"}
 )

@@ -54,6 +54,11 @@ def test_every_mode_trains_on_several_ranks(name: str) -> None:
         ({"mode": "diloco", "loss_scale": 8.0}, "loss_scale: given 8.0 with mode diloco"),
         ({"mode": "fedavg", "backup_workers": 1}, "backup_workers: given 1 with mode fedavg"),
         ({"mode": "sync", "overlap": True}, "overlap: given True with mode sync"),
+        ({"overlap": True, "backup_workers": 1}, "overlap: given True with mode sync, allowed: false with backup_workers"),
+        (
+            {"mode": "ssp", "overlap": True, "staleness": Staleness(bound=0)},
+            "overlap: given True with mode ssp, allowed: false with backup_workers, and with ssp at staleness.bound 0",
+        ),
         ({"mode": "scaffold", "rule": "median"}, "rule: given 'median' with mode scaffold, allowed: mean"),
     ],
     ids=str,
@@ -64,15 +69,28 @@ def test_settings_that_do_not_go_together(settings: dict[str, Any], words: str) 
     assert str(error.value).startswith(words)
 
 
+def test_refused_settings_are_one_line_on_any_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is sent: a rank that went on would wait for the others."""
+    for end in World(3).ends:
+        with pytest.raises(SystemExit, match="2"):
+            mpips.connect(mlp(), sgd, exchange=end, mode="ssp", overlap=True, staleness={"bound": 0})
+        assert capsys.readouterr().err == (
+            "mpips: overlap: given True with mode ssp, allowed: false with backup_workers, and with ssp at staleness.bound 0\n"
+        )
+
+
 def test_weights_travel_only_where_their_plain_mean_is_taken() -> None:
-    assert takes_weights(Config(mode="local_sgd"), 3)
-    assert takes_weights(Config(mode="fedavg"), 3)
-    assert not takes_weights(Config(mode="local_sgd", rule="median"), 3)
-    assert not takes_weights(Config(mode="local_sgd", outer=Outer(momentum=0.5)), 3)
-    assert not takes_weights(Config(mode="diloco", local=Local(steps=3)), 1)
-    assert not takes_weights(Config(mode="easgd"), 1)
-    assert takes_weights(Config(mode="fedbuff", staleness=Staleness(buffer=1)), 1)
-    assert not takes_weights(Config(mode="fedbuff", staleness=Staleness(buffer=1)), 2)
+    def travel(config: Config, workers: int) -> bool:
+        return takes_weights(choose_mode(config), config, workers)
+
+    assert travel(Config(mode="local_sgd"), 3)
+    assert travel(Config(mode="fedavg"), 3)
+    assert not travel(Config(mode="local_sgd", rule="median"), 3)
+    assert not travel(Config(mode="local_sgd", outer=Outer(momentum=0.5)), 3)
+    assert not travel(Config(mode="diloco", local=Local(steps=3)), 1)
+    assert not travel(Config(mode="easgd"), 1)
+    assert travel(Config(mode="fedbuff", staleness=Staleness(buffer=1)), 1)
+    assert not travel(Config(mode="fedbuff", staleness=Staleness(buffer=1)), 2)
 
 
 def test_a_rule_with_too_few_workers_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,13 +99,18 @@ def test_a_rule_with_too_few_workers_is_one_line(capsys: pytest.CaptureFixture[s
     assert "mpips: rule: krum with robust.bad=1 needs 5 contributions, 2 came\n" in capsys.readouterr().err
 
 
-def test_a_robust_rule_wants_a_worker_for_each_client() -> None:
-    def program(exchange: Exchange) -> None:
-        net = mlp()
-        train(exchange, net, sgd(net.parameters()), mpips.Clients.split(data(60), 6), 5, mode="fedavg", rule="median")
+@pytest.mark.parametrize("size", [1, 3, 9])
+def test_a_rule_with_too_few_clients_a_round_is_refused(size: int) -> None:
+    """However many workers there are."""
 
-    with pytest.raises(ConfigError, match="6 clients a round on 2 workers"):
-        World(3).run(program)
+    def program(exchange: Exchange, clients: int) -> None:
+        net = mlp()
+        given, settings = mpips.Clients.split(data(60), clients), {"clients": {"fraction": 0.5}}
+        train(exchange, net, sgd(net.parameters()), given, 5, mode="fedavg", rule="krum", **settings)
+
+    with pytest.raises(ConfigError, match=r"krum with robust\.bad=1 needs 5 contributions, 4 came, the clients of a round"):
+        World(size).run(lambda e: program(e, 8))
+    World(size).run(lambda e: program(e, 10))
 
 
 @pytest.mark.parametrize(("before", "after"), [("sync", "diloco"), ("diloco", "sync"), ("local_sgd", "fedavg")])

@@ -33,9 +33,15 @@ def counter() -> nn.Module:
     return model
 
 
+def set_gradients(client: mpips.Client, value: float = -1.0) -> None:
+    """As backward would leave them."""
+    for p in client.replica.flat.parameters:
+        p.grad = torch.full_like(p, value)
+
+
 def push(client: mpips.Client, gradient: float = -1.0) -> None:
     """A contribution that adds 1 to each weight of the server, with SGD and learning rate 1."""
-    client.replica.flat.grad.fill_(gradient)
+    set_gradients(client, gradient)
     client.push(0.0, 1)
     client.pull()
 

@@ -102,6 +102,25 @@ def test_preempted_then_resumed(mpirun: Any, tmp_path: Path) -> None:
     assert_same_runs(tmp_path / "whole", tmp_path / "early")
 
 
+def test_preempted_where_requests_are_answered_then_resumed(mpirun: Any, tmp_path: Path) -> None:
+    """Which worker takes which batch is chance, but each item is taken once in each of the three epochs."""
+    flags = ["--mode", "async", "--overlap"]
+    early = mpirun(3, SCRIPT, *flags, "--run_dir", "run", "--preempt-at", 13, "--die-rank", 2)
+    assert early.returncode == 75, early.stdout + early.stderr
+    assert "preempted" in early.stdout
+    assert not (tmp_path / "run" / "DONE").exists()
+    saved = last(tmp_path / "run")["round"]
+    assert 13 <= saved == len(metrics(tmp_path / "run")) < 63
+    resumed = mpirun(3, SCRIPT, *flags, "--run_dir", "run", "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert weights(resumed.stdout)
+    assert (tmp_path / "run" / "DONE").exists()
+    taken = metrics(tmp_path / "run")
+    assert [row["round"] for row in taken] == list(range(1, 64)), "21 batches an epoch"
+    for epoch in range(3):
+        assert sum(row["samples"] for row in taken if row["epoch"] == epoch) == 330
+
+
 def simulated(world: World, folder: str, **settings: Any) -> list[str]:
 
     def program(exchange: Any) -> str:
@@ -312,3 +331,47 @@ def test_a_script_whose_name_begins_alike_is_not_resumed() -> None:
     again.mkdir(parents=True)
     checkpoint.save(again, 1, {"x": torch.zeros(1)})
     assert folder.last_folder() == again.parent.absolute()
+
+
+UNEVEN: dict[str, tuple[bool, dict[str, Any]]] = {  # whether data is each rank's own, and settings
+    "own": (True, {}),
+    "own, rank 0 trains": (True, {"server_trains": True}),
+    "own, async": (True, {"mode": "async"}),
+    "dealt": (False, {"mode": "async"}),
+}
+
+
+@pytest.mark.parametrize("own, settings", UNEVEN.values(), ids=list(UNEVEN))
+@pytest.mark.parametrize("stop_at", [0, 2], ids=["before any push", "after a few"])
+def test_a_worker_that_took_no_item_goes_on_with_its_streams(own: bool, settings: dict[str, Any], stop_at: int) -> None:
+    """Each rank draws before every loop; the first loop is cut, and in that the last rank takes nothing."""
+    size = 4
+
+    def program(exchange: Any, folder: str, cut: bool, resume: str = "no") -> list[float]:
+        import mpips
+
+        torch.manual_seed(exchange.rank)
+        net, idle = torch.nn.Linear(1, 1), exchange.rank == exchange.size - 1
+        sgd = torch.optim.SGD(net.parameters(), lr=0.0)
+        ps = mpips.connect(net, sgd, exchange=exchange, run_dir=folder, resume=resume, **settings)
+        drawn = []
+        for _ in ps.epochs(1):
+            for loop in range(2):
+                torch.rand(1)
+                if cut and not stop_at:
+                    ps.preempt()
+                for (x,) in ps.batches((torch.ones(0 if own and idle and not loop else 6, 1),), 1, shard=not own):
+                    loss = net(x).sum()
+                    loss.backward()
+                    ps.step(loss)
+                    if cut and ps.round >= stop_at:
+                        ps.preempt()
+                drawn.append(float(torch.rand(1)))
+        return drawn
+
+    whole = World(size, seed=1).run(lambda e: program(e, "whole", False))
+    with pytest.raises(SystemExit, match="75"):
+        World(size, seed=1).run(lambda e: program(e, "cut", True))
+    assert last(Path("cut"))["ranks"][str(size - 1)]["place"]["taken"] == 0 or not own
+    resumed = World(size, seed=2).run(lambda e: program(e, "cut", False, "auto"))
+    assert resumed == whole

@@ -515,7 +515,7 @@ def test_a_16_bit_model_is_always_its_worker_s_own(size: int, mix: float) -> Non
 def test_a_step_without_samples_lets_no_time_pass() -> None:
     config = mpips.Config(mode="diloco", local=mpips.config.Local(steps=6, fragments=2, delay=3))
     replica = replicate(mlp(), config, 1, World(1).ends[0].allocate)
-    update = make_update(config, replica, 0, 0, 1, FlatOptimizer(replica, momentum, None))
+    update = make_update(choose_mode(config), config, replica, 0, 0, 1, FlatOptimizer(replica, momentum, None))
     assert isinstance(update, Streaming)
     update.received()
     update._due[1] = 2
@@ -628,6 +628,6 @@ def test_a_round_every_share_of_the_steps() -> None:
     for fragments, between in ((1, 500), (2, 250), (3, 167), (4, 125)):
         config = mpips.Config(mode="diloco", local=mpips.config.Local(fragments=fragments, delay=1))
         replica = replicate(mlp(), config, 2, World(1).ends[0].allocate)
-        update = make_update(config, replica, 1, 0, 1, FlatOptimizer(replica, momentum, None))
+        update = make_update(choose_mode(config), config, replica, 1, 0, 1, FlatOptimizer(replica, momentum, None))
         assert isinstance(update, Streaming)
         assert update.steps == between

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from mpips.clients.clients import Clients
 from mpips.clients.round import chosen, hosts
-from mpips.config import Config, ConfigError
+from mpips.config import Config
 from mpips.data import Place
 
 
@@ -27,6 +27,9 @@ class Host(Protocol):
     @property
     def measures(self) -> bool:
         """Whether a client's data pass once before it trains."""
+
+    def check(self, chosen: int) -> None:
+        """So many clients a round are enough for the rule, or ConfigError."""
 
     def begin(self, client: int, size: int, chosen: int, clients: int) -> None:
         """`client`, with `size` items, one of `chosen` in this round out of `clients`, begins."""
@@ -75,16 +78,16 @@ class Hosting:
             self.clients = data if isinstance(data, Clients) else Clients.split(data, update.workers, update.config.seed)
 
     def batches(self, place: Place) -> Iterator[tuple[Any, int, bool]]:
-        """As `Shard.batches`; no items are counted, as no checkpoint lies inside a round."""
-        update, sizes, settings, config = self.update, self.clients.sizes, self.update.config, self.update.config.clients
+        """As `Shard.batches`; no items are counted, as no checkpoint lies inside a round.
+
+        Raises:
+            ConfigError: there are too few clients for the rule.
+        """
+        update, sizes, config = self.update, self.clients.sizes, self.update.config.clients
         drawn = chosen(self.seed, place.epoch, len(sizes), config.fraction)
         filled = drawn if self.own else [k for k in drawn if sizes[k]]
         mine = hosts(drawn, update.workers, update.pinned or self.own, sizes)[update.index]
-        if settings.rule != "mean" and len(drawn) > update.workers:
-            raise ConfigError(
-                f"rule: given {settings.rule!r} with {len(drawn)} clients a round on {update.workers} workers, allowed: mean, "
-                f"or a worker for each client: a worker's clients are summed before the rule sees them"
-            )
+        update.check(len(drawn))
         update.first = (filled or drawn)[0] in mine  # whose integer buffers are taken, on whatever number of workers
         for k in mine:
             self._forget()

@@ -21,6 +21,7 @@ class Place:
         cuts: for each earlier number of workers in this loop, the items that each of those workers had taken.
         samples: samples behind gradients that it has accumulated and not yet pushed.
         validations: validations done in the epoch.
+        inside: whether this rank has come to that loop, though it may have taken nothing there.
     """
 
     epoch: int = 0
@@ -30,20 +31,21 @@ class Place:
     cuts: list[list[int]] = field(default_factory=list)
     samples: int = 0
     validations: int = 0
+    inside: bool = False
 
     @property
     def begun(self) -> bool:
         """Whether the loop is begun and not at its end."""
-        return bool(self.taken or self.cuts) and not self.over
+        return bool(self.inside or self.taken or self.cuts) and not self.over
 
     def next_loop(self) -> None:
         """At the start of the epoch's next `batches` loop."""
-        self.loop, self.taken, self.over, self.cuts = self.loop + 1, 0, False, []
+        self.loop, self.taken, self.over, self.cuts, self.inside = self.loop + 1, 0, False, [], False
 
     def next_epoch(self) -> None:
         """At the start of the next epoch."""
-        self.epoch, self.loop, self.taken, self.over, self.cuts = self.epoch + 1, 0, 0, False, []
-        self.validations = 0
+        self.next_loop()
+        self.epoch, self.loop, self.validations = self.epoch + 1, 0, 0
 
 
 def left(items: Iterable[T], cuts: Sequence[Sequence[int]]) -> Iterable[T]:

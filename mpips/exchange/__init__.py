@@ -24,12 +24,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from mpips.rule import Needs
+
+if TYPE_CHECKING:
+    from mpips.exchange.room import Room
 
 SERVER = 0  # the server's rank
 
@@ -57,6 +60,19 @@ class Exchange(Protocol):
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A `(numel,)` tensor of zeros that this exchange moves without a further copy where it can."""
+
+    def room(self, numel: int, dtype: torch.dtype, pull: int, lines: int, answer: int) -> Room | None:
+        """Memory that all ranks share, for push messages of `(numel,)` and one pull message of bytes; every rank calls this.
+
+        Args:
+            numel, dtype: of a push message.
+            pull: bytes of the pull message.
+            lines: most numbers that a rank reports.
+            answer: numbers in the leader's verdict.
+
+        Returns:
+            None, on every rank, where they do not share memory, or there is too little.
+        """
 
     def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
         """Bring every rank's `(numel,)` float32 or float64 `message` together at the server.

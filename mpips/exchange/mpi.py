@@ -22,7 +22,9 @@ from torch import Tensor
 
 from mpips.exchange import SERVER, Apply, ExchangeError, pieces
 from mpips.exchange.conversation import LARGEST, Conversation
+from mpips.exchange.node import mapped
 from mpips.exchange.patience import patiently
+from mpips.exchange.room import Room, sizes
 from mpips.exchange.staging import Staging
 from mpips.rule import Needs
 
@@ -113,6 +115,19 @@ class MpiExchange:
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """See `Exchange`."""
         return torch.zeros(numel, dtype=dtype, device=device)
+
+    def room(self, numel: int, dtype: torch.dtype, pull: int, lines: int, answer: int) -> Room | None:
+        """See `Exchange`."""
+        node = self.comm.Split_type(self._mpi.COMM_TYPE_SHARED, self.rank)
+        found = None
+        if self._here(node):
+            found = mapped(node, sizes(self.size, numel, dtype, pull, lines, answer))
+        node.Free()
+        return Room(self.rank, self.size, *found, dtype) if found else None
+
+    def _here(self, node: MPI.Comm) -> bool:
+        """Whether all ranks are on one node."""
+        return bool(node.size == self.size)
 
     def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
         """See `Exchange`."""

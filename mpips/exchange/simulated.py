@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mpips.exchange import SERVER, Apply, ExchangeError, landing, pieces
 from mpips.exchange.mailbox import Letter, Mailbox, raw
+from mpips.exchange.room import Room, sizes
 from mpips.exchange.schedule import Killed as Killed
 from mpips.exchange.schedule import Schedule
 from mpips.rule import Needs
@@ -32,6 +33,7 @@ class World(Schedule["SimulatedExchange"]):
         bandwidth: virtual bytes a second.
         clock: a real clock to use in place of virtual time.
         bucket: largest slice, in bytes, that `combine` hands over as rows.
+        shares: whether the ranks share memory.
     """
 
     def __init__(
@@ -42,9 +44,11 @@ class World(Schedule["SimulatedExchange"]):
         bandwidth: float = 1e10,
         clock: Callable[[], float] | None = None,
         bucket: int = 1 << 24,
+        shares: bool = False,
     ) -> None:
         super().__init__([SimulatedExchange(self, rank, size) for rank in range(size)], seed)
-        self.size, self.bucket, self.real_clock = size, bucket, clock
+        self.size, self.bucket, self.real_clock, self.shares = size, bucket, clock, shares
+        self.arrived_here, self.released = [0] * size, 0  # how often, in rooms
         self.latency, self.bandwidth = latency, bandwidth
         self.time = [0.0] * size
         self.mail = Mailbox()
@@ -97,6 +101,33 @@ class World(Schedule["SimulatedExchange"]):
         return " and ".join(sorted({name for name, _ in self._here.values()}))
 
 
+class Gates:
+    """How simulated ranks wait for each other in a room; see `Meeting`."""
+
+    def __init__(self, end: SimulatedExchange) -> None:
+        self._end, self.leads = end, end.rank == SERVER
+
+    def arrive(self) -> None:
+        """See `Meeting`."""
+        world, rank = self._end.world, self._end.rank
+        world.begin(rank, "arrive")
+        world.arrived_here[rank] += 1
+        if self.leads:
+            turn = world.arrived_here[rank]
+            world.wait(rank, "arrive", lambda: all(times >= turn for times in world.arrived_here))
+
+    def release(self) -> None:
+        """See `Meeting`."""
+        world, rank = self._end.world, self._end.rank
+        if self.leads:
+            world.released += 1
+            world.time = [max(world.time) + world.latency] * world.size
+        else:
+            world.begin(rank, "release")
+            turn = world.arrived_here[rank]
+            world.wait(rank, "release", lambda: world.released >= turn)
+
+
 class SimulatedExchange:
     """One rank's end of a simulated world; see `mpips.exchange.Exchange`."""
 
@@ -109,6 +140,17 @@ class SimulatedExchange:
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """See `Exchange`."""
         return torch.zeros(numel, dtype=dtype, device=device)
+
+    def room(self, numel: int, dtype: torch.dtype, pull: int, lines: int, answer: int) -> Room | None:
+        """See `Exchange`."""
+        if not self.world.shares:
+            return None
+        wanted = sizes(self.size, numel, dtype, pull, lines, answer)
+        parts = self._meet(
+            "room", f"room{tuple(wanted)}", None, lambda given: [torch.zeros(n, dtype=torch.uint8) for n in wanted], 0
+        )
+        assert isinstance(parts, list)
+        return Room(self.rank, self.size, parts, Gates(self), dtype)
 
     def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
         """See `Exchange`."""

@@ -44,10 +44,10 @@ class Sent:
 
     def tree(self) -> dict[str, Any]:
         """For a checkpoint: what the adaptive compensation follows. The weights are sent anew after it."""
-        return {k: v for k, v in self.compensation.tree().items() if k != "sent"} if self.compensation else {}
+        return self.compensation.tree() if self.compensation else {}
 
     def put(self, tree: dict[str, Any]) -> None:
         """Take back what `tree` gave."""
         if self.compensation:
-            self.compensation.put({"sent": {}, **tree})
+            self.compensation.put(tree)
             self._keys.clear()

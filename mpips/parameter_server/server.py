@@ -44,8 +44,6 @@ class ParameterServer(Service):
         if self.workers > 1 and backup >= self.workers:
             raise ConfigError(f"backup_workers: given {backup} with {self.workers} workers, allowed: fewer than the workers")
         self.ahead = self.config.staleness.bound - self.config.overlap  # while a push travels its worker is one clock further
-        if self.config.overlap and (backup or (self.mode.bounded and self.ahead < 0)):
-            raise ConfigError("overlap: given True, allowed: false with backup_workers, and with ssp at staleness.bound 0")
         ranks = range(self.first, self.first + self.workers)
         self.roll, self.dealing = Roll(ranks), Dealing(ranks)
         self._here = Control()  # the answer to a worker on this rank

@@ -16,6 +16,10 @@ derive a class from `Rule` and enter it in RULES (see CONTRIBUTING.md), or leave
 | bulyan    | gram  | Krum's choice, trimmed around the median                            | `bad`, 4 bad + 3 <= n           |
 | rfa       | gram  | geometric median                                                    | less than half of the weight    |
 | cclip     | gram  | last result, moved by differences cut to `robust.radius`            | bounds what each can do         |
+
+Contributions are those of workers; in federated modes those of a round's clients, wherever they are hosted (`mpips/lanes.py`).
+"gram" trusts its second collective: a rank that sends something else in the sum than what its inner products were computed from
+is not noticed.
 """
 
 from __future__ import annotations

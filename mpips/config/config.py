@@ -1,0 +1,94 @@
+"""The tree of settings. A new one is a line here or in its group: a default, its help, and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+from mpips.config.error import check
+from mpips.config.groups import Checkpointing, Clients, Local, Outer, Robust, Staleness, Stopping
+
+TAKEN = (  # names that a metric cannot have: other columns of the messages and of the report
+    *("samples", "weight", "loss", "bad", "done", "stop", "signal", "round", "train", "wait", "steps", "tickets", "want"),
+    *("epoch", "version", "lr", "time", "event", "rank", "ranks", "epochs", "samples_per_s", "self"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every setting of a run. `--help` of any script that connects lists them."""
+
+    mode: str = field(default="sync", metadata={"help": "how workers and server take turns: sync, async, local_sgd ..."})
+    backup_workers: int = field(default=0, metadata={"help": "sync: do not wait for the last so many; late ones are left out"})
+    overlap: bool = field(default=False, metadata={"help": "async, ssp: compute the next update while the last one travels"})
+    rule: str = field(default="mean", metadata={"help": "how contributions are combined"})
+    deterministic: bool = field(
+        default=False, metadata={"help": "the same bits from any MPI library, algorithm and placement (Gather, not Reduce)"}
+    )
+    server_trains: bool = field(default=False, metadata={"help": "rank 0 also trains, so that no GPU serves alone"})
+    buffers: Literal["mean", "server", "local"] = field(
+        default="mean", metadata={"help": "BatchNorm statistics and other buffers: combined, rank 0's, or each rank's own"}
+    )
+    nonfinite: Literal["raise", "drop", "skip"] = field(
+        default="raise", metadata={"help": "a NaN or Inf update: end the run, leave that worker out, or skip the round"}
+    )
+    clip: float | None = field(default=None, metadata={"help": "the combined gradient's largest global norm"})
+    loss_scale: float | None = field(
+        default=None, metadata={"help": "fp16: the first loss scale; it is then halved and doubled as needed"}
+    )
+    schedule: Literal["epoch", "round"] = field(default="epoch", metadata={"help": "when the LR scheduler steps"})
+    metrics: tuple[str, ...] = field(default=(), metadata={"help": "names of the extra metrics given to step()"})
+    seed: int = field(default=0, metadata={"help": "order of the data; the random streams are the script's own"})
+    bucket_mb: float = field(default=16.0, metadata={"help": "largest single message, in MB (10^6 bytes)"})
+    shared_memory: bool = field(default=True, metadata={"help": "ranks of a node share weights and gradients in memory"})
+    plan: Literal["auto", "root", "sharded"] = field(
+        default="auto", metadata={"help": "who steps: rank 0, each rank its slice of the weights, or whichever is faster"}
+    )
+    cuda_aware: bool = field(default=False, metadata={"help": "hand device pointers to MPI; only for a CUDA-aware MPI"})
+    run_dir: str | None = field(default=None, metadata={"help": "the run's folder; default runs/<time>-<script>"})
+    resume: str = field(default="no", metadata={"help": "no, auto (the newest checkpoint, if any), or a file or run folder"})
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
+    stop: Stopping = field(default_factory=Stopping)
+    staleness: Staleness = field(default_factory=Staleness)
+    local: Local = field(default_factory=Local)
+    outer: Outer = field(default_factory=Outer)
+    clients: Clients = field(default_factory=Clients)
+    robust: Robust = field(default_factory=Robust)
+
+    def __post_init__(self) -> None:
+        check("backup_workers", self.backup_workers, "a whole number, 0 or more", self.backup_workers >= 0)
+        check("clip", self.clip, "a number above 0", self.clip is None or 0 < self.clip < math.inf)
+        check("loss_scale", self.loss_scale, "a number above 0", self.loss_scale is None or 0 < self.loss_scale < math.inf)
+        free = [name for name in self.metrics if name.isidentifier() and name not in TAKEN]
+        good = free == list(dict.fromkeys(self.metrics))
+        check("metrics", list(self.metrics), f"different Python names, none of {', '.join(TAKEN)}", good)
+        check("seed", self.seed, "a whole number from -2^53 to 2^53", abs(self.seed) <= 2**53)
+        check("bucket_mb", self.bucket_mb, "a number from 0.001 to 1000", 0.001 <= self.bucket_mb <= 1000)
+        check("resume", self.resume, "no, auto, or a path", self.resume != "")
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting by its dotted key, in a fixed order."""
+        return dict(flatten("", dataclasses.asdict(self)))
+
+    def yaml(self) -> str:
+        """The tree as a YAML file that `--config` takes."""
+        tree = dataclasses.asdict(self) | {"metrics": list(self.metrics)}
+        return yaml.safe_dump(tree, sort_keys=False)
+
+
+# flags that begin so are ours
+GROUPS = tuple(f.name for f in dataclasses.fields(Config) if f.default_factory is not dataclasses.MISSING)
+
+
+def flatten(prefix: str, tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Nested settings by dotted key."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(f"{prefix}{key}.", value)
+        else:
+            yield prefix + key, value

@@ -1,0 +1,128 @@
+"""The groups of settings, each a branch of the tree that `Config` is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mpips.config.error import check
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointing:
+    """When checkpoints are written and how many stay."""
+
+    every: int = field(default=0, metadata={"help": "also after so many rounds; 0: at the end of epochs only"})
+    keep: int = field(default=3, metadata={"help": "the newest so many stay on disk"})
+    epochs: int = field(default=1, metadata={"help": "at the end of each so many epochs, and of the last; 0: of the last only"})
+
+    def __post_init__(self) -> None:
+        check("checkpoint.every", self.every, "a whole number, 0 or more", self.every >= 0)
+        check("checkpoint.epochs", self.epochs, "a whole number, 0 or more", self.epochs >= 0)
+        check("checkpoint.keep", self.keep, "a whole number, 1 or more", self.keep >= 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopping:
+    """When the server ends the run early, judged on the value that `validate` returns."""
+
+    patience: int = field(default=0, metadata={"help": "stop after so many validations without a gain; 0: never"})
+    min_gain: float = field(default=0.0, metadata={"help": "a smaller gain over the best value does not count"})
+    target: float | None = field(default=None, metadata={"help": "stop once the value is at least this good"})
+    goal: Literal["max", "min"] = field(default="max", metadata={"help": "whether a larger or a smaller value is better"})
+
+    def __post_init__(self) -> None:
+        check("stop.patience", self.patience, "a whole number, 0 or more", self.patience >= 0)
+        check("stop.min_gain", self.min_gain, "a number, 0 or more", 0 <= self.min_gain < math.inf)
+        check("stop.target", self.target, "a number or null", self.target is None or math.isfinite(self.target))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staleness:
+    """What an asynchronous server does with contributions that come late; null is the mode's own value."""
+
+    policy: Literal["none", "reject", "inverse", "poly", "hinge", "dc", "dc-adaptive"] | None = field(
+        default=None, metadata={"help": "of a late contribution: take it, reject it, take it scaled, or compensated (DC-ASGD)"}
+    )
+    bound: int = field(
+        default=4, metadata={"help": "ssp: clocks that a worker may be ahead; reject, hinge: versions it may be late"}
+    )
+    power: float = field(default=0.5, metadata={"help": "poly: (1 + staleness) to minus this; hinge: its slope"})
+    strength: float = field(default=0.04, metadata={"help": "dc: lambda; dc-adaptive: its first value"})
+    buffer: int | None = field(default=None, metadata={"help": "contributions that make one server update (fedbuff's K)"})
+
+    def __post_init__(self) -> None:
+        check("staleness.bound", self.bound, "a whole number, 0 or more", self.bound >= 0)
+        check("staleness.power", self.power, "a number, 0 or more", 0 <= self.power < math.inf)
+        check("staleness.strength", self.strength, "a number, 0 or more", 0 <= self.strength < math.inf)
+        check("staleness.buffer", self.buffer, "a whole number, 1 or more, or null", self.buffer is None or self.buffer >= 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """Steps that a worker takes on its own between two rounds; null is the mode's own value."""
+
+    steps: int | None = field(default=None, metadata={"help": "so many local steps between two rounds (H, tau)"})
+    after: int = field(default=0, metadata={"help": "post-local SGD: one step a round for so many rounds first"})
+    moving_rate: float | None = field(default=None, metadata={"help": "easgd: alpha; null: 0.9 / workers"})
+    fragments: int = field(default=1, metadata={"help": "diloco, slowmo: send one of so many fragments at a time (streaming)"})
+    delay: int = field(default=0, metadata={"help": "with fragments: local steps until a fragment's result is taken up"})
+    mix: float = field(
+        default=0.0, metadata={"help": "with fragments: share of the local weights kept when a result is taken up"}
+    )
+
+    def __post_init__(self) -> None:
+        check("local.steps", self.steps, "a whole number, 1 or more, or null", self.steps is None or self.steps >= 1)
+        check("local.after", self.after, "a whole number, 0 or more", self.after >= 0)
+        ok = self.moving_rate is None or 0 <= self.moving_rate <= 1
+        check("local.moving_rate", self.moving_rate, "a number from 0 to 1, or null", ok)
+        check("local.fragments", self.fragments, "a whole number, 1 or more", self.fragments >= 1)
+        check("local.delay", self.delay, "a whole number, 0 or more", self.delay >= 0)
+        check("local.mix", self.mix, "a number from 0 to less than 1", 0 <= self.mix < 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    """The server's own step, in modes where the script's optimizer is the workers'; null is the mode's own value."""
+
+    lr: float | None = field(default=None, metadata={"help": "learning rate"})
+    momentum: float | None = field(default=None, metadata={"help": "momentum; beta_1 of fedadam, fedyogi, fedadagrad"})
+    beta2: float = field(default=0.99, metadata={"help": "fedadam, fedyogi: decay of the second moment"})
+    tau: float = field(default=1e-3, metadata={"help": "fedadam, fedyogi, fedadagrad: their degree of adaptivity"})
+
+    def __post_init__(self) -> None:
+        check("outer.lr", self.lr, "a number above 0, or null", self.lr is None or 0 < self.lr < math.inf)
+        check("outer.momentum", self.momentum, "a number from 0 to less than 1, or null", 0 <= (self.momentum or 0) < 1)
+        check("outer.beta2", self.beta2, "a number from 0 to less than 1", 0 <= self.beta2 < 1)
+        check("outer.tau", self.tau, "a number above 0", 0 < self.tau < math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clients:
+    """Federated training: a round is an epoch in which some clients train, hosted by the workers."""
+
+    fraction: float = field(default=1.0, metadata={"help": "share of the clients in a round (C); at least one takes part"})
+    epochs: int = field(default=1, metadata={"help": "a client's epochs in a round (E)"})
+    mu: float = field(default=0.01, metadata={"help": "fedprox: weight of the proximal term"})
+    q: float = field(default=1.0, metadata={"help": "qfedavg: 0 is the plain mean, more is fairer"})
+
+    def __post_init__(self) -> None:
+        check("clients.fraction", self.fraction, "a number from 0 to 1", 0 <= self.fraction <= 1)
+        check("clients.epochs", self.epochs, "a whole number, 1 or more", self.epochs >= 1)
+        check("clients.mu", self.mu, "a number, 0 or more", 0 <= self.mu < math.inf)
+        check("clients.q", self.q, "a number, 0 or more", 0 <= self.q < math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Robust:
+    """What the rules that withstand faulty workers assume."""
+
+    bad: int = field(default=1, metadata={"help": "faulty contributions to withstand (f)"})
+    radius: float = field(default=1.0, metadata={"help": "cclip, normclip: the largest norm that counts in full"})
+    iterations: int = field(default=8, metadata={"help": "rfa, cclip: iterations"})
+
+    def __post_init__(self) -> None:
+        check("robust.bad", self.bad, "a whole number, 0 or more", self.bad >= 0)
+        check("robust.radius", self.radius, "a number above 0", 0 < self.radius < math.inf)
+        check("robust.iterations", self.iterations, "a whole number, 1 or more", self.iterations >= 1)

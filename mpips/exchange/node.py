@@ -1,0 +1,64 @@
+"""The ranks of one node: memory that all of them map, and how they wait for each other in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mpips.exchange import memory
+from mpips.exchange.semaphore import SIZE, Semaphore
+
+
+class Gates:
+    """A gate for each rank of a node: all arrive at the leader's, rank 0's, who then opens the others'.
+
+    Args:
+        mapped: memory that begins with a gate for each rank, all closed.
+        rank, size: this rank's number on its node, and how many they are.
+    """
+
+    def __init__(self, mapped: Any, rank: int, size: int) -> None:
+        self.leads = rank == 0
+        self._gates = [Semaphore(mapped, SIZE * number) for number in range(size)]
+        self._own = self._gates[rank]
+        if self.leads:
+            for gate in self._gates:
+                gate.create()
+
+    def arrive(self) -> None:
+        """This rank has come; the leader waits until all have."""
+        if not self.leads:
+            self._gates[0].post()
+            return
+        for _ in self._gates[1:]:
+            self._own.take()
+
+    def release(self) -> None:
+        """The leader, after `arrive`, lets the others go on; they wait for that."""
+        if not self.leads:
+            self._own.take()
+            return
+        for gate in self._gates[1:]:
+            gate.post()
+
+
+def mapped(node: Any, sizes: list[int]) -> tuple[list[Tensor], Gates] | None:
+    """Memory that every rank of the communicator `node` maps: tensors of so many bytes, zero, and gates.
+
+    None on all of them if they do not ask for the same, or there is no room for it.
+    """
+    starts, end = [], SIZE * node.size
+    for size in sizes:
+        end = -(-end // memory.PAGE) * memory.PAGE
+        starts.append(end)
+        end += size
+    asked = np.empty((node.size, 2), dtype=np.int64)
+    node.Allgather(np.array([len(sizes), end], dtype=np.int64), asked)
+    room = memory.mapped(node, end) if (asked == asked[0]).all() else None
+    if room is None:
+        return None
+    gates = Gates(room, node.rank, node.size)
+    node.Barrier()
+    return [memory.tensor(room, start, size) for start, size in zip(starts, sizes, strict=True)], gates

@@ -1,0 +1,53 @@
+"""POSIX semaphores in shared memory: how the ranks of a node wait for each other.
+
+A rank that waits tries for a moment, letting others run between two tries, then sleeps in the kernel: so it neither burns a
+core nor is late. To wake a sleeping rank takes some 5 us, on virtual machines 100. Posting and taking a semaphore also orders
+what the ranks write to memory (POSIX, memory synchronization).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import time
+
+AWAKE = 0.0005  # seconds; a small round is over by then
+SIZE = 64  # bytes for each, a cache line; glibc and musl need 32 at most
+_at_once = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock: for calls that return at once
+_waiting = ctypes.CDLL(None, use_errno=True)
+
+
+class Semaphore:
+    """One at an address that several processes map.
+
+    Args:
+        memory: what they map.
+        offset: where in it, in bytes.
+    """
+
+    def __init__(self, memory: mmap.mmap, offset: int) -> None:
+        self._held = ctypes.c_char.from_buffer(memory, offset)  # so that the memory stays mapped
+        self._at = ctypes.c_void_p(ctypes.addressof(self._held))
+
+    def create(self) -> None:
+        """Make it, with the value 0; one process does this, before the others use it."""
+        if _at_once.sem_init(self._at, 1, 0):
+            raise OSError(ctypes.get_errno(), "sem_init failed")
+
+    def post(self) -> None:
+        """Add one, and wake who waits for it."""
+        _at_once.sem_post(self._at)
+
+    def take(self) -> None:
+        """Wait until it is above zero, and subtract one."""
+        attempt, at = _at_once.sem_trywait, self._at
+        if not attempt(at):
+            return
+        awake = time.perf_counter() + AWAKE
+        while time.perf_counter() < awake:
+            os.sched_yield()
+            if not attempt(at):
+                return
+        while _waiting.sem_wait(self._at):  # a signal came: its Python handler runs between two calls
+            pass

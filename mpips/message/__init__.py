@@ -1,0 +1,37 @@
+"""The two messages of a round, each one tensor that is allocated once: Push to the server, Pull back.
+
+    Push  float32 or float64   | gradients | float buffers | second || integer buffers | presence | one row per rank |
+    Pull  bytes                | control   | weights (the model's dtype)     | second | buffers                        |
+
+Modes with local steps push the new weights, or their change, in the gradients' place. `second` is a further vector of that
+length which a mode may need (scaffold's control variates). Left of `||` is the body, which a rule combines; right of it the
+tail, which is summed. A rank writes its own row of the tail and leaves the others zero, so the sum is all rows: counts, losses,
+flags and metrics of every rank, without a message more.
+All of the tail is exact in float32: counts below 2^24, and integers in four limbs of 16 bits.
+With `local.fragments` a round is about some of the parameters: theirs of the gradients and of the weights travel, and the rest.
+"""
+
+from mpips.message.pull import Pull
+from mpips.message.push import LIMBS, Allocate, Contribution, Fragment, Heard, Push, wire_dtype
+from mpips.message.replica import NonFiniteError, Replica, replicate
+from mpips.message.words import COLUMNS, CONTROL_BYTES, ROUNDS, Control, Row, Stop
+
+__all__ = [
+    "COLUMNS",
+    "CONTROL_BYTES",
+    "LIMBS",
+    "ROUNDS",
+    "Allocate",
+    "Contribution",
+    "Control",
+    "Fragment",
+    "Heard",
+    "NonFiniteError",
+    "Pull",
+    "Push",
+    "Replica",
+    "Row",
+    "Stop",
+    "replicate",
+    "wire_dtype",
+]

@@ -1,0 +1,68 @@
+"""The message back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpips.buffers import Buffers
+from mpips.flat import ALIGNMENT, Flat
+from mpips.message.push import Allocate, wire_dtype
+from mpips.message.words import CONTROL_BYTES, WORDS, Control
+
+
+class Pull:
+    """The message back.
+
+    Attributes:
+        message: all of it, as bytes.
+        weights: view in the model's dtype.
+        second: a view like it, in the wire's dtype; None where the mode has none.
+        buffers: views, in the order of `Buffers.tensors`.
+    """
+
+    def __init__(self, flat: Flat, buffers: Buffers, allocate: Allocate, vectors: int = 1) -> None:
+        wire = wire_dtype(flat.weights.dtype)
+        sizes = [flat.numel * flat.weights.element_size(), (vectors - 1) * flat.numel * wire.itemsize]
+        sizes += [t.numel() * t.element_size() for t in buffers.tensors]
+        starts, end = [], CONTROL_BYTES
+        for size in sizes:
+            starts.append(end)
+            end += -(-size // ALIGNMENT) * ALIGNMENT
+        self._places = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        self._dtypes = [flat.weights.dtype, wire if vectors > 1 else None]
+        self._buffers = [(t.dtype, t.shape) for t in buffers.tensors]
+        self.lay_out(allocate(end, torch.uint8, flat.weights.device))
+
+    def lay_out(self, room: Tensor) -> None:
+        """The message lies in `room`."""
+        self.message, self._words = room, room[:CONTROL_BYTES].view(torch.float64)[:WORDS]
+        self._numbers = None if room.is_cuda else self._words.numpy()
+        spans = [room[place] for place in self._places]
+        weights, second = self._dtypes
+        assert weights is not None
+        self.weights, self.second = spans[0].view(weights), spans[1].view(second) if second else None
+        self.buffers = [span.view(dtype).view(shape) for span, (dtype, shape) in zip(spans[2:], self._buffers, strict=True)]
+        self._behind = room[self._places[1].start :]
+
+    def parts(self, span: slice) -> list[Tensor]:
+        """The message in pieces; of the weights these alone."""
+        return [part for part in (self.control_message, self.weights[span], self._behind) if part.numel()]
+
+    @property
+    def control_message(self) -> Tensor:
+        """The control alone, for what is said between rounds."""
+        return self.message[:CONTROL_BYTES]
+
+    @property
+    def control(self) -> Control:
+        """What the server said last."""
+        return Control(*self._words.tolist())
+
+    @control.setter
+    def control(self, said: Control) -> None:
+        values = list(vars(said).values())
+        if self._numbers is None:
+            self._words.copy_(torch.tensor(values, dtype=torch.float64))
+        else:
+            self._numbers[:] = values

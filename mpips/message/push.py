@@ -1,0 +1,155 @@
+"""The message to the server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpips.buffers import Buffers
+from mpips.flat import Flat
+from mpips.message.words import COLUMNS, Row
+
+LIMBS = 4  # 16-bit pieces of an int64
+
+Allocate = Callable[[int, torch.dtype, torch.device], Tensor]
+
+
+def wire_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """What a model's gradients travel in: MPI cannot sum 16-bit floats, and the server steps on float32 masters."""
+    return torch.float64 if model_dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class Contribution:
+    """One client's, where a rule judges clients.
+
+    Attributes:
+        client: its number.
+        body: `(tail_at,)` of a push message, times the weight; zero of one that does not count.
+        samples, weight, bad: as in `Row`.
+    """
+
+    client: int
+    body: Tensor
+    samples: float = 0
+    weight: float = 0
+    bad: float = 0
+
+
+class Push:
+    """The message to the server.
+
+    Attributes:
+        message: all of it.
+        tail_at: where the tail begins.
+        gradients, floats, limbs, presence: views of its parts.
+        second: a further view of the gradients' length; None where the mode has none.
+        rows: `(size, columns)` view, one row per rank.
+        heard: where the sum of the tails arrives: `limbs`, `presence` and `rows`; the message itself, unless others read it.
+        raw: whether the gradients are not multiplied by their weight; they are where they are combined.
+        span: the elements of the flat buffer that it is about.
+        clients: contributions of this rank's to be sent one by one, beside the message, whose body is then zero (`lanes.py`).
+    """
+
+    def __init__(
+        self, flat: Flat, buffers: Buffers, size: int, metrics: Sequence[str], allocate: Allocate, vectors: int = 1
+    ) -> None:
+        dtype = wire_dtype(flat.weights.dtype)
+        self.columns = COLUMNS + tuple(metrics)
+        lengths = [
+            flat.numel,
+            buffers.float_numel,
+            (vectors - 1) * flat.numel,
+            LIMBS * buffers.integer_numel,
+            len(flat.slots),
+            size * len(self.columns),
+        ]
+        self.span = slice(0, flat.numel)
+        self.clients: list[Contribution] = []
+        self.raw = False
+        self._lay_out(allocate(sum(lengths), dtype, flat.weights.device), lengths)
+
+    def _lay_out(self, room: Tensor, lengths: list[int]) -> None:
+        self.lengths, self.message = lengths, room[: sum(lengths)]
+        self.gradients, self.floats, second, self.limbs, self.presence, rows = torch.split(self.message, lengths)
+        self.second = second if lengths[2] else None
+        self.rows = rows.view(-1, len(self.columns))
+        self._numbers = None if room.is_cuda else self.rows.numpy()  # to write a few numbers at less cost
+        self.tail_at = sum(lengths[:3])
+        self.heard: Push | Heard = self
+
+    def move(self, room: Tensor) -> None:
+        """From now on the message lies in `room`, where other ranks see it."""
+        self._lay_out(room, self.lengths)
+        self.heard = Heard(torch.zeros_like(room[self.tail_at :]), self.lengths[3:], len(self.columns))
+        self.raw = True
+
+    def fill(self) -> None:
+        """Take what is to be sent from the whole message: it is this."""
+
+    def spill(self) -> None:
+        """Put what has come into the whole message."""
+
+    @property
+    def body(self) -> Tensor:
+        """What a rule combines."""
+        return self.message[: self.tail_at]
+
+    def own(self, rank: int) -> list[tuple[int, Tensor]]:
+        """The contributions of this rank: for each its row and its body."""
+        return [(rank, self.body)]
+
+    def write(self, rank: int, row: Row, metrics: Sequence[float]) -> None:
+        """Say `row` and the metrics' sums for this rank; a request has one row, whoever makes it."""
+        values = [*vars(row).values(), *metrics]
+        place = rank if self.rows.shape[0] > 1 else 0
+        if self._numbers is None:
+            self.rows[place].copy_(torch.tensor(values, dtype=self.message.dtype))
+        else:
+            self._numbers[place] = values
+
+    def write_presence(self, present: Sequence[bool]) -> None:
+        """Say which parameters have a gradient."""
+        if all(present):
+            self.presence.fill_(1)
+        else:
+            self.presence.copy_(self.presence.new_tensor(present))
+
+
+class Heard:
+    """The sum of all ranks' tails.
+
+    Attributes:
+        message: all of it.
+        limbs, presence, rows: as in `Push`.
+    """
+
+    def __init__(self, message: Tensor, lengths: list[int], columns: int) -> None:
+        self.message = message
+        self.limbs, self.presence, rows = torch.split(message, lengths)
+        self.rows = rows.view(-1, columns)
+
+
+class Fragment(Push):
+    """The message of neighbouring `slots`, which take up `span`: their part of the gradients, and all that lies behind."""
+
+    def __init__(self, whole: Push, slots: slice, span: slice, room: Tensor) -> None:
+        self.whole, self.slots, self.span, self.columns = whole, slots, span, whole.columns
+        self.clients, self.raw = whole.clients, False
+        self._lay_out(room, [span.stop - span.start, *whole.lengths[1:]])
+
+    def fill(self) -> None:
+        """See `Push`; the other parameters count as absent, so the server passes over them."""
+        self.gradients.copy_(self.whole.gradients[self.span])
+        self.message[self.lengths[0] :].copy_(self.whole.message[self.whole.lengths[0] :])
+        self.presence[: self.slots.start].zero_()
+        self.presence[self.slots.stop :].zero_()
+
+    def spill(self) -> None:
+        """See `Push`."""
+        self.whole.gradients.zero_()
+        self.whole.gradients[self.span].copy_(self.gradients)
+        self.whole.message[self.whole.lengths[0] :].copy_(self.message[self.lengths[0] :])

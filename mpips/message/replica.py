@@ -1,0 +1,118 @@
+"""A rank's copy of the model, laid out in its messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from mpips.buffers import Buffers
+from mpips.config import Config, ConfigError
+from mpips.flat import Flat
+from mpips.message.pull import Pull
+from mpips.message.push import Allocate, Fragment, Push, wire_dtype
+from mpips.message.words import Control
+
+
+class NonFiniteError(RuntimeError):
+    """An update that holds a NaN or Inf: names the rank, the tensor and the round."""
+
+
+class Replica:
+    """This rank's copy of the model, laid out flat inside the two messages.
+
+    Attributes:
+        flat: the model's parameters; their data are views of `pull`, their gradients of `push` where the dtypes agree.
+        buffers: the model's buffers.
+        push, pull: the messages.
+        fragments: what of the push message travels, one in a round, in turn: all of it, unless it has been cut.
+        wire_is_grad: whether gradients accumulate directly in the push message.
+    """
+
+    def __init__(
+        self, flat: Flat, buffers: Buffers, size: int, metrics: Sequence[str], allocate: Allocate, vectors: int = 1
+    ) -> None:
+        self.flat, self.buffers = flat, buffers
+        self.push = Push(flat, buffers, size, metrics, allocate, vectors)
+        self.fragments = [self.push]
+        self.pull = Pull(flat, buffers, allocate, vectors)
+        flat.attach_weights(self.pull.weights)
+        self.wire_is_grad = self.push.message.dtype == flat.weights.dtype
+        if self.wire_is_grad:
+            flat.attach_grad(self.push.gradients)
+
+    def move(self, push: Tensor, pull: Tensor, fill: bool) -> None:
+        """From now on the messages lie in memory that ranks share: `push` is this rank's, `pull` everybody's.
+
+        Args:
+            fill: whether this rank is to fill the pull message with its own; the others' are the same.
+        """
+        old = self.pull.message
+        self.push.move(push)
+        self.pull.lay_out(pull)
+        if fill:
+            pull.copy_(old)
+        self.flat.rehang_weights(self.pull.weights)
+        self.flat.attach_grad(self.push.gradients)
+
+    def cut(self, count: int, allocate: Allocate) -> None:
+        """Let so many fragments take turns: whole parameters, neighbours, each cut where it is nearest to equal shares.
+
+        Raises:
+            ConfigError: there are fewer parameters.
+        """
+        starts, push, numel = [slot.offset for slot in self.flat.slots], self.push, self.flat.numel
+        if count > len(starts):
+            raise ConfigError(f"local.fragments: given {count}, allowed: up to {len(starts)}, the model's trained tensors")
+        cuts = [0]
+        for number in range(1, count):
+            places = range(cuts[-1] + 1, len(starts) - count + number + 1)
+            cuts.append(min(places, key=lambda at: abs(starts[at] * count - numel * number)))
+        spans = [slice(*pair) for pair in pairwise([*(starts[at] for at in cuts), numel])]
+        slots = [slice(*pair) for pair in pairwise([*cuts, len(starts)])]
+        length = max(span.stop - span.start for span in spans) + push.message.numel() - numel
+        room = allocate(length, push.message.dtype, push.message.device)  # for all of them: one travels at a time
+        self.fragments = [Fragment(push, *where, room) for where in zip(slots, spans, strict=True)]
+
+    def push_for(self, round: float) -> Push:
+        """What travels to the server in this round, filled from `push`; the server spills back what came of it."""
+        push = self.fragments[int(round) % len(self.fragments)]
+        push.fill()
+        return push
+
+    def pull_for(self, round: float) -> list[Tensor]:
+        """What travels back in this round."""
+        count = len(self.fragments)
+        return [self.pull.message] if count == 1 else self.pull.parts(self.fragments[int(round) % count].span)
+
+    def clear(self) -> None:
+        """Nothing to push: zero gradients, empty tail."""
+        self.push.message.zero_()
+        self.flat.clear()
+
+    @property
+    def everything(self) -> list[Tensor]:
+        """All that the ranks must have alike before the first round, the pull message first."""
+        rest = [p.data for p in self.flat.frozen.values()]
+        return [self.pull.message, *rest, *self.buffers.named.values()]
+
+    def check_finite(self, control: Control) -> None:
+        """Raise NonFiniteError if the server ended the run for it."""
+        if control.culprit >= 0:
+            raise NonFiniteError(
+                f"rank {control.culprit:.0f} has a NaN or Inf in the gradient of {self.flat.slots[int(control.slot)].name}, "
+                f"round {control.round:.0f}; no rank has taken the update. Look for the cause there, or choose "
+                f'nonfinite="drop" (leave that worker out) or "skip" (skip the round)'
+            )
+
+
+def replicate(model: nn.Module, config: Config, size: int, allocate: Allocate, vectors: int = 1) -> Replica:
+    """Lay `model` out flat, in messages with `size` rows and `vectors` of the weights' length."""
+    flat = Flat(model)
+    buffers = Buffers(flat.model, config.buffers, wire_dtype(flat.weights.dtype))
+    replica = Replica(flat, buffers, size, config.metrics, allocate, vectors)
+    if config.local.fragments > 1:
+        replica.cut(config.local.fragments, allocate)
+    buffers.store(replica.pull.buffers)
+    return replica

@@ -1,0 +1,222 @@
+"""An optimizer that steps on pieces of the flat buffer: those slices of the weights that this rank serves.
+
+Elementwise optimizers give the same bits on pieces of a tensor as on all of it; others are cut between tensors, or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+from torch.optim import Optimizer
+
+from mpips import snapshot
+from mpips.exchange import Exchange, share
+from mpips.flat import Slot
+from mpips.optimizer import FlatOptimizer
+from mpips.outer import FedAdagrad, FedAdam, FedYogi, SlowMo
+from mpips.plan import PIECE
+
+ELEMENTWISE = {
+    *(optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad, optim.Adadelta),
+    *(optim.RMSprop, optim.Rprop, optim.ASGD, FedAdam, FedYogi, FedAdagrad, SlowMo),
+}
+BY_TENSOR = {getattr(optim, name) for name in ("Adafactor", "Muon") if hasattr(optim, name)}
+
+
+class Cut(IntEnum):
+    """Where an optimizer's parameters may be cut."""
+
+    NOWHERE = 0  # it may look at all of them at once
+    TENSORS = 1  # it treats each tensor by itself
+    ELEMENTS = 2  # and each element
+
+
+def where(optimizer: Optimizer) -> Cut:
+    """What is known of this optimizer: of its class itself, as a class derived from it may do anything, and so may hooks."""
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return Cut.NOWHERE
+    if type(optimizer) in ELEMENTWISE:
+        return Cut.ELEMENTS
+    return Cut.TENSORS if type(optimizer) in BY_TENSOR else Cut.NOWHERE
+
+
+class Pieces:
+    """A `FlatOptimizer`, taken to pieces.
+
+    Args:
+        whole: the optimizer, which is given up.
+        span: the slice of the flat buffer to step.
+        gradients: `(numel,)`, where its gradients will be.
+
+    Attributes:
+        torch: the script's optimizer; its parameters are the pieces.
+        scheduler: its scheduler.
+    """
+
+    def __init__(self, whole: FlatOptimizer, span: slice, gradients: Tensor) -> None:
+        self.torch, self.scheduler, self._whole = whole.torch, whole.scheduler, whole
+        self._slots: Sequence[Slot] = whole.replica.flat.slots
+        self._span, self._gradients = span, gradients
+        self._number: dict[Tensor, int] = {p: n for n, p in enumerate(whole.weights)}
+        self._groups = [[self._number[p] for p in group["params"]] for group in self.torch.param_groups]
+        self._kept = {self._number[p]: state for p, state in self.torch.state.items()}
+        self.torch.state.clear()
+        self._pieces: dict[int, list[tuple[nn.Parameter, Tensor, slice]]] = {}
+        for group, numbers in zip(self.torch.param_groups, self._groups, strict=True):
+            for n in numbers:
+                self._pieces[n] = list(self._cut(self._slots[n]))
+            group["params"] = [p for n in numbers for p, _, _ in self._pieces[n]]
+
+    def _cut(self, slot: Slot) -> Iterator[tuple[nn.Parameter, Tensor, slice]]:
+        """The pieces of one tensor: parameter, gradient, and which of its elements."""
+        weights = self._whole.whole
+        start, stop = max(self._span.start, slot.offset), min(self._span.stop, slot.offset + slot.numel)
+        if (start, stop) == (slot.offset, slot.offset + slot.numel) and (
+            slot.numel <= PIECE or where(self.torch) < Cut.ELEMENTS
+        ):
+            yield nn.Parameter(slot.view(weights)), slot.view(self._gradients), slice(0, slot.numel)
+            return
+        for at in range(start, stop, PIECE):
+            part = slice(at, min(at + PIECE, stop))
+            yield nn.Parameter(weights[part]), self._gradients[part], slice(part.start - slot.offset, part.stop - slot.offset)
+
+    @property
+    def lr(self) -> float:
+        """The first group's learning rate."""
+        return float(self.torch.param_groups[0]["lr"])
+
+    def schedule(self, value: float | None = None) -> None:
+        """See `FlatOptimizer`."""
+        self._whole.schedule(value)
+
+    def step(self, present: Sequence[float], factor: float, scale: float) -> None:
+        """One step.
+
+        Args:
+            present: for each tensor how many workers have a gradient; without any it is passed over.
+            factor: what the gradients are multiplied by first.
+            scale: what the learning rates are multiplied by, in this step alone.
+        """
+        for n, cut in self._pieces.items():
+            for p, gradient, _ in cut:
+                p.grad = gradient.mul_(factor) if factor != 1 and present[n] else gradient if present[n] else None
+        with self._whole.scaled(scale):
+            self.torch.step()
+        if not self._whole.replica.wire_is_grad:
+            self._whole.replica.pull.weights[self._span].copy_(self._whole.whole[self._span])
+
+    def settings(self) -> list[float]:
+        """The groups' numbers, such as learning rates, NaN for what is none: as long on every rank with the same optimizer."""
+        return self.settings_of(self.torch)
+
+    @staticmethod
+    def settings_of(optimizer: Optimizer) -> list[float]:
+        """See `settings`."""
+        keys = sorted(optimizer.defaults)
+        return [number for group in optimizer.param_groups for key in keys for number in _numbers(group.get(key))]
+
+    def set(self, numbers: Sequence[float]) -> None:
+        """Take over another rank's `settings`."""
+        rest = iter(numbers)
+        for group in self.torch.param_groups:
+            for key in sorted(self.torch.defaults):
+                new = [next(rest) for _ in _numbers(group.get(key))]
+                if new != _numbers(group.get(key)) and not any(n != n for n in new):
+                    group[key] = _like(group[key], new)
+
+    def spread(self, exchange: Exchange, leads: bool) -> None:
+        """Every rank takes its pieces of the state that the optimizer of the one that `leads` had as a whole."""
+        kinds = {str(n): {k: _kind(v) for k, v in state.items()} for n, state in self._kept.items()}
+        told = snapshot.from_json(share(exchange, snapshot.to_json(kinds).encode()).decode())
+        for n, entries in told.items():
+            for key, (dtype, shape, value) in entries.items():
+                if dtype is None:
+                    self._put(int(n), key, value)
+                    continue
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+                if leads:
+                    tensor.copy_(self._kept[int(n)][key])
+                exchange.publish(tensor.view(-1))
+                self._put(int(n), key, tensor)
+        self._kept.clear()
+
+    def _put(self, n: int, key: str, value: Any) -> None:
+        slot = self._slots[n]
+        for p, _, part in self._pieces.get(n, []):
+            mine = value
+            if isinstance(value, Tensor):
+                if value.numel() == slot.numel and value.dim():
+                    room = torch.empty_strided(slot.shape, slot.stride, dtype=value.dtype).copy_(value)
+                    mine = _in_order(room)[part].clone()
+                    mine = mine.as_strided(p.shape, p.stride()) if mine.numel() == p.numel() else mine
+                else:
+                    mine = value.clone()
+            self.torch.state[p][key] = mine
+
+    def own(self) -> dict[str, Any]:
+        """The state of this rank's pieces, for the server: tensor -> first element -> the state's tensors and numbers."""
+        return {
+            str(n): {str(part.start): {k: v for k, v in self.torch.state[p].items() if v is not None} for p, _, part in cut}
+            for n, cut in self._pieces.items()
+            if any(p in self.torch.state for p, _, _ in cut)
+        }
+
+    def tree(self, elsewhere: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """As `FlatOptimizer.tree`: the same, whoever served what.
+
+        Args:
+            elsewhere: what `own` gave on the other ranks.
+        """
+        members = [[self._slots[n].name for n in numbers] for numbers in self._groups]
+        state: dict[str, Any] = {}
+        for n, slot in enumerate(self._slots):
+            parts = {int(at): kept for own in (self.own(), *elsewhere) for at, kept in own.get(str(n), {}).items()}
+            if parts:
+                ordered = [parts[at] for at in sorted(parts)]
+                state[slot.name] = {k: _joined(slot, [kept[k] for kept in ordered]) for k in ordered[0]}
+        return self._whole.wrap(snapshot.optimizer_tree(self.torch, members, state))
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, (tuple, list)):
+        return [number for one in value for number in _numbers(one)]
+    if isinstance(value, Tensor):
+        return [float(value)]
+    return [float(value)] if isinstance(value, (bool, int, float)) else [float("nan")]
+
+
+def _like(own: Any, new: list[float]) -> Any:
+    if isinstance(own, (tuple, list)):
+        return type(own)(type(o)(n) for o, n in zip(own, new, strict=True))
+    if isinstance(own, Tensor):
+        return own.fill_(new[0])
+    return new[0] if own is None else type(own)(new[0])
+
+
+def _kind(value: Any) -> list[Any]:
+    if isinstance(value, Tensor):
+        return [str(value.dtype).removeprefix("torch."), list(value.shape), None]
+    return [None, None, value]
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """`(numel,)`, the elements as they lie in memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _joined(slot: Slot, parts: list[Any]) -> Any:
+    """The state of a whole tensor from that of its pieces; a number, which they have alike, from the first."""
+    first = parts[0]
+    if not isinstance(first, Tensor) or not first.dim():
+        return first
+    if len(parts) == 1 and first.shape != slot.shape:
+        return first  # not of the tensor's shape: Adafactor's rows and columns
+    whole = torch.empty_strided(slot.shape, slot.stride, dtype=first.dtype)
+    if len(parts) == 1:
+        return whole.copy_(first)  # in whichever order it lies: from another rank it comes row by row
+    torch.cat(parts, out=_in_order(whole))
+    return whole

@@ -80,10 +80,17 @@ class Flat:
         aliases: further name -> first name, for tied parameters.
         slots: the places of the parameters.
         weights: `(numel,)` tensor in the model's dtype; every parameter's data is a view of it.
+        dtype, device: the parameters'.
         grad: `(numel,)` tensor in the model's dtype; every parameter's `.grad` is a view of it from backward to `clear`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, hold: bool = True) -> None:
+        """Lay the parameters out.
+
+        Args:
+            model: the module.
+            hold: move them into memory of its own; without, `attach_weights` and `attach_grad` come before anything else.
+        """
         self.model = unwrap(model)
         self.aliases = _aliases(self.model)
         named = [(clean(n), p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -93,14 +100,18 @@ class Flat:
         self.parameters: list[nn.Parameter] = [p for _, p in named]
         self.slots, self.numel = lay_out(named)
         first = self.parameters[0]
-        self.weights = torch.zeros(self.numel, dtype=first.dtype, device=first.device)
-        self.grad = torch.zeros_like(self.weights)
+        self.dtype, self.device = first.dtype, first.device
         self._touched: set[nn.Parameter] = set()
         self._checked = False
         for p in self.parameters:
             p.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
-        self.attach_weights(self.weights)
-        self._views = self._grads_in(self.grad)  # a gradient is known by being the very same object
+        if hold:
+            self.attach_weights(self.room())
+            self.attach_grad(self.room(), keep=True)
+
+    def room(self) -> Tensor:
+        """Zeros for all of them."""
+        return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
 
     def attach_weights(self, flat: Tensor) -> None:
         """Move the weights into `flat` (`(numel,)`, the model's dtype), whose views the parameters become."""
@@ -116,13 +127,12 @@ class Flat:
             p.data = slot.view(flat)
         self.weights = flat
 
-    def attach_grad(self, flat: Tensor) -> None:
-        """Let gradients accumulate in `flat` (`(numel,)`, the model's dtype)."""
-        self.grad, self._views = flat, self._grads_in(flat)
-        self.clear()
-
-    def _grads_in(self, flat: Tensor) -> dict[Tensor, Tensor]:
-        return {p: slot.view(flat) for slot, p in zip(self.slots, self.parameters, strict=True)}
+    def attach_grad(self, flat: Tensor, keep: bool = False) -> None:
+        """Let gradients accumulate in `flat` (`(numel,)`, the model's dtype); `keep` those that there are."""
+        self.grad = flat
+        self._views = {p: slot.view(flat) for slot, p in zip(self.slots, self.parameters, strict=True)}
+        if not keep:  # a gradient is known by being the very same object
+            self.clear()
 
     def clear(self) -> None:
         """No parameter has a gradient. What is in `grad` stays there, so nothing is written: the next backward does that."""

@@ -258,9 +258,9 @@ def settle(
     Returns:
         None where MPI is to carry the messages.
     """
-    if exchange.size == 1:
+    if exchange.size == 1 or not (simple and config.shared_memory):
         return None
-    shares = simple and config.shared_memory and type(rule) in (Mean, NormClip) and _shareable(replica)
+    shares = type(rule) in (Mean, NormClip) and _shareable(replica)
     cut = Cut.NOWHERE
     if isinstance(optimizer, FlatOptimizer) and replica.wire_is_grad:
         cut = where(optimizer.torch)
@@ -277,6 +277,8 @@ def settle(
     large = replica.flat.numel * replica.flat.weights.element_size() > SMALL
     room.together = cut > Cut.NOWHERE and (config.plan == "sharded" or (config.plan == "auto" and large))
     replica.move(room.rows[exchange.rank], room.pull, fill=room.leads)
+    if isinstance(optimizer, FlatOptimizer):
+        optimizer.rebind()  # nothing is to hold the messages' former memory
     room.publish(lambda: None)
     if room.together:
         assert isinstance(optimizer, FlatOptimizer)
@@ -288,8 +290,6 @@ def settle(
     else:
         room.spans = pieces(slice(0, replica.flat.numel)) if room.leads else []
         own = optimizer if room.leads else None
-        if isinstance(own, FlatOptimizer):
-            own.rebind()
     if room.leads and replica.flat.numel < replica.push.tail_at:
         room.spans.append(slice(replica.flat.numel, replica.push.tail_at))
     return Slices(room, replica, rule, own, config)

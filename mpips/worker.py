@@ -139,6 +139,7 @@ class Worker:
             states = share(self.exchange, b"")
             simple = type(self.update) is Gradient and not self.mode.requests
             self.slices = settle(self.exchange, self.replica, self.config, self._rule, self._optimizer, simple)
+            self._optimizer = None  # what steps here, if anything, is in the slices
         rng.diverge(self.index)
         mine = for_worker(unpack_all(states), self.index, self.workers) if states else None
         if mine is not None:

@@ -46,10 +46,13 @@ class Conversation:
         """At the server: the next request, into `message` or `message[tail:]`; who sent it, and whether it is whole."""
         data, start = self._memory(message), tail * message.element_size()
         whole, short = len(data), len(data) - start
-        found = patiently(self._probe)
+        found = self._probe() or patiently(self._probe)
         rank, length = self._status.source, self._status.count
-        if length:
-            found.Recv(data if landing(rank, length, whole, short) else data[start:])
+        if length == whole > 0:
+            found.Recv(data)
+        elif length:
+            landing(rank, length, whole, short)
+            found.Recv(data[start:])
         else:
             found.Recv(self._empty)
             length = self._length(rank)
@@ -78,7 +81,7 @@ class Conversation:
     def end(self, sent: Any, answer: Tensor, short: int) -> bool:
         """Elsewhere: wait for the answer; whether it is whole."""
         data, end = self._memory(answer), short * answer.element_size()
-        coming = self._comm.Irecv(data[:SMALL], SERVER, ANSWER)
+        coming = self._comm.Irecv(data if len(data) <= SMALL else data[:SMALL], SERVER, ANSWER)
         gone = sent.Test()  # while there is time
         patiently(partial(coming.Test, self._status))
         length = self._status.count

@@ -18,8 +18,14 @@ FOLDER = "/dev/shm"
 PAGE = mmap.PAGESIZE
 
 
-def mapped(node: Any, nbytes: int) -> mmap.mmap | None:
-    """`nbytes` of zeros that every rank of the communicator `node` maps; None, on all of them, where that cannot be."""
+def mapped(node: Any, nbytes: int, own: list[slice]) -> mmap.mmap | None:
+    """Zeros that every rank of the communicator `node` maps; None, on all of them, where that cannot be.
+
+    Args:
+        node: the ranks.
+        nbytes: how many.
+        own: bytes that this rank will work on: they are taken from the memory next to it. All ranks' together are all.
+    """
     path = f"{FOLDER}/mpips-{secrets.token_hex(8)}" if node.rank == 0 else ""
     file = _open(path, os.O_CREAT | os.O_EXCL) if path else -1
     name = np.zeros(256, dtype=np.uint8)
@@ -31,7 +37,8 @@ def mapped(node: Any, nbytes: int) -> mmap.mmap | None:
     opened = _all(node, file >= 0)
     if node.rank == 0 and file >= 0:
         os.unlink(path)
-    if opened and _all(node, node.rank > 0 or _allocate(file, nbytes)):
+    node.Barrier()  # taking the memory may take seconds: a rank killed meanwhile leaves nothing behind
+    if opened and _all(node, all(_allocate(file, part) for part in own)):
         memory = mmap.mmap(file, nbytes)
     if file >= 0:
         os.close(file)
@@ -46,10 +53,11 @@ def _open(path: str, flags: int) -> int:
         return -1
 
 
-def _allocate(file: int, nbytes: int) -> bool:
+def _allocate(file: int, part: slice) -> bool:
     """Whether there is room; a full /dev/shm would else be a bus error at the first write."""
     try:
-        os.posix_fallocate(file, 0, nbytes)
+        if part.start < part.stop:
+            os.posix_fallocate(file, part.start, part.stop - part.start)
     except OSError:
         return False
     return True

@@ -123,7 +123,7 @@ class MpiExchange:
         if self._here(node):
             found = mapped(node, sizes(self.size, numel, dtype, pull, lines, answer))
         node.Free()
-        return Room(self.rank, self.size, *found, dtype) if found else None
+        return Room(self.rank, self.size, *found, numel, dtype) if found else None
 
     def _here(self, node: MPI.Comm) -> bool:
         """Whether all ranks are on one node."""
@@ -175,6 +175,8 @@ class MpiExchange:
 
     def receive(self, message: Tensor, tail: int) -> tuple[int, bool]:
         """See `Exchange`."""
+        if not message.is_cuda:
+            return self._conversation.receive(message, tail)
         buffer = self._staging.host(message, read=False)
         rank, whole = self._conversation.receive(buffer, tail)
         if buffer is not message:
@@ -184,7 +186,7 @@ class MpiExchange:
 
     def reply(self, rank: int, message: Tensor) -> None:
         """See `Exchange`."""
-        self._conversation.reply(rank, self._staging.host(message, read=True))
+        self._conversation.reply(rank, self._staging.host(message, read=True) if message.is_cuda else message)
         self._count("reply", message)
 
     def ask(self, request: Tensor, answer: Tensor, short: int, overlap: bool = False) -> Callable[[], bool]:
@@ -200,8 +202,8 @@ class MpiExchange:
         return lambda: self._answered(converse.result(), room, answer, short)
 
     def _ask(self, request: Tensor, answer: Tensor, short: int) -> bool:
-        sent = self._conversation.begin(self._asked.host(request, read=True))
-        room = self._answer.host(answer, read=False)
+        sent = self._conversation.begin(self._asked.host(request, read=True) if request.is_cuda else request)
+        room = self._answer.host(answer, read=False) if answer.is_cuda else answer
         self._count("ask", request)  # not before, when the server waits for it
         return self._answered(self._conversation.end(sent, room, short), room, answer, short)
 

@@ -56,7 +56,9 @@ def mapped(node: Any, sizes: list[int]) -> tuple[list[Tensor], Gates] | None:
         end += size
     asked = np.empty((node.size, 2), dtype=np.int64)
     node.Allgather(np.array([len(sizes), end], dtype=np.int64), asked)
-    room = memory.mapped(node, end) if (asked == asked[0]).all() else None
+    parts = zip([0, *starts], [SIZE * node.size, *sizes], strict=True)  # of each, a rank has its share next to it
+    own = [slice(at + size * node.rank // node.size, at + size * (node.rank + 1) // node.size) for at, size in parts]
+    room = memory.mapped(node, end, own) if (asked == asked[0]).all() else None
     if room is None:
         return None
     gates = Gates(room, node.rank, node.size)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mpips.exchange import Apply
+from mpips.flat import ALIGNMENT
 
 
 class Meeting(Protocol):
@@ -49,7 +50,12 @@ def sizes(ranks: int, numel: int, dtype: torch.dtype, pull: int, lines: int, ans
         pull: bytes of the pull message.
         lines, answer: numbers in a rank's report, and in the leader's verdict.
     """
-    return [ranks * numel * dtype.itemsize, pull, ranks * lines * 8, answer * 8]
+    return [ranks * _row(numel, dtype), pull, ranks * lines * 8, answer * 8]
+
+
+def _row(numel: int, dtype: torch.dtype) -> int:
+    """The bytes that a push message takes up: the next one is aligned, too."""
+    return -(-numel * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
 class Room:
@@ -59,7 +65,7 @@ class Room:
         rank, size: this rank, and how many they are.
         parts: the memory, as `sizes` has it.
         meeting: how the ranks wait for each other.
-        dtype: of the push messages.
+        numel, dtype: of a push message.
 
     Attributes:
         rows: `(size, numel)`, the push messages by rank.
@@ -69,10 +75,10 @@ class Room:
         together: whether other ranks than the leader serve slices, too.
     """
 
-    def __init__(self, rank: int, size: int, parts: Sequence[Tensor], meeting: Meeting, dtype: torch.dtype) -> None:
+    def __init__(self, rank: int, size: int, parts: Sequence[Tensor], meeting: Meeting, numel: int, dtype: torch.dtype) -> None:
         rows, self.pull, reports, answer = parts
         self.rank, self.size = rank, size
-        self.rows = rows.view(dtype).view(size, -1)
+        self.rows = rows.view(dtype).view(size, -1)[:, :numel]
         self._numbers = self.rows.numpy()
         self._reports, self._answer = reports.view(torch.float64).view(size, -1), answer.view(torch.float64)
         self._meeting, self._arrived, self.leads = meeting, False, meeting.leads
@@ -87,13 +93,13 @@ class Room:
     def combine(self, tail: int, heard: Tensor, apply: Apply) -> None:
         """Every push message is written.
 
-        Where slices are served, the sum of the tails lands in `heard`, and `apply` is called with each slice and its rows
-        `(size, len)`, which are the ranks' own memory.
+        At the leader, and where slices are served, the sum of the tails lands in `heard`. `apply` is called with each slice
+        and its rows `(size, len)`, which are the ranks' own memory.
         """
         self._arrive()
         if self.together:
             self._release()
-        if not self.spans:
+        if not self.spans and not self.leads:
             return
         np.sum(self._numbers[:, tail:], 0, out=heard.numpy())  # for so few, faster than torch
         for span in self.spans:

@@ -147,10 +147,14 @@ class SimulatedExchange:
             return None
         wanted = sizes(self.size, numel, dtype, pull, lines, answer)
         parts = self._meet(
-            "room", f"room{tuple(wanted)}", None, lambda given: [torch.zeros(n, dtype=torch.uint8) for n in wanted], 0
+            "room",
+            f"room({numel} x {dtype}, {pull}, {lines}, {answer})",
+            None,
+            lambda given: [torch.zeros(n, dtype=torch.uint8) for n in wanted],
+            0,
         )
         assert isinstance(parts, list)
-        return Room(self.rank, self.size, parts, Gates(self), dtype)
+        return Room(self.rank, self.size, parts, Gates(self), numel, dtype)
 
     def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
         """See `Exchange`."""

@@ -22,17 +22,17 @@ class Pull:
     """
 
     def __init__(self, flat: Flat, buffers: Buffers, allocate: Allocate, vectors: int = 1) -> None:
-        wire = wire_dtype(flat.weights.dtype)
-        sizes = [flat.numel * flat.weights.element_size(), (vectors - 1) * flat.numel * wire.itemsize]
+        wire = wire_dtype(flat.dtype)
+        sizes = [flat.numel * flat.dtype.itemsize, (vectors - 1) * flat.numel * wire.itemsize]
         sizes += [t.numel() * t.element_size() for t in buffers.tensors]
         starts, end = [], CONTROL_BYTES
         for size in sizes:
             starts.append(end)
             end += -(-size // ALIGNMENT) * ALIGNMENT
         self._places = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-        self._dtypes = [flat.weights.dtype, wire if vectors > 1 else None]
+        self._dtypes = [flat.dtype, wire if vectors > 1 else None]
         self._buffers = [(t.dtype, t.shape) for t in buffers.tensors]
-        self.lay_out(allocate(end, torch.uint8, flat.weights.device))
+        self.lay_out(allocate(end, torch.uint8, flat.device))
 
     def lay_out(self, room: Tensor) -> None:
         """The message lies in `room`."""

@@ -57,7 +57,7 @@ class Push:
     def __init__(
         self, flat: Flat, buffers: Buffers, size: int, metrics: Sequence[str], allocate: Allocate, vectors: int = 1
     ) -> None:
-        dtype = wire_dtype(flat.weights.dtype)
+        dtype = wire_dtype(flat.dtype)
         self.columns = COLUMNS + tuple(metrics)
         lengths = [
             flat.numel,
@@ -70,7 +70,7 @@ class Push:
         self.span = slice(0, flat.numel)
         self.clients: list[Contribution] = []
         self.raw = False
-        self._lay_out(allocate(sum(lengths), dtype, flat.weights.device), lengths)
+        self._lay_out(allocate(sum(lengths), dtype, flat.device), lengths)
 
     def _lay_out(self, room: Tensor, lengths: list[int]) -> None:
         self.lengths, self.message = lengths, room[: sum(lengths)]

@@ -38,9 +38,8 @@ class Replica:
         self.fragments = [self.push]
         self.pull = Pull(flat, buffers, allocate, vectors)
         flat.attach_weights(self.pull.weights)
-        self.wire_is_grad = self.push.message.dtype == flat.weights.dtype
-        if self.wire_is_grad:
-            flat.attach_grad(self.push.gradients)
+        self.wire_is_grad = self.push.message.dtype == flat.dtype
+        flat.attach_grad(self.push.gradients if self.wire_is_grad else flat.room())
 
     def move(self, push: Tensor, pull: Tensor, fill: bool) -> None:
         """From now on the messages lie in memory that ranks share: `push` is this rank's, `pull` everybody's.
@@ -109,8 +108,8 @@ class Replica:
 
 def replicate(model: nn.Module, config: Config, size: int, allocate: Allocate, vectors: int = 1) -> Replica:
     """Lay `model` out flat, in messages with `size` rows and `vectors` of the weights' length."""
-    flat = Flat(model)
-    buffers = Buffers(flat.model, config.buffers, wire_dtype(flat.weights.dtype))
+    flat = Flat(model, hold=False)
+    buffers = Buffers(flat.model, config.buffers, wire_dtype(flat.dtype))
     replica = Replica(flat, buffers, size, config.metrics, allocate, vectors)
     if config.local.fragments > 1:
         replica.cut(config.local.fragments, allocate)

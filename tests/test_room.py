@@ -1,0 +1,391 @@
+"""Rounds in memory that ranks share: what each step promises, and the memory and semaphores beneath."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from programs import OPTIMIZERS, cnn, data, sha, train
+from test_exchange_mpi import on_mpi
+from torch import Tensor
+
+from mpips.exchange import ExchangeError, memory, node, simulated
+from mpips.exchange.room import Room, sizes
+from mpips.exchange.semaphore import SIZE, Semaphore
+from mpips.exchange.simulated import Gates, SimulatedExchange, World
+
+LENGTH, TAIL, LINES, ROUNDS = 40, 30, 4, 3
+
+
+def rounds(room: Room, together: bool, pause: Callable[[], None]) -> bool:
+    """Rounds in which everything is written bit by bit, others coming in between, and whoever reads looks at all there is."""
+    cuts = [TAIL * k // room.size for k in range(room.size + 1)] if together else [0, TAIL] + [TAIL] * (room.size - 1)
+    span = slice(cuts[room.rank], cuts[room.rank + 1])
+    room.together = together
+    room.spans = [span] if span.start < span.stop else []
+    heard, answer = torch.zeros(LENGTH - TAIL), torch.zeros(2, dtype=torch.float64)
+    weights = room.pull[: 4 * TAIL].view(torch.float32)
+    control = room.pull[4 * TAIL :].view(torch.float32)
+
+    def slowly(target: Tensor, value: float) -> None:
+        for part in torch.split(target, max(1, len(target) // 2)):
+            pause()
+            part.fill_(value)
+
+    def apply(part: slice, rows: Tensor) -> None:
+        for k in range(1, room.size):
+            pause()
+            assert (rows[k] == 10 * number + k).all(), "a push that is not whole, or of another round"
+        pause()
+        assert (room.rows[0, part] == 10 * number).all()
+        slowly(room.combined[part], -number)
+
+    for number in range(1, 1 + ROUNDS):
+        slowly(room.rows[room.rank], 10 * number + room.rank)
+        room.combine(TAIL, heard, apply)
+        if room.spans or room.leads:
+            assert (heard == sum(10 * number + k for k in range(room.size))).all(), "a tail that is not whole"
+        values = torch.full((LINES,), 100.0 * number + room.rank, dtype=torch.float64)
+        for again in (0, 1000):  # as when gradients are clipped
+            reports = room.report(values + again)
+            pause()
+            if room.leads:
+                assert (room.combined[:TAIL] == -number).all(), "a slice that is not combined"
+                assert reports[:, 0].tolist() == [100 * number + k + again for k in range(len(reports))]
+                slowly(answer, number + again)
+            room.verdict(answer)
+            pause()
+            assert not together or (answer == number + again).all()
+        slowly(weights[span], number)
+
+        def fill(number: int = number) -> None:
+            assert (weights == number).all(), "a slice that is not stepped"
+            slowly(control, number)
+
+        room.publish(fill)
+        for value in (weights, control):
+            pause()
+            assert (value == number).all(), "a pull message that is not whole"
+    return True
+
+
+def simulate(size: int, together: bool, seed: int) -> list[bool]:
+    world = World(size, seed=seed, shares=True)
+
+    def program(e: SimulatedExchange) -> bool:
+        room = e.room(LENGTH, torch.float32, 4 * (TAIL + 2), LINES, 2)
+        assert room
+        return rounds(room, together, lambda: world.pause(e.rank))
+
+    return world.run(program)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_a_round_keeps_its_promises_whatever_the_schedule(size: int, together: bool) -> None:
+    for seed in range(20):
+        assert simulate(size, together, seed) == [True] * size
+
+
+@pytest.mark.parametrize("call", ["arrive", "release"])
+@pytest.mark.parametrize(
+    ("together", "hole"),
+    [(False, 0), *((True, hole) for hole in range(4))],
+    ids=["root", "combine", "report", "clip", "publish"],
+)
+def test_each_meeting_is_needed(together: bool, hole: int, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without waiting there, some schedule breaks a promise."""
+
+    class Loose(Gates):
+        times = 0
+
+        def arrive(self) -> None:
+            if not (self.leads and self._without("arrive")):
+                super().arrive()
+
+        def release(self) -> None:
+            if self.leads or not self._without("release"):
+                super().release()
+
+        def _without(self, name: str) -> bool:
+            world, rank = self._end.world, self._end.rank
+            if name != call:
+                return False
+            self.times += 1
+            if (self.times - 1) % (4 if together else 1) != hole:
+                return False
+            world.begin(rank, name)
+            world.arrived_here[rank] += name == "arrive"
+            return True
+
+    monkeypatch.setattr(simulated, "Gates", Loose)
+    with pytest.raises(AssertionError, match=r"not whole|not combined|not stepped|assert"):
+        for seed in range(30):
+            simulate(3, together, seed)
+
+
+def test_ranks_that_do_not_ask_for_the_same_room_are_told() -> None:
+    def program(e: SimulatedExchange) -> None:
+        e.room(LENGTH + e.rank, torch.float32, 8, 1, 1)
+
+    with pytest.raises(ExchangeError, match="rank"):
+        World(2, shares=True).run(program)
+    assert World(2).run(lambda e: e.room(8, torch.float32, 8, 1, 1)) == [None, None]
+
+
+class Node:
+    """The communicator of ranks that are threads."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: list[Any]) -> None:
+        self.rank, self.size, self._barrier, self._board = rank, size, barrier, board
+
+    def Barrier(self) -> None:
+        self._barrier.wait(30)
+
+    def Bcast(self, array: Any, root: int) -> None:
+        if self.rank == root:
+            self._board[root] = array.copy()
+        self.Barrier()
+        array[...] = self._board[root]
+        self.Barrier()
+
+    def Allgather(self, own: Any, everyone: Any) -> None:
+        self._board[self.rank] = own.copy()
+        self.Barrier()
+        everyone[...] = np.stack(self._board).reshape(everyone.shape)
+        self.Barrier()
+
+
+def on_threads(size: int, program: Callable[[Node], Any]) -> list[Any]:
+    barrier, board = threading.Barrier(size), [None] * size
+    results: list[Any] = [None] * size
+
+    def body(rank: int) -> None:
+        try:
+            results[rank] = program(Node(rank, size, barrier, board))
+        except BaseException as error:
+            results[rank] = error
+            barrier.abort()
+
+    threads = [threading.Thread(target=body, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+@pytest.fixture
+def shm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In place of /dev/shm, where others may be at work."""
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    monkeypatch.setattr(memory, "FOLDER", str(folder))
+    return folder
+
+
+def test_mapped_memory_is_everybody_s_and_leaves_no_file(shm: Path) -> None:
+    def program(own: Node) -> list[float]:
+        found = memory.mapped(own, 4096 * 3, [slice(0, 4096 * 3)])
+        assert found is not None
+        assert list(shm.iterdir()) == []
+        numbers = memory.tensor(found, 4096, 8 * own.size).view(torch.float64)
+        assert not numbers.any() or own.rank
+        own.Barrier()
+        numbers[own.rank] = own.rank + 1
+        own.Barrier()
+        assert memory.tensor(found, 0, 0).numel() == 0
+        return numbers.tolist()
+
+    assert on_threads(3, program) == [[1, 2, 3]] * 3
+
+
+def test_where_there_is_no_room_all_ranks_are_told(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert on_threads(3, lambda own: memory.mapped(own, 4096, [slice(0, 4096)])) == [None] * 3
+    assert list(shm.iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "FOLDER", "/nowhere")
+    assert on_threads(3, lambda own: memory.mapped(own, 4096, [slice(0, 4096)])) == [None] * 3
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_where_a_rank_cannot_open_the_file_all_are_told(rank: int, shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container of its own it sees another /dev/shm."""
+    genuine = os.open
+
+    def opened(path: Any, *given: Any) -> int:
+        if threading.current_thread().name == f"rank {rank}":
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+        return genuine(path, *given)
+
+    monkeypatch.setattr(os, "open", opened)
+    assert on_threads(3, lambda own: memory.mapped(own, 4096, [slice(0, 4096)])) == [None] * 3
+    assert list(shm.iterdir()) == []
+
+
+def test_the_file_is_gone_before_its_memory_is_taken(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That may take seconds: a rank killed meanwhile leaves nothing behind."""
+    left = []
+    genuine = os.posix_fallocate
+
+    def allocate(*given: Any) -> None:
+        left.extend(shm.iterdir())
+        genuine(*given)
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    assert all(on_threads(2, lambda own: memory.mapped(own, 4096, [slice(0, 4096)]) is not None))
+    assert left == []
+
+
+def test_ranks_of_a_node_that_ask_for_different_sizes_get_nothing(shm: Path) -> None:
+    assert on_threads(3, lambda own: node.mapped(own, [64, 8 + own.rank // 2])) == [None] * 3
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_rounds_between_real_semaphores(size: int, together: bool, shm: Path) -> None:
+    def program(own: Node) -> bool:
+        found = node.mapped(own, sizes(size, LENGTH, torch.float32, 4 * (TAIL + 2), LINES, 2))
+        assert found is not None
+        for part, other in pairwise(found[0]):
+            assert part.data_ptr() + part.numel() <= other.data_ptr()
+            assert other.data_ptr() % memory.PAGE == 0
+        room = Room(own.rank, size, *found, LENGTH, torch.float32)
+        return all(rounds(room, together, lambda: time.sleep(0)) for _ in range(20))
+
+    assert on_threads(size, program) == [True] * size
+
+
+def semaphore() -> Semaphore:
+    made = Semaphore(mmap.mmap(-1, 4096), SIZE)
+    made.create()
+    return made
+
+
+def test_a_semaphore_counts() -> None:
+    one = semaphore()
+    for _ in range(3):
+        one.post()
+    for _ in range(3):
+        one.take()
+    thread = threading.Thread(target=one.take, daemon=True)
+    thread.start()
+    thread.join(0.05)
+    assert thread.is_alive(), "it was not above zero"
+    one.post()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_signal_is_handled_while_a_semaphore_is_waited_for() -> None:
+    """It neither ends the wait nor has to wait itself; what its handler raises comes out."""
+    one, handled = semaphore(), []
+
+    def handler(*_: Any) -> None:
+        handled.append(time.monotonic())
+        if len(handled) == 3:
+            one.post()
+        if len(handled) == 5:
+            raise InterruptedError
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.03, 0.03)
+    try:
+        one.take()
+        assert len(handled) == 3
+        with pytest.raises(InterruptedError):
+            one.take()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def trained(e: Any, **settings: Any) -> tuple[str, bool, dict[str, int]]:
+    net = cnn()
+    ps = train(e, net, OPTIMIZERS["adam"](net.parameters()), data(101), 7, 2, True, deterministic=True, clip=0.5, **settings)
+    half = ps._server or ps._worker
+    assert half is not None
+    return sha(net), half.slices is not None, dict(e.traffic)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("plan", ["root", "sharded"])
+@pytest.mark.parametrize("server_trains", [False, True])
+def test_over_mpi_the_bits_are_those_of_the_simulated_run(plan: str, server_trains: bool) -> None:
+    from mpi4py import MPI
+
+    size, rank = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
+    settings: dict[str, Any] = {"server_trains": server_trains}
+    expected = [weights for weights, *_ in World(size).run(lambda e: trained(e, run_dir=f"simulated-{rank}", **settings))]
+    results = on_mpi(lambda e: trained(e, run_dir="mpi", plan=plan, **settings))
+    assert [weights for weights, *_ in results] == expected
+    assert all(shared for _, shared, _ in results)
+    assert not any(traffic.get("combine calls", 0) for *_, traffic in results)
+    by_messages = on_mpi(lambda e: trained(e, run_dir="messages", shared_memory=False, **settings))
+    assert [weights for weights, *_ in by_messages] == expected
+    weights = 4 * sum(p.numel() for p in cnn().parameters())
+    for (*_, ours), (*_, theirs) in zip(results, by_messages, strict=True):
+        rounds_done = theirs["combine calls"] // 2
+        assert ours["publish bytes"] < theirs["publish bytes"] - (rounds_done - 1) * weights
+
+
+@pytest.mark.mpi(min_size=2)
+def test_without_room_a_run_goes_on_over_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpi4py import MPI
+
+    rank = MPI.COMM_WORLD.rank
+    expected = [weights for weights, *_ in World(MPI.COMM_WORLD.size).run(lambda e: trained(e, run_dir=f"simulated-{rank}"))]
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if rank == 0:
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    results = on_mpi(lambda e: trained(e, run_dir="mpi"))
+    assert [weights for weights, *_ in results] == expected
+    assert not any(shared for _, shared, _ in results)
+    assert all(traffic["combine calls"] for *_, traffic in results)
+
+
+def files() -> set[Path]:
+    return set(Path(memory.FOLDER).glob("mpips-*"))
+
+
+def still_there(before: set[Path]) -> set[Path]:
+    """Files that have come and stay: other runs on this machine have theirs for a moment."""
+    new = files() - before
+    deadline = time.monotonic() + 5
+    while new & files() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return new & files()
+
+
+def test_nothing_is_left_in_memory_however_a_run_ends(mpirun: Any, tmp_path: Path) -> None:
+    before = files()
+    script = ROOT / "tests" / "resumable.py"
+    whole = mpirun(3, script, "--epochs", 1, "--plan", "sharded", "--run_dir", "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert not still_there(before)
+    killed = mpirun(3, script, "--epochs", 1, "--plan", "sharded", "--run_dir", "killed", "--die-at", 4, "--die-rank", 1)
+    assert killed.returncode != 0
+    assert not still_there(before)

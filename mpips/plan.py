@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from mpips.flat import Slot
 
-SMALL = 1 << 20  # bytes; a smaller model is served by rank 0 alone, which spares two meetings
+SMALL = 1 << 21  # bytes; a smaller model is served by rank 0 alone, which spares two meetings
 GRAIN = 1024  # elements: a slice begins at such a multiple in its tensor, so kernels treat its elements as in the whole one
 PIECE = 1 << 18  # elements that are combined, and stepped, at a time: with their momentum they fit a core's cache
 

@@ -69,7 +69,7 @@ class Slices:
             prepare(self.room.rank, self._push, self._rule)
         self.room.combine(self._push.tail_at, self._push.heard.message, self._apply)
 
-    def _apply(self, part: slice, rows: Tensor) -> None:
+    def _apply(self, part: slice, rows: Sequence[Tensor]) -> None:
         """The mean of one slice."""
         if self._weights is None:
             self._weigh()
@@ -80,7 +80,7 @@ class Slices:
             factors, whole = [float(weight > 0) for weight in self._weights], sum(self._weights)
         if not whole:
             return
-        out = _sum(rows.unbind(), factors, self.config.deterministic)
+        out = _sum(rows, factors, self.config.deterministic)
         if whole != 1:
             out.div_(whole)
         if not behind and not math.isfinite(torch.dot(out, out).item()):
@@ -93,7 +93,7 @@ class Slices:
             weights = [float(weight > 0) for weight in weights]
         self._factors = weights, sum(weights)
 
-    def _note_faults(self, part: slice, rows: Tensor) -> None:
+    def _note_faults(self, part: slice, rows: Sequence[Tensor]) -> None:
         """Whose part of the sum is not finite, and in which tensor; the leader's, whose row holds the sum, if no other's."""
         assert self._weights is not None
         self._faulty = True

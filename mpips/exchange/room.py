@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpips.exchange import Apply
 from mpips.flat import ALIGNMENT
 
 
@@ -82,6 +81,7 @@ class Room:
         self._numbers = self.rows.numpy()
         self._reports, self._answer = reports.view(torch.float64).view(size, -1), answer.view(torch.float64)
         self._meeting, self._arrived, self.leads = meeting, False, meeting.leads
+        self._cut: dict[tuple[int, int], Sequence[Tensor]] = {}
         self.spans: list[slice] = []
         self.together = False
 
@@ -90,11 +90,11 @@ class Room:
         """Where what is combined lies: the leader's push message."""
         return self.rows[0]
 
-    def combine(self, tail: int, heard: Tensor, apply: Apply) -> None:
+    def combine(self, tail: int, heard: Tensor, apply: Callable[[slice, Sequence[Tensor]], None]) -> None:
         """Every push message is written.
 
         At the leader, and where slices are served, the sum of the tails lands in `heard`. `apply` is called with each slice
-        and its rows `(size, len)`, which are the ranks' own memory.
+        and each rank's row of it, which is that rank's own memory.
         """
         self._arrive()
         if self.together:
@@ -103,7 +103,14 @@ class Room:
             return
         np.sum(self._numbers[:, tail:], 0, out=heard.numpy())  # for so few, faster than torch
         for span in self.spans:
-            apply(span, self.rows[:, span])
+            apply(span, self._rows_of(span))
+
+    def _rows_of(self, span: slice) -> Sequence[Tensor]:
+        """Made once: for a small model it takes as long as to add them."""
+        key = span.start, span.stop
+        if key not in self._cut:
+            self._cut[key] = self.rows[:, span].unbind()
+        return self._cut[key]
 
     def report(self, values: Tensor) -> Tensor:
         """Every slice is combined: a few numbers of every rank, `(lines,)` of float64, by rank, at the leader."""

@@ -13,13 +13,9 @@ takes as long as the slowest of them; in the end both must have the same weights
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 
 import torch
 from appfl.agent import ServerAgent
@@ -28,11 +24,10 @@ from appfl.config import ServerAgentConfig
 from mpi4py import MPI
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from versus import WARM, arguments, show, timed
 
 import mpips
-from mpips.exchange.patience import patiently
 
-WARM = 2  # rounds of each that are not counted
 RANKS = 3
 
 
@@ -98,16 +93,6 @@ def mpips_round(side: mpips.Server | mpips.Worker) -> None:
         side.step(0.0, 1)
 
 
-def timed(comm: MPI.Comm, call: Callable[[], object]) -> float:
-    """Seconds, the longest of all ranks'."""
-    comm.Barrier()
-    begun = time.perf_counter()
-    call()
-    taken = time.perf_counter() - begun
-    patiently(comm.Ibarrier().Test)  # asleep: a rank that is done takes no core from those that are not
-    return float(comm.allreduce(taken, MPI.MAX))
-
-
 def compare(comm: MPI.Comm, numel: int, repeats: int, folder: str) -> dict[str, list[float]]:
     """Seconds of each round of both, interleaved."""
     theirs, weights = appfl_side(comm.Dup(), folder), torch.zeros(numel)
@@ -128,10 +113,7 @@ def compare(comm: MPI.Comm, numel: int, repeats: int, folder: str) -> dict[str, 
 
 def main() -> None:
     """Both at each size."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mb", type=float, nargs="+", default=[1, 100], help="sizes of the model, of 10^6 bytes")
-    parser.add_argument("--repeats", type=int, default=9)
-    args = parser.parse_args()
+    args = arguments(__doc__)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     mpips.join(mpips.configure())
     comm = MPI.COMM_WORLD.Dup()
@@ -140,12 +122,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for mb in args.mb:
             seconds = compare(comm, round(mb * 250_000), args.repeats, folder)
-            ratio = statistics.median(seconds["appfl"]) / statistics.median(seconds["mpips"])
-            for name, its in seconds.items() if comm.rank == 0 else ():
-                low, middle, high = (1e3 * f(its) for f in (min, statistics.median, max))
-                print(f"{mb:6g} MB {name:>10} {middle:9.2f} ms  ({low:.2f} to {high:.2f})", flush=True)
             if comm.rank == 0:
-                print(f"{mb:6g} MB appfl / mpips: {ratio:.1f}, same weights", flush=True)
+                show(mb, seconds)
 
 
 if __name__ == "__main__":

@@ -12,23 +12,19 @@ a round's time is the longest of the three; in the end both must have the same w
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed.rpc as rpc
 from mpi4py import MPI
 from torch import Tensor, nn
+from versus import WARM, arguments, show, timed
 
 import mpips
-from mpips.exchange.patience import patiently
 
-WARM = 2  # rounds of each that are not counted
 NAMES = ("server", "worker1", "worker2")
 Round = Callable[[Tensor], Tensor]  # a worker's gradient -> the new weights
 
@@ -94,16 +90,6 @@ def gradient_of(rank: int, number: int, numel: int) -> Tensor:
     return (torch.arange(numel, dtype=torch.float32) * (0.1 + rank) + number).sin_()
 
 
-def timed(comm: MPI.Comm, call: Callable[[], object]) -> float:
-    """Seconds, the longest of all ranks'."""
-    comm.Barrier()
-    begun = time.perf_counter()
-    call()
-    taken = time.perf_counter() - begun
-    patiently(comm.Ibarrier().Test)  # asleep: a rank that is done takes no core from those that are not
-    return float(comm.allreduce(taken, MPI.MAX))
-
-
 def compare(comm: MPI.Comm, numel: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of each round of both, interleaved."""
     SERVERS[numel] = RpcServer(numel, comm.size - 1)
@@ -130,10 +116,7 @@ def compare(comm: MPI.Comm, numel: int, repeats: int) -> dict[str, list[float]]:
 
 def main() -> None:
     """Both at each size."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mb", type=float, nargs="+", default=[1, 100], help="sizes of the model, of 10^6 bytes")
-    parser.add_argument("--repeats", type=int, default=9)
-    args = parser.parse_args()
+    args = arguments(__doc__)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     mpips.join(mpips.configure())
     comm = MPI.COMM_WORLD.Dup()
@@ -144,12 +127,8 @@ def main() -> None:
     rpc.init_rpc(NAMES[comm.rank], rank=comm.rank, world_size=comm.size, rpc_backend_options=options)
     for mb in args.mb:
         seconds = compare(comm, round(mb * 250_000), args.repeats)
-        ratio = statistics.median(seconds["torch rpc"]) / statistics.median(seconds["mpips"])
-        for name, its in seconds.items() if comm.rank == 0 else ():
-            low, middle, high = (1e3 * f(its) for f in (min, statistics.median, max))
-            print(f"{mb:6g} MB {name:>10} {middle:9.2f} ms  ({low:.2f} to {high:.2f})", flush=True)
         if comm.rank == 0:
-            print(f"{mb:6g} MB torch rpc / mpips: {ratio:.1f}, same weights", flush=True)
+            show(mb, seconds)
     rpc.shutdown()
 
 

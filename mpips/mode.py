@@ -103,6 +103,11 @@ class Mode:
         return self.step is not None
 
     @property
+    def gradients(self) -> bool:
+        """Whether workers push gradients in rounds, with the model at the server's weights all the time."""
+        return self.update is Gradient and not self.requests
+
+    @property
     def federated(self) -> bool:
         """Whether the workers host clients."""
         return issubclass(self.update, FedAvg)

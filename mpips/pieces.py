@@ -48,17 +48,16 @@ class Pieces:
     """A `FlatOptimizer`, taken to pieces.
 
     Args:
-        whole: the optimizer, which is given up.
+        whole: the optimizer, without masters; it is given up.
         span: the slice of the flat buffer to step.
         gradients: `(numel,)`, where its gradients will be.
 
     Attributes:
         torch: the script's optimizer; its parameters are the pieces.
-        scheduler: its scheduler.
     """
 
     def __init__(self, whole: FlatOptimizer, span: slice, gradients: Tensor) -> None:
-        self.torch, self.scheduler, self._whole = whole.torch, whole.scheduler, whole
+        self.torch, self._whole = whole.torch, whole
         self._slots: Sequence[Slot] = whole.replica.flat.slots
         self._span, self._gradients = span, gradients
         self._number: dict[Tensor, int] = {p: n for n, p in enumerate(whole.weights)}
@@ -106,8 +105,6 @@ class Pieces:
                 p.grad = gradient.mul_(factor) if factor != 1 and present[n] else gradient if present[n] else None
         with self._whole.scaled(scale):
             self.torch.step()
-        if not self._whole.replica.wire_is_grad:
-            self._whole.replica.pull.weights[self._span].copy_(self._whole.whole[self._span])
 
     def settings(self) -> list[float]:
         """The groups' numbers, such as learning rates, NaN for what is none: as long on every rank with the same optimizer."""

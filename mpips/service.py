@@ -29,7 +29,6 @@ from mpips.rule import choose
 from mpips.slices import Slices, settle
 from mpips.state import RankState, pack_all
 from mpips.stopping import LossScale, Patience
-from mpips.update import Gradient
 
 
 class Service:
@@ -131,9 +130,8 @@ class Service:
         self.replica.pull.control = self.control
         self.digest = contract.begin(self.exchange, self.replica, self.config)
         share(self.exchange, self.states)
-        simple = self.mode.update is Gradient and not self.mode.requests
         optimizer = None if isinstance(self.optimizer, Slices) else self.optimizer
-        self.slices = settle(self.exchange, self.replica, self.config, self.rule, optimizer, simple)
+        self.slices = settle(self.exchange, self.replica, self.config, self.rule, optimizer, self.mode.gradients)
         if self.slices:
             self.optimizer = self.slices
         if self.exchange.size > 1 and not self.mode.requests:

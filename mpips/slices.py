@@ -243,7 +243,7 @@ def lines(replica: Replica, ranks: int) -> int:
 
 
 def settle(
-    exchange: Exchange, replica: Replica, config: Config, rule: Rule, optimizer: FlatOptimizer | Average | None, simple: bool
+    exchange: Exchange, replica: Replica, config: Config, rule: Rule, optimizer: FlatOptimizer | Average | None, gradients: bool
 ) -> Slices | None:
     """Move the messages into memory that the ranks share, if they do, and deal out the slices; all ranks call this.
 
@@ -253,17 +253,15 @@ def settle(
         config: the settings.
         rule: combines.
         optimizer: the script's, on this rank; None if it was given none.
-        simple: whether the mode lets workers push gradients and the model be at the server's weights all the time.
+        gradients: whether workers push gradients, in rounds, with the model at the server's weights all the time.
 
     Returns:
         None where MPI is to carry the messages.
     """
-    if exchange.size == 1 or not (simple and config.shared_memory):
+    if exchange.size == 1 or not (gradients and config.shared_memory):
         return None
     shares = type(rule) in (Mean, NormClip) and _shareable(replica)
-    cut = Cut.NOWHERE
-    if isinstance(optimizer, FlatOptimizer) and replica.wire_is_grad:
-        cut = where(optimizer.torch)
+    cut = where(optimizer.torch) if isinstance(optimizer, FlatOptimizer) else Cut.NOWHERE
     kind = type(optimizer.torch).__qualname__ if isinstance(optimizer, FlatOptimizer) else ""
     said = exchange.compare(bytes([shares, cut]) + hashlib.sha256(kind.encode()).digest()[:30])
     if not all(word[0] for word in said):

@@ -28,7 +28,6 @@ from mpips.optimizer import FlatOptimizer, MakeOptimizer, MakeScheduler, Schedul
 from mpips.rule import choose
 from mpips.slices import Slices, settle
 from mpips.state import RankState, for_worker, unpack_all
-from mpips.update import Gradient
 
 
 @dataclass
@@ -112,8 +111,8 @@ class Worker:
             if optimizer is None:
                 raise ConfigError(f"optimizer: given none with mode {self.config.mode}, allowed: the workers' optimizer")
             self.inner = FlatOptimizer(self.replica, optimizer, scheduler)
-        simple = server is None and not mode.local and not mode.requests and self.replica.wire_is_grad
-        self._optimizer = FlatOptimizer(self.replica, optimizer, None) if optimizer is not None and simple else None
+        steps = server is None and mode.gradients and self.replica.wire_is_grad  # a slice of the weights, perhaps
+        self._optimizer = FlatOptimizer(self.replica, optimizer, None) if optimizer is not None and steps else None
         self.update = make_update(mode, self.config, self.replica, exchange.rank, self.index, self.workers, self.inner)
         self.update.here = server is not None
         self.tally = Tally()
@@ -137,8 +136,7 @@ class Worker:
         else:
             contract.begin(self.exchange, self.replica, self.config)
             states = share(self.exchange, b"")
-            simple = type(self.update) is Gradient and not self.mode.requests
-            self.slices = settle(self.exchange, self.replica, self.config, self._rule, self._optimizer, simple)
+            self.slices = settle(self.exchange, self.replica, self.config, self._rule, self._optimizer, self.mode.gradients)
             self._optimizer = None  # what steps here, if anything, is in the slices
         rng.diverge(self.index)
         mine = for_worker(unpack_all(states), self.index, self.workers) if states else None

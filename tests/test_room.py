@@ -25,6 +25,7 @@ from mpips.exchange import ExchangeError, memory, node, simulated
 from mpips.exchange.room import Room, sizes
 from mpips.exchange.semaphore import SIZE, Semaphore
 from mpips.exchange.simulated import Gates, SimulatedExchange, World
+from mpips.flat import ALIGNMENT
 
 LENGTH, TAIL, LINES, ROUNDS = 40, 30, 4, 3
 
@@ -271,6 +272,7 @@ def test_rounds_between_real_semaphores(size: int, together: bool, shm: Path) ->
             assert part.data_ptr() + part.numel() <= other.data_ptr()
             assert other.data_ptr() % memory.PAGE == 0
         room = Room(own.rank, size, *found, LENGTH, torch.float32)
+        assert not any(row.data_ptr() % ALIGNMENT for row in room.rows), "kernels take another path"
         return all(rounds(room, together, lambda: time.sleep(0)) for _ in range(20))
 
     assert on_threads(size, program) == [True] * size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,16 @@ def test_only_rounding_differs_where_bits_are_not_asked_for(chosen: str, dtype: 
             for rank in ours:
                 for a, b in zip(rank, expected[0], strict=True):
                     torch.testing.assert_close(a, b, rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("chosen", ["root", "sharded"])
+def test_batches_of_one_size_are_averaged_without_being_multiplied(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SAMPLES", (7, 7, 7, 7))
+    expected, _ = odd(World(4), ELEMENTWISE["momentum"], torch.float64)
+    ours, _ = odd(sharing(4), ELEMENTWISE["momentum"], torch.float64, (True, chosen == "sharded"), plan=chosen)
+    for rank in ours:
+        for a, b in zip(rank, expected[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

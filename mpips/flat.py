@@ -33,9 +33,11 @@ class Slot:
 
     def view(self, flat: Tensor) -> Tensor:
         """This slot of `flat`, with the tensor's own shape and strides."""
-        return flat[self.offset : self.offset + self.numel].as_strided(
-            self.shape, self.stride, flat.storage_offset() + self.offset
-        )
+        return self.shaped(flat[self.offset : self.offset + self.numel])
+
+    def shaped(self, part: Tensor) -> Tensor:
+        """`part`, `(numel,)`, with the tensor's own shape and strides."""
+        return part.as_strided(self.shape, self.stride, part.storage_offset())
 
 
 def unwrap(model: nn.Module) -> nn.Module:

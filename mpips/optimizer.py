@@ -36,6 +36,7 @@ class FlatOptimizer:
 
     Attributes:
         weights: the parameters that are stepped: the model's, or their float32 masters.
+        saved: masters of a checkpoint that has been put back, where there are none here.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class FlatOptimizer:
         scheduler: Scheduler | MakeScheduler | None,
     ) -> None:
         self.replica = replica
+        self.saved: dict[str, Tensor] = {}
         self.weights = replica.flat.parameters if replica.wire_is_grad else self._masters()
         self.names: dict[Tensor, str] = {p: s.name for p, s in zip(self.weights, replica.flat.slots, strict=True)}
         self.rebind()
@@ -149,11 +151,11 @@ class FlatOptimizer:
 
     def tree(self) -> dict[str, Any]:
         """Optimizer, scheduler and master weights for a checkpoint."""
-        return self.wrap(snapshot.take_optimizer(self.torch, self.names))
-
-    def wrap(self, optimizer: dict[str, Any]) -> dict[str, Any]:
-        """`tree`, with the optimizer's part given."""
         masters = {} if self.replica.wire_is_grad else dict(self.replica.flat.named(self._whole))
+        return self.wrap(snapshot.take_optimizer(self.torch, self.names), masters)
+
+    def wrap(self, optimizer: dict[str, Any], masters: dict[str, Tensor]) -> dict[str, Any]:
+        """`tree`, with the optimizer's part and the masters given."""
         return {"optimizer": optimizer, "scheduler": self._scheduler_tree(), "masters": masters}
 
     def _scheduler_tree(self) -> dict[str, str]:
@@ -169,7 +171,9 @@ class FlatOptimizer:
             raise snapshot.SnapshotError(f"the checkpoint has scheduler {saved}, this run {ours}; give the one of that run")
         if self.scheduler is not None:
             self.scheduler.load_state_dict(snapshot.from_json(tree["scheduler"]["state"]))
-        if not self.replica.wire_is_grad:
+        if self.replica.wire_is_grad:
+            self.saved = tree["masters"]
+        else:
             self._whole.copy_(self.replica.flat.weights)
             for name, master in self.replica.flat.named(self._whole):
                 master.copy_(tree["masters"].get(name, master))

@@ -5,7 +5,7 @@ Elementwise optimizers give the same bits on pieces of a tensor as on all of it;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -24,6 +24,7 @@ ELEMENTWISE = {
     *(optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad, optim.Adadelta),
     *(optim.RMSprop, optim.Rprop, optim.ASGD, FedAdam, FedYogi, FedAdagrad, SlowMo),
 }
+MASTER = "master"  # beside an optimizer's own state of a piece: its weights, where they are not the model's
 BY_TENSOR = {getattr(optim, name) for name in ("Adafactor", "Muon") if hasattr(optim, name)}
 
 
@@ -51,19 +52,33 @@ class Pieces:
         whole: the optimizer, without masters; it is given up.
         span: the slice of the flat buffer to step.
         gradients: `(numel,)`, where its gradients will be.
+        weights: gives a slice of the weights to step.
+        masters: whether these are not the model's, but of higher precision.
 
     Attributes:
         torch: the script's optimizer; its parameters are the pieces.
     """
 
-    def __init__(self, whole: FlatOptimizer, span: slice, gradients: Tensor) -> None:
+    def __init__(
+        self,
+        whole: FlatOptimizer,
+        span: slice,
+        gradients: Tensor,
+        weights: Callable[[slice], Tensor] | None = None,
+        masters: bool = False,
+    ) -> None:
         self.torch, self._whole = whole.torch, whole
+        self._weights, self._masters = weights or (lambda part: whole.whole[part]), masters
         self._slots: Sequence[Slot] = whole.replica.flat.slots
         self._span, self._gradients = span, gradients
         self._number: dict[Tensor, int] = {p: n for n, p in enumerate(whole.weights)}
         self._groups = [[self._number[p] for p in group["params"]] for group in self.torch.param_groups]
         self._kept = {self._number[p]: state for p, state in self.torch.state.items()}
         self.torch.state.clear()
+        if masters:
+            for n, slot in enumerate(self._slots):
+                if slot.name in whole.saved:
+                    self._kept.setdefault(n, {})[MASTER] = whole.saved[slot.name]
         self._pieces: dict[int, list[tuple[nn.Parameter, Tensor, slice]]] = {}
         for group, numbers in zip(self.torch.param_groups, self._groups, strict=True):
             for n in numbers:
@@ -72,16 +87,17 @@ class Pieces:
 
     def _cut(self, slot: Slot) -> Iterator[tuple[nn.Parameter, Tensor, slice]]:
         """The pieces of one tensor: parameter, gradient, and which of its elements."""
-        weights = self._whole.whole
         start, stop = max(self._span.start, slot.offset), min(self._span.stop, slot.offset + slot.numel)
         if (start, stop) == (slot.offset, slot.offset + slot.numel) and (
             slot.numel <= PIECE or where(self.torch) < Cut.ELEMENTS
         ):
-            yield nn.Parameter(slot.view(weights)), slot.view(self._gradients), slice(0, slot.numel)
+            own = slot.shaped(self._weights(slice(start, stop)))
+            yield nn.Parameter(own), slot.view(self._gradients), slice(0, slot.numel)
             return
         for at in range(start, stop, PIECE):
             part = slice(at, min(at + PIECE, stop))
-            yield nn.Parameter(weights[part]), self._gradients[part], slice(part.start - slot.offset, part.stop - slot.offset)
+            own, inside = self._weights(part), slice(part.start - slot.offset, part.stop - slot.offset)
+            yield nn.Parameter(own), self._gradients[part], inside
 
     @property
     def lr(self) -> float:
@@ -152,15 +168,22 @@ class Pieces:
                     mine = mine.as_strided(p.shape, p.stride()) if mine.numel() == p.numel() else mine
                 else:
                     mine = value.clone()
-            self.torch.state[p][key] = mine
+            if key == MASTER:
+                p.data.copy_(mine)
+            else:
+                self.torch.state[p][key] = mine
 
     def own(self) -> dict[str, Any]:
         """The state of this rank's pieces, for the server: tensor -> first element -> the state's tensors and numbers."""
         return {
-            str(n): {str(part.start): {k: v for k, v in self.torch.state[p].items() if v is not None} for p, _, part in cut}
+            str(n): {str(part.start): self._state(p) for p, _, part in cut}
             for n, cut in self._pieces.items()
-            if any(p in self.torch.state for p, _, _ in cut)
+            if self._masters or any(p in self.torch.state for p, _, _ in cut)
         }
+
+    def _state(self, p: nn.Parameter) -> dict[str, Any]:
+        state = self.torch.state.get(p, {})
+        return {k: v for k, v in state.items() if v is not None} | ({MASTER: p.data} if self._masters else {})
 
     def tree(self, elsewhere: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         """As `FlatOptimizer.tree`: the same, whoever served what.
@@ -170,12 +193,17 @@ class Pieces:
         """
         members = [[self._slots[n].name for n in numbers] for numbers in self._groups]
         state: dict[str, Any] = {}
+        masters: dict[str, Tensor] = {}
         for n, slot in enumerate(self._slots):
             parts = {int(at): kept for own in (self.own(), *elsewhere) for at, kept in own.get(str(n), {}).items()}
             if parts:
                 ordered = [parts[at] for at in sorted(parts)]
-                state[slot.name] = {k: _joined(slot, [kept[k] for kept in ordered]) for k in ordered[0]}
-        return self._whole.wrap(snapshot.optimizer_tree(self.torch, members, state))
+                whole = {k: _joined(slot, [kept[k] for kept in ordered]) for k in ordered[0]}
+                if self._masters:
+                    masters[slot.name] = whole.pop(MASTER)
+                if whole:
+                    state[slot.name] = whole
+        return self._whole.wrap(snapshot.optimizer_tree(self.torch, members, state), masters)
 
 
 def _numbers(value: Any) -> list[float]:

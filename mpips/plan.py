@@ -1,31 +1,33 @@
-"""Who serves which slice of the flat buffer.
+"""Who serves which slice of the flat buffer, and in which steps slices travel between nodes.
 
 root     rank 0 all of it
-sharded  every rank its own slice, about as long as the others'
+sharded  every rank its own slice; each node's ranks together as much as any other node's
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 from mpips.flat import Slot
 
 SMALL = 1 << 21  # bytes; a smaller model is served by rank 0 alone, which spares two meetings
 GRAIN = 1024  # elements: a slice begins at such a multiple in its tensor, so kernels treat its elements as in the whole one
 PIECE = 1 << 18  # elements that are combined, and stepped, at a time: with their momentum they fit a core's cache
+LEAST = 1 << 14  # elements that a node sends another at a time, however many nodes there are: fewer would cost more in latency
 
 
-def divide(slots: Sequence[Slot], numel: int, ranks: int, tensors: bool = False) -> list[slice]:
-    """A slice of the flat buffer for each rank, in rank order.
+def divide(slots: Sequence[Slot], numel: int, nodes: Sequence[int], tensors: bool = False) -> list[slice]:
+    """A slice of the flat buffer for each rank, node by node.
 
     Args:
         slots: the tensors.
         numel: the flat buffer's length.
-        ranks: how many serve.
+        nodes: how many ranks serve on each node.
         tensors: cut between tensors only.
     """
-    cuts = [0, *(_cut(slots, numel * rank // ranks, tensors) for rank in range(1, ranks)), numel]
+    ends = [(numel * (node * ranks + k), len(nodes) * ranks) for node, ranks in enumerate(nodes) for k in range(ranks)][1:]
+    cuts = [0, *(_cut(slots, part // whole, tensors) for part, whole in ends), numel]
     return [slice(start, max(start, stop)) for start, stop in pairwise(sorted(cuts))]
 
 
@@ -42,3 +44,23 @@ def _cut(slots: Sequence[Slot], at: int, tensors: bool) -> int:
 def pieces(span: slice, largest: int = PIECE) -> list[slice]:
     """The span in parts of at most `largest` elements."""
     return [slice(start, min(start + largest, span.stop)) for start in range(span.start, span.stop, largest)]
+
+
+def share(span: slice, place: int, count: int) -> slice:
+    """The part of a span for one of `count`."""
+    numel = span.stop - span.start
+    return slice(span.start + numel * place // count, span.start + numel * (place + 1) // count)
+
+
+def steps(nodes: Sequence[Sequence[slice]], largest: int) -> list[list[slice]]:
+    """What travels together between nodes.
+
+    Args:
+        nodes: the slices that each node serves.
+        largest: the most elements of a slice at a time.
+
+    Returns:
+        For each step what of each node's it is about; empty slices where there is nothing left.
+    """
+    cut = [[piece for span in spans for piece in pieces(span, largest)] for spans in nodes]
+    return [list(step) for step in zip_longest(*cut, fillvalue=slice(0, 0))]

@@ -135,11 +135,17 @@ class Service:
         if self.slices:
             self.optimizer = self.slices
         if self.exchange.size > 1 and not self.mode.requests:
-            plan = self.slices.plan if self.slices else "root"
-            how = "shared memory" if self.slices else "messages"
-            self.report.event("plan", plan=plan, exchange=how)
-            self.report.line(f"plan: {plan}, by {how}", always=True)
+            self._say_plan()
         self._last = self.exchange.clock()
+
+    def _say_plan(self) -> None:
+        plan, how = (self.slices.plan, self.slices.how) if self.slices else ("root", "messages")
+        self.report.event("plan", plan=plan, exchange=how)
+        self.report.line(f"plan: {plan}, by {how}", always=True)
+        if self.config.wire != "full" and self.config.wire not in how:
+            self.report.event(
+                "warning", message=f"wire: {self.config.wire} is for plan sharded on several nodes; not used here"
+            )
 
     def step_with(self, scale: float = 1.0) -> None:
         """One server update with what is combined in the push message, the learning rate times `scale`."""

@@ -1,10 +1,10 @@
 """A rank's part of a round in memory that ranks share: it combines and steps the slices that it serves.
 
-    everyone   combine                                  its slices of all push messages become one, in the leader's
-    leader     faults, then step or skip                judges, tells the others, steps its own slices
+    everyone   combine                                  its slices of all push messages become one, in the first of its node
+    server     faults, then step or skip                judges, tells the others, steps its own slices
     others     follow                                   do as they are told
 
-The leader is the server's rank. Where it serves all slices, `follow` is empty and nothing is told.
+Where the server's rank serves all slices, `follow` is empty and nothing is told.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mpips.combine import WEIGHT, prepare
 from mpips.config import Config
 from mpips.exchange import Exchange
-from mpips.exchange.room import Room
+from mpips.exchange.room import Contents, Room
 from mpips.message import Replica
 from mpips.optimizer import Average, FlatOptimizer
 from mpips.pieces import Cut, Pieces, where
@@ -50,7 +50,7 @@ class Slices:
         self._weights: list[float] | None = None
         self._factors: tuple[list[float], float] = [], 0.0
         self._faulty = False
-        self._faults = torch.zeros(lines(replica, room.size), dtype=torch.float64)
+        self._faults = torch.full((room.contents.lines,), math.inf, dtype=torch.float64)
         own = optimizer.settings() if isinstance(optimizer, Pieces) else []
         self._verdict = torch.zeros(SETTINGS + len(own), dtype=torch.float64)
 
@@ -59,66 +59,86 @@ class Slices:
         """The plan's name."""
         return "sharded" if self.room.together else "root"
 
+    @property
+    def how(self) -> str:
+        """How the contributions come together."""
+        nodes, wire = self.room.nodes, str(self.room.contents.wire).removeprefix("torch.")
+        return f"shared memory, {wire} between {len(nodes)} nodes" if len(nodes) > 1 else "shared memory"
+
     def combine(self) -> None:
         """All push messages are written: bring this rank's slices together."""
         self._weights = None
         if self._faulty:
-            self._faults.zero_()
+            self._faults.fill_(math.inf)
         self._faulty = False
         if type(self._rule).prepare is not Rule.prepare:
             prepare(self.room.rank, self._push, self._rule)
-        self.room.combine(self._push.tail_at, self._push.heard.message, self._apply)
+        self.room.combine(self._push.heard.message, self)
 
-    def _apply(self, part: slice, rows: Sequence[Tensor]) -> None:
-        """The mean of one slice."""
+    def add(self, part: slice, rows: Sequence[Tensor]) -> None:
+        """The mean of one slice; the node's part of it if there are others."""
+        factors, whole = self._shares(part)
+        if not whole:
+            return
+        out = _sum(rows, [factors[rank] for rank in self.room.members], self.config.deterministic)
+        if len(self.room.nodes) == 1 and whole != 1:
+            out.div_(whole)
+        self._look(part, out, rows)
+
+    def join(self, part: slice, sums: Sequence[Tensor]) -> None:
+        """The mean of one slice, from the nodes' parts of it."""
+        whole = self._shares(part)[1]
+        if not whole:
+            return
+        total = sums[0].to(self._push.message.dtype, copy=True)
+        for one in sums[1:]:
+            total.add_(one)
+        out = self.room.combined[part]
+        torch.div(total, whole, out=out)
+        self._look(part, out, [])
+
+    def _shares(self, part: slice) -> tuple[list[float], float]:
+        """What each rank's slice is multiplied by, and their sum divided by."""
         if self._weights is None:
             self._weigh()
         assert self._weights is not None
-        behind = part.start >= self._push.gradients.numel()
-        factors, whole = self._factors
-        if behind:  # BatchNorm's statistics, which are multiplied already
-            factors, whole = [float(weight > 0) for weight in self._weights], sum(self._weights)
-        if not whole:
-            return
-        out = _sum(rows, factors, self.config.deterministic)
-        if whole != 1:
-            out.div_(whole)
-        if not behind and not math.isfinite(torch.dot(out, out).item()):
-            self._note_faults(part, rows)
+        if part.start >= self._push.gradients.numel():  # BatchNorm's statistics, which are multiplied already
+            return [float(weight > 0) for weight in self._weights], sum(self._weights)
+        return self._factors
 
     def _weigh(self) -> None:
-        """What each rank's gradient is multiplied by, and their sum divided by; of equal weights only who has one matters."""
+        """Of equal weights only who has one matters."""
         self._weights = weights = self._push.heard.rows[:, WEIGHT].tolist()
         if not self.config.deterministic and len({weight for weight in weights if weight}) == 1:
             weights = [float(weight > 0) for weight in weights]
         self._factors = weights, sum(weights)
 
-    def _note_faults(self, part: slice, rows: Sequence[Tensor]) -> None:
-        """Whose part of the sum is not finite, and in which tensor; the leader's, whose row holds the sum, if no other's."""
+    def _look(self, part: slice, out: Tensor, rows: Sequence[Tensor]) -> None:
+        """Whose part of the sum is not finite, and in which tensor; the first rank's, whose row holds it, if no other's."""
+        if part.start >= self._push.gradients.numel() or math.isfinite(torch.dot(out, out).item()):
+            return
         assert self._weights is not None
         self._faulty = True
-        guilty = [k for k in range(1, len(rows)) if self._weights[k] and not rows[k].isfinite().all()] or [0]
-        for k in guilty:
-            bad = (~rows[k].isfinite()).nonzero()
-            if not len(bad):
-                continue  # large, but not infinite
-            at = part.start + int(bad[0])
-            slot = max(i for i, s in enumerate(self.replica.flat.slots) if s.offset <= at)
-            if not self._faults[k]:
-                self._faults[k] = 1 + slot
+        of = dict(zip(self.room.members, rows, strict=False))
+        guilty = [
+            rank for rank in self.room.members[1:] if rank in of and self._weights[rank] and not of[rank].isfinite().all()
+        ]
+        for rank in guilty or self.room.members[:1]:
+            bad = (~of.get(rank, out).isfinite()).nonzero()
+            if len(bad):  # else large, but not infinite
+                at = part.start + int(bad[0])
+                slot = max(i for i, s in enumerate(self.replica.flat.slots) if s.offset <= at)
+                self._faults[rank] = min(float(self._faults[rank]), slot)
 
     def faults(self) -> dict[int, int]:
-        """At the leader: which ranks' contributions are not finite, with the index of a tensor."""
+        """At the server: which ranks' contributions are not finite, with the index of a tensor."""
         if not self.room.together and not self._faulty:
             return {}
-        table = self.room.report(self._faults)[:, : self.room.size]
-        if not table.any():
-            return {}
-        table = torch.where(table > 0, table, math.inf)
-        return {rank: int(slot) - 1 for rank, slot in enumerate(table.amin(0).tolist()) if slot < math.inf}
+        found = self.room.report(self._faults, "min")
+        return {rank: int(slot) for rank, slot in enumerate(found.tolist()) if slot < math.inf}
 
     def step(self, present: Sequence[float], clip: float | None, scale: float = 1.0) -> None:
-        """At the leader: step, and have the others step; see `FlatOptimizer.step`."""
+        """At the server: step, and have the others step; see `FlatOptimizer.step`."""
         if not isinstance(self._optimizer, Pieces):
             assert self._optimizer
             self._optimizer.step(present, clip, scale)
@@ -126,13 +146,13 @@ class Slices:
         self._tell(1.0, scale)
         factor = 1.0
         if clip is not None:
-            norms = self.room.report(self._norms(present)).sum(0).tolist()
+            norms = self._norms(self.room.report(self._measure(present), "sum").tolist())
             factor = _factor([norm for norm, seen in zip(norms, present, strict=False) if seen], clip, self._push.message)
             self._tell(1.0, scale, factor)
         self._optimizer.step(present, factor, scale)
 
     def skip(self) -> None:
-        """At the leader: no step is taken in this round."""
+        """At the server: no step is taken in this round."""
         if isinstance(self._optimizer, Pieces):
             self._tell(0.0, 1.0)
 
@@ -142,32 +162,42 @@ class Slices:
         self.room.verdict(self._verdict)
 
     def follow(self) -> None:
-        """On the other ranks: do as the leader judges."""
+        """On the other ranks: do as the server judges."""
         if not isinstance(self._optimizer, Pieces):
             return
-        self.room.report(self._faults)
+        self.room.report(self._faults, "min")
         self.room.verdict(self._verdict)
         if not self._verdict[TAKE]:
             return
         present = self._push.heard.presence.tolist()
         if self.config.clip is not None:
-            self.room.report(self._norms(present))
+            self.room.report(self._measure(present), "sum")
             self.room.verdict(self._verdict)
         _, factor, scale, *settings = self._verdict.tolist()
         self._optimizer.set(settings)
         self._optimizer.step(present, factor, scale)
 
-    def _norms(self, present: Sequence[float]) -> Tensor:
-        """The norms of those combined gradients that this rank measures, whole tensors, as `clip_grad_norm_` measures them."""
+    def _measure(self, present: Sequence[float]) -> Tensor:
+        """The norms of those combined gradients that this rank measures, whole tensors, as `clip_grad_norm_` measures them.
+
+        If there are several nodes, which have parts of a tensor, it is the squares of the norms of these parts.
+        """
         norms, gradients = torch.zeros_like(self._faults), self.room.combined
-        middle = [slot.offset + slot.numel // 2 for slot in self.replica.flat.slots]
         for n, slot in enumerate(self.replica.flat.slots):
-            if present[n] and any(span.start <= middle[n] < span.stop for span in self.room.spans):
-                norms[n] = torch.linalg.vector_norm(slot.view(gradients))
+            for span in self.room.spans if present[n] else []:
+                start, stop = max(span.start, slot.offset), min(span.stop, slot.offset + slot.numel)
+                if len(self.room.nodes) > 1 and start < stop:
+                    norms[n] += torch.linalg.vector_norm(gradients[start:stop], dtype=torch.float64) ** 2
+                elif len(self.room.nodes) == 1 and span.start <= slot.offset + slot.numel // 2 < span.stop:
+                    norms[n] = torch.linalg.vector_norm(slot.view(gradients))
         return norms
 
+    def _norms(self, measured: list[float]) -> list[float]:
+        """Of whole tensors, from the sum of all that was measured."""
+        return [math.sqrt(square) for square in measured] if len(self.room.nodes) > 1 else measured
+
     def publish(self, control: Any = None) -> None:
-        """The weights are stepped; the leader adds what else it has to say."""
+        """The weights are stepped; the server adds what else it has to say."""
 
         def fill() -> None:
             if control is not None:
@@ -211,7 +241,7 @@ def _sum(rows: Sequence[Tensor], factors: Sequence[float], exact: bool) -> Tenso
 
     Args:
         rows: of factor 0 may hold anything.
-        factors: one at least is not 0.
+        factors: of each.
         exact: round each product before it is added, as when every rank multiplies its own.
     """
     out, begun = rows[0], False
@@ -228,18 +258,13 @@ def _sum(rows: Sequence[Tensor], factors: Sequence[float], exact: bool) -> Tenso
             out.add_(row * factor)
         else:
             out.add_(row, alpha=factor)
-    return out
+    return out if begun else out.zero_()
 
 
 def _factor(norms: list[float], clip: float, like: Tensor) -> float:
     """What `clip_grad_norm_` multiplies by, computed as it does."""
     total = torch.linalg.vector_norm(torch.tensor(norms, dtype=like.dtype))
     return float(torch.clamp(clip / (total + 1e-6), max=1.0))
-
-
-def lines(replica: Replica, ranks: int) -> int:
-    """How many numbers a rank reports at most: one for each rank, or for each tensor."""
-    return max(ranks, len(replica.flat.slots))
 
 
 def settle(
@@ -269,28 +294,49 @@ def settle(
     cut = Cut(min(word[1] for word in said)) if len({word[2:] for word in said}) == 1 else Cut.NOWHERE
     settings = len(Pieces.settings_of(optimizer.torch)) if cut and isinstance(optimizer, FlatOptimizer) else 0
     push, pull = replica.push.message, replica.pull.message
-    room = exchange.room(push.numel(), push.dtype, pull.numel(), lines(replica, exchange.size), SETTINGS + settings)
+    large = replica.flat.numel * replica.flat.weights.element_size() > SMALL
+    sharded = cut > Cut.NOWHERE and (config.plan == "sharded" or (config.plan == "auto" and large))
+    rounded = config.wire == "bfloat16" and push.dtype == torch.float32
+    contents = Contents(
+        numel=push.numel(),
+        dtype=push.dtype,
+        tail=replica.push.tail_at,
+        pull=pull.numel(),
+        weights=replica.pull.place,
+        lines=max(exchange.size, len(replica.flat.slots)),  # a number for each rank, or for each tensor
+        answer=SETTINGS + settings,
+        together=sharded,
+        between=sharded and not config.deterministic,  # across nodes a node's pushes are added first
+        wire=torch.bfloat16 if rounded else push.dtype,
+    )
+    room = exchange.room(contents)
     if room is None:
         return None
-    large = replica.flat.numel * replica.flat.weights.element_size() > SMALL
-    room.together = cut > Cut.NOWHERE and (config.plan == "sharded" or (config.plan == "auto" and large))
-    replica.move(room.rows[exchange.rank], room.pull, fill=room.leads)
+    replica.move(room.row, room.pull, fill=room.fills)
     if isinstance(optimizer, FlatOptimizer):
         optimizer.rebind()  # nothing is to hold the messages' former memory
-    room.publish(lambda: None)
+    room.meet()
+    span = deal(room, replica, cut)
+    if not sharded:
+        return Slices(room, replica, rule, optimizer if room.leads else None, config)
+    assert isinstance(optimizer, FlatOptimizer)
+    part = Pieces(optimizer, span, room.combined[: replica.flat.numel], room.stepped, room.rounded)
+    part.spread(exchange, room.leads)
+    return Slices(room, replica, rule, part, config)
+
+
+def deal(room: Room, replica: Replica, cut: Cut) -> slice:
+    """Deal out the slices of the body; returns this rank's of the weights."""
+    numel, end = replica.flat.numel, replica.push.tail_at
+    ranks = [rank for node in room.nodes for rank in node]
+    spans = [slice(0, numel)] + [slice(numel, numel)] * (len(ranks) - 1)
     if room.together:
-        assert isinstance(optimizer, FlatOptimizer)
-        span = divide(replica.flat.slots, replica.flat.numel, exchange.size, cut == Cut.TENSORS)[exchange.rank]
-        part = Pieces(optimizer, span, room.combined[: replica.flat.numel])
-        part.spread(exchange, room.leads)
-        room.spans = pieces(span)
-        own: Pieces | FlatOptimizer | Average | None = part
-    else:
-        room.spans = pieces(slice(0, replica.flat.numel)) if room.leads else []
-        own = optimizer if room.leads else None
-    if room.leads and replica.flat.numel < replica.push.tail_at:
-        room.spans.append(slice(replica.flat.numel, replica.push.tail_at))
-    return Slices(room, replica, rule, own, config)
+        spans = divide(replica.flat.slots, numel, [len(node) for node in room.nodes], cut == Cut.TENSORS)
+    own = [pieces(span) for span in spans]
+    if numel < end:  # what lies behind the gradients the server's rank needs, which is the first
+        own[0].append(slice(numel, end))
+    room.serve(own)
+    return spans[ranks.index(room.rank)]
 
 
 def _shareable(replica: Replica) -> bool:

@@ -74,7 +74,7 @@ def join(config: Config) -> Exchange:
         exchange = World(1, clock=time.perf_counter).ends[0]
     else:
         try:
-            exchange = mpi.connect(round(config.bucket_mb * 1e6), config.cuda_aware)
+            exchange = mpi.connect(round(config.bucket_mb * 1e6), config.cuda_aware, config.ranks_per_node)
         except mpi.LaunchError as error:
             raise _refused(error) from None
     failure.end_all_on_exception(exchange)

@@ -74,7 +74,7 @@ def test_state_is_cut_up_stepped_and_put_together(name: str, ranks: int) -> None
             whole.step(give_gradients(whole, 1), None)
         e.publish(whole.replica.pull.weights)
         slots, numel = whole.replica.flat.slots, whole.replica.flat.numel
-        span = divide(slots, numel, ranks, where(whole.torch) == Cut.TENSORS)[e.rank]
+        span = divide(slots, numel, [ranks], where(whole.torch) == Cut.TENSORS)[e.rank]
         own = Pieces(whole, span, whole.replica.push.gradients)
         own.spread(e, e.rank == 0)
         own.step(give_gradients(whole, 2), 1.0, 1.0)

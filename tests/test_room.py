@@ -22,19 +22,24 @@ from test_exchange_mpi import on_mpi
 from torch import Tensor
 
 from mpips.exchange import ExchangeError, memory, node, simulated
-from mpips.exchange.room import Room, sizes
+from mpips.exchange.room import Contents, Room
 from mpips.exchange.semaphore import SIZE, Semaphore
-from mpips.exchange.simulated import Gates, SimulatedExchange, World
+from mpips.exchange.simulated import SimulatedExchange, World
+from mpips.exchange.simulated_room import Gates
 from mpips.flat import ALIGNMENT
 
 LENGTH, TAIL, LINES, ROUNDS = 40, 30, 4, 3
 
 
+def contents(together: bool, numel: int = LENGTH) -> Contents:
+    return Contents(numel, torch.float32, TAIL, 4 * (TAIL + 2), slice(0, 4 * TAIL), LINES, 2, together, together, torch.float32)
+
+
 def rounds(room: Room, together: bool, pause: Callable[[], None]) -> bool:
     """Rounds in which everything is written bit by bit, others coming in between, and whoever reads looks at all there is."""
-    cuts = [TAIL * k // room.size for k in range(room.size + 1)] if together else [0, TAIL] + [TAIL] * (room.size - 1)
+    size = len(room.members)
+    cuts = [TAIL * k // size for k in range(size + 1)] if together else [0, TAIL] + [TAIL] * (size - 1)
     span = slice(cuts[room.rank], cuts[room.rank + 1])
-    room.together = together
     room.spans = [span] if span.start < span.stop else []
     heard, answer = torch.zeros(LENGTH - TAIL), torch.zeros(2, dtype=torch.float64)
     weights = room.pull[: 4 * TAIL].view(torch.float32)
@@ -45,26 +50,31 @@ def rounds(room: Room, together: bool, pause: Callable[[], None]) -> bool:
             pause()
             part.fill_(value)
 
-    def apply(part: slice, rows: Tensor) -> None:
-        for k in range(1, room.size):
+    class Take:
+        def add(self, part: slice, rows: Any) -> None:
+            for k in range(1, size):
+                pause()
+                assert (rows[k] == 10 * number + k).all(), "a push that is not whole, or of another round"
             pause()
-            assert (rows[k] == 10 * number + k).all(), "a push that is not whole, or of another round"
-        pause()
-        assert (room.rows[0, part] == 10 * number).all()
-        slowly(room.combined[part], -number)
+            assert (room.rows[0, part] == 10 * number).all()
+            slowly(room.combined[part], -number)
+
+        def join(self, part: slice, sums: Any) -> None:
+            raise AssertionError("there is one node")
 
     for number in range(1, 1 + ROUNDS):
         slowly(room.rows[room.rank], 10 * number + room.rank)
-        room.combine(TAIL, heard, apply)
+        room.combine(heard, Take())
         if room.spans or room.leads:
-            assert (heard == sum(10 * number + k for k in range(room.size))).all(), "a tail that is not whole"
+            assert (heard == sum(10 * number + k for k in range(size))).all(), "a tail that is not whole"
         values = torch.full((LINES,), 100.0 * number + room.rank, dtype=torch.float64)
         for again in (0, 1000):  # as when gradients are clipped
-            reports = room.report(values + again)
+            reported = room.report(values + again, "sum" if again else "min")
             pause()
             if room.leads:
                 assert (room.combined[:TAIL] == -number).all(), "a slice that is not combined"
-                assert reports[:, 0].tolist() == [100 * number + k + again for k in range(len(reports))]
+                every = [100 * number + k + again for k in range(size if together else 1)]
+                assert reported[0] == (sum(every) if again else min(every))
                 slowly(answer, number + again)
             room.verdict(answer)
             pause()
@@ -86,7 +96,7 @@ def simulate(size: int, together: bool, seed: int) -> list[bool]:
     world = World(size, seed=seed, shares=True)
 
     def program(e: SimulatedExchange) -> bool:
-        room = e.room(LENGTH, torch.float32, 4 * (TAIL + 2), LINES, 2)
+        room = e.room(contents(together))
         assert room
         return rounds(room, together, lambda: world.pause(e.rank))
 
@@ -121,7 +131,7 @@ def test_each_meeting_is_needed(together: bool, hole: int, call: str, monkeypatc
                 super().release()
 
         def _without(self, name: str) -> bool:
-            world, rank = self._end.world, self._end.rank
+            world, rank = self.world, self.rank
             if name != call:
                 return False
             self.times += 1
@@ -139,11 +149,11 @@ def test_each_meeting_is_needed(together: bool, hole: int, call: str, monkeypatc
 
 def test_ranks_that_do_not_ask_for_the_same_room_are_told() -> None:
     def program(e: SimulatedExchange) -> None:
-        e.room(LENGTH + e.rank, torch.float32, 8, 1, 1)
+        e.room(contents(True, LENGTH + e.rank))
 
     with pytest.raises(ExchangeError, match="rank"):
         World(2, shares=True).run(program)
-    assert World(2).run(lambda e: e.room(8, torch.float32, 8, 1, 1)) == [None, None]
+    assert World(2).run(lambda e: e.room(contents(True))) == [None, None]
 
 
 class Node:
@@ -266,12 +276,12 @@ def test_ranks_of_a_node_that_ask_for_different_sizes_get_nothing(shm: Path) -> 
 @pytest.mark.parametrize("size", [2, 4])
 def test_rounds_between_real_semaphores(size: int, together: bool, shm: Path) -> None:
     def program(own: Node) -> bool:
-        found = node.mapped(own, sizes(size, LENGTH, torch.float32, 4 * (TAIL + 2), LINES, 2))
+        found = node.mapped(own, contents(together).sizes(size))
         assert found is not None
         for part, other in pairwise(found[0]):
             assert part.data_ptr() + part.numel() <= other.data_ptr()
             assert other.data_ptr() % memory.PAGE == 0
-        room = Room(own.rank, size, *found, LENGTH, torch.float32)
+        room = Room(range(size), own.rank, *found, contents(together))
         assert not any(row.data_ptr() % ALIGNMENT for row in room.rows), "kernels take another path"
         return all(rounds(room, together, lambda: time.sleep(0)) for _ in range(20))
 

@@ -46,6 +46,12 @@ class Config:
     seed: int = field(default=0, metadata={"help": "order of the data; the random streams are the script's own"})
     bucket_mb: float = field(default=16.0, metadata={"help": "largest single message, in MB (10^6 bytes)"})
     shared_memory: bool = field(default=True, metadata={"help": "ranks of a node share weights and gradients in memory"})
+    ranks_per_node: int = field(
+        default=0, metadata={"help": "at most so many neighbours share memory, as if the others were on other nodes; 0: all"}
+    )
+    wire: Literal["full", "bfloat16"] = field(
+        default="full", metadata={"help": "between nodes: float32 in full, or 16 bits of it, added in float32; plan sharded"}
+    )
     plan: Literal["auto", "root", "sharded"] = field(
         default="auto", metadata={"help": "who steps: rank 0, each rank its slice of the weights, or whichever is faster"}
     )
@@ -69,6 +75,7 @@ class Config:
         check("metrics", list(self.metrics), f"different Python names, none of {', '.join(TAKEN)}", good)
         check("seed", self.seed, "a whole number from -2^53 to 2^53", abs(self.seed) <= 2**53)
         check("bucket_mb", self.bucket_mb, "a number from 0.001 to 1000", 0.001 <= self.bucket_mb <= 1000)
+        check("ranks_per_node", self.ranks_per_node, "a whole number, 0 or more", self.ranks_per_node >= 0)
         check("resume", self.resume, "no, auto, or a path", self.resume != "")
 
     def settings(self) -> dict[str, Any]:

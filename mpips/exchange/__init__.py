@@ -32,7 +32,7 @@ from torch import Tensor
 from mpips.rule import Needs
 
 if TYPE_CHECKING:
-    from mpips.exchange.room import Room
+    from mpips.exchange.room import Contents, Room
 
 SERVER = 0  # the server's rank
 
@@ -61,17 +61,12 @@ class Exchange(Protocol):
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A `(numel,)` tensor of zeros that this exchange moves without a further copy where it can."""
 
-    def room(self, numel: int, dtype: torch.dtype, pull: int, lines: int, answer: int) -> Room | None:
-        """Memory that all ranks share, for push messages of `(numel,)` and one pull message of bytes; every rank calls this.
-
-        Args:
-            numel, dtype: of a push message.
-            pull: bytes of the pull message.
-            lines: most numbers that a rank reports.
-            answer: numbers in the leader's verdict.
+    def room(self, contents: Contents) -> Room | None:
+        """Memory that ranks share for the messages of a round, on each node; every rank calls this.
 
         Returns:
-            None, on every rank, where they do not share memory, or there is too little.
+            None, on every rank, where ranks of a node do not share memory, or there is too little; and if there are several
+            nodes, and the contents are not for these.
         """
 
     def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:

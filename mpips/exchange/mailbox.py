@@ -1,4 +1,4 @@
-"""The requests and answers that are on their way in a simulated world."""
+"""The messages that are on their way in a simulated world."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ class Mailbox:
         requests: rank -> what it has asked and the server not yet received.
         held: ranks whose request the server has received and not answered.
         answers: rank -> the answer that it has not yet taken.
+        between: sender and receiver -> what is under way between them, where these are leaders of nodes.
     """
 
     def __init__(self) -> None:
         self.requests: dict[int, Letter] = {}
         self.held: set[int] = set()
         self.answers: dict[int, Letter] = {}
+        self.between: dict[tuple[int, int], list[Letter]] = {}
 
     def take(self, choose: random.Random) -> tuple[int, Letter]:
         """The request that arrives first, and whose; `choose` decides among several at the same time."""

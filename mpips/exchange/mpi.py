@@ -22,9 +22,11 @@ from torch import Tensor
 
 from mpips.exchange import SERVER, Apply, ExchangeError, pieces
 from mpips.exchange.conversation import LARGEST, Conversation
+from mpips.exchange.leaders import MpiLeaders
 from mpips.exchange.node import mapped
 from mpips.exchange.patience import patiently
-from mpips.exchange.room import Room, sizes
+from mpips.exchange.room import Contents, Room
+from mpips.exchange.rooms import Rooms, sizes
 from mpips.exchange.staging import Staging
 from mpips.rule import Needs
 
@@ -45,8 +47,8 @@ def launched() -> int:
     return max([1, *(int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdigit())])
 
 
-def connect(bucket: int, cuda_aware: bool) -> MpiExchange:
-    """Initialise MPI and join the other ranks.
+def connect(bucket: int, cuda_aware: bool, ranks_per_node: int = 0) -> MpiExchange:
+    """Initialise MPI and join the other ranks; `ranks_per_node` of them at most share memory, all of a node if that is 0.
 
     Raises:
         LaunchError: the launcher started several ranks, but MPI sees only this one.
@@ -67,7 +69,7 @@ def connect(bucket: int, cuda_aware: bool) -> MpiExchange:
     if MPI.COMM_WORLD.size == 1 and launched() > 1:
         raise LaunchError(_singletons(MPI.Get_library_version().splitlines()[0]))
     _share_cores(MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).size)
-    return MpiExchange(MPI.COMM_WORLD.Dup(), bucket, cuda_aware)
+    return MpiExchange(MPI.COMM_WORLD.Dup(), bucket, cuda_aware, ranks_per_node)
 
 
 def _share_cores(ranks_here: int) -> None:
@@ -96,7 +98,7 @@ def _singletons(library: str) -> str:
 class MpiExchange:
     """One rank's end of a communicator; see `mpips.exchange.Exchange`."""
 
-    def __init__(self, comm: MPI.Comm, bucket: int, cuda_aware: bool) -> None:
+    def __init__(self, comm: MPI.Comm, bucket: int, cuda_aware: bool, ranks_per_node: int = 0) -> None:
         from mpi4py import MPI
 
         self._mpi: Any = MPI
@@ -104,7 +106,7 @@ class MpiExchange:
         self.rank, self.size = comm.rank, comm.size
         self.name = MPI.Get_library_version().splitlines()[0].rstrip("\0").split(",")[0].strip()
         self.traffic: Counter[str] = Counter()
-        self._bucket = bucket
+        self._bucket, self._ranks_per_node = bucket, ranks_per_node
         self._staging, self._asked, self._answer = (Staging(cuda_aware) for _ in range(3))
         self._rows = torch.empty(0)
         self._conversation = Conversation(MPI, comm)
@@ -116,18 +118,41 @@ class MpiExchange:
         """See `Exchange`."""
         return torch.zeros(numel, dtype=dtype, device=device)
 
-    def room(self, numel: int, dtype: torch.dtype, pull: int, lines: int, answer: int) -> Room | None:
+    def room(self, contents: Contents) -> Room | None:
         """See `Exchange`."""
-        node = self.comm.Split_type(self._mpi.COMM_TYPE_SHARED, self.rank)
-        found = None
-        if self._here(node):
-            found = mapped(node, sizes(self.size, numel, dtype, pull, lines, answer))
+        node = self._node()
+        nodes = self._nodes(node)
+        if len(nodes) == 1:
+            wanted = contents.sizes(self.size)
+        else:
+            wanted = sizes(contents, node.size, len(nodes), self._bucket)
+        found = mapped(node, wanted) if len(nodes) == 1 or contents.between else None
+        leads = node.rank == 0
         node.Free()
-        return Room(self.rank, self.size, *found, numel, dtype) if found else None
+        if not all(word[0] for word in self.compare(bytes([found is not None]) + bytes(31))):
+            return None
+        assert found
+        if len(nodes) == 1:
+            return Room(nodes[0], self.rank, *found, contents)
+        comm = self.comm.Split(0 if leads else self._mpi.UNDEFINED, self.rank)
+        leaders = MpiLeaders(self._mpi, comm) if leads else None
+        return Rooms(nodes, self.rank, *found, contents, leaders, self._bucket)
 
-    def _here(self, node: MPI.Comm) -> bool:
-        """Whether all ranks are on one node."""
-        return bool(node.size == self.size)
+    def _node(self) -> MPI.Comm:
+        """The ranks that share memory with this one, by rank."""
+        node = self.comm.Split_type(self._mpi.COMM_TYPE_SHARED, self.rank)
+        if not self._ranks_per_node:
+            return node
+        part = node.Split(node.rank // self._ranks_per_node, self.rank)
+        node.Free()
+        return part
+
+    def _nodes(self, node: MPI.Comm) -> list[list[int]]:
+        """The ranks of each node, each in order, by their first rank."""
+        first, firsts = np.array([self.rank], dtype=np.int64), np.empty(self.size, dtype=np.int64)
+        node.Bcast(first, root=0)
+        self.comm.Allgather(first, firsts)
+        return [np.flatnonzero(firsts == rank).tolist() for rank in np.unique(firsts)]
 
     def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
         """See `Exchange`."""

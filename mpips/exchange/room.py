@@ -1,7 +1,7 @@
-"""A round in memory that the ranks share: nothing is sent.
+"""A round in memory that the ranks of a node share: inside it nothing is sent.
 
 The push messages lie beside each other, row by row, and the pull message is there once: its weights are the parameters of every
-rank. What each rank may touch changes when all have arrived and the leader, rank 0, has let them go on:
+rank. What each rank may touch changes when all have arrived and the leader, the node's first rank, has let them go on:
 
 | step    | arrive, release          | then                                                                                   |
 |---------|--------------------------|----------------------------------------------------------------------------------------|
@@ -11,18 +11,55 @@ rank. What each rank may touch changes when all have arrived and the leader, ran
 | publish | every slice is stepped   | the leader fills in the rest, releases; each rank computes on, and writes its push     |
 
 If the leader serves all slices it alone is waited for: combine arrives, publish releases, nothing comes between.
+Several nodes have a room each: `mpips.exchange.rooms`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mpips.flat import ALIGNMENT
+
+Op = Literal["min", "sum"]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a room is to hold.
+
+    Attributes:
+        numel, dtype: of a push message.
+        tail: where its tail begins; the body, left of it, is cut into slices.
+        pull: bytes of the pull message.
+        weights: where in these the weights are.
+        lines: most numbers that a rank reports.
+        answer: numbers in the server's verdict.
+        together: whether other ranks than the server's serve slices, too.
+        between: whether ranks of several nodes may do so.
+        wire: what weights and gradients travel in between nodes.
+    """
+
+    numel: int
+    dtype: torch.dtype
+    tail: int
+    pull: int
+    weights: slice
+    lines: int
+    answer: int
+    together: bool
+    between: bool
+    wire: torch.dtype
+
+    def sizes(self, ranks: int) -> list[int]:
+        """The bytes of the parts that every room has, for so many ranks."""
+        row = -(-self.numel * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT  # the next one is aligned, too
+        return [ranks * row, self.pull, ranks * self.lines * 8, self.answer * 8]
 
 
 class Meeting(Protocol):
@@ -41,69 +78,102 @@ class Meeting(Protocol):
         """The leader lets the others go on, who wait for that."""
 
 
-def sizes(ranks: int, numel: int, dtype: torch.dtype, pull: int, lines: int, answer: int) -> list[int]:
-    """The bytes of a room's parts.
+class Work(Protocol):
+    """What is done with slices of the push messages."""
 
-    Args:
-        ranks, numel, dtype: push messages.
-        pull: bytes of the pull message.
-        lines, answer: numbers in a rank's report, and in the leader's verdict.
-    """
-    return [ranks * _row(numel, dtype), pull, ranks * lines * 8, answer * 8]
+    def add(self, part: slice, rows: Sequence[Tensor]) -> None:
+        """The room's pushes become one, in the memory of the first.
 
+        Args:
+            part: which slice of the body.
+            rows: each rank's, its own memory.
+        """
 
-def _row(numel: int, dtype: torch.dtype) -> int:
-    """The bytes that a push message takes up: the next one is aligned, too."""
-    return -(-numel * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    def join(self, part: slice, sums: Sequence[Tensor]) -> None:
+        """What came of `add` in every room becomes one, in the memory of this room's.
+
+        Args:
+            part: which slice of the body.
+            sums: by node, to be left as they are; this room's first row is one of them.
+        """
 
 
 class Room:
     """One rank's place in it.
 
     Args:
-        rank, size: this rank, and how many they are.
-        parts: the memory, as `sizes` has it.
-        meeting: how the ranks wait for each other.
-        numel, dtype: of a push message.
+        members: the ranks that share it, in order.
+        rank: this one.
+        parts: the memory, as `Contents.sizes` has it.
+        meeting: how they wait for each other.
+        contents: what it holds.
 
     Attributes:
-        rows: `(size, numel)`, the push messages by rank.
+        rows: `(len(members), numel)`, their push messages.
+        row: this rank's.
         pull: the pull message.
-        leads: whether this rank is the leader.
+        weights: `(numel,)`, the model's, in it.
+        leads: whether this rank is the server's.
+        fills: whether this rank is the first of its node.
+        nodes: the ranks of each node.
         spans: what this rank serves, slices of the push message's body.
-        together: whether other ranks than the leader serve slices, too.
+        together: whether other ranks than the server's serve slices, too.
+        rounded: whether the weights that are stepped are not the model's, but these are rounded from them.
     """
 
-    def __init__(self, rank: int, size: int, parts: Sequence[Tensor], meeting: Meeting, numel: int, dtype: torch.dtype) -> None:
-        rows, self.pull, reports, answer = parts
-        self.rank, self.size = rank, size
-        self.rows = rows.view(dtype).view(size, -1)[:, :numel]
+    def __init__(
+        self, members: Sequence[int], rank: int, parts: Sequence[Tensor], meeting: Meeting, contents: Contents
+    ) -> None:
+        rows, self.pull, reports, answer = parts[:4]
+        self.members, self.rank, self.contents = members, rank, contents
+        self.nodes = [list(members)]
+        self.rows = rows.view(contents.dtype).view(len(members), -1)[:, : contents.numel]
         self._numbers = self.rows.numpy()
-        self._reports, self._answer = reports.view(torch.float64).view(size, -1), answer.view(torch.float64)
-        self._meeting, self._arrived, self.leads = meeting, False, meeting.leads
+        self._place = members.index(rank)
+        self.row = self.rows[self._place]
+        self._reports, self._answer = reports.view(torch.float64).view(len(members), -1), answer.view(torch.float64)
+        self._meeting, self._arrived, self.fills = meeting, False, meeting.leads
+        self.leads = rank == 0
+        self.weights = self.pull[contents.weights].view(contents.dtype)
         self._cut: dict[tuple[int, int], Sequence[Tensor]] = {}
         self.spans: list[slice] = []
-        self.together = False
+        self.together, self.rounded = contents.together, False
 
     @property
     def combined(self) -> Tensor:
-        """Where what is combined lies: the leader's push message."""
+        """Where what is combined lies: the first push message."""
         return self.rows[0]
 
-    def combine(self, tail: int, heard: Tensor, apply: Callable[[slice, Sequence[Tensor]], None]) -> None:
+    def stepped(self, part: slice) -> Tensor:
+        """A slice, served by this rank, of the weights that are stepped."""
+        return self.weights[part]
+
+    def serve(self, spans: Sequence[Sequence[slice]]) -> None:
+        """Deal out the slices.
+
+        Args:
+            spans: of each rank, node by node; together they are all of the body.
+        """
+        self.spans = list(spans[self._place])
+
+    def meet(self) -> None:
+        """Wait until all of the room are here."""
+        self._arrive()
+        self._release()
+
+    def combine(self, heard: Tensor, work: Work) -> None:
         """Every push message is written.
 
-        At the leader, and where slices are served, the sum of the tails lands in `heard`. `apply` is called with each slice
-        and each rank's row of it, which is that rank's own memory.
+        At the server, and where slices are served, the sum of all tails lands in `heard`. Then `work` is done.
         """
         self._arrive()
         if self.together:
             self._release()
         if not self.spans and not self.leads:
             return
-        np.sum(self._numbers[:, tail:], 0, out=heard.numpy())  # for so few, faster than torch
+        np.sum(self._numbers[:, self.contents.tail :], 0, out=heard.numpy())  # for so few, faster than torch
         for span in self.spans:
-            apply(span, self._rows_of(span))
+            work.add(span, self._rows_of(span))
 
     def _rows_of(self, span: slice) -> Sequence[Tensor]:
         """Made once: for a small model it takes as long as to add them."""
@@ -112,25 +182,28 @@ class Room:
             self._cut[key] = self.rows[:, span].unbind()
         return self._cut[key]
 
-    def report(self, values: Tensor) -> Tensor:
-        """Every slice is combined: a few numbers of every rank, `(lines,)` of float64, by rank, at the leader."""
+    def report(self, values: Tensor, op: Op) -> Tensor:
+        """Every slice is combined: the least, or the sum, of every rank's numbers, `(lines,)` of float64, at the server."""
         if not self.together:
-            return values.unsqueeze(0)
-        self._reports[self.rank].copy_(values)
+            return values
+        self._reports[self._place].copy_(values)
         self._arrive()
-        return self._reports
+        return self._reported(op)
+
+    def _reported(self, op: Op) -> Tensor:
+        return self._reports.amin(0) if op == "min" else self._reports.sum(0)
 
     def verdict(self, answer: Tensor) -> None:
-        """After `report`: the leader's numbers, float64 of always the same length, land in everybody's `answer`."""
+        """After `report`: the server's numbers, float64 of always the same length, land in everybody's `answer`."""
         if not self.together:
             return
-        if self.leads:
+        if self.fills:
             self._answer.copy_(answer)
         self._release()
         answer.copy_(self._answer)
 
     def publish(self, fill: Callable[[], None]) -> None:
-        """Every rank has done with the pull message as it was, and stepped its slices; the leader completes it with `fill`."""
+        """Every rank has done with the pull message as it was, and stepped its slices; the server completes it with `fill`."""
         if not self._arrived:
             self._arrive()
         if self.leads:

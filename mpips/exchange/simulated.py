@@ -10,16 +10,19 @@ whatever the schedule; the seed decides between requests that arrive at the same
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from mpips.exchange import SERVER, Apply, ExchangeError, landing, pieces
 from mpips.exchange.mailbox import Letter, Mailbox, raw
-from mpips.exchange.room import Room, sizes
+from mpips.exchange.room import Contents, Room
+from mpips.exchange.rooms import Rooms, sizes
 from mpips.exchange.schedule import Killed as Killed
 from mpips.exchange.schedule import Schedule
+from mpips.exchange.simulated_room import Gates, Leaders
 from mpips.rule import Needs
 
 
@@ -33,7 +36,8 @@ class World(Schedule["SimulatedExchange"]):
         bandwidth: virtual bytes a second.
         clock: a real clock to use in place of virtual time.
         bucket: largest slice, in bytes, that `combine` hands over as rows.
-        shares: whether the ranks share memory.
+        shares: whether the ranks of a node share memory.
+        nodes: how many ranks each node has; all are on one, unless that is given.
     """
 
     def __init__(
@@ -45,10 +49,12 @@ class World(Schedule["SimulatedExchange"]):
         clock: Callable[[], float] | None = None,
         bucket: int = 1 << 24,
         shares: bool = False,
+        nodes: Sequence[int] = (),
     ) -> None:
         super().__init__([SimulatedExchange(self, rank, size) for rank in range(size)], seed)
         self.size, self.bucket, self.real_clock, self.shares = size, bucket, clock, shares
-        self.arrived_here, self.released = [0] * size, 0  # how often, in rooms
+        self.nodes = list(nodes) or [size]
+        self.arrived_here, self.released = [0] * size, [0] * len(self.nodes)  # how often, in rooms
         self.latency, self.bandwidth = latency, bandwidth
         self.time = [0.0] * size
         self.mail = Mailbox()
@@ -59,21 +65,35 @@ class World(Schedule["SimulatedExchange"]):
         """Let virtual time pass for `rank` alone."""
         self.time[rank] += seconds
 
-    def meet(self, rank: int, call: str, given: object, finish: Callable[[dict[int, object]], object], cost: int) -> object:
-        """Wait until every rank has made this call; the last to come computes the common result with `finish`."""
+    def meet(
+        self,
+        rank: int,
+        call: str,
+        given: object,
+        finish: Callable[[dict[int, object]], object],
+        cost: int,
+        count: int | None = None,
+    ) -> object:
+        """Wait until every rank, or `count` of them, has made this call; the last computes the common result with `finish`."""
         self.begin(rank, call)
         others = {name for name, _ in self._here.values()}
         if others - {call}:
             self.broken = f"rank {rank} is at {call}, ranks {sorted(self._here)} at {self._names()}"
         self.check()
         self._here[rank] = (call, given)
-        if len(self._here) == self.size:
+        if len(self._here) == (count or self.size):
             self._result = finish({r: value for r, (_, value) in sorted(self._here.items())})
-            self.time = [max(self.time) + self.latency + cost / self.bandwidth] * self.size
+            self.together(self._here, cost)
             self._here.clear()
         else:
             self.wait(rank, call, lambda: rank not in self._here)
         return self._result
+
+    def together(self, ranks: Iterable[int], cost: int) -> None:
+        """These ranks have waited for each other, and for so many bytes."""
+        now = max(self.time[rank] for rank in ranks) + self.latency + cost / self.bandwidth
+        for rank in ranks:
+            self.time[rank] = now
 
     def begin(self, rank: int, call: str) -> None:
         """Every call begins so: ranks arrive at it in every order."""
@@ -101,33 +121,6 @@ class World(Schedule["SimulatedExchange"]):
         return " and ".join(sorted({name for name, _ in self._here.values()}))
 
 
-class Gates:
-    """How simulated ranks wait for each other in a room; see `Meeting`."""
-
-    def __init__(self, end: SimulatedExchange) -> None:
-        self._end, self.leads = end, end.rank == SERVER
-
-    def arrive(self) -> None:
-        """See `Meeting`."""
-        world, rank = self._end.world, self._end.rank
-        world.begin(rank, "arrive")
-        world.arrived_here[rank] += 1
-        if self.leads:
-            turn = world.arrived_here[rank]
-            world.wait(rank, "arrive", lambda: all(times >= turn for times in world.arrived_here))
-
-    def release(self) -> None:
-        """See `Meeting`."""
-        world, rank = self._end.world, self._end.rank
-        if self.leads:
-            world.released += 1
-            world.time = [max(world.time) + world.latency] * world.size
-        else:
-            world.begin(rank, "release")
-            turn = world.arrived_here[rank]
-            world.wait(rank, "release", lambda: world.released >= turn)
-
-
 class SimulatedExchange:
     """One rank's end of a simulated world; see `mpips.exchange.Exchange`."""
 
@@ -141,20 +134,27 @@ class SimulatedExchange:
         """See `Exchange`."""
         return torch.zeros(numel, dtype=dtype, device=device)
 
-    def room(self, numel: int, dtype: torch.dtype, pull: int, lines: int, answer: int) -> Room | None:
+    def room(self, contents: Contents) -> Room | None:
         """See `Exchange`."""
-        if not self.world.shares:
+        several = len(self.world.nodes) > 1
+        if not self.world.shares or (several and not contents.between):
             return None
-        wanted = sizes(self.size, numel, dtype, pull, lines, answer)
-        parts = self._meet(
-            "room",
-            f"room({numel} x {dtype}, {pull}, {lines}, {answer})",
-            None,
-            lambda given: [torch.zeros(n, dtype=torch.uint8) for n in wanted],
-            0,
-        )
-        assert isinstance(parts, list)
-        return Room(self.rank, self.size, parts, Gates(self), numel, dtype)
+        ends = list(accumulate(self.world.nodes, initial=0))
+        nodes = [list(range(*ends_of)) for ends_of in pairwise(ends)]
+        node = next(n for n, ranks in enumerate(nodes) if self.rank in ranks)
+
+        def made(given: dict[int, object]) -> list[list[Tensor]]:
+            wanted = [sizes(contents, len(ranks), len(nodes), self.world.bucket) for ranks in nodes] if several else []
+            wanted = wanted or [contents.sizes(self.size)]
+            return [[torch.zeros(n, dtype=torch.uint8) for n in room] for room in wanted]
+
+        rooms = self._meet("room", f"room({contents})", None, made, 0)
+        assert isinstance(rooms, list)
+        gates = Gates(self.world, node, nodes[node], self.rank)
+        if not several:
+            return Room(nodes[0], self.rank, rooms[0], gates, contents)
+        leaders = Leaders(self.world, [ranks[0] for ranks in nodes], node) if gates.leads else None
+        return Rooms(nodes, self.rank, rooms[node], gates, contents, leaders, self.world.bucket)
 
     def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
         """See `Exchange`."""

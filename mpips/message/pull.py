@@ -17,6 +17,7 @@ class Pull:
     Attributes:
         message: all of it, as bytes.
         weights: view in the model's dtype.
+        place: the bytes of the message where they are.
         second: a view like it, in the wire's dtype; None where the mode has none.
         buffers: views, in the order of `Buffers.tensors`.
     """
@@ -30,6 +31,7 @@ class Pull:
             starts.append(end)
             end += -(-size // ALIGNMENT) * ALIGNMENT
         self._places = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        self.place = self._places[0]
         self._dtypes = [flat.dtype, wire if vectors > 1 else None]
         self._buffers = [(t.dtype, t.shape) for t in buffers.tensors]
         self.lay_out(allocate(end, torch.uint8, flat.device))

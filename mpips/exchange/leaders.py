@@ -1,0 +1,52 @@
+"""The leaders of several nodes, over MPI; see `mpips.exchange.rooms`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpips.exchange import pieces
+from mpips.exchange.conversation import LARGEST
+from mpips.exchange.patience import patiently
+from mpips.exchange.room import Op
+from mpips.exchange.rooms import Finish, Sent
+
+
+class MpiLeaders:
+    """One leader's end.
+
+    Args:
+        mpi: the module.
+        comm: the leaders' communicator, which is in their nodes' order.
+    """
+
+    def __init__(self, mpi: Any, comm: Any) -> None:
+        self._mpi, self._comm = mpi, comm
+        self.node, self.count = comm.rank, comm.size
+
+    def sum(self, values: Tensor) -> None:
+        """See `Leaders`; here those that are early wait for the others, without burning a core."""
+        patiently(self._comm.Iallreduce(self._mpi.IN_PLACE, values.numpy(), op=self._mpi.SUM).Test)
+
+    def merge(self, values: Tensor, op: Op) -> None:
+        """See `Leaders`."""
+        how = self._mpi.MIN if op == "min" else self._mpi.SUM
+        given = (self._mpi.IN_PLACE, values.numpy()) if self.node == 0 else (values.numpy(), None)
+        self._comm.Reduce(*given, op=how, root=0)
+
+    def tell(self, message: Tensor) -> None:
+        """See `Leaders`."""
+        for piece in pieces(message.numel(), 1, LARGEST):
+            self._comm.Bcast(message[piece].numpy(), root=0)
+
+    def swap(self, sent: Sent, taken: Sent) -> Finish:
+        """See `Leaders`."""
+        begun = [self._comm.Irecv(_bytes(room), source=node) for node, room in taken]
+        begun += [self._comm.Isend(_bytes(part), dest=node) for node, part in sent]
+        return lambda: self._mpi.Request.Waitall(begun)
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.view(torch.uint8).numpy()

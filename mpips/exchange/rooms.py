@@ -1,0 +1,276 @@
+"""A room on each of several nodes: their leaders send slices to each other.
+
+Each node serves one slice of the body, of which each of its ranks serves a part. A round:
+
+| step    | on a node                                | between the leaders                                              |
+|---------|------------------------------------------|------------------------------------------------------------------|
+| combine | the tails are added                      | all tails are added                                              |
+|         | bucket by bucket: the pushes are added   | each sends every other what that one serves: half a reduce-scatter |
+|         | the nodes' sums of what it serves, too   |                                                                  |
+| report  | as in one room                           | the least, or the sum, of the reports                            |
+| verdict | as in one room                           | the server's                                                     |
+| publish |                                          | the rest of the pull message                                     |
+|         | bucket by bucket, where it is encoded    | each sends every other what it has stepped: allgather            |
+
+While a bucket travels, in all directions at once, the next is added up and the one before joined. Each node sends and receives
+2(N-1)/N times the model's bytes in a round, whichever the number N of nodes, and nobody more: that is the least for N nodes.
+
+On a wire of bfloat16 sums travel rounded and are added in float32. What comes back is not the weights but by how much they
+changed, rounded, from what all nodes have to what their owner has stepped to, in float32: the weights are alike on all nodes,
+and within one rounding of the last change of the owner's, as what rounding left over is part of the next change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpips.exchange.room import Contents, Meeting, Op, Room, Work
+from mpips.plan import LEAST, pieces, share, steps
+
+Finish = Callable[[], None]
+Sent = list[tuple[int, Tensor]]  # a node, and what goes there or comes from there
+
+
+class Leaders(Protocol):
+    """The first ranks of all nodes; the server's is the first of them.
+
+    Attributes:
+        node: this one's number.
+        count: how many they are.
+    """
+
+    node: int
+    count: int
+
+    def sum(self, values: Tensor) -> None:
+        """The sum of all leaders' `values` lands in everybody's."""
+
+    def merge(self, values: Tensor, op: Op) -> None:
+        """The least, or the sum, of all leaders' float64 `values` lands in the first one's."""
+
+    def tell(self, message: Tensor) -> None:
+        """The first one's `message`, bytes, lands in everybody's."""
+
+    def swap(self, sent: Sent, taken: Sent) -> Finish:
+        """Begin to send to and to receive from others, in their order; what is returned waits until all of it is done."""
+
+
+class Rooms(Room):
+    """One rank's place in its node's room.
+
+    Args:
+        nodes: the ranks of each node.
+        rank: this one.
+        parts: the memory, as `sizes` has it.
+        meeting: how the ranks of this node wait for each other.
+        contents: what each room holds.
+        leaders: the others, if this is one.
+        bucket: the most bytes that a node sends, and receives, at a time.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Sequence[int]],
+        rank: int,
+        parts: Sequence[Tensor],
+        meeting: Meeting,
+        contents: Contents,
+        leaders: Leaders | None,
+        bucket: int,
+    ) -> None:
+        self._node = next(n for n, ranks in enumerate(nodes) if rank in ranks)
+        super().__init__(nodes[self._node], rank, parts, meeting, contents)
+        self.nodes = [list(ranks) for ranks in nodes]
+        self._leaders, self._length = leaders, length(bucket, contents, len(nodes))
+        told, window, outbox = parts[4:]
+        self._told = told.view(contents.dtype)
+        self._window = window.view(contents.wire).view(2, len(nodes) - 1, -1)
+        self._outbox = outbox.view(contents.wire).view(2, len(nodes), -1)
+        self._masters, self._first = torch.empty(0), 0
+        self.rounded = contents.wire != contents.dtype
+
+    def serve(self, spans: Sequence[Sequence[slice]]) -> None:
+        """See `Room`."""
+        before = sum(len(ranks) for ranks in self.nodes[: self._node])
+        self.spans = list(spans[before + self._place])
+        rest = iter(spans)
+        of_node = [[span for _ in ranks for span in next(rest)] for ranks in self.nodes]
+        weights = self.weights.numel()
+        self._push_steps = steps([joined(part) for part in of_node], self._length)
+        self._pull_steps = steps([joined([s for s in part if s.stop <= weights]) for part in of_node], self._length)
+        if self.rounded:
+            own = [span for span in self.spans if span.stop <= weights]
+            self._first = own[0].start if own else 0
+            self._masters = self.weights[self._first : own[-1].stop if own else 0].clone()
+
+    def stepped(self, part: slice) -> Tensor:
+        """See `Room`."""
+        return self._masters[part.start - self._first : part.stop - self._first] if self.rounded else self.weights[part]
+
+    def combine(self, heard: Tensor, work: Work) -> None:
+        """See `Room`."""
+        self._arrive()
+        if self._leaders:
+            np.sum(self._numbers[:, self.contents.tail :], 0, out=self._told.numpy())
+            self._leaders.sum(self._told)
+        self._release()
+        heard.copy_(self._told)
+        self._travel(
+            self._push_steps,
+            lambda number, step: self._add(number, step, work),
+            self._swap_sums,
+            lambda number, step: self._join(number, step, work),
+        )
+
+    def _travel(
+        self,
+        plan: list[list[slice]],
+        before: Callable[[int, list[slice]], None],
+        swap: Callable[[int, list[slice]], Finish],
+        after: Callable[[int, list[slice]], None],
+    ) -> None:
+        """Bucket by bucket: all ranks do what comes before, leaders send and receive, all do what comes after."""
+        finish: Finish | None = None
+        for number in range(len(plan) + 1):
+            if number < len(plan):
+                before(number, plan[number])
+            self._arrive()
+            if self._leaders:
+                begun = swap(number, plan[number]) if number < len(plan) else None
+                if finish:
+                    finish()
+                finish = begun
+            self._release()
+            if number:
+                after(number - 1, plan[number - 1])
+
+    def _mine(self, span: slice) -> list[slice]:
+        """This rank's share of what its node does, in pieces that stay in its cache."""
+        return pieces(share(span, self._place, len(self.members)))
+
+    def _add(self, number: int, step: list[slice], work: Work) -> None:
+        for node, span in enumerate(step):
+            for part in self._mine(span):
+                work.add(part, self._rows_of(part))
+                if self.rounded and node != self._node:
+                    self._slot(self._outbox, number, node, span, part).copy_(self.combined[part])
+
+    def _swap_sums(self, number: int, step: list[slice]) -> Finish:
+        assert self._leaders
+        own = step[self._node]
+        sent = [
+            (node, self._leaving(number, node, step[node])) for node in self._others() if step[node].start < step[node].stop
+        ]
+        taken = [(node, self._slot(self._window, number, self._seat(node), own, own)) for node in self._others()]
+        return self._leaders.swap(sent, taken if own.start < own.stop else [])
+
+    def _leaving(self, number: int, node: int, span: slice) -> Tensor:
+        return self._slot(self._outbox, number, node, span, span) if self.rounded else self.combined[span]
+
+    def _join(self, number: int, step: list[slice], work: Work) -> None:
+        own = step[self._node]
+        for part in self._mine(own):
+            sums = [self._slot(self._window, number, self._seat(node), own, part) for node in self._others()]
+            work.join(part, [*sums[: self._node], self.combined[part], *sums[self._node :]])
+
+    def _others(self) -> list[int]:
+        return [node for node in range(len(self.nodes)) if node != self._node]
+
+    def _seat(self, node: int) -> int:
+        """Where in the window what comes from a node lies."""
+        return node - (node > self._node)
+
+    @staticmethod
+    def _slot(room: Tensor, number: int, row: int, span: slice, part: slice) -> Tensor:
+        """Where a part of a step's span lies in the window or the outbox."""
+        return room[number % 2, row, part.start - span.start : part.stop - span.start]
+
+    def report(self, values: Tensor, op: Op) -> Tensor:
+        """See `Room`."""
+        reported = super().report(values, op)
+        if self._leaders:
+            self._leaders.merge(reported, op)
+        return reported
+
+    def verdict(self, answer: Tensor) -> None:
+        """See `Room`."""
+        if self._leaders:
+            self._leaders.tell(answer.view(torch.uint8))
+        super().verdict(answer)
+
+    def publish(self, fill: Callable[[], None]) -> None:
+        """See `Room`."""
+        self._arrive()
+        if self._leaders:
+            if self.leads:
+                fill()
+            where = self.contents.weights
+            self._leaders.tell(self.pull[: where.start])
+            self._leaders.tell(self.pull[where.stop :])
+        if self.rounded:
+            self._release()
+            self._travel(self._pull_steps, self._change, self._swap_changes, self._follow)
+            self.meet()
+            return
+        if self._leaders:
+            for finish in [self._swap_weights(step) for step in self._pull_steps]:
+                finish()
+        self._release()
+
+    def _swap_weights(self, step: list[slice]) -> Finish:
+        assert self._leaders
+        own, others = step[self._node], self._others()
+        sent = [(node, self.weights[own]) for node in others] if own.start < own.stop else []
+        return self._leaders.swap(sent, [(n, self.weights[step[n]]) for n in others if step[n].start < step[n].stop])
+
+    def _change(self, number: int, step: list[slice]) -> None:
+        """By how much the weights change, rounded; on this node they do."""
+        own = step[self._node]
+        for span in self.spans:
+            for part in pieces(slice(max(own.start, span.start), min(own.stop, span.stop))):
+                change = self._slot(self._outbox, number, self._node, own, part)
+                change.copy_(self.stepped(part) - self.weights[part])
+                self.weights[part].add_(change)
+
+    def _swap_changes(self, number: int, step: list[slice]) -> Finish:
+        assert self._leaders
+        own, others = step[self._node], self._others()
+        change = self._slot(self._outbox, number, self._node, own, own)
+        sent = [(node, change) for node in others] if own.start < own.stop else []
+        come = [(n, self._slot(self._window, number, self._seat(n), step[n], step[n])) for n in others]
+        return self._leaders.swap(sent, [(n, room) for n, room in come if len(room)])
+
+    def _follow(self, number: int, step: list[slice]) -> None:
+        for node in self._others():
+            for part in self._mine(step[node]):
+                self.weights[part].add_(self._slot(self._window, number, self._seat(node), step[node], part))
+
+
+def joined(spans: Sequence[slice]) -> list[slice]:
+    """Neighbours as one."""
+    out: list[slice] = []
+    for span in spans:
+        if out and out[-1].stop == span.start:
+            out[-1] = slice(out[-1].start, span.stop)
+        elif span.start < span.stop:
+            out.append(span)
+    return out
+
+
+def length(bucket: int, contents: Contents, nodes: int) -> int:
+    """How many elements a node sends each other at a time, if it is to send `bucket` bytes to all of them."""
+    return max(LEAST, bucket // contents.wire.itemsize // (nodes - 1))
+
+
+def sizes(contents: Contents, ranks: int, nodes: int, bucket: int) -> list[int]:
+    """The bytes of the parts of a room of `ranks` ranks, one of `nodes` rooms; see `Rooms`."""
+    each = length(bucket, contents, nodes) * contents.wire.itemsize
+    rounded = contents.wire != contents.dtype
+    told = (contents.numel - contents.tail) * contents.dtype.itemsize
+    outbox = 2 * nodes * each if rounded else 0
+    return [*contents.sizes(ranks), told, 2 * (nodes - 1) * each, outbox]

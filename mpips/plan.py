@@ -14,6 +14,10 @@ from mpips.flat import Slot
 SMALL = 1 << 21  # bytes; a smaller model is served by rank 0 alone, which spares two meetings
 GRAIN = 1024  # elements: a slice begins at such a multiple in its tensor, so kernels treat its elements as in the whole one
 PIECE = 1 << 18  # elements that are combined, and stepped, at a time: with their momentum they fit a core's cache
+BUCKET = (
+    4 << 20
+)  # bytes that a node sends at a time, while its ranks add up the next: smaller, and they wait for each other more
+FLIGHT = 3  # buckets that are under way at a time: one is waited for while the next ones keep the line busy
 LEAST = 1 << 14  # elements that a node sends another at a time, however many nodes there are: fewer would cost more in latency
 
 

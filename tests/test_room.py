@@ -122,9 +122,9 @@ def test_each_meeting_is_needed(together: bool, hole: int, call: str, monkeypatc
     class Loose(Gates):
         times = 0
 
-        def arrive(self) -> None:
+        def arrive(self, meanwhile: Callable[[], object] | None = None) -> None:
             if not (self.leads and self._without("arrive")):
-                super().arrive()
+                super().arrive(meanwhile)
 
         def release(self) -> None:
             if self.leads or not self._without("release"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +18,8 @@ from mpips.bench.own import MakeStep
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+GET_ADDRESS = 0x8915  # Linux's SIOCGIFADDR
 
 
 class Gloo:
@@ -49,7 +53,7 @@ def join_gloo(comm: MPI.Comm, hosts: int) -> None:
     if hosts == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     where = np.zeros(256, dtype=np.uint8)
-    address = "127.0.0.1" if hosts == 1 else socket.gethostname()
+    address = _address(os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0])
     store = TCPStore(address, 0, comm.size, is_master=True, wait_for_workers=False) if comm.rank == 0 else None
     if store is not None:
         said = f"{address}:{store.port}".encode()
@@ -58,6 +62,15 @@ def join_gloo(comm: MPI.Comm, hosts: int) -> None:
     host, _, port = where.tobytes().rstrip(b"\0").decode().rpartition(":")
     store = store or TCPStore(host, int(port), comm.size, is_master=False, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)
+
+
+def _address(interface: str) -> str:
+    """Where others reach this host: that network interface's IPv4 address if one is named, else the host's name."""
+    if not interface:
+        return socket.gethostname()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        found = fcntl.ioctl(asked.fileno(), GET_ADDRESS, struct.pack("256s", interface.encode()[:15]))
+    return socket.inet_ntoa(found[20:24])
 
 
 def leave_gloo() -> None:

@@ -25,6 +25,7 @@ class MpiLeaders:
     def __init__(self, mpi: Any, comm: Any) -> None:
         self._mpi, self._comm = mpi, comm
         self.node, self.count = comm.rank, comm.size
+        self._begun: list[Any] = []
 
     def sum(self, values: Tensor) -> None:
         """See `Leaders`; here those that are early wait for the others, without burning a core."""
@@ -45,7 +46,12 @@ class MpiLeaders:
         """See `Leaders`."""
         begun = [self._comm.Irecv(_bytes(room), source=node) for node, room in taken]
         begun += [self._comm.Isend(_bytes(part), dest=node) for node, part in sent]
+        self._begun = begun
         return lambda: self._mpi.Request.Waitall(begun)
+
+    def progress(self) -> None:
+        """See `Leaders`."""
+        self._mpi.Request.Testall(self._begun)
 
 
 def _bytes(tensor: Tensor) -> Any:

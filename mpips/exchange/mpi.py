@@ -57,6 +57,9 @@ def connect(bucket: int, cuda_aware: bool, ranks_per_node: int = 0) -> MpiExchan
     os.environ.setdefault("RDMAV_FORK_SAFE", "1")  # DataLoader workers fork after MPI has started
     if _crowded():
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # else waiting ranks starve those that work
+    os.environ.setdefault(
+        "OMPI_MCA_btl_tcp_links", "2"
+    )  # on one, what acknowledges one direction waits behind the other's data
     if "native" in os.environ.get("PMIX_SECURITY_MODE", "").split(","):
         os.environ["PMIX_SECURITY_MODE"] = "native"  # under srun the wheel complains of each other mode, on every rank
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,13 @@ class Gates:
             for gate in self._gates:
                 gate.create()
 
-    def arrive(self) -> None:
-        """This rank has come; the leader waits until all have."""
+    def arrive(self, meanwhile: Callable[[], object] | None = None) -> None:
+        """This rank has come; the leader waits until all have, and calls `meanwhile` while it does."""
         if not self.leads:
             self._gates[0].post()
             return
         for _ in self._gates[1:]:
-            self._own.take()
+            self._own.take(meanwhile)
 
     def release(self) -> None:
         """The leader, after `arrive`, lets the others go on; they wait for that."""
@@ -51,7 +52,7 @@ def mapped(node: Any, sizes: list[int]) -> tuple[list[Tensor], Gates] | None:
     """
     starts, end = [], SIZE * node.size
     for size in sizes:
-        end = -(-end // memory.PAGE) * memory.PAGE
+        end = -(-end // memory.PAGE) * memory.PAGE if size else end
         starts.append(end)
         end += size
     asked = np.empty((node.size, 2), dtype=np.int64)

@@ -71,8 +71,8 @@ class Meeting(Protocol):
 
     leads: bool
 
-    def arrive(self) -> None:
-        """This rank has come; the leader waits until all have."""
+    def arrive(self, meanwhile: Callable[[], object] | None = None) -> None:
+        """This rank has come; the leader waits until all have, and calls `meanwhile` while it does."""
 
     def release(self) -> None:
         """The leader lets the others go on, who wait for that."""
@@ -210,8 +210,8 @@ class Room:
             fill()
         self._release()
 
-    def _arrive(self) -> None:
-        self._meeting.arrive()
+    def _arrive(self, meanwhile: Callable[[], object] | None = None) -> None:
+        self._meeting.arrive(meanwhile)
         self._arrived = True
 
     def _release(self) -> None:

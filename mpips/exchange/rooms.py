@@ -12,8 +12,9 @@ Each node serves one slice of the body, of which each of its ranks serves a part
 | publish |                                          | the rest of the pull message                                     |
 |         | bucket by bucket, where it is encoded    | each sends every other what it has stepped: allgather            |
 
-While a bucket travels, in all directions at once, the next is added up and the one before joined. Each node sends and receives
-2(N-1)/N times the model's bytes in a round, whichever the number N of nodes, and nobody more: that is the least for N nodes.
+While buckets travel, in all directions at once, the next is added up and what has come is joined, by all ranks but the leader,
+who has to send and receive, unless it is alone. Each node sends and receives 2(N-1)/N times the model's bytes in a round, and
+nobody more: that is the least for N nodes.
 
 On a wire of bfloat16 sums travel rounded and are added in float32. What comes back is not the weights but by how much they
 changed, rounded, from what all nodes have to what their owner has stepped to, in float32: the weights are alike on all nodes,
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from mpips.exchange.room import Contents, Meeting, Op, Room, Work
-from mpips.plan import LEAST, pieces, share, steps
+from mpips.plan import BUCKET, FLIGHT, LEAST, pieces, share, steps
 
 Finish = Callable[[], None]
 Sent = list[tuple[int, Tensor]]  # a node, and what goes there or comes from there
@@ -55,6 +56,9 @@ class Leaders(Protocol):
 
     def tell(self, message: Tensor) -> None:
         """The first one's `message`, bytes, lands in everybody's."""
+
+    def progress(self) -> None:
+        """Let what is under way get on: MPI moves data while it is called."""
 
     def swap(self, sent: Sent, taken: Sent) -> Finish:
         """Begin to send to and to receive from others, in their order; what is returned waits until all of it is done."""
@@ -89,8 +93,8 @@ class Rooms(Room):
         self._leaders, self._length = leaders, length(bucket, contents, len(nodes))
         told, window, outbox = parts[4:]
         self._told = told.view(contents.dtype)
-        self._window = window.view(contents.wire).view(2, len(nodes) - 1, -1)
-        self._outbox = outbox.view(contents.wire).view(2, len(nodes), -1)
+        self._window = window.view(contents.wire).view(FLIGHT + 1, len(nodes) - 1, -1)
+        self._outbox = outbox.view(contents.wire).view(FLIGHT + 1, len(nodes), -1)
         self._masters, self._first = torch.empty(0), 0
         self.rounded = contents.wire != contents.dtype
 
@@ -135,23 +139,25 @@ class Rooms(Room):
         after: Callable[[int, list[slice]], None],
     ) -> None:
         """Bucket by bucket: all ranks do what comes before, leaders send and receive, all do what comes after."""
-        finish: Finish | None = None
-        for number in range(len(plan) + 1):
+        begun: list[Finish] = []
+        for number in range(len(plan) + FLIGHT):
             if number < len(plan):
                 before(number, plan[number])
-            self._arrive()
+            done = number - FLIGHT
+            self._arrive(self._leaders.progress if self._leaders else None)
             if self._leaders:
-                begun = swap(number, plan[number]) if number < len(plan) else None
-                if finish:
-                    finish()
-                finish = begun
+                if number < len(plan):
+                    begun.append(swap(number, plan[number]))
+                if done >= 0:
+                    begun[done]()
             self._release()
-            if number:
-                after(number - 1, plan[number - 1])
+            if done >= 0:
+                after(done, plan[done])
 
     def _mine(self, span: slice) -> list[slice]:
         """This rank's share of what its node does, in pieces that stay in its cache."""
-        return pieces(share(span, self._place, len(self.members)))
+        others = len(self.members) - 1
+        return pieces(share(span, self._place - 1, others) if self._place else slice(0, 0) if others else span)
 
     def _add(self, number: int, step: list[slice], work: Work) -> None:
         for node, span in enumerate(step):
@@ -188,7 +194,7 @@ class Rooms(Room):
     @staticmethod
     def _slot(room: Tensor, number: int, row: int, span: slice, part: slice) -> Tensor:
         """Where a part of a step's span lies in the window or the outbox."""
-        return room[number % 2, row, part.start - span.start : part.stop - span.start]
+        return room[number % (FLIGHT + 1), row, part.start - span.start : part.stop - span.start]
 
     def report(self, values: Tensor, op: Op) -> Tensor:
         """See `Room`."""
@@ -231,7 +237,7 @@ class Rooms(Room):
     def _change(self, number: int, step: list[slice]) -> None:
         """By how much the weights change, rounded; on this node they do."""
         own = step[self._node]
-        for span in self.spans:
+        for span in self.spans:  # who has the masters of a slice
             for part in pieces(slice(max(own.start, span.start), min(own.stop, span.stop))):
                 change = self._slot(self._outbox, number, self._node, own, part)
                 change.copy_(self.stepped(part) - self.weights[part])
@@ -263,8 +269,8 @@ def joined(spans: Sequence[slice]) -> list[slice]:
 
 
 def length(bucket: int, contents: Contents, nodes: int) -> int:
-    """How many elements a node sends each other at a time, if it is to send `bucket` bytes to all of them."""
-    return max(LEAST, bucket // contents.wire.itemsize // (nodes - 1))
+    """How many elements a node sends each other at a time, if it is to send at most `bucket` bytes to all of them."""
+    return max(LEAST, min(bucket, BUCKET) // contents.wire.itemsize // (nodes - 1))
 
 
 def sizes(contents: Contents, ranks: int, nodes: int, bucket: int) -> list[int]:
@@ -272,5 +278,5 @@ def sizes(contents: Contents, ranks: int, nodes: int, bucket: int) -> list[int]:
     each = length(bucket, contents, nodes) * contents.wire.itemsize
     rounded = contents.wire != contents.dtype
     told = (contents.numel - contents.tail) * contents.dtype.itemsize
-    outbox = 2 * nodes * each if rounded else 0
-    return [*contents.sizes(ranks), told, 2 * (nodes - 1) * each, outbox]
+    outbox = (FLIGHT + 1) * nodes * each if rounded else 0
+    return [*contents.sizes(ranks), told, (FLIGHT + 1) * (nodes - 1) * each, outbox]

@@ -11,8 +11,10 @@ import ctypes
 import mmap
 import os
 import time
+from collections.abc import Callable
 
 AWAKE = 0.0005  # seconds; a small round is over by then
+PAUSE = 0.0001  # seconds between two calls of what is to be done meanwhile; yielding would take half of a core from who works
 SIZE = 64  # bytes for each, a cache line; glibc and musl need 32 at most
 _at_once = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock: for calls that return at once
 _waiting = ctypes.CDLL(None, use_errno=True)
@@ -39,11 +41,16 @@ class Semaphore:
         """Add one, and wake who waits for it."""
         _at_once.sem_post(self._at)
 
-    def take(self) -> None:
-        """Wait until it is above zero, and subtract one."""
+    def take(self, meanwhile: Callable[[], object] | None = None) -> None:
+        """Wait until it is above zero, and subtract one; `meanwhile` is called again and again, with pauses."""
         attempt, at = _at_once.sem_trywait, self._at
         if not attempt(at):
             return
+        while meanwhile:
+            meanwhile()
+            time.sleep(PAUSE)
+            if not attempt(at):
+                return
         awake = time.perf_counter() + AWAKE
         while time.perf_counter() < awake:
             os.sched_yield()

@@ -23,8 +23,8 @@ class Gates:
         self.world, self.node, self.ranks, self.rank = world, node, ranks, rank
         self.leads = rank == ranks[0]
 
-    def arrive(self) -> None:
-        """See `Meeting`."""
+    def arrive(self, meanwhile: Callable[[], object] | None = None) -> None:
+        """See `Meeting`; nothing needs to be done meanwhile."""
         world, rank = self.world, self.rank
         world.begin(rank, "arrive")
         world.arrived_here[rank] += 1
@@ -78,6 +78,9 @@ class Leaders:
         found = self._world.meet(self._ranks[self.node], call, values, ready, values.nbytes, self.count)
         assert isinstance(found, Tensor)
         return found
+
+    def progress(self) -> None:
+        """See `Leaders`; here what is sent comes by itself."""
 
     def swap(self, sent: Sent, taken: Sent) -> Finish:
         """See `Leaders`."""

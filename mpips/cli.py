@@ -31,6 +31,7 @@ exit statuses:
   2   bad usage or configuration
   75  preempted: checkpoint written, start again with --resume auto"""
 TAKES_VALUE = ("-n", "-np", "--mpi-args", "--timeout")
+MOST_RANKS = 1_000_000  # that plan lists
 LONGEST_VALUE = 60  # characters of an attribute shown by inspect
 
 
@@ -119,7 +120,37 @@ def _parser() -> Parser:
 
     text = "measure mpips beside raw MPI, DDP and the hardware's limit, interleaved in one run"
     flags.add_kinds(_verb(verbs, "bench", bench_verb, text))
+    _add_plan(verbs)
     return parser
+
+
+def _add_plan(verbs: argparse._SubParsersAction[Parser]) -> None:
+    add = _verb(
+        verbs, "plan", plan_verb, "predict memory, bytes and time of a round on machines that are not here"
+    ).add_argument
+    add("--nodes", type=_whole, required=True, metavar="N", help="nodes")
+    add("--ranks-per-node", type=_whole, required=True, metavar="H", help="ranks of each; rank 0 is the server")
+    add("--model-mb", type=_number(1e-5, 1e6), required=True, metavar="MB", help="the model, of float32, in 10^6 bytes")
+    add("--gbit", type=_number(1e-3, 1e6), required=True, metavar="G", help="Gbit/s of a node's link, each way")
+    add("--latency-us", type=_number(0, 1e6), default=2.0, metavar="US", help="until a message arrives (2)")
+    add("--message-us", type=_number(0, 1e6), default=5.0, metavar="US", help="to post one send or receive (5)")
+    add(
+        "--memory-gbs",
+        type=_number(1e-3, 1e6),
+        default=200.0,
+        metavar="G",
+        help="GB/s that a node's ranks read and write (200)",
+    )
+    add("--wire", choices=["full", "bfloat16"], default="full", help="between nodes, as the setting (full)")
+    add("--plan", choices=["auto", "root", "sharded"], default="auto", help="who steps, as the setting (auto)")
+    add("--bucket-mb", type=_number(0.001, 1000), default=16.0, metavar="MB", help="as the setting (16)")
+    add(
+        "--optimizer-floats",
+        type=_number(0, 100),
+        default=2.0,
+        metavar="K",
+        help="kept of each parameter: Adam 2, momentum 1 (2)",
+    )
 
 
 def _verb(verbs: argparse._SubParsersAction[Parser], name: str, call: Callable[..., int], text: str, **keywords: Any) -> Parser:
@@ -143,6 +174,19 @@ def _seconds(text: str) -> int:
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} given, expected a number of seconds above 0")
     return math.ceil(seconds)  # MPIEXEC_TIMEOUT takes whole ones
+
+
+def _number(least: float, most: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        try:
+            found = float(text)
+        except ValueError:
+            found = math.nan
+        if not least <= found <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} given, expected a number from {least:g} to {most:g}")
+        return found
+
+    return number
 
 
 def _words(text: str) -> list[str]:
@@ -310,6 +354,33 @@ def bench_verb(options: argparse.Namespace) -> int:
         return bench(options)
     except BenchError as error:
         raise (UsageError if error.status == UsageError.status else VerbError)(str(error)) from error
+
+
+def plan_verb(options: argparse.Namespace) -> int:
+    """Predict a round."""
+    if options.nodes * options.ranks_per_node > MOST_RANKS:
+        given = f"{options.nodes} x {options.ranks_per_node}"
+        raise UsageError(f"arguments --nodes, --ranks-per-node: {given} given, expected at most {MOST_RANKS:,} ranks")
+    from mpips import cost
+
+    job = cost.Job.of(
+        options.nodes,
+        options.ranks_per_node,
+        1e6 * options.model_mb,
+        plan=options.plan,
+        wire=options.wire,
+        bucket=round(1e6 * options.bucket_mb),
+        state=options.optimizer_floats,
+    )
+    machine = cost.Machine(
+        link=options.gbit * 1e9 / 8,
+        latency=1e-6 * options.latency_us,
+        message=1e-6 * options.message_us,
+        memory=1e9 * options.memory_gbs,
+    )
+    found = cost.predict(job, machine)
+    print(json.dumps(cost.facts(job, machine, found)) if options.json else cost.table(job, machine, found))
+    return 0
 
 
 def _listing(facts: Mapping[str, object], indent: str = "") -> Iterator[str]:

@@ -14,7 +14,7 @@ import mpips
 PACKAGE = Path(mpips.__file__).parent
 LAYERS = [
     {"cli"},
-    {"bench"},
+    {"bench", "cost"},
     {"launch"},
     {"screen", "run"},
     {"start", "loop"},

@@ -6,7 +6,7 @@ the same path, and give the same bits, as on parameters that were allocated one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 
@@ -83,6 +83,7 @@ class Flat:
         slots: the places of the parameters.
         weights: `(numel,)` tensor in the model's dtype; every parameter's data is a view of it.
         dtype, device: the parameters'.
+        watch: called with the number of a parameter whenever backward has left its gradient.
         grad: `(numel,)` tensor in the model's dtype; every parameter's `.grad` is a view of it from backward to `clear`.
     """
 
@@ -104,6 +105,8 @@ class Flat:
         first = self.parameters[0]
         self.dtype, self.device = first.dtype, first.device
         self._touched: set[nn.Parameter] = set()
+        self._number = {p: n for n, p in enumerate(self.parameters)}
+        self.watch: Callable[[int], None] | None = None
         self._checked = False
         for p in self.parameters:
             p.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
@@ -151,6 +154,8 @@ class Flat:
                 view.copy_(p.grad.detach().to_dense())
             p.grad = view
         self._touched.add(p)
+        if self.watch:
+            self.watch(self._number[p])
 
     def collect(self) -> list[bool]:
         """Bring gradients that autograd or the user put elsewhere back into the flat buffer.

@@ -105,6 +105,10 @@ class Loop:
         batches = _deal(worker, shard)
         self._enter()
         for batch, count, last in batches:
+            worker.settle()
+            self._obey()
+            if worker.control.stop:
+                return
             self._taken += count
             self._samples += samples_in(batch)
             self._steps, worker.done = 0, last and not self._several
@@ -117,6 +121,7 @@ class Loop:
                 raise
             if worker.control.stop:
                 return
+        worker.settle()
         self._obey()
         if not worker.control.stop:
             self._exhausted(worker)
@@ -156,6 +161,15 @@ class Loop:
                 f"{call} inside a ps.batches loop, where a server that does not train never comes; call it after the loop"
                 f" (checkpoints inside: the setting checkpoint.every)"
             )
+
+    def backward(self, loss: Tensor, samples: int | None) -> None:
+        """The last backward before a step; see `Run.backward`."""
+        worker = self._half
+        if not isinstance(worker, Worker) or self._where is not Where.INSIDE:
+            raise RuntimeError(
+                "backward() outside a ps.batches loop, where the server does not wait for it; call it in the loop"
+            )
+        worker.backward(loss, self._samples if samples is None else samples)
 
     def step(self, loss: Tensor | float, samples: int | None, metrics: Mapping[str, float]) -> None:
         """The script has computed a gradient; see `Run.step`."""

@@ -156,7 +156,11 @@ def choose_mode(config: Config) -> Mode:
         ok = local.fragments == 1 or config.rule != "cclip"
         _allow("rule", config, config.rule, "others with local.fragments: it compares with the last round", ok)
     if config.overlap:
-        _allow("overlap", config, True, "modes async and ssp", mode.requests and not mode.local)
+        ok = mode.gradients or (mode.requests and not mode.local)
+        _allow("overlap", config, True, "modes sync, async and ssp", ok)
+        early = config.rule == "mean" and config.nonfinite != "drop" and config.loss_scale is None
+        allowed = "false with a rule but mean, nonfinite=drop or a loss scale: gradients leave before all are there"
+        _allow("overlap", config, True, allowed, early or mode.requests)
         bound = config.staleness.bound  # while a push travels its worker is one clock further
         ok = not config.backup_workers and (bound > 0 or not mode.bounded)
         _allow("overlap", config, True, "false with backup_workers, and with ssp at staleness.bound 0", ok)

@@ -50,7 +50,7 @@ class Pieces:
 
     Args:
         whole: the optimizer, without masters; it is given up.
-        span: the slice of the flat buffer to step.
+        spans: the slices of the flat buffer to step.
         gradients: `(numel,)`, where its gradients will be.
         weights: gives a slice of the weights to step.
         masters: whether these are not the model's, but of higher precision.
@@ -62,7 +62,7 @@ class Pieces:
     def __init__(
         self,
         whole: FlatOptimizer,
-        span: slice,
+        spans: Sequence[slice],
         gradients: Tensor,
         weights: Callable[[slice], Tensor] | None = None,
         masters: bool = False,
@@ -70,7 +70,7 @@ class Pieces:
         self.torch, self._whole = whole.torch, whole
         self._weights, self._masters = weights or (lambda part: whole.whole[part]), masters
         self._slots: Sequence[Slot] = whole.replica.flat.slots
-        self._span, self._gradients = span, gradients
+        self._spans, self._gradients = spans, gradients
         self._number: dict[Tensor, int] = {p: n for n, p in enumerate(whole.weights)}
         self._groups = [[self._number[p] for p in group["params"]] for group in self.torch.param_groups]
         self._kept = {self._number[p]: state for p, state in self.torch.state.items()}
@@ -87,7 +87,10 @@ class Pieces:
 
     def _cut(self, slot: Slot) -> Iterator[tuple[nn.Parameter, Tensor, slice]]:
         """The pieces of one tensor: parameter, gradient, and which of its elements."""
-        start, stop = max(self._span.start, slot.offset), min(self._span.stop, slot.offset + slot.numel)
+        for span in self._spans:
+            yield from self._cut_by(slot, max(span.start, slot.offset), min(span.stop, slot.offset + slot.numel))
+
+    def _cut_by(self, slot: Slot, start: int, stop: int) -> Iterator[tuple[nn.Parameter, Tensor, slice]]:
         if (start, stop) == (slot.offset, slot.offset + slot.numel) and (
             slot.numel <= PIECE or where(self.torch) < Cut.ELEMENTS
         ):

@@ -1,13 +1,14 @@
 """Who serves which slice of the flat buffer, and in which steps slices travel between nodes.
 
 root     rank 0 all of it
-sharded  every rank its own slice; each node's ranks together as much as any other node's
+sharded  every rank its own slice; on several nodes a slice of each bucket, of which the ranks of each node together serve as
+         much as those of any other, so that all links are busy from the first bucket to the last
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise, zip_longest
+from itertools import accumulate, pairwise, zip_longest
 
 from mpips.flat import Slot
 
@@ -17,22 +18,38 @@ PIECE = 1 << 18  # elements that are combined, and stepped, at a time: with thei
 BUCKET = (
     4 << 20
 )  # bytes that a node sends at a time, while its ranks add up the next: smaller, and they wait for each other more
+EARLY = 1 << 20  # the same where they travel during backward, which does not hide the last ones
 FLIGHT = 3  # buckets that are under way at a time: one is waited for while the next ones keep the line busy
 LEAST = 1 << 14  # elements that a node sends another at a time, however many nodes there are: fewer would cost more in latency
 
 
-def divide(slots: Sequence[Slot], numel: int, nodes: Sequence[int], tensors: bool = False) -> list[slice]:
+def buckets(slots: Sequence[Slot], numel: int, nodes: Sequence[int], each: int, tensors: bool = False) -> list[list[slice]]:
+    """For each bucket of the flat buffer a slice for each rank, node by node; see `divide`.
+
+    Args:
+        each: about how many elements of a bucket a node is to serve at most.
+    """
+    length = (
+        max(1, each // GRAIN - 1) * GRAIN * len(nodes) if len(nodes) > 1 else numel
+    )  # so that slices are even, and none longer
+    cuts = sorted({0, *(_cut(slots, at, tensors) for at in range(length, numel, length)), numel})
+    return [divide(slots, stop, nodes, tensors, start) for start, stop in pairwise(cuts)]
+
+
+def divide(slots: Sequence[Slot], numel: int, nodes: Sequence[int], tensors: bool = False, start: int = 0) -> list[slice]:
     """A slice of the flat buffer for each rank, node by node.
 
     Args:
         slots: the tensors.
-        numel: the flat buffer's length.
+        numel: where the flat buffer ends.
         nodes: how many ranks serve on each node.
         tensors: cut between tensors only.
+        start: where it begins.
     """
-    ends = [(numel * (node * ranks + k), len(nodes) * ranks) for node, ranks in enumerate(nodes) for k in range(ranks)][1:]
-    cuts = [0, *(_cut(slots, part // whole, tensors) for part, whole in ends), numel]
-    return [slice(start, max(start, stop)) for start, stop in pairwise(sorted(cuts))]
+    parts = [(node * ranks + k, len(nodes) * ranks) for node, ranks in enumerate(nodes) for k in range(ranks)][1:]
+    cuts = [_cut(slots, start + (numel - start) * part // whole, tensors) for part, whole in parts]
+    inside = sorted(min(max(cut, start), numel) for cut in cuts)
+    return [slice(*ends) for ends in pairwise([start, *inside, numel])]
 
 
 def _cut(slots: Sequence[Slot], at: int, tensors: bool) -> int:
@@ -56,15 +73,17 @@ def share(span: slice, place: int, count: int) -> slice:
     return slice(span.start + numel * place // count, span.start + numel * (place + 1) // count)
 
 
-def steps(nodes: Sequence[Sequence[slice]], largest: int) -> list[list[slice]]:
-    """What travels together between nodes.
+def steps(bucket: Sequence[slice], nodes: Sequence[int], largest: int) -> list[list[slice]]:
+    """What of a bucket travels together between nodes.
 
     Args:
-        nodes: the slices that each node serves.
+        bucket: what each rank serves of it, node by node.
+        nodes: how many ranks serve on each node.
         largest: the most elements of a slice at a time.
 
     Returns:
         For each step what of each node's it is about; empty slices where there is nothing left.
     """
-    cut = [[piece for span in spans for piece in pieces(span, largest)] for spans in nodes]
+    ends = list(accumulate(nodes, initial=0))
+    cut = [pieces(slice(bucket[first].start, bucket[end - 1].stop), largest) for first, end in pairwise(ends)]
     return [list(step) for step in zip_longest(*cut, fillvalue=slice(0, 0))]

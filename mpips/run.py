@@ -244,6 +244,22 @@ class Run:
         """
         return self._loop.batches(data, (batch_size, shuffle, drop_last), own=not shard)
 
+    def backward(self, loss: Tensor, samples: int | None = None) -> None:
+        """`loss.backward()`, the last one before `step`; with the `overlap` setting gradients may leave while it goes on.
+
+        Then do not change gradients before `step`, and give that the same samples. Without the setting, and where nothing can
+        leave (on one node, in other modes than sync), there is no difference to `loss.backward()`. To accumulate gradients
+        over several batches call this for the last of them only.
+
+        Args:
+            loss: what to differentiate.
+            samples: how many samples the gradient is the mean of; those of the batches since the last step if None.
+
+        Raises:
+            RuntimeError: a parameter got its gradient in two parts, as with reentrant checkpoints.
+        """
+        self._loop.backward(loss, samples)
+
     def step(self, loss: Tensor | float, samples: int | None = None, **metrics: float) -> None:
         """Push the gradient that backward left, let the server step, and pull the new weights; gradients are then None.
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ from mpips.combine import WEIGHT, prepare
 from mpips.config import Config
 from mpips.exchange import Exchange
 from mpips.exchange.room import Contents, Room
+from mpips.exchange.rooms import Rooms
 from mpips.message import Replica
 from mpips.optimizer import Average, FlatOptimizer
 from mpips.pieces import Cut, Pieces, where
-from mpips.plan import SMALL, divide, pieces
+from mpips.plan import SMALL, buckets
+from mpips.ready import Ready
 from mpips.rule import Mean, Rule
 from mpips.rule.mean import NormClip
 
@@ -40,15 +43,27 @@ class Slices:
         rule: combines; needs "sum".
         optimizer: steps this rank's slices; None where it serves none.
         config: the settings.
+        exchange: this rank's end.
     """
 
     def __init__(
-        self, room: Room, replica: Replica, rule: Rule, optimizer: Pieces | FlatOptimizer | Average | None, config: Config
+        self,
+        room: Room,
+        replica: Replica,
+        rule: Rule,
+        optimizer: Pieces | FlatOptimizer | Average | None,
+        config: Config,
+        exchange: Exchange,
     ) -> None:
         self.room, self.replica, self.config = room, replica, config
         self._push, self._rule, self._optimizer = replica.push, rule, optimizer
-        self._weights: list[float] | None = None
-        self._factors: tuple[list[float], float] = [], 0.0
+        self._weights: list[float] | None = None  # of this room's ranks
+        self._factors: list[float] = []
+        self._whole: float | None = None
+        self._exchange = exchange
+        self.ready = Ready(room.push_steps, replica.flat.slots) if isinstance(room, Rooms) and config.overlap else None
+        self._begun: tuple[float, Callable[[], None]] | None = None
+        self._moved = False
         self._faulty = False
         self._faults = torch.full((room.contents.lines,), math.inf, dtype=torch.float64)
         own = optimizer.settings() if isinstance(optimizer, Pieces) else []
@@ -65,70 +80,96 @@ class Slices:
         nodes, wire = self.room.nodes, str(self.room.contents.wire).removeprefix("torch.")
         return f"shared memory, {wire} between {len(nodes)} nodes" if len(nodes) > 1 else "shared memory"
 
+    def begin(self, weight: float) -> None:
+        """Bring slices together as soon as gradients of them are there: `ready` is told, then `combine` called."""
+        assert self.ready
+        self.ready.begin()
+        self._begun = weight, self._exchange.beside(partial(self._combine, weight, self.ready))
+
+    def end(self) -> None:
+        """This rank's push message is written.
+
+        Raises:
+            ValueError: its weight is another than that which bringing slices together was begun with.
+        """
+        weight = float(self._push.rows[self.room.rank, WEIGHT])
+        if self._begun and self._begun[0] != weight:
+            raise ValueError(
+                f"ps.step() was given samples={weight:.0f} after ps.backward() with samples={self._begun[0]:.0f}; expected the "
+                f"same: gradients are weighted before they leave"
+            )
+        if self._begun and self.ready:
+            self.ready.end()
+
     def combine(self) -> None:
-        """All push messages are written: bring this rank's slices together."""
-        self._weights = None
+        """This rank's push message is written: bring slices together, or wait until they are."""
+        begun, self._begun = self._begun, None
+        if begun:
+            begun[1]()
+        else:
+            self._combine(float(self._push.rows[self.room.rank, WEIGHT]), None)
+
+    def _combine(self, weight: float, ready: Ready | None) -> None:
+        self._weights = self._whole = None
         if self._faulty:
             self._faults.fill_(math.inf)
         self._faulty = False
         if type(self._rule).prepare is not Rule.prepare:
             prepare(self.room.rank, self._push, self._rule)
-        self.room.combine(self._push.heard.message, self)
+        self.room.combine(weight, self._push.heard.message, self, ready)
 
     def add(self, part: slice, rows: Sequence[Tensor]) -> None:
-        """The mean of one slice; the node's part of it if there are others."""
-        factors, whole = self._shares(part)
-        if not whole:
-            return
-        out = _sum(rows, [factors[rank] for rank in self.room.members], self.config.deterministic)
-        if len(self.room.nodes) == 1 and whole != 1:
-            out.div_(whole)
-        self._look(part, out, rows)
-
-    def join(self, part: slice, sums: Sequence[Tensor]) -> None:
-        """The mean of one slice, from the nodes' parts of it."""
-        whole = self._shares(part)[1]
-        if not whole:
-            return
-        total = sums[0].to(self._push.message.dtype, copy=True)
-        for one in sums[1:]:
-            total.add_(one)
-        out = self.room.combined[part]
-        torch.div(total, whole, out=out)
-        self._look(part, out, [])
-
-    def _shares(self, part: slice) -> tuple[list[float], float]:
-        """What each rank's slice is multiplied by, and their sum divided by."""
+        """The sum of one slice over this room's ranks."""
         if self._weights is None:
             self._weigh()
         assert self._weights is not None
-        if part.start >= self._push.gradients.numel():  # BatchNorm's statistics, which are multiplied already
-            return [float(weight > 0) for weight in self._weights], sum(self._weights)
-        return self._factors
+        behind = self._behind(part)  # multiplied already
+        factors = [float(weight > 0) for weight in self._weights] if behind else self._factors
+        out = _sum(rows, factors, self.config.deterministic)
+        if not behind and not _finite(out):
+            guilty = [k for k in range(1, len(rows)) if factors[k] and not rows[k].isfinite().all()]
+            for k in guilty or [0]:  # the first row holds the sum by now
+                self._blame(self.room.members[k], part, rows[k])
+
+    def join(self, part: slice, sums: Sequence[Tensor]) -> None:
+        """The sum of one slice over all rooms."""
+        total = sums[0].to(self._push.message.dtype, copy=True)
+        for one in sums[1:]:
+            total.add_(one)
+        self.room.combined[part].copy_(total)
+        if not self._behind(part) and not _finite(total) and all(_finite(one.float()) for one in sums):
+            self._blame(0, part, total)  # nobody's alone
+
+    def finish(self, part: slice) -> None:
+        """The mean of one slice: its sum divided by that of the weights."""
+        whole = self._whole
+        if whole is None or self._behind(part):
+            whole = float(self._push.heard.rows[:, WEIGHT].sum())
+            self._whole = whole if self._whole is None else self._whole
+        if whole not in (0, 1):
+            self.room.combined[part].div_(whole)
+
+    def _behind(self, part: slice) -> bool:
+        """Whether it is no gradient but BatchNorm's statistics."""
+        return bool(part.start >= self._push.gradients.numel())
 
     def _weigh(self) -> None:
-        """Of equal weights only who has one matters."""
-        self._weights = weights = self._push.heard.rows[:, WEIGHT].tolist()
-        if not self.config.deterministic and len({weight for weight in weights if weight}) == 1:
-            weights = [float(weight > 0) for weight in weights]
-        self._factors = weights, sum(weights)
+        """Of equal weights, where all are known, only who has one matters."""
+        several = len(self.room.nodes) > 1
+        self._weights = weights = (self.room.said if several else self._push.heard.rows[:, WEIGHT]).tolist()
+        self._factors = weights
+        if not several and not self.config.deterministic and len({weight for weight in weights if weight}) == 1:
+            self._factors = [float(weight > 0) for weight in weights]
+        self._whole = None if several else sum(self._factors)
 
-    def _look(self, part: slice, out: Tensor, rows: Sequence[Tensor]) -> None:
-        """Whose part of the sum is not finite, and in which tensor; the first rank's, whose row holds it, if no other's."""
-        if part.start >= self._push.gradients.numel() or math.isfinite(torch.dot(out, out).item()):
-            return
-        assert self._weights is not None
+    def _blame(self, rank: int, part: slice, values: Tensor) -> None:
+        """What a rank has in this slice is not finite: note in which tensor, unless it is large and no more."""
         self._faulty = True
-        of = dict(zip(self.room.members, rows, strict=False))
-        guilty = [
-            rank for rank in self.room.members[1:] if rank in of and self._weights[rank] and not of[rank].isfinite().all()
-        ]
-        for rank in guilty or self.room.members[:1]:
-            bad = (~of.get(rank, out).isfinite()).nonzero()
-            if len(bad):  # else large, but not infinite
-                at = part.start + int(bad[0])
-                slot = max(i for i, s in enumerate(self.replica.flat.slots) if s.offset <= at)
-                self._faults[rank] = min(float(self._faults[rank]), slot)
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            at = part.start + int(bad[0])
+            slot = max(i for i, s in enumerate(self.replica.flat.slots) if s.offset <= at)
+            self._faults[rank] = min(float(self._faults[rank]), slot)
 
     def faults(self) -> dict[int, int]:
         """At the server: which ranks' contributions are not finite, with the index of a tensor."""
@@ -150,6 +191,7 @@ class Slices:
             factor = _factor([norm for norm, seen in zip(norms, present, strict=False) if seen], clip, self._push.message)
             self._tell(1.0, scale, factor)
         self._optimizer.step(present, factor, scale)
+        self._moved = True
 
     def skip(self) -> None:
         """At the server: no step is taken in this round."""
@@ -176,6 +218,7 @@ class Slices:
         _, factor, scale, *settings = self._verdict.tolist()
         self._optimizer.set(settings)
         self._optimizer.step(present, factor, scale)
+        self._moved = True
 
     def _measure(self, present: Sequence[float]) -> Tensor:
         """The norms of those combined gradients that this rank measures, whole tensors, as `clip_grad_norm_` measures them.
@@ -203,7 +246,8 @@ class Slices:
             if control is not None:
                 self.replica.pull.control = control
 
-        self.room.publish(fill)
+        self.room.publish(fill, self._moved)
+        self._moved = False
 
     @property
     def lr(self) -> float:
@@ -261,6 +305,10 @@ def _sum(rows: Sequence[Tensor], factors: Sequence[float], exact: bool) -> Tenso
     return out if begun else out.zero_()
 
 
+def _finite(part: Tensor) -> bool:
+    return math.isfinite(torch.dot(part, part).item())
+
+
 def _factor(norms: list[float], clip: float, like: Tensor) -> float:
     """What `clip_grad_norm_` multiplies by, computed as it does."""
     total = torch.linalg.vector_norm(torch.tensor(norms, dtype=like.dtype))
@@ -308,6 +356,7 @@ def settle(
         together=sharded,
         between=sharded and not config.deterministic,  # across nodes a node's pushes are added first
         wire=torch.bfloat16 if rounded else push.dtype,
+        overlap=config.overlap,
     )
     room = exchange.room(contents)
     if room is None:
@@ -316,27 +365,22 @@ def settle(
     if isinstance(optimizer, FlatOptimizer):
         optimizer.rebind()  # nothing is to hold the messages' former memory
     room.meet()
-    span = deal(room, replica, cut)
+    deal(room, replica, cut)
     if not sharded:
-        return Slices(room, replica, rule, optimizer if room.leads else None, config)
+        return Slices(room, replica, rule, optimizer if room.leads else None, config, exchange)
     assert isinstance(optimizer, FlatOptimizer)
-    part = Pieces(optimizer, span, room.combined[: replica.flat.numel], room.stepped, room.rounded)
+    part = Pieces(optimizer, room.slices, room.combined[: replica.flat.numel], room.stepped, room.rounded)
     part.spread(exchange, room.leads)
-    return Slices(room, replica, rule, part, config)
+    return Slices(room, replica, rule, part, config, exchange)
 
 
-def deal(room: Room, replica: Replica, cut: Cut) -> slice:
-    """Deal out the slices of the body; returns this rank's of the weights."""
-    numel, end = replica.flat.numel, replica.push.tail_at
-    ranks = [rank for node in room.nodes for rank in node]
-    spans = [slice(0, numel)] + [slice(numel, numel)] * (len(ranks) - 1)
+def deal(room: Room, replica: Replica, cut: Cut) -> None:
+    """Deal out the slices of the body."""
+    numel, counts = replica.flat.numel, [len(node) for node in room.nodes]
+    dealt = [[slice(0, numel)] + [slice(numel, numel)] * (sum(counts) - 1)]
     if room.together:
-        spans = divide(replica.flat.slots, numel, [len(node) for node in room.nodes], cut == Cut.TENSORS)
-    own = [pieces(span) for span in spans]
-    if numel < end:  # what lies behind the gradients the server's rank needs, which is the first
-        own[0].append(slice(numel, end))
-    room.serve(own)
-    return spans[ranks.index(room.rank)]
+        dealt = buckets(replica.flat.slots, numel, counts, room.each, cut == Cut.TENSORS)
+    room.serve(dealt, slice(numel, replica.push.tail_at))
 
 
 def _shareable(replica: Replica) -> bool:

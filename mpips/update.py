@@ -68,8 +68,7 @@ class Gradient:
         if loss_scale != 1:
             push.gradients.div_(loss_scale)
         metrics = self._look(row, metrics)
-        row.weight = float(row.samples > 0) if self.alone else row.samples
-        row.steps = row.weight
+        row.weight = row.steps = self.weigh(row.samples)
         push.message[push.gradients.numel() :].zero_()
         self.replica.buffers.write(push.floats, push.limbs, row.weight, self.first)
         if row.weight:
@@ -79,6 +78,10 @@ class Gradient:
         elif not push.raw:
             push.body.zero_()
         push.write(self.rank, row, metrics)
+
+    def weigh(self, samples: float) -> float:
+        """The contribution's weight; may scale what is in the push message."""
+        return float(samples > 0) if self.alone else samples
 
     def _look(self, row: Row, metrics: Sequence[float]) -> Sequence[float]:
         """Mark the row if what is to be pushed is not finite; its loss and metrics are then as useless.
@@ -190,10 +193,6 @@ class Local(Gradient):
         self.inner.refresh()
         steps, self._taken = self._taken, 0
         return weight, steps
-
-    def weigh(self, samples: float) -> float:
-        """The contribution's weight; may scale what is in the push message."""
-        return float(samples > 0) if self.alone else samples
 
     def write(self, row: Row, metrics: Sequence[float], loss_scale: float) -> None:
         """See `Gradient.write`."""

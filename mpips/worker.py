@@ -51,6 +51,7 @@ class Serving(Protocol):
 
     replica: Replica
     inner: FlatOptimizer | None
+    slices: Slices | None
     states: bytes
     place: Place
     worker_state: Callable[[], RankState] | None
@@ -122,6 +123,10 @@ class Worker:
         self.done = self._told = False
         self._control = Control()
         self._kept: Tensor | None = None  # gradients that an idle round must not push
+        self._rest: Callable[[], None] | None = None  # of a round that goes on beside the script
+        self._streams: rng.State | None = None
+        if self.config.overlap and mode.gradients:
+            model.register_forward_pre_hook(lambda *_: self.settle())  # no function that deepcopy would follow
         self._begun = self._left = exchange.clock()
 
     @property
@@ -159,13 +164,60 @@ class Worker:
         for name, tensor in mine.buffers.items():
             self.replica.buffers.named[name].copy_(tensor)
 
+    def backward(self, loss: Tensor, samples: float) -> None:
+        """Backward, the last before a step; slices may leave as soon as their gradients are there."""
+        self.settle()
+        slices = self._overlapping
+        if slices is None or slices.ready is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+            return
+        slices.begin(self.update.weigh(samples))
+        flat, flat.watch = self.replica.flat, slices.ready.mark
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        finally:
+            flat.watch = None
+        flat.collect()
+        slices.ready.rest()
+
     def step(self, loss: float, samples: int, metrics: Sequence[float] = (), taken: int = 0) -> Control:
-        """The script has taken a step: push and pull, see both, if the update says that it is time."""
+        """The script has taken a step: push and pull, see both, if the update says that it is time.
+
+        With `overlap` in rounds that goes on while the script does, until `settle`.
+        """
+        self.settle()
         self._note(loss, samples, metrics, taken)
         if not self.update.step(loss, samples, self._control) and not (self.done and self.update.pending):
             return self._control
+        if self._overlapping:
+            self._write()
+            self._streams = rng.capture()  # what the script draws from now on belongs to the next round
+            self._rest = self.exchange.beside(self._send_and_receive)
+            return self._control
         self._push()
         return self.pull()
+
+    @property
+    def _overlapping(self) -> Slices | None:
+        """The slices that travel while the script goes on, if any do."""
+        slices = self.slices or (self._server.slices if self._server else None)
+        return slices if slices and slices.ready else None
+
+    def _send_and_receive(self) -> None:
+        self._send()
+        self._receive(contributed=True)
+
+    def settle(self) -> None:
+        """Wait for the end of a round that goes on beside, if one does; the model then has the new weights.
+
+        Raises:
+            See `pull`.
+        """
+        rest, self._rest = self._rest, None
+        if rest:
+            rest()
+            self.replica.flat.clear()
+            self._streams = None
 
     def push(self, loss: float, samples: int, metrics: Sequence[float] = (), taken: int = 0) -> None:
         """Send the gradient that backward left, or what the mode pushes in its place, and this rank's row.
@@ -185,11 +237,17 @@ class Worker:
         self.tally.add(loss, samples, metrics or [0.0] * len(self.config.metrics))
 
     def _push(self) -> None:
+        self._write()
+        self._send()
+
+    def _write(self) -> None:
+        """Fill the push message with what has been noted since the last one."""
         tally, self.tally = self.tally, Tally()
         row = self._row(samples=tally.samples, loss=tally.loss)
         self.update.write(row, tally.metrics or [0.0] * len(self.config.metrics), self._control.loss_scale)
         self.replica.flat.pushed()
-        self._send()
+        if slices := self._overlapping:
+            slices.end()
 
     def pull(self) -> Control:
         """Take the new weights and what the server says; gradients are then None.
@@ -203,6 +261,7 @@ class Worker:
 
     def idle(self) -> Control:
         """Take part in a round without a new step: with what has not been pushed yet, gradients apart, or with nothing."""
+        self.settle()
         if self.update.pending:
             self._push()
             return self.pull()
@@ -211,6 +270,8 @@ class Worker:
             flat.collect()
         self._kept = flat.grad.clone() if flat.pending else None
         self.update.write_nothing(self._row(), len(self.config.metrics))
+        if slices := self._overlapping:
+            slices.end()
         self._send()
         self._receive(contributed=False)
         if self.replica.wire_is_grad:
@@ -225,6 +286,7 @@ class Worker:
 
     def finish(self) -> None:
         """The shard is exhausted: take part until every worker's is."""
+        self.settle()
         self.done = True
         while not self._told or (self._control.active and not self._control.stop):
             self.idle()
@@ -251,7 +313,7 @@ class Worker:
         waiting = self._kept if self._kept is not None else flat.grad
         pending = dict(flat.named(waiting)) if flat.pending else {}
         slices = self.slices.own() if self.slices else {}
-        return RankState(self.index, self.place, rng.capture(), own, pending, self.update.tree(), slices)
+        return RankState(self.index, self.place, self._streams or rng.capture(), own, pending, self.update.tree(), slices)
 
     def end_epoch(self) -> None:
         """All ranks have ended an epoch: step the scheduler of the worker's own optimizer, as the server did if it is here."""

@@ -28,7 +28,7 @@ from mpips.exchange.rooms import sizes
 from mpips.exchange.simulated import SimulatedExchange, World
 from mpips.exchange.simulated_room import Leaders
 from mpips.flat import lay_out
-from mpips.plan import FLIGHT, GRAIN, SMALL, pieces
+from mpips.plan import FLIGHT, GRAIN, SMALL
 
 WIRES = pytest.mark.parametrize("wire", ["full", "bfloat16"])
 SHAPES = pytest.mark.parametrize(("nodes", "ranks"), [(2, 1), (2, 2), (3, 1), (4, 3), (5, 2)])
@@ -79,7 +79,7 @@ def test_what_is_sent_is_taken_and_the_body_travels_once(nodes: int, ranks: int,
             for node, both in enumerate(posted):
                 sent[node] += sum(count for _, count in both[0])
                 taken[node] += sum(count for _, count in both[1])
-                theirs, mine, count = found.sums(step)[found.kinds[node]]
+                theirs, mine, count = found.sums(found.pushed[step] if way == "push" else step)[found.kinds[node]]
                 assert sum(map(len, both)) == count
                 assert [sum(c for _, c in part) for part in both] == ([theirs, mine] if way == "push" else [mine, theirs])
     assert sent == taken == {node: found.sent()[found.kinds[node]] for node in range(nodes)}
@@ -99,6 +99,9 @@ class Nothing:
 
     def join(self, part: slice, sums: Sequence[Tensor]) -> None:
         self.parts.append(part)
+
+    def finish(self, part: slice) -> None:
+        pass
 
 
 Posted = dict[int, list[list[list[tuple[int, int]]]]]
@@ -128,8 +131,8 @@ def really(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[Posted, Made, lis
     def program(e: SimulatedExchange) -> bool:
         room, work = e.room(contents), Nothing()
         assert room
-        room.serve([pieces(span) for span in job.spans])
-        room.combine(torch.zeros(contents.numel - contents.tail), work)
+        room.serve(job.buckets, slice(job.numel, job.numel))
+        room.combine(1.0, torch.zeros(contents.numel - contents.tail), work)
         room.report(torch.zeros(contents.lines, dtype=torch.float64), "min")
         room.verdict(torch.zeros(contents.answer, dtype=torch.float64))
         room.publish(lambda: None)
@@ -180,7 +183,7 @@ def test_a_run_asks_for_the_same(
     nodes: int, chosen: Any, larger: bool, wire: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[Contents] = []
-    dealt: dict[int, slice] = {}
+    dealt: dict[int, list[slice]] = {}
     slots, numel = lay_out(mlp().named_parameters())
     for module in (slices, cost.job):
         monkeypatch.setattr(module, "SMALL", 4 * numel - larger)
@@ -191,9 +194,9 @@ def test_a_run_asks_for_the_same(
         asked.append(contents)
         return room(self, contents)
 
-    def dealing(*given: Any) -> slice:
-        dealt[given[0].rank] = deal(*given)
-        return dealt[given[0].rank]
+    def dealing(room: Any, *others: Any) -> None:
+        deal(room, *others)
+        dealt[room.rank] = room.slices
 
     monkeypatch.setattr(SimulatedExchange, "room", asking)
     monkeypatch.setattr(slices, "deal", dealing)
@@ -213,7 +216,7 @@ def test_a_run_asks_for_the_same(
     assert shared == [True] * job.size
     for contents in asked:
         assert {**vars(contents), "answer": 0, "wire": fields["wire"] if nodes == 1 else contents.wire} == fields
-    assert [dealt[rank] for rank in range(job.size)] == job.spans
+    assert [dealt[rank] for rank in range(job.size)] == [list(own) for own in zip(*job.buckets, strict=True)]
 
 
 # The seconds

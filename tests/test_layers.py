@@ -32,7 +32,7 @@ LAYERS = [
     {"state", "stopping", "staleness"},
     {"message", "rule", "clients"},
     {"data", "rng"},
-    {"buffers", "trainable", "plan"},
+    {"buffers", "trainable", "plan", "ready"},
     {"flat", "config", "outer"},
 ]
 HEIGHT = {noun: -depth for depth, nouns in enumerate(LAYERS) for noun in nouns}

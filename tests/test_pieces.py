@@ -75,7 +75,7 @@ def test_state_is_cut_up_stepped_and_put_together(name: str, ranks: int) -> None
         e.publish(whole.replica.pull.weights)
         slots, numel = whole.replica.flat.slots, whole.replica.flat.numel
         span = divide(slots, numel, [ranks], where(whole.torch) == Cut.TENSORS)[e.rank]
-        own = Pieces(whole, span, whole.replica.push.gradients)
+        own = Pieces(whole, [span], whole.replica.push.gradients)
         own.spread(e, e.rank == 0)
         own.step(give_gradients(whole, 2), 1.0, 1.0)
         states = e.collect(RankState(e.rank, Place(), {}, slices=own.own()).pack() if e.rank else b"")
@@ -102,7 +102,7 @@ def by_tensor(tree: dict[str, Any]) -> list[Tensor]:
 
 def test_large_tensors_are_stepped_piece_by_piece() -> None:
     whole = flat_optimizer(MAKE["adam"])
-    own = Pieces(whole, slice(0, whole.replica.flat.numel), whole.replica.push.gradients)
+    own = Pieces(whole, [slice(0, whole.replica.flat.numel)], whole.replica.push.gradients)
     lengths = [p.numel() for p in own.torch.param_groups[0]["params"]]
     assert max(lengths) == 256
     assert sum(lengths) == sum(slot.numel for slot in whole.replica.flat.slots)
@@ -129,7 +129,7 @@ def test_settings_are_taken_over_from_another_rank() -> None:
             return optim.AdamW([{"params": params[:2]}, {"params": params[2:], "lr": torch.tensor(0.5)}], **settings)
 
         whole = flat_optimizer(make)
-        return Pieces(whole, slice(0, 64), whole.replica.push.gradients)
+        return Pieces(whole, [slice(0, 64)], whole.replica.push.gradients)
 
     one, other = made(lr=0.1), made(lr=0.2, betas=(0.5, 0.6), weight_decay=0.3, amsgrad=True)
     other.torch.param_groups[1]["lr"].fill_(0.25)
@@ -146,7 +146,7 @@ def test_settings_are_taken_over_from_another_rank() -> None:
 
 def test_a_rate_is_scaled_for_one_step_alone() -> None:
     whole, other = flat_optimizer(MAKE["momentum"]), flat_optimizer(MAKE["momentum"])
-    own = Pieces(whole, slice(0, whole.replica.flat.numel), whole.replica.push.gradients)
+    own = Pieces(whole, [slice(0, whole.replica.flat.numel)], whole.replica.push.gradients)
     own.step(give_gradients(whole, 1), 1.0, 0.5)
     other.step(give_gradients(other, 1), None, 0.5)
     assert torch.equal(whole.replica.flat.weights, other.replica.flat.weights)

@@ -62,9 +62,12 @@ def rounds(room: Room, together: bool, pause: Callable[[], None]) -> bool:
         def join(self, part: slice, sums: Any) -> None:
             raise AssertionError("there is one node")
 
+        def finish(self, part: slice) -> None:
+            assert (room.rows[0, part] == -number).all()
+
     for number in range(1, 1 + ROUNDS):
         slowly(room.rows[room.rank], 10 * number + room.rank)
-        room.combine(heard, Take())
+        room.combine(1.0, heard, Take())
         if room.spans or room.leads:
             assert (heard == sum(10 * number + k for k in range(size))).all(), "a tail that is not whole"
         values = torch.full((LINES,), 100.0 * number + room.rank, dtype=torch.float64)

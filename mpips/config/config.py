@@ -25,7 +25,12 @@ class Config:
 
     mode: str = field(default="sync", metadata={"help": "how workers and server take turns: sync, async, local_sgd ..."})
     backup_workers: int = field(default=0, metadata={"help": "sync: do not wait for the last so many; late ones are left out"})
-    overlap: bool = field(default=False, metadata={"help": "async, ssp: compute the next update while the last one travels"})
+    overlap: bool = field(
+        default=False,
+        metadata={
+            "help": "compute while updates travel: the next one (async, ssp), or the rest of backward (sync on several nodes)"
+        },
+    )
     rule: str = field(default="mean", metadata={"help": "how contributions are combined"})
     deterministic: bool = field(
         default=False, metadata={"help": "the same bits from any MPI library, algorithm and placement (Gather, not Reduce)"}

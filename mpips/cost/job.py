@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
 
 from mpips.exchange.room import Contents
+from mpips.exchange.rooms import length
 from mpips.flat import ALIGNMENT, Slot, lay_out
 from mpips.message.words import COLUMNS, CONTROL_BYTES
-from mpips.plan import SMALL, divide
+from mpips.plan import SMALL, buckets
 from mpips.slices import SETTINGS
 
 MODEL = torch.float32
@@ -80,11 +82,17 @@ class Job:
         return self.size > 1 and (self.plan == "sharded" or (self.plan == "auto" and self.model > SMALL))
 
     @property
-    def spans(self) -> list[slice]:
-        """The slice of each rank, node by node: as `mpips.slices.deal` cuts them."""
+    def buckets(self) -> list[list[slice]]:
+        """For each bucket the slice of each rank, node by node: as `mpips.slices.deal` cuts them."""
         if not self.sharded:
-            return [slice(0, self.numel)] + [slice(self.numel, self.numel)] * (self.size - 1)
-        return divide(self.slots, self.numel, [self.ranks] * self.nodes)
+            return [[slice(0, self.numel)] + [slice(self.numel, self.numel)] * (self.size - 1)]
+        each = length(self.bucket, self.contents, self.nodes) if self.nodes > 1 else self.numel
+        return buckets(self.slots, self.numel, [self.ranks] * self.nodes, each)
+
+    @cached_property
+    def served(self) -> list[int]:
+        """How many elements each rank serves, node by node."""
+        return [sum(span.stop - span.start for span in own) for own in zip(*self.buckets, strict=True)]
 
     @property
     def how(self) -> How:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mpips.cost.job import MODEL, Job
 from mpips.exchange.rooms import sizes
 
-SHARED = ("push messages", "weights", "words", "words", "words", "window", "outbox")  # in the order of `sizes`
+SHARED = ("push messages", "weights", "words", "words", "words", "words", "window", "outbox")  # in the order of `sizes`
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Item:
 def memory(job: Job) -> dict[str, Item]:
     """All there is in it; what a plan does not have is left out."""
     items = _shared(job) if job.how != "reduce and bcast" and job.size > 1 else _own(job)
-    lengths = [MODEL.itemsize * (span.stop - span.start) for span in job.spans]
+    lengths = [MODEL.itemsize * count for count in job.served]
     served = Item(max(lengths), max(sum(lengths[at : at + job.ranks]) for at in range(0, job.size, job.ranks)))
     if job.travels != MODEL:
         items["masters"] = served

@@ -198,7 +198,7 @@ def _rooms(job: Job, machine: Machine, plan: Schedule) -> Round:
             push=pushing,
             pull=pulling,
             sent=max(plan.sent()),
-            messages=2 * sum(posted),
+            messages=2 * max(sum(plan.sums(step)[kind][2] for step in range(steps)) for kind in range(len(plan.counts))),
             at_once=together if rounded else max(together, sum(posted)),
         ),
     )
@@ -207,7 +207,8 @@ def _rooms(job: Job, machine: Machine, plan: Schedule) -> Round:
 def _push(job: Job, machine: Machine, plan: Schedule) -> Travel:
     """Added up, sent, joined with what comes."""
     travel, speed = Travel(), machine.memory * job.hands / job.ranks
-    for step, part in enumerate(plan.parts):
+    for step in plan.pushed:
+        part = plan.parts[step]
         sums = plan.sums(step)
         elements = sum(count * each for count, each in zip(plan.counts, part, strict=True)) // plan.itemsize
         added = elements * (MODEL.itemsize * _passes(job.ranks) + (plan.itemsize if job.travels != MODEL else 0))
@@ -257,7 +258,7 @@ def _words(job: Job, machine: Machine, numbers: int) -> Phase:
 
 def _step(job: Job, machine: Machine) -> float:
     """The rank with the longest slice reads gradients, reads and writes weights and the optimizer's state."""
-    longest = max(span.stop - span.start for span in job.spans)
+    longest = max(job.served)
     return float(longest) * MODEL.itemsize * (3 + 2 * job.state) / _alone(job, machine)
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from mpips.cost.job import Job
-from mpips.exchange.rooms import joined, length
-from mpips.plan import pieces, steps
+from mpips.exchange.rooms import length
+from mpips.plan import steps
 
 Way = Literal["push", "pull"]
 Messages = list[tuple[int, int]]  # a node, and the bytes that go there or come from there
@@ -27,7 +28,8 @@ class Schedule:
     Attributes:
         kinds: of each node.
         counts: how many nodes are of each kind.
-        parts: for each step the bytes, on the wire, of what it is about in the slice of a node of each kind.
+        parts: for each step of the pull the bytes, on the wire, of what it is about in the slice of a node of each kind.
+        pushed: the steps in the order of the push.
         widest: the same, but of what a single rank of the node has to do with, in elements; that which has most.
         itemsize: bytes of an element on the wire.
     """
@@ -35,6 +37,7 @@ class Schedule:
     kinds: Sequence[int]
     counts: Sequence[int]
     parts: Sequence[Sequence[int]]
+    pushed: Sequence[int]
     widest: Sequence[Sequence[int]]
     itemsize: int
 
@@ -45,7 +48,8 @@ class Schedule:
 
     def messages(self, way: Way, step: int, node: int) -> tuple[Messages, Messages]:
         """What a node sends, and what it takes, each in the order in which it is posted; nothing is posted that is empty."""
-        part, own = self.parts[step], self.parts[step][self.kinds[node]]
+        part = self.parts[self.pushed[step] if way == "push" else step]
+        own = part[self.kinds[node]]
         theirs = [(n, part[kind]) for n, kind in enumerate(self.kinds) if n != node and part[kind]]
         mine = [(n, own) for n in range(self.nodes) if n != node and own]
         return (theirs, mine) if way == "push" else (mine, theirs)
@@ -66,25 +70,27 @@ class Schedule:
 
 def schedule(job: Job) -> Schedule:
     """A round's, between the nodes of `job`, which are several."""
-    contents, spans = job.contents, [pieces(span) for span in job.spans]
-    of_ranks = [spans[at : at + job.ranks] for at in range(0, job.size, job.ranks)]
-    of_nodes = [joined([piece for own in ranks for piece in own]) for ranks in of_ranks]
-    shapes = [tuple(span.stop - span.start for span in node) for node in of_nodes]
+    contents, dealt, counted = job.contents, job.buckets, [job.ranks] * job.nodes
+    by_bucket = [steps(bucket, counted, length(job.bucket, contents, job.nodes)) for bucket in dealt]
+    planned = [(number, step) for number, of_bucket in enumerate(by_bucket) for step in of_bucket]
+    lasts = list(accumulate(map(len, by_bucket), initial=0))
+    shapes = list(zip(*([part.stop - part.start for part in step] for _, step in planned), strict=True))
     counts, one = Counter(shapes), dict(zip(shapes, range(job.nodes), strict=True))
     kinds, first = {shape: kind for kind, shape in enumerate(counts)}, [one[shape] for shape in counts]
-    planned = steps([of_nodes[node] for node in first], length(job.bucket, contents, job.nodes))
     itemsize = contents.wire.itemsize
-    alone = [[joined(own) for own in of_ranks[node]] for node in first]
     return Schedule(
         kinds=[kinds[shape] for shape in shapes],
         counts=list(counts.values()),
-        parts=[[(part.stop - part.start) * itemsize for part in step] for step in planned],
-        widest=[[_widest(part, alone[kind]) for kind, part in enumerate(step)] for step in planned],
+        parts=[[(step[node].stop - step[node].start) * itemsize for node in first] for _, step in planned],
+        pushed=[step for start, stop in reversed(list(pairwise(lasts))) for step in range(start, stop)],
+        widest=[
+            [_widest(step[node], dealt[number][node * job.ranks : (node + 1) * job.ranks]) for node in first]
+            for number, step in planned
+        ],
         itemsize=itemsize,
     )
 
 
-def _widest(part: slice, ranks: Sequence[Sequence[slice]]) -> int:
+def _widest(part: slice, ranks: Sequence[slice]) -> int:
     """The most elements of a part that one rank serves."""
-    shared = [min(part.stop, own.stop) - max(part.start, own.start) for spans in ranks for own in spans]
-    return max(0, *shared) if shared else 0
+    return max(0, *(int(min(part.stop, own.stop) - max(part.start, own.start)) for own in ranks))

@@ -126,6 +126,14 @@ class Exchange(Protocol):
             ExchangeError: there is a request already; or, from the function, the answer has another length.
         """
 
+    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Begin `work`, which may make calls on this exchange, while this rank computes and makes none itself.
+
+        Returns:
+            A function to call once: it waits for the end, and raises what `work` has raised. Where MPI was started without
+            support for threads all of it happens there.
+        """
+
     def clock(self) -> float:
         """Seconds since some moment; virtual ones where the time is simulated."""
 

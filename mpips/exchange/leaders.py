@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from mpips.exchange.conversation import LARGEST
 from mpips.exchange.patience import patiently
 from mpips.exchange.room import Op
 from mpips.exchange.rooms import Finish, Sent
+from mpips.exchange.semaphore import PAUSE
 
 
 class MpiLeaders:
@@ -20,10 +23,11 @@ class MpiLeaders:
     Args:
         mpi: the module.
         comm: the leaders' communicator, which is in their nodes' order.
+        beside: whether this rank computes meanwhile, and is to have its core.
     """
 
-    def __init__(self, mpi: Any, comm: Any) -> None:
-        self._mpi, self._comm = mpi, comm
+    def __init__(self, mpi: Any, comm: Any, beside: bool = False) -> None:
+        self._mpi, self._comm, self._computes = mpi, comm, beside
         self.node, self.count = comm.rank, comm.size
         self._begun: list[Any] = []
 
@@ -47,7 +51,12 @@ class MpiLeaders:
         begun = [self._comm.Irecv(_bytes(room), source=node) for node, room in taken]
         begun += [self._comm.Isend(_bytes(part), dest=node) for node, part in sent]
         self._begun = begun
-        return lambda: self._mpi.Request.Waitall(begun)
+        return partial(self._wait, begun)
+
+    def _wait(self, begun: list[Any]) -> None:
+        while self._computes and not self._mpi.Request.Testall(begun):
+            time.sleep(PAUSE)
+        self._mpi.Request.Waitall(begun)
 
     def progress(self) -> None:
         """See `Leaders`."""

@@ -27,6 +27,7 @@ from mpips.exchange.node import mapped
 from mpips.exchange.patience import patiently
 from mpips.exchange.room import Contents, Room
 from mpips.exchange.rooms import Rooms, sizes
+from mpips.exchange.semaphore import AWAKE
 from mpips.exchange.staging import Staging
 from mpips.rule import Needs
 
@@ -114,7 +115,7 @@ class MpiExchange:
         self._rows = torch.empty(0)
         self._conversation = Conversation(MPI, comm)
         self._threads = MPI.Query_thread() >= MPI.THREAD_SERIALIZED  # a rank that asks makes no other call meanwhile
-        self._beside = ThreadPoolExecutor(1, "mpips-ask")  # has no thread until it is used
+        self._beside = ThreadPoolExecutor(1, "mpips-beside")  # has no thread until it is used
         self._asking = False
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -129,7 +130,8 @@ class MpiExchange:
             wanted = contents.sizes(self.size)
         else:
             wanted = sizes(contents, node.size, len(nodes), self._bucket)
-        found = mapped(node, wanted) if len(nodes) == 1 or contents.between else None
+        awake = 0.0 if contents.overlap else AWAKE  # a thread that yields keeps Python's lock
+        found = mapped(node, wanted, awake) if len(nodes) == 1 or contents.between else None
         leads = node.rank == 0
         node.Free()
         if not all(word[0] for word in self.compare(bytes([found is not None]) + bytes(31))):
@@ -138,7 +140,7 @@ class MpiExchange:
         if len(nodes) == 1:
             return Room(nodes[0], self.rank, *found, contents)
         comm = self.comm.Split(0 if leads else self._mpi.UNDEFINED, self.rank)
-        leaders = MpiLeaders(self._mpi, comm) if leads else None
+        leaders = MpiLeaders(self._mpi, comm, contents.overlap) if leads else None
         return Rooms(nodes, self.rank, *found, contents, leaders, self._bucket)
 
     def _node(self) -> MPI.Comm:
@@ -241,6 +243,10 @@ class MpiExchange:
             end = None if whole else short
             self._answer.back(room[:end], answer[:end])
         return whole
+
+    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See `Exchange`."""
+        return self._beside.submit(work).result if self._threads else work
 
     def clock(self) -> float:
         """See `Exchange`."""

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from mpips.exchange import memory
-from mpips.exchange.semaphore import SIZE, Semaphore
+from mpips.exchange.semaphore import AWAKE, SIZE, Semaphore
 
 
 class Gates:
@@ -18,11 +18,12 @@ class Gates:
     Args:
         mapped: memory that begins with a gate for each rank, all closed.
         rank, size: this rank's number on its node, and how many they are.
+        awake: seconds that a rank waits awake before it sleeps.
     """
 
-    def __init__(self, mapped: Any, rank: int, size: int) -> None:
+    def __init__(self, mapped: Any, rank: int, size: int, awake: float = AWAKE) -> None:
         self.leads = rank == 0
-        self._gates = [Semaphore(mapped, SIZE * number) for number in range(size)]
+        self._gates = [Semaphore(mapped, SIZE * number, awake) for number in range(size)]
         self._own = self._gates[rank]
         if self.leads:
             for gate in self._gates:
@@ -45,7 +46,7 @@ class Gates:
             gate.post()
 
 
-def mapped(node: Any, sizes: list[int]) -> tuple[list[Tensor], Gates] | None:
+def mapped(node: Any, sizes: list[int], awake: float = AWAKE) -> tuple[list[Tensor], Gates] | None:
     """Memory that every rank of the communicator `node` maps: tensors of so many bytes, zero, and gates.
 
     None on all of them if they do not ask for the same, or there is no room for it.
@@ -62,6 +63,6 @@ def mapped(node: Any, sizes: list[int]) -> tuple[list[Tensor], Gates] | None:
     room = memory.mapped(node, end, own) if (asked == asked[0]).all() else None
     if room is None:
         return None
-    gates = Gates(room, node.rank, node.size)
+    gates = Gates(room, node.rank, node.size, awake)
     node.Barrier()
     return [memory.tensor(room, start, size) for start, size in zip(starts, sizes, strict=True)], gates

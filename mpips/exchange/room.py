@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mpips.flat import ALIGNMENT
+from mpips.plan import pieces
 
 Op = Literal["min", "sum"]
 
@@ -43,6 +44,7 @@ class Contents:
         together: whether other ranks than the server's serve slices, too.
         between: whether ranks of several nodes may do so.
         wire: what weights and gradients travel in between nodes.
+        overlap: whether slices travel between nodes before all gradients are there.
     """
 
     numel: int
@@ -55,6 +57,12 @@ class Contents:
     together: bool
     between: bool
     wire: torch.dtype
+    overlap: bool = False
+
+    @property
+    def gradients(self) -> int:
+        """How many elements of a push message are gradients, the first ones: as many as there are weights."""
+        return int(self.weights.stop - self.weights.start) // self.dtype.itemsize
 
     def sizes(self, ranks: int) -> list[int]:
         """The bytes of the parts that every room has, for so many ranks."""
@@ -82,7 +90,7 @@ class Work(Protocol):
     """What is done with slices of the push messages."""
 
     def add(self, part: slice, rows: Sequence[Tensor]) -> None:
-        """The room's pushes become one, in the memory of the first.
+        """The room's pushes, times their weights, become one, in the memory of the first.
 
         Args:
             part: which slice of the body.
@@ -96,6 +104,16 @@ class Work(Protocol):
             part: which slice of the body.
             sums: by node, to be left as they are; this room's first row is one of them.
         """
+
+    def finish(self, part: slice) -> None:
+        """The sum becomes the mean; all tails have been heard."""
+
+
+class Ready(Protocol):
+    """Which gradients are there; see `Rooms.combine`."""
+
+    def wait(self, step: int, meanwhile: Callable[[], object] | None) -> None:
+        """Until those that this step is about are; steps behind the last gradient wait for the tail."""
 
 
 class Room:
@@ -116,8 +134,11 @@ class Room:
         leads: whether this rank is the server's.
         fills: whether this rank is the first of its node.
         nodes: the ranks of each node.
-        spans: what this rank serves, slices of the push message's body.
+        slices: what this rank serves of the weights, one of each bucket.
+        spans: what it serves of the push message's body, in pieces.
         together: whether other ranks than the server's serve slices, too.
+        each: the most elements of a bucket that a node is to serve.
+        said: the weights of the room's ranks, where they are told before the tails.
         rounded: whether the weights that are stepped are not the model's, but these are rounded from them.
     """
 
@@ -136,8 +157,10 @@ class Room:
         self.leads = rank == 0
         self.weights = self.pull[contents.weights].view(contents.dtype)
         self._cut: dict[tuple[int, int], Sequence[Tensor]] = {}
+        self.slices: list[slice] = []
         self.spans: list[slice] = []
         self.together, self.rounded = contents.together, False
+        self.each, self.said = contents.numel, torch.empty(0)
 
     @property
     def combined(self) -> Tensor:
@@ -148,23 +171,34 @@ class Room:
         """A slice, served by this rank, of the weights that are stepped."""
         return self.weights[part]
 
-    def serve(self, spans: Sequence[Sequence[slice]]) -> None:
+    def serve(self, buckets: Sequence[Sequence[slice]], behind: slice) -> None:
         """Deal out the slices.
 
         Args:
-            spans: of each rank, node by node; together they are all of the body.
+            buckets: for each a slice of the weights and gradients for each rank, node by node.
+            behind: what of the body lies behind the gradients; it is the server's.
         """
-        self.spans = list(spans[self._place])
+        place = [rank for node in self.nodes for rank in node].index(self.rank)
+        self.slices = [bucket[place] for bucket in buckets]
+        self.spans = [part for span in self.slices for part in pieces(span)]
+        if self.leads and behind.start < behind.stop:
+            self.spans.append(behind)
 
-    def meet(self) -> None:
-        """Wait until all of the room are here."""
-        self._arrive()
+    def meet(self, meanwhile: Callable[[], object] | None = None) -> None:
+        """Wait until all of the room are here; see `Meeting`."""
+        self._arrive(meanwhile)
         self._release()
 
-    def combine(self, heard: Tensor, work: Work) -> None:
+    def combine(self, weight: float, heard: Tensor, work: Work, ready: Ready | None = None) -> None:
         """Every push message is written.
 
-        At the server, and where slices are served, the sum of all tails lands in `heard`. Then `work` is done.
+        At the server, and where slices are served, the sum of all tails lands in `heard`. Then `work` is done: added, finished.
+
+        Args:
+            weight: this rank's, if others need it before they have heard the tails.
+            heard: for the tail.
+            work: what is done with slices.
+            ready: says when, where slices travel before all is written.
         """
         self._arrive()
         if self.together:
@@ -174,6 +208,7 @@ class Room:
         np.sum(self._numbers[:, self.contents.tail :], 0, out=heard.numpy())  # for so few, faster than torch
         for span in self.spans:
             work.add(span, self._rows_of(span))
+            work.finish(span)
 
     def _rows_of(self, span: slice) -> Sequence[Tensor]:
         """Made once: for a small model it takes as long as to add them."""
@@ -202,8 +237,13 @@ class Room:
         self._release()
         answer.copy_(self._answer)
 
-    def publish(self, fill: Callable[[], None]) -> None:
-        """Every rank has done with the pull message as it was, and stepped its slices; the server completes it with `fill`."""
+    def publish(self, fill: Callable[[], None], moved: bool = True) -> None:
+        """Every rank has done with the pull message as it was, and stepped its slices.
+
+        Args:
+            fill: completes it, at the server.
+            moved: whether slices have been stepped.
+        """
         if not self._arrived:
             self._arrive()
         if self.leads:

@@ -1,12 +1,12 @@
 """A room on each of several nodes: their leaders send slices to each other.
 
-Each node serves one slice of the body, of which each of its ranks serves a part. A round:
+Each node serves a slice of each bucket of the body, and each of its ranks a part of that. A round:
 
 | step    | on a node                                | between the leaders                                              |
 |---------|------------------------------------------|------------------------------------------------------------------|
-| combine | the tails are added                      | all tails are added                                              |
-|         | bucket by bucket: the pushes are added   | each sends every other what that one serves: half a reduce-scatter |
-|         | the nodes' sums of what it serves, too   |                                                                  |
+| combine | bucket by bucket: gradients are added,   | each sends every other what that one serves: reduce-scatter      |
+|         | and the nodes' sums of what it serves    |                                                                  |
+|         | the rest is added; sums become means     | the rest of the messages is added                                |
 | report  | as in one room                           | the least, or the sum, of the reports                            |
 | verdict | as in one room                           | the server's                                                     |
 | publish |                                          | the rest of the pull message                                     |
@@ -23,6 +23,7 @@ and within one rounding of the last change of the owner's, as what rounding left
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -30,8 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpips.exchange.room import Contents, Meeting, Op, Room, Work
-from mpips.plan import BUCKET, FLIGHT, LEAST, pieces, share, steps
+from mpips.exchange.room import Contents, Meeting, Op, Ready, Room, Work
+from mpips.plan import BUCKET, EARLY, FLIGHT, LEAST, pieces, share, steps
 
 Finish = Callable[[], None]
 Sent = list[tuple[int, Tensor]]  # a node, and what goes there or comes from there
@@ -90,46 +91,59 @@ class Rooms(Room):
         self._node = next(n for n, ranks in enumerate(nodes) if rank in ranks)
         super().__init__(nodes[self._node], rank, parts, meeting, contents)
         self.nodes = [list(ranks) for ranks in nodes]
-        self._leaders, self._length = leaders, length(bucket, contents, len(nodes))
-        told, window, outbox = parts[4:]
-        self._told = told.view(contents.dtype)
+        self._leaders, self.each = leaders, length(bucket, contents, len(nodes))
+        self._progress = leaders.progress if leaders else None
+        told, said, window, outbox = parts[4:]
+        self._told, self.said = told.view(contents.dtype), said.view(torch.float64)
         self._window = window.view(contents.wire).view(FLIGHT + 1, len(nodes) - 1, -1)
         self._outbox = outbox.view(contents.wire).view(FLIGHT + 1, len(nodes), -1)
-        self._masters, self._first = torch.empty(0), 0
+        self._masters: list[Tensor] = []
         self.rounded = contents.wire != contents.dtype
 
-    def serve(self, spans: Sequence[Sequence[slice]]) -> None:
+    def serve(self, buckets: Sequence[Sequence[slice]], behind: slice) -> None:
         """See `Room`."""
-        before = sum(len(ranks) for ranks in self.nodes[: self._node])
-        self.spans = list(spans[before + self._place])
-        rest = iter(spans)
-        of_node = [[span for _ in ranks for span in next(rest)] for ranks in self.nodes]
-        weights = self.weights.numel()
-        self._push_steps = steps([joined(part) for part in of_node], self._length)
-        self._pull_steps = steps([joined([s for s in part if s.stop <= weights]) for part in of_node], self._length)
+        super().serve(buckets, behind)
+        counts = [len(ranks) for ranks in self.nodes]
+        by_bucket = [steps(bucket, counts, self.each) for bucket in buckets]
+        self.pull_steps = [step for of_bucket in by_bucket for step in of_bucket]  # the first layers are needed first
+        self._bucket_of = [number for number, of_bucket in enumerate(by_bucket) for _ in of_bucket]
+        self.push_steps = [step for of_bucket in reversed(by_bucket) for step in of_bucket]  # the last have gradients first
         if self.rounded:
-            own = [span for span in self.spans if span.stop <= weights]
-            self._first = own[0].start if own else 0
-            self._masters = self.weights[self._first : own[-1].stop if own else 0].clone()
+            self._masters = [self.weights[span].clone() for span in self.slices]
 
     def stepped(self, part: slice) -> Tensor:
         """See `Room`."""
-        return self._masters[part.start - self._first : part.stop - self._first] if self.rounded else self.weights[part]
+        if not self.rounded:
+            return self.weights[part]
+        bucket = bisect_right([span.start for span in self.slices], part.start) - 1
+        first = self.slices[bucket].start
+        return self._masters[bucket][part.start - first : part.stop - first]
 
-    def combine(self, heard: Tensor, work: Work) -> None:
-        """See `Room`."""
-        self._arrive()
+    def combine(self, weight: float, heard: Tensor, work: Work, ready: Ready | None = None) -> None:
+        """See `Room`; here everybody hears the tails."""
+        self.said[self._place] = weight
+
+        def before(number: int, step: list[slice]) -> None:
+            if self.contents.overlap or not number:
+                if ready:
+                    ready.wait(number, self._progress)
+                self.meet(self._progress)
+            self._add(number, step, work)
+
+        self._travel(self.push_steps, before, self._swap_sums, lambda number, step: self._join(number, step, work))
+        if ready:
+            ready.wait(len(self.push_steps), self._progress)
+        self._arrive(self._progress)
+        behind = slice(self.weights.numel(), self.contents.tail)
         if self._leaders:
-            np.sum(self._numbers[:, self.contents.tail :], 0, out=self._told.numpy())
+            np.sum(self._numbers[:, behind.start :], 0, out=self._told.numpy())
             self._leaders.sum(self._told)
         self._release()
-        heard.copy_(self._told)
-        self._travel(
-            self._push_steps,
-            lambda number, step: self._add(number, step, work),
-            self._swap_sums,
-            lambda number, step: self._join(number, step, work),
-        )
+        heard.copy_(self._told[behind.stop - behind.start :])
+        if self.leads:
+            self.combined[behind].copy_(self._told[: behind.stop - behind.start])
+        for span in self.spans:
+            work.finish(span)
 
     def _travel(
         self,
@@ -144,7 +158,7 @@ class Rooms(Room):
             if number < len(plan):
                 before(number, plan[number])
             done = number - FLIGHT
-            self._arrive(self._leaders.progress if self._leaders else None)
+            self._arrive(self._progress)
             if self._leaders:
                 if number < len(plan):
                     begun.append(swap(number, plan[number]))
@@ -209,7 +223,7 @@ class Rooms(Room):
             self._leaders.tell(answer.view(torch.uint8))
         super().verdict(answer)
 
-    def publish(self, fill: Callable[[], None]) -> None:
+    def publish(self, fill: Callable[[], None], moved: bool = True) -> None:
         """See `Room`."""
         self._arrive()
         if self._leaders:
@@ -218,13 +232,13 @@ class Rooms(Room):
             where = self.contents.weights
             self._leaders.tell(self.pull[: where.start])
             self._leaders.tell(self.pull[where.stop :])
-        if self.rounded:
+        if self.rounded and moved:
             self._release()
-            self._travel(self._pull_steps, self._change, self._swap_changes, self._follow)
+            self._travel(self.pull_steps, self._change, self._swap_changes, self._follow)
             self.meet()
             return
-        if self._leaders:
-            for finish in [self._swap_weights(step) for step in self._pull_steps]:
+        if self._leaders and moved:
+            for finish in [self._swap_weights(step) for step in self.pull_steps]:
                 finish()
         self._release()
 
@@ -236,12 +250,11 @@ class Rooms(Room):
 
     def _change(self, number: int, step: list[slice]) -> None:
         """By how much the weights change, rounded; on this node they do."""
-        own = step[self._node]
-        for span in self.spans:  # who has the masters of a slice
-            for part in pieces(slice(max(own.start, span.start), min(own.stop, span.stop))):
-                change = self._slot(self._outbox, number, self._node, own, part)
-                change.copy_(self.stepped(part) - self.weights[part])
-                self.weights[part].add_(change)
+        own, served = step[self._node], self.slices[self._bucket_of[number]]
+        for part in pieces(slice(max(served.start, own.start), min(served.stop, own.stop))):
+            change = self._slot(self._outbox, number, self._node, own, part)
+            change.copy_(self.stepped(part) - self.weights[part])
+            self.weights[part].add_(change)
 
     def _swap_changes(self, number: int, step: list[slice]) -> Finish:
         assert self._leaders
@@ -257,26 +270,15 @@ class Rooms(Room):
                 self.weights[part].add_(self._slot(self._window, number, self._seat(node), step[node], part))
 
 
-def joined(spans: Sequence[slice]) -> list[slice]:
-    """Neighbours as one."""
-    out: list[slice] = []
-    for span in spans:
-        if out and out[-1].stop == span.start:
-            out[-1] = slice(out[-1].start, span.stop)
-        elif span.start < span.stop:
-            out.append(span)
-    return out
-
-
 def length(bucket: int, contents: Contents, nodes: int) -> int:
     """How many elements a node sends each other at a time, if it is to send at most `bucket` bytes to all of them."""
-    return max(LEAST, min(bucket, BUCKET) // contents.wire.itemsize // (nodes - 1))
+    return max(LEAST, min(bucket, EARLY if contents.overlap else BUCKET) // contents.wire.itemsize // (nodes - 1))
 
 
 def sizes(contents: Contents, ranks: int, nodes: int, bucket: int) -> list[int]:
     """The bytes of the parts of a room of `ranks` ranks, one of `nodes` rooms; see `Rooms`."""
     each = length(bucket, contents, nodes) * contents.wire.itemsize
     rounded = contents.wire != contents.dtype
-    told = (contents.numel - contents.tail) * contents.dtype.itemsize
+    told = (contents.numel - contents.gradients) * contents.dtype.itemsize
     outbox = (FLIGHT + 1) * nodes * each if rounded else 0
-    return [*contents.sizes(ranks), told, (FLIGHT + 1) * (nodes - 1) * each, outbox]
+    return [*contents.sizes(ranks), told, ranks * 8, (FLIGHT + 1) * (nodes - 1) * each, outbox]

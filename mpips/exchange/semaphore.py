@@ -26,9 +26,11 @@ class Semaphore:
     Args:
         memory: what they map.
         offset: where in it, in bytes.
+        awake: seconds to wait awake before sleeping.
     """
 
-    def __init__(self, memory: mmap.mmap, offset: int) -> None:
+    def __init__(self, memory: mmap.mmap, offset: int, awake: float = AWAKE) -> None:
+        self._awake = awake
         self._held = ctypes.c_char.from_buffer(memory, offset)  # so that the memory stays mapped
         self._at = ctypes.c_void_p(ctypes.addressof(self._held))
 
@@ -51,7 +53,7 @@ class Semaphore:
             time.sleep(PAUSE)
             if not attempt(at):
                 return
-        awake = time.perf_counter() + AWAKE
+        awake = time.perf_counter() + self._awake
         while time.perf_counter() < awake:
             os.sched_yield()
             if not attempt(at):

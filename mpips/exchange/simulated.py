@@ -247,6 +247,10 @@ class SimulatedExchange:
         self.traffic[f"{call} calls"] += 1
         self.traffic[f"{call} bytes"] += message.numel() * message.element_size()
 
+    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See `Exchange`; a simulated rank does one thing after another."""
+        return work
+
     def clock(self) -> float:
         """See `Exchange`."""
         return self.world.real_clock() if self.world.real_clock else self.world.time[self.rank]

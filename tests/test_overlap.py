@@ -1,0 +1,302 @@
+"""Rounds that go on while the script does: what leaves during backward, and comes while data is loaded, changes no bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from programs import OPTIMIZERS, cnn, data, mlp, sha
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import mpips
+from mpips import pieces, plan
+from mpips.exchange import Exchange, rooms
+from mpips.exchange.simulated import World
+from mpips.flat import lay_out
+from mpips.ready import Ready
+
+BUCKET = 640  # bytes
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models travel in many steps."""
+    monkeypatch.setattr(plan, "GRAIN", 64)
+    monkeypatch.setattr(rooms, "LEAST", 160)
+    monkeypatch.setattr(pieces, "PIECE", 256)
+    monkeypatch.setattr(plan.pieces, "__defaults__", (256,))
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(1, 200), st.randoms())
+def test_a_step_waits_for_the_tensors_it_has_a_part_of(numels: list[int], length: int, order: random.Random) -> None:
+    slots, numel = lay_out((str(n), torch.empty(count, device="meta")) for n, count in enumerate(numels))
+    steps = [
+        [slice(start, start + length // 2), slice(start + length // 2, start + length)] for start in range(0, numel, length)
+    ]
+    ready = Ready([*steps, [slice(numel, numel + 5), slice(0, 0)]], slots)
+    there: set[int] = set()
+    numbers = list(range(len(slots)))
+    order.shuffle(numbers)
+    for number in numbers:
+        for at, (one, other) in enumerate(steps):
+            needs = {n for n, s in enumerate(slots) if s.offset < other.stop and one.start < s.offset + s.numel}
+            assert ready._events[at].is_set() == (bool(needs) and needs <= there)
+        ready.mark(number)
+        there.add(number)
+    assert not ready._events[len(steps) + 1].is_set()
+    ready.end()
+    for step in range(len(steps) + 2):
+        ready.wait(step, None)
+    ready.begin()
+    assert not any(event.is_set() for event in ready._events)
+
+
+def test_what_is_to_be_done_meanwhile_is_done_until_then() -> None:
+    slots, numel = lay_out([("one", torch.empty(10, device="meta"))])
+    ready = Ready([[slice(0, numel)]], slots)
+    calls = []
+
+    def meanwhile() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            ready.mark(0)
+
+    ready.wait(0, meanwhile)
+    assert len(calls) == 3
+
+
+def trained(e: Exchange, overlap: bool, backward: str = "ps", net: nn.Module | None = None, **settings: Any) -> dict[str, Any]:
+    """Weights, sums of what was seen, and how the run was made."""
+    net = net or cnn()
+    settings = {"run_dir": f"run-{e.name}-{overlap}", "plan": "sharded", **settings}
+    ps = mpips.connect(net, OPTIMIZERS["momentum"](net.parameters()), exchange=e, overlap=overlap, **settings)
+    seen = []
+    for _ in ps.epochs(2):
+        for number, (x, y) in enumerate(ps.batches(data(101), 7)):
+            loss = F.cross_entropy(net(x), y)
+            if backward == "accumulated" and number % 2:
+                loss.backward()  # type: ignore[no-untyped-call]
+                continue
+            if backward == "plain":
+                loss.backward()  # type: ignore[no-untyped-call]
+            else:
+                ps.backward(loss)
+            ps.step(loss.detach())
+            seen.append(float(loss.detach()))
+    half = ps._server or ps._worker
+    assert half
+    slices = half.slices
+    return {
+        "weights": sha(net),
+        "losses": seen,
+        "steps": len(slices.room.push_steps) if slices and isinstance(slices.room, rooms.Rooms) else 0,
+        "rounds": ps.round,
+    }
+
+
+def simulate(nodes: list[int], overlap: bool, seed: int = 0, **settings: Any) -> list[dict[str, Any]]:
+    world = World(sum(nodes), seed=seed, shares=True, nodes=nodes, bucket=BUCKET)
+    return world.run(lambda e: trained(e, overlap, **settings))
+
+
+@pytest.mark.parametrize("nodes", [[2, 2], [1, 3], [1, 1, 1]])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"server_trains": True}, {"clip": 0.1}, {"wire": "bfloat16"}, {"backward": "accumulated"}, {"backward": "plain"}],
+    ids=str,
+)
+def test_no_bit_changes(nodes: list[int], settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = simulate(nodes, False, **{**settings, "backward": settings.get("backward", "plain")})
+    assert expected[0]["steps"] > 1
+    assert simulate(nodes, True, seed=1, **settings) == expected
+
+
+class Sometimes(nn.Module):
+    """A tensor without gradient on some batches, one never used, and layers that are called in another order than they lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.last = nn.Linear(30, 5)
+        self.at_times = nn.Parameter(torch.ones(30))
+        self.unused = nn.Parameter(torch.ones(200))
+        self.first = nn.Linear(12, 30)
+        self.again = nn.Linear(30, 30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.again(torch.tanh(self.again(torch.tanh(self.first(x)))))
+        if x[0, 0] > 0:
+            hidden = hidden * self.at_times
+        return self.last(hidden)
+
+
+def test_tensors_without_gradients_do_not_hold_a_step_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def run(overlap: bool) -> list[dict[str, Any]]:
+        world = World(4, shares=True, nodes=[2, 2], bucket=BUCKET)
+        return world.run(lambda e: trained(e, overlap, net=Sometimes()))
+
+    assert run(True) == run(False)
+
+
+def overlapping(
+    program: Callable[[mpips.Run, nn.Module], Any], net: Callable[[], nn.Module] = mlp, **settings: Any
+) -> list[Any]:
+    def on_rank(e: Exchange) -> Any:
+        model = net()
+        made = OPTIMIZERS["sgd"](model.parameters())
+        ps = mpips.connect(model, made, exchange=e, run_dir="run", plan="sharded", overlap=True, **settings)
+        return program(ps, model)
+
+    return World(3, shares=True, nodes=[1, 2], bucket=BUCKET).run(on_rank)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_samples_of_backward_and_step_are_the_same(here: None) -> None:
+    def program(ps: mpips.Run, net: nn.Module) -> None:
+        for x, y in ps.batches(data(21), 7):
+            loss = F.cross_entropy(net(x), y)
+            ps.backward(loss, samples=7)
+            ps.step(loss, samples=5)
+
+    with pytest.raises(ValueError, match=r"samples=5 after ps.backward\(\) with samples=7"):
+        overlapping(program)
+
+
+class Reentrant(nn.Module):
+    """Its layer is used twice, in parts that are recomputed by a backward of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+        self.last = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.requires_grad_()
+        for _ in range(2):
+            x = checkpoint(self.layer, x, use_reentrant=True)
+        return self.last(x)
+
+
+def test_a_gradient_that_comes_twice_is_refused(here: None) -> None:
+    def program(ps: mpips.Run, net: nn.Module) -> None:
+        for x, y in ps.batches(data(21), 7):
+            loss = F.cross_entropy(net(x), y)
+            ps.backward(loss)
+            ps.step(loss)
+
+    with pytest.raises(RuntimeError, match="a gradient twice"):
+        overlapping(program, Reentrant)
+
+
+def test_backward_belongs_in_a_loop(here: None) -> None:
+    def program(ps: mpips.Run, net: nn.Module) -> None:
+        ps.backward(net(torch.zeros(1, 12)).sum(), samples=1)
+
+    with pytest.raises(RuntimeError, match=r"outside a ps\.batches loop"):
+        overlapping(program)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"rule": "normclip"}, {"nonfinite": "drop"}, {"loss_scale": 8.0}, {"mode": "local_sgd"}], ids=str
+)
+def test_what_must_see_all_gradients_first_does_not_overlap(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        mpips.connect(mlp(), torch.optim.SGD(mlp().parameters(), lr=0.1), overlap=True, **settings)
+    assert capsys.readouterr().err.startswith("mpips: overlap: given True")
+
+
+def test_a_model_that_is_used_before_the_next_batch_has_the_new_weights(here: None) -> None:
+    def program(ps: mpips.Run, net: nn.Module) -> list[bool]:
+        moved = []
+        for _ in ps.epochs(1):
+            for x, y in ps.batches(data(60), 7):
+                before = net(x).detach()
+                for _ in range(1 + (not moved)):
+                    loss = F.cross_entropy(net(x), y)
+                    ps.backward(loss, samples=len(x))
+                    ps.step(loss, samples=len(x))
+                    after = net(x).detach()
+                    moved.append(not torch.equal(after, before))
+                    before = after
+        return moved
+
+    results = overlapping(program)
+    assert results[0] == []
+    assert all(moved and all(moved) for moved in results[1:])
+
+
+class Noisy(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    def __init__(self) -> None:
+        self.x, self.y = data(60)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index] + 0.1 * torch.rand(1) + 0.1 * float(np.random.rand()) + 0.1 * random.random(), self.y[index]
+
+
+def noisy(e: Exchange, epochs: int, stop_at: int = -1, **settings: Any) -> str:
+    torch.manual_seed(3)
+    np.random.seed(3)
+    random.seed(3)
+    net = cnn()
+    made = OPTIMIZERS["adam"](net.parameters())
+    ps = mpips.connect(net, made, exchange=e, overlap=True, plan="sharded", checkpoint={"every": 1, "keep": 100}, **settings)
+    for _ in ps.epochs(epochs):
+        for x, y in ps.batches(Noisy(), 7):
+            loss = F.cross_entropy(net(x), y)
+            ps.backward(loss)
+            ps.step(loss)
+            if ps.round == stop_at:
+                ps.stop()
+    return sha(net)
+
+
+@pytest.mark.parametrize("wire", ["full", "bfloat16"])
+def test_resume_is_exact_though_the_next_batch_was_loaded_before_the_checkpoint(here: None, wire: str) -> None:
+    def run(**settings: Any) -> list[str]:
+        world = World(3, shares=True, nodes=[1, 2], bucket=BUCKET)
+        return world.run(lambda e: noisy(e, 2, wire=wire, **settings))
+
+    whole = run(run_dir="whole")
+    rounds = sorted(Path("whole/checkpoints").glob("*.h5"))
+    assert len(rounds) > 6
+    for file in (rounds[1], rounds[4]):
+        assert run(run_dir=f"again-{file.stem}", resume=str(file)) == whole
+
+
+@pytest.mark.mpi(min_size=3)
+@pytest.mark.parametrize("settings", [{}, {"server_trains": True, "wire": "bfloat16"}, {"backward": "accumulated"}], ids=str)
+@pytest.mark.parametrize("neighbours", [1, 2])
+def test_over_mpi_the_bits_are_those_of_the_simulated_run(neighbours: int, settings: dict[str, Any]) -> None:
+    from mpi4py import MPI
+
+    from mpips.exchange.mpi import MpiExchange
+
+    comm = MPI.COMM_WORLD
+    nodes = [min(neighbours, comm.size - first) for first in range(0, comm.size, neighbours)]
+    expected = simulate(nodes, False, **{**settings, "run_dir": f"simulated-{comm.rank}"})
+    for overlap in (False, True):
+        own = comm.Dup()
+        result = trained(MpiExchange(own, BUCKET, False, neighbours), overlap, **settings)
+        assert result == expected[comm.rank]
+        comm.Barrier()

@@ -133,7 +133,7 @@ def _add_plan(verbs: argparse._SubParsersAction[Parser]) -> None:
     add("--model-mb", type=_number(1e-5, 1e6), required=True, metavar="MB", help="the model, of float32, in 10^6 bytes")
     add("--gbit", type=_number(1e-3, 1e6), required=True, metavar="G", help="Gbit/s of a node's link, each way")
     add("--latency-us", type=_number(0, 1e6), default=2.0, metavar="US", help="until a message arrives (2)")
-    add("--message-us", type=_number(0, 1e6), default=5.0, metavar="US", help="to post one send or receive (5)")
+    add("--message-us", type=_number(0, 1e6), default=0.5, metavar="US", help="to begin and end one send or receive (0.5)")
     add(
         "--memory-gbs",
         type=_number(1e-3, 1e6),

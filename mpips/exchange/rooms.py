@@ -34,7 +34,8 @@ from torch import Tensor
 from mpips.exchange.room import Contents, Meeting, Op, Ready, Room, Work
 from mpips.plan import BUCKET, EARLY, FLIGHT, LEAST, pieces, share, steps
 
-Finish = Callable[[], None]
+Finish = Callable[[], None]  # waits until all is sent and there
+Begin = Callable[[], Finish]
 Sent = list[tuple[int, Tensor]]  # a node, and what goes there or comes from there
 
 
@@ -61,8 +62,8 @@ class Leaders(Protocol):
     def progress(self) -> None:
         """Let what is under way get on: MPI moves data while it is called."""
 
-    def swap(self, sent: Sent, taken: Sent) -> Finish:
-        """Begin to send to and to receive from others, in their order; what is returned waits until all of it is done."""
+    def prepare(self, sent: Sent, taken: Sent) -> Begin:
+        """What is to be sent to and received from others, again and again: the same memory, in this order."""
 
 
 class Rooms(Room):
@@ -98,6 +99,8 @@ class Rooms(Room):
         self._window = window.view(contents.wire).view(FLIGHT + 1, len(nodes) - 1, -1)
         self._outbox = outbox.view(contents.wire).view(FLIGHT + 1, len(nodes), -1)
         self._masters: list[Tensor] = []
+        self._pushes: list[Begin] = []
+        self._pulls: list[Begin] = []
         self.rounded = contents.wire != contents.dtype
 
     def serve(self, buckets: Sequence[Sequence[slice]], behind: slice) -> None:
@@ -110,6 +113,10 @@ class Rooms(Room):
         self.push_steps = [step for of_bucket in reversed(by_bucket) for step in of_bucket]  # the last have gradients first
         if self.rounded:
             self._masters = [self.weights[span].clone() for span in self.slices]
+        if self._leaders:
+            pulled = self._changes if self.rounded else self._weights
+            self._pushes = [self._leaders.prepare(*self._sums(*each)) for each in enumerate(self.push_steps)]
+            self._pulls = [self._leaders.prepare(*pulled(*each)) for each in enumerate(self.pull_steps)]
 
     def stepped(self, part: slice) -> Tensor:
         """See `Room`."""
@@ -130,7 +137,7 @@ class Rooms(Room):
                 self.meet(self._progress)
             self._add(number, step, work)
 
-        self._travel(self.push_steps, before, self._swap_sums, lambda number, step: self._join(number, step, work))
+        self._travel(self.push_steps, before, self._pushes, lambda number, step: self._join(number, step, work))
         if ready:
             ready.wait(len(self.push_steps), self._progress)
         self._arrive(self._progress)
@@ -149,7 +156,7 @@ class Rooms(Room):
         self,
         plan: list[list[slice]],
         before: Callable[[int, list[slice]], None],
-        swap: Callable[[int, list[slice]], Finish],
+        begin: Sequence[Begin],
         after: Callable[[int, list[slice]], None],
     ) -> None:
         """Bucket by bucket: all ranks do what comes before, leaders send and receive, all do what comes after."""
@@ -161,7 +168,7 @@ class Rooms(Room):
             self._arrive(self._progress)
             if self._leaders:
                 if number < len(plan):
-                    begun.append(swap(number, plan[number]))
+                    begun.append(begin[number]())
                 if done >= 0:
                     begun[done]()
             self._release()
@@ -180,14 +187,14 @@ class Rooms(Room):
                 if self.rounded and node != self._node:
                     self._slot(self._outbox, number, node, span, part).copy_(self.combined[part])
 
-    def _swap_sums(self, number: int, step: list[slice]) -> Finish:
-        assert self._leaders
+    def _sums(self, number: int, step: list[slice]) -> tuple[Sent, Sent]:
+        """Each other node's slice goes there; what comes is the others' sums of this node's."""
         own = step[self._node]
         sent = [
             (node, self._leaving(number, node, step[node])) for node in self._others() if step[node].start < step[node].stop
         ]
         taken = [(node, self._slot(self._window, number, self._seat(node), own, own)) for node in self._others()]
-        return self._leaders.swap(sent, taken if own.start < own.stop else [])
+        return sent, taken if own.start < own.stop else []
 
     def _leaving(self, number: int, node: int, span: slice) -> Tensor:
         return self._slot(self._outbox, number, node, span, span) if self.rounded else self.combined[span]
@@ -234,19 +241,19 @@ class Rooms(Room):
             self._leaders.tell(self.pull[where.stop :])
         if self.rounded and moved:
             self._release()
-            self._travel(self.pull_steps, self._change, self._swap_changes, self._follow)
+            self._travel(self.pull_steps, self._change, self._pulls, self._follow)
             self.meet()
             return
         if self._leaders and moved:
-            for finish in [self._swap_weights(step) for step in self.pull_steps]:
+            for finish in [begin() for begin in self._pulls]:
                 finish()
         self._release()
 
-    def _swap_weights(self, step: list[slice]) -> Finish:
-        assert self._leaders
+    def _weights(self, number: int, step: list[slice]) -> tuple[Sent, Sent]:
+        """This node's slice goes to all others; theirs come."""
         own, others = step[self._node], self._others()
         sent = [(node, self.weights[own]) for node in others] if own.start < own.stop else []
-        return self._leaders.swap(sent, [(n, self.weights[step[n]]) for n in others if step[n].start < step[n].stop])
+        return sent, [(n, self.weights[step[n]]) for n in others if step[n].start < step[n].stop]
 
     def _change(self, number: int, step: list[slice]) -> None:
         """By how much the weights change, rounded; on this node they do."""
@@ -256,13 +263,13 @@ class Rooms(Room):
             change.copy_(self.stepped(part) - self.weights[part])
             self.weights[part].add_(change)
 
-    def _swap_changes(self, number: int, step: list[slice]) -> Finish:
-        assert self._leaders
+    def _changes(self, number: int, step: list[slice]) -> tuple[Sent, Sent]:
+        """The same with changes, by way of the outbox and the window."""
         own, others = step[self._node], self._others()
         change = self._slot(self._outbox, number, self._node, own, own)
         sent = [(node, change) for node in others] if own.start < own.stop else []
         come = [(n, self._slot(self._window, number, self._seat(n), step[n], step[n])) for n in others]
-        return self._leaders.swap(sent, [(n, room) for n, room in come if len(room)])
+        return sent, [(n, room) for n, room in come if len(room)]
 
     def _follow(self, number: int, step: list[slice]) -> None:
         for node in self._others():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpips.exchange.mailbox import Letter, raw
 from mpips.exchange.room import Op
-from mpips.exchange.rooms import Finish, Sent
+from mpips.exchange.rooms import Begin, Finish, Sent
 
 if TYPE_CHECKING:
     from mpips.exchange.simulated import World
@@ -82,8 +82,12 @@ class Leaders:
     def progress(self) -> None:
         """See `Leaders`; here what is sent comes by itself."""
 
-    def swap(self, sent: Sent, taken: Sent) -> Finish:
+    def prepare(self, sent: Sent, taken: Sent) -> Begin:
         """See `Leaders`."""
+        return lambda: self.swap(sent, taken)
+
+    def swap(self, sent: Sent, taken: Sent) -> Finish:
+        """Send to others and receive from them, in their order."""
         world, rank = self._world, self._ranks[self.node]
         world.begin(rank, "swap")
         letters = []

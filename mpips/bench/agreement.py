@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 ROUNDING = 1e-5  # of 1 + |weight|: sums in another order, of some hundred rounds
+ROUNDED = 2**-7  # the same on a wire of bfloat16, which rounds each node's sums to 8 bits
 
 
 def agree(comm: MPI.Comm, weights: Mapping[str, Sequence[Tensor]], where: str, allowed: float = ROUNDING) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mpips.bench.agreement import ROUNDING, agree
+from mpips.bench.agreement import ROUNDED, ROUNDING, agree
 from mpips.bench.case import Case, case, rate
 from mpips.bench.clock import Variant, interleave
 from mpips.bench.facts import communicator, facts, leaders
@@ -57,12 +57,13 @@ def one_size(comm: MPI.Comm, hosts: list[int], count: int, repeats: int, batch: 
             "mpips": own.weights,
             **{name: split(them.weights[0], own) for name, them in (("raw_mpi", raw), ("ddp_gloo", gloo))},
         }
-        off = agree(comm, weights, f"{label['n']} ranks, {label['mb']:g} MB")
+        allowed = ROUNDING if ps.config.wire == "full" else ROUNDED
+        off = agree(comm, weights, f"{label['n']} ranks, {label['mb']:g} MB", allowed)
     seconds["limit"] = [bound.scale * taken for taken in seconds["limit"]]
     found = case(label, seconds, batch)
     if batch > 1:
         found |= rate(found, "rounds_per_s", 1)
-    said = {"repeats": repeats, "rounds": batch, "difference": off, "allowed": ROUNDING, "step": "fused" if fused else "plain"}
+    said = {"repeats": repeats, "rounds": batch, "difference": off, "allowed": allowed, "step": "fused" if fused else "plain"}
     return found | said | facts(len(hosts))
 
 

@@ -116,6 +116,7 @@ class Loop:
             try:
                 yield batch
             except GeneratorExit:
+                worker.settle()  # whoever breaks out may look at the weights
                 if self._where is Where.INSIDE:
                     self._where = Where.BROKE
                 raise

@@ -81,8 +81,17 @@ class Slices:
         return f"shared memory, {wire} between {len(nodes)} nodes" if len(nodes) > 1 else "shared memory"
 
     def begin(self, weight: float) -> None:
-        """Bring slices together as soon as gradients of them are there: `ready` is told, then `combine` called."""
+        """Bring slices together as soon as gradients of them are there: `ready` is told, then `combine` called.
+
+        Raises:
+            RuntimeError: it has begun already.
+        """
         assert self.ready
+        if self._begun:
+            raise RuntimeError(
+                "a second ps.backward() before ps.step(): the gradients of the first are on their way; to accumulate, call "
+                "loss.backward() for all batches but the last"
+            )
         self.ready.begin()
         self._begun = weight, self._exchange.beside(partial(self._combine, weight, self.ready))
 

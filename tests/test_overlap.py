@@ -193,6 +193,32 @@ class Reentrant(nn.Module):
         return self.last(x)
 
 
+def test_gradients_that_have_left_are_not_accumulated_into(here: None) -> None:
+    def program(ps: mpips.Run, net: nn.Module) -> None:
+        for x, y in ps.batches(data(60), 7):
+            ps.backward(F.cross_entropy(net(x), y))
+
+    with pytest.raises(RuntimeError, match=r"a second ps\.backward\(\) before ps\.step\(\)"):
+        overlapping(program)
+
+
+def test_a_script_that_breaks_out_of_a_loop_finds_the_new_weights(here: None) -> None:
+    def program(ps: mpips.Run, net: nn.Module) -> bool:
+        same = False
+        for _ in ps.epochs(1):
+            for x, y in ps.batches(data(60), 7):
+                loss = F.cross_entropy(net(x), y)
+                ps.backward(loss)
+                ps.step(loss)
+                break
+            weights = [p.detach().clone() for p in net.parameters()]
+            ps.validate(lambda: 0.0)
+            same = all(torch.equal(a, b) for a, b in zip(weights, net.parameters(), strict=True))
+        return same
+
+    assert all(overlapping(program)[1:])
+
+
 def test_a_gradient_that_comes_twice_is_refused(here: None) -> None:
     def program(ps: mpips.Run, net: nn.Module) -> None:
         for x, y in ps.batches(data(21), 7):

@@ -145,9 +145,9 @@ class Slices:
         total = sums[0].to(self._push.message.dtype, copy=True)
         for one in sums[1:]:
             total.add_(one)
-        self.room.combined[part].copy_(total)
-        if not self._behind(part) and not _finite(total) and all(_finite(one.float()) for one in sums):
+        if not self._behind(part) and not _finite(total) and all(bool(one.isfinite().all()) for one in sums):
             self._blame(0, part, total)  # nobody's alone
+        self.room.combined[part].copy_(total)  # which is one of those
 
     def finish(self, part: slice) -> None:
         """The mean of one slice: its sum divided by that of the weights."""

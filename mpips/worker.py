@@ -191,7 +191,8 @@ class Worker:
             return self._control
         if self._overlapping:
             self._write()
-            self._streams = rng.capture()  # what the script draws from now on belongs to the next round
+            self.replica.flat.clear()  # of what is on its way nothing is left to the script
+            self._streams = rng.capture()  # what it draws from now on belongs to the next round
             self._rest = self.exchange.beside(self._send_and_receive)
             return self._control
         self._push()
@@ -216,7 +217,6 @@ class Worker:
         rest, self._rest = self._rest, None
         if rest:
             rest()
-            self.replica.flat.clear()
             self._streams = None
 
     def push(self, loss: float, samples: int, metrics: Sequence[float] = (), taken: int = 0) -> None:
@@ -228,6 +228,7 @@ class Worker:
             metrics: the mean of each of the script's own metrics, in the order of the `metrics` setting.
             taken: items of the shard that this step has used up.
         """
+        self.settle()
         self._note(loss, samples, metrics, taken)
         self.update.step(loss, samples, self._control)
         self._push()

@@ -19,7 +19,7 @@ from conftest import ROOT, run
 from programs import data, mlp, train
 from torch import Tensor
 
-from mpips import cli, cost, plan, slices
+from mpips import cli, cost, plan
 from mpips.cost import Job, Machine, Phase, memory, predict, schedule
 from mpips.cost.round import Travel
 from mpips.exchange import rooms, simulated
@@ -29,6 +29,7 @@ from mpips.exchange.simulated import SimulatedExchange, World
 from mpips.exchange.simulated_room import Leaders
 from mpips.flat import lay_out
 from mpips.plan import FLIGHT, GRAIN, SMALL
+from mpips.slices import start
 
 WIRES = pytest.mark.parametrize("wire", ["full", "bfloat16"])
 SHAPES = pytest.mark.parametrize(("nodes", "ranks"), [(2, 1), (2, 2), (3, 1), (4, 3), (5, 2)])
@@ -185,10 +186,10 @@ def test_a_run_asks_for_the_same(
     asked: list[Contents] = []
     dealt: dict[int, list[slice]] = {}
     slots, numel = lay_out(mlp().named_parameters())
-    for module in (slices, cost.job):
+    for module in (start, cost.job):
         monkeypatch.setattr(module, "SMALL", 4 * numel - larger)
     job = Job(nodes, 2, numel, slots, plan=chosen, wire=wire)
-    room, deal = SimulatedExchange.room, slices.deal
+    room, deal = SimulatedExchange.room, start.deal
 
     def asking(self: SimulatedExchange, contents: Contents) -> Any:
         asked.append(contents)
@@ -199,7 +200,7 @@ def test_a_run_asks_for_the_same(
         dealt[room.rank] = room.slices
 
     monkeypatch.setattr(SimulatedExchange, "room", asking)
-    monkeypatch.setattr(slices, "deal", dealing)
+    monkeypatch.setattr(start, "deal", dealing)
 
     def program(e: SimulatedExchange) -> bool:
         settings: Any = {"plan": chosen, "wire": wire, "run_dir": str(tmp_path)}

@@ -91,6 +91,7 @@ def trained(e: Exchange, overlap: bool, backward: str = "ps", model: Any = cnn, 
             else:
                 ps.backward(loss)
             ps.step(loss.detach())
+            assert all(p.grad is None for p in net.parameters()), "of what is on its way nothing is left to the script"
             seen.append(float(loss.detach()))
     half = ps._server or ps._worker
     assert half

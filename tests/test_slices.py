@@ -222,7 +222,7 @@ def test_no_schedule_changes_a_bit(size: int) -> None:
 
 def test_auto_shards_what_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     for small, sharded in ((plan.SMALL, False), (1000, True)):
-        monkeypatch.setattr("mpips.slices.SMALL", small)
+        monkeypatch.setattr("mpips.slices.start.SMALL", small)
         odd(sharing(3), ELEMENTWISE["sgd"], torch.float32, (True, sharded))
 
 

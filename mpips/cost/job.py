@@ -83,7 +83,7 @@ class Job:
 
     @property
     def buckets(self) -> list[list[slice]]:
-        """For each bucket the slice of each rank, node by node: as `mpips.slices.deal` cuts them."""
+        """For each bucket the slice of each rank, node by node: as `mpips.slices.start.deal` cuts them."""
         if not self.sharded:
             return [[slice(0, self.numel)] + [slice(self.numel, self.numel)] * (self.size - 1)]
         each = length(self.bucket, self.contents, self.nodes) if self.nodes > 1 else self.numel

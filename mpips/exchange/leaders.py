@@ -14,7 +14,7 @@ from mpips.exchange.conversation import LARGEST
 from mpips.exchange.patience import patiently
 from mpips.exchange.room import Op
 from mpips.exchange.rooms import Begin, Finish, Sent
-from mpips.exchange.semaphore import PAUSE
+from mpips.exchange.semaphore import AWAKE, PAUSE
 
 
 class MpiLeaders:
@@ -60,9 +60,11 @@ class MpiLeaders:
         return begin
 
     def _wait(self, begun: list[Any]) -> None:
-        while self._computes and not self._mpi.Request.Testall(begun):
-            time.sleep(PAUSE)
-        self._mpi.Request.Waitall(begun)
+        """Not in MPI's own call, which keeps a core busy until the slowest node is there."""
+        asleep = time.perf_counter() + (0 if self._computes else AWAKE)
+        while not self._mpi.Request.Testall(begun):
+            if time.perf_counter() > asleep:
+                time.sleep(PAUSE)
 
     def progress(self) -> None:
         """See `Leaders`."""

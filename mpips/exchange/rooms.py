@@ -178,7 +178,9 @@ class Rooms(Room):
     def _mine(self, span: slice) -> list[slice]:
         """This rank's share of what its node does, in pieces that stay in its cache."""
         others = len(self.members) - 1
-        return pieces(share(span, self._place - 1, others) if self._place else slice(0, 0) if others else span)
+        if not others:
+            return pieces(span)
+        return pieces(share(span, self._place - 1, others)) if self._place else []
 
     def _add(self, number: int, step: list[slice], work: Work) -> None:
         for node, span in enumerate(step):

@@ -1,35 +1,25 @@
-"""A rank's part of a round in memory that ranks share: it combines and steps the slices that it serves.
-
-    everyone   combine                                  its slices of all push messages become one, in the first of its node
-    server     faults, then step or skip                judges, tells the others, steps its own slices
-    others     follow                                   do as they are told
-
-Where the server's rank serves all slices, `follow` is empty and nothing is told.
-"""
+"""What a rank does with the slices that it serves, and what it is told; see the package."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpips.combine import WEIGHT, prepare
 from mpips.config import Config
 from mpips.exchange import Exchange
-from mpips.exchange.room import Contents, Room
+from mpips.exchange.room import Room
 from mpips.exchange.rooms import Rooms
 from mpips.message import Replica
 from mpips.optimizer import Average, FlatOptimizer
-from mpips.pieces import Cut, Pieces, where
-from mpips.plan import SMALL, buckets
+from mpips.pieces import Pieces
 from mpips.ready import Ready
-from mpips.rule import Mean, Rule
-from mpips.rule.mean import NormClip
+from mpips.rule import Rule
 
 TAKE, FACTOR, SCALE, SETTINGS = range(4)  # of the verdict
 
@@ -322,81 +312,3 @@ def _factor(norms: list[float], clip: float, like: Tensor) -> float:
     """What `clip_grad_norm_` multiplies by, computed as it does."""
     total = torch.linalg.vector_norm(torch.tensor(norms, dtype=like.dtype))
     return float(torch.clamp(clip / (total + 1e-6), max=1.0))
-
-
-def settle(
-    exchange: Exchange, replica: Replica, config: Config, rule: Rule, optimizer: FlatOptimizer | Average | None, gradients: bool
-) -> Slices | None:
-    """Move the messages into memory that the ranks share, if they do, and deal out the slices; all ranks call this.
-
-    Args:
-        exchange: this rank's end.
-        replica: has the server's weights on every rank.
-        config: the settings.
-        rule: combines.
-        optimizer: the script's, on this rank; None if it was given none.
-        gradients: whether workers push gradients, in rounds, with the model at the server's weights all the time.
-
-    Returns:
-        None where MPI is to carry the messages.
-    """
-    if exchange.size == 1 or not (gradients and config.shared_memory):
-        return None
-    shares = type(rule) in (Mean, NormClip) and _shareable(replica)
-    cut = where(optimizer.torch) if isinstance(optimizer, FlatOptimizer) else Cut.NOWHERE
-    kind = type(optimizer.torch).__qualname__ if isinstance(optimizer, FlatOptimizer) else ""
-    said = exchange.compare(bytes([shares, cut]) + hashlib.sha256(kind.encode()).digest()[:30])
-    if not all(word[0] for word in said):
-        return None
-    cut = Cut(min(word[1] for word in said)) if len({word[2:] for word in said}) == 1 else Cut.NOWHERE
-    settings = len(Pieces.settings_of(optimizer.torch)) if cut and isinstance(optimizer, FlatOptimizer) else 0
-    push, pull = replica.push.message, replica.pull.message
-    large = replica.flat.numel * replica.flat.weights.element_size() > SMALL
-    sharded = cut > Cut.NOWHERE and (config.plan == "sharded" or (config.plan == "auto" and large))
-    rounded = config.wire == "bfloat16" and push.dtype == torch.float32
-    contents = Contents(
-        numel=push.numel(),
-        dtype=push.dtype,
-        tail=replica.push.tail_at,
-        pull=pull.numel(),
-        weights=replica.pull.place,
-        lines=max(exchange.size, len(replica.flat.slots)),  # a number for each rank, or for each tensor
-        answer=SETTINGS + settings,
-        together=sharded,
-        between=sharded and not config.deterministic,  # across nodes a node's pushes are added first
-        wire=torch.bfloat16 if rounded else push.dtype,
-        overlap=config.overlap,
-    )
-    room = exchange.room(contents)
-    if room is None:
-        return None
-    replica.move(room.row, room.pull, fill=room.fills)
-    if isinstance(optimizer, FlatOptimizer):
-        optimizer.rebind()  # nothing is to hold the messages' former memory
-    room.meet()
-    deal(room, replica, cut)
-    if not sharded:
-        return Slices(room, replica, rule, optimizer if room.leads else None, config, exchange)
-    assert isinstance(optimizer, FlatOptimizer)
-    part = Pieces(optimizer, room.slices, room.combined[: replica.flat.numel], room.stepped, room.rounded)
-    part.spread(exchange, room.leads)
-    return Slices(room, replica, rule, part, config, exchange)
-
-
-def deal(room: Room, replica: Replica, cut: Cut) -> None:
-    """Deal out the slices of the body."""
-    numel, counts = replica.flat.numel, [len(node) for node in room.nodes]
-    dealt = [[slice(0, numel)] + [slice(numel, numel)] * (sum(counts) - 1)]
-    if room.together:
-        dealt = buckets(replica.flat.slots, numel, counts, room.each, cut == Cut.TENSORS)
-    room.serve(dealt, slice(numel, replica.push.tail_at))
-
-
-def _shareable(replica: Replica) -> bool:
-    """Whether the weights may be shared: nothing but the server's step changes them, and they are in the host's memory."""
-    renormalise = any(getattr(m, "max_norm", None) is not None for m in replica.flat.model.modules() if _embeds(m))
-    return replica.flat.weights.device.type == "cpu" and replica.wire_is_grad and not renormalise
-
-
-def _embeds(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Embedding, nn.EmbeddingBag))

@@ -1,0 +1,108 @@
+"""How ranks come to serve slices: they agree, move their messages into a room, and deal them out."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from mpips.config import Config
+from mpips.exchange import Exchange
+from mpips.exchange.room import Contents, Room
+from mpips.message import Replica
+from mpips.optimizer import Average, FlatOptimizer
+from mpips.pieces import Cut, Pieces, where
+from mpips.plan import SMALL, buckets
+from mpips.rule import Mean, Rule
+from mpips.rule.mean import NormClip
+from mpips.slices.slices import SETTINGS, Slices
+
+
+def settle(
+    exchange: Exchange, replica: Replica, config: Config, rule: Rule, optimizer: FlatOptimizer | Average | None, gradients: bool
+) -> Slices | None:
+    """Move the messages into memory that the ranks share, if they do, and deal out the slices; all ranks call this.
+
+    Args:
+        exchange: this rank's end.
+        replica: has the server's weights on every rank.
+        config: the settings.
+        rule: combines.
+        optimizer: the script's, on this rank; None if it was given none.
+        gradients: whether workers push gradients, in rounds, with the model at the server's weights all the time.
+
+    Returns:
+        None where MPI is to carry the messages.
+    """
+    if exchange.size == 1 or not (gradients and config.shared_memory):
+        return None
+    cut = _agreed(exchange, type(rule) in (Mean, NormClip) and _shareable(replica), optimizer)
+    if cut is None:
+        return None
+    settings = len(Pieces.settings_of(optimizer.torch)) if cut and isinstance(optimizer, FlatOptimizer) else 0
+    contents = _contents(exchange.size, replica, config, cut, SETTINGS + settings)
+    room = exchange.room(contents)
+    if room is None:
+        return None
+    replica.move(room.row, room.pull, fill=room.fills)
+    if isinstance(optimizer, FlatOptimizer):
+        optimizer.rebind()  # nothing is to hold the messages' former memory
+    room.meet()
+    deal(room, replica, cut)
+    if not room.together:
+        return Slices(room, replica, rule, optimizer if room.leads else None, config, exchange)
+    assert isinstance(optimizer, FlatOptimizer)
+    part = Pieces(optimizer, room.slices, room.combined[: replica.flat.numel], room.stepped, room.rounded)
+    part.spread(exchange, room.leads)
+    return Slices(room, replica, rule, part, config, exchange)
+
+
+def _agreed(exchange: Exchange, shares: bool, optimizer: FlatOptimizer | Average | None) -> Cut | None:
+    """Where all ranks may cut the optimizer's parameters; None if some rank does not share memory."""
+    cut = where(optimizer.torch) if isinstance(optimizer, FlatOptimizer) else Cut.NOWHERE
+    kind = type(optimizer.torch).__qualname__ if isinstance(optimizer, FlatOptimizer) else ""
+    said = exchange.compare(bytes([shares, cut]) + hashlib.sha256(kind.encode()).digest()[:30])
+    if not all(word[0] for word in said):
+        return None
+    return Cut(min(word[1] for word in said)) if len({word[2:] for word in said}) == 1 else Cut.NOWHERE
+
+
+def _contents(ranks: int, replica: Replica, config: Config, cut: Cut, answer: int) -> Contents:
+    """What the ranks' rooms are to hold."""
+    push, flat = replica.push.message, replica.flat
+    large = flat.numel * flat.weights.element_size() > SMALL
+    sharded = cut > Cut.NOWHERE and (config.plan == "sharded" or (config.plan == "auto" and large))
+    rounded = config.wire == "bfloat16" and push.dtype == torch.float32
+    return Contents(
+        numel=push.numel(),
+        dtype=push.dtype,
+        tail=replica.push.tail_at,
+        pull=replica.pull.message.numel(),
+        weights=replica.pull.place,
+        lines=max(ranks, len(flat.slots)),  # a number for each rank, or for each tensor
+        answer=answer,
+        together=sharded,
+        between=sharded and not config.deterministic,  # across nodes a node's pushes are added first
+        wire=torch.bfloat16 if rounded else push.dtype,
+        overlap=config.overlap,
+    )
+
+
+def deal(room: Room, replica: Replica, cut: Cut) -> None:
+    """Deal out the slices of the body."""
+    numel, counts = replica.flat.numel, [len(node) for node in room.nodes]
+    dealt = [[slice(0, numel)] + [slice(numel, numel)] * (sum(counts) - 1)]
+    if room.together:
+        dealt = buckets(replica.flat.slots, numel, counts, room.each, cut == Cut.TENSORS)
+    room.serve(dealt, slice(numel, replica.push.tail_at))
+
+
+def _shareable(replica: Replica) -> bool:
+    """Whether the weights may be shared: nothing but the server's step changes them, and they are in the host's memory."""
+    renormalise = any(getattr(m, "max_norm", None) is not None for m in replica.flat.model.modules() if _embeds(m))
+    return replica.flat.weights.device.type == "cpu" and replica.wire_is_grad and not renormalise
+
+
+def _embeds(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag))

@@ -20,7 +20,7 @@ from test_slices import SAMPLES, Odd, assert_alike, differ, grouped, is_sharded,
 from torch import Tensor, nn, optim
 
 import mpips
-from mpips import pieces, plan, run
+from mpips import pieces, plan
 from mpips.config import Config, ConfigError, resolve
 from mpips.exchange import Exchange, rooms, simulated
 from mpips.exchange.room import Contents
@@ -35,6 +35,9 @@ SHAPES: list[Shape] = [[2, 2], [1, 3], [3, 1], [1, 1, 1], [2, 1, 2], [4, 4]]
 WIRES = pytest.mark.parametrize("wire", ["full", "bfloat16"])
 
 
+pytestmark = pytest.mark.usefixtures("settings_parsed_once")
+
+
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models are cut up, and travel, as large ones would."""
@@ -42,20 +45,6 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "PIECE", 256)
     monkeypatch.setattr(plan.pieces, "__defaults__", (256,))
     monkeypatch.setattr(rooms, "LEAST", 1)
-
-
-@pytest.fixture(autouse=True)
-def settings_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That takes half the time of so small a run."""
-    configure, known = run.configure, {}  # type: ignore[attr-defined]
-
-    def once(**settings: Any) -> Config:
-        key = repr(settings)
-        if key not in known:
-            known[key] = configure(**settings)
-        return known[key]
-
-    monkeypatch.setattr(run, "configure", once)
 
 
 def on_nodes(shape: Shape, seed: int = 0, bucket: int = 3000) -> World:

@@ -16,8 +16,7 @@ from test_resume import assert_same, last
 from torch import Tensor, nn, optim
 
 import mpips
-from mpips import pieces, plan, run
-from mpips.config import Config
+from mpips import pieces, plan
 from mpips.exchange import Exchange
 from mpips.exchange.simulated import World
 from mpips.message import NonFiniteError
@@ -26,26 +25,15 @@ Make = Callable[[Any], optim.Optimizer]
 SAMPLES = (5, 11, 7, 3)  # of each worker's batches: weights that are no powers of two
 
 
+pytestmark = pytest.mark.usefixtures("settings_parsed_once")
+
+
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models are cut up as large ones would be."""
     monkeypatch.setattr(plan, "GRAIN", 64)
     monkeypatch.setattr(pieces, "PIECE", 256)
     monkeypatch.setattr(plan.pieces, "__defaults__", (256,))
-
-
-@pytest.fixture(autouse=True)
-def settings_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That takes half the time of so small a run."""
-    configure, known = run.configure, {}  # type: ignore[attr-defined]
-
-    def once(**settings: Any) -> Config:
-        key = repr(settings)
-        if key not in known:
-            known[key] = configure(**settings)
-        return known[key]
-
-    monkeypatch.setattr(run, "configure", once)
 
 
 class Odd(nn.Module):

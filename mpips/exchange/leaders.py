@@ -28,7 +28,7 @@ class MpiLeaders:
 
     def __init__(self, mpi: Any, comm: Any, beside: bool = False) -> None:
         self._mpi, self._comm, self._computes = mpi, comm, beside
-        self.node, self.count = comm.rank, comm.size
+        self.node = comm.rank
         self._begun: list[Any] = []
 
     def sum(self, values: Tensor) -> None:

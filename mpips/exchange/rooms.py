@@ -44,11 +44,9 @@ class Leaders(Protocol):
 
     Attributes:
         node: this one's number.
-        count: how many they are.
     """
 
     node: int
-    count: int
 
     def sum(self, values: Tensor) -> None:
         """The sum of all leaders' `values` lands in everybody's."""

@@ -54,7 +54,7 @@ class Leaders:
     """
 
     def __init__(self, world: World, ranks: Sequence[int], node: int) -> None:
-        self._world, self._ranks, self.node, self.count = world, ranks, node, len(ranks)
+        self._world, self._ranks, self.node = world, ranks, node
 
     def sum(self, values: Tensor) -> None:
         """See `Leaders`."""
@@ -75,7 +75,7 @@ class Leaders:
             return finish([value.clone() for value in given.values() if isinstance(value, Tensor)])
 
         call = f"leaders' {call}({values.numel()} x {values.dtype})"
-        found = self._world.meet(self._ranks[self.node], call, values, ready, values.nbytes, self.count)
+        found = self._world.meet(self._ranks[self.node], call, values, ready, values.nbytes, len(self._ranks))
         assert isinstance(found, Tensor)
         return found
 

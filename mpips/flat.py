@@ -31,9 +31,14 @@ class Slot:
     offset: int
     numel: int
 
+    @property
+    def span(self) -> slice:
+        """The elements of the flat buffer."""
+        return slice(self.offset, self.offset + self.numel)
+
     def view(self, flat: Tensor) -> Tensor:
         """This slot of `flat`, with the tensor's own shape and strides."""
-        return self.shaped(flat[self.offset : self.offset + self.numel])
+        return self.shaped(flat[self.span])
 
     def shaped(self, part: Tensor) -> Tensor:
         """`part`, `(numel,)`, with the tensor's own shape and strides."""

@@ -18,7 +18,7 @@ from mpips.exchange import Exchange, share
 from mpips.flat import Slot
 from mpips.optimizer import FlatOptimizer
 from mpips.outer import FedAdagrad, FedAdam, FedYogi, SlowMo
-from mpips.plan import PIECE
+from mpips.plan import piece, pieces
 
 ELEMENTWISE = {
     *(optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad, optim.Adadelta),
@@ -70,7 +70,7 @@ class Pieces:
         self.torch, self._whole = whole.torch, whole
         self._weights, self._masters = weights or (lambda part: whole.whole[part]), masters
         self._slots: Sequence[Slot] = whole.replica.flat.slots
-        self._spans, self._gradients = spans, gradients
+        self._spans, self._gradients, self._piece = spans, gradients, piece(gradients.device)
         self._number: dict[Tensor, int] = {p: n for n, p in enumerate(whole.weights)}
         self._groups = [[self._number[p] for p in group["params"]] for group in self.torch.param_groups]
         self._kept = {self._number[p]: state for p, state in self.torch.state.items()}
@@ -92,13 +92,12 @@ class Pieces:
 
     def _cut_by(self, slot: Slot, start: int, stop: int) -> Iterator[tuple[nn.Parameter, Tensor, slice]]:
         if (start, stop) == (slot.offset, slot.offset + slot.numel) and (
-            slot.numel <= PIECE or where(self.torch) < Cut.ELEMENTS
+            slot.numel <= self._piece or where(self.torch) < Cut.ELEMENTS
         ):
             own = slot.shaped(self._weights(slice(start, stop)))
             yield nn.Parameter(own), slot.view(self._gradients), slice(0, slot.numel)
             return
-        for at in range(start, stop, PIECE):
-            part = slice(at, min(at + PIECE, stop))
+        for part in pieces(slice(start, stop), self._piece):
             own, inside = self._weights(part), slice(part.start - slot.offset, part.stop - slot.offset)
             yield nn.Parameter(own), self._gradients[part], inside
 
@@ -157,7 +156,7 @@ class Pieces:
                 if leads:
                     tensor.copy_(self._kept[int(n)][key])
                 exchange.publish(tensor.view(-1))
-                self._put(int(n), key, tensor)
+                self._put(int(n), key, tensor.to(value))
         self._kept.clear()
 
     def _put(self, n: int, key: str, value: Any) -> None:
@@ -166,7 +165,7 @@ class Pieces:
             mine = value
             if isinstance(value, Tensor):
                 if value.numel() == slot.numel and value.dim():
-                    room = torch.empty_strided(slot.shape, slot.stride, dtype=value.dtype).copy_(value)
+                    room = torch.empty_strided(slot.shape, slot.stride, dtype=value.dtype, device=value.device).copy_(value)
                     mine = _in_order(room)[part].clone()
                     mine = mine.as_strided(p.shape, p.stride()) if mine.numel() == p.numel() else mine
                 else:
@@ -227,7 +226,7 @@ def _like(own: Any, new: list[float]) -> Any:
 
 def _kind(value: Any) -> list[Any]:
     if isinstance(value, Tensor):
-        return [str(value.dtype).removeprefix("torch."), list(value.shape), None]
+        return [str(value.dtype).removeprefix("torch."), list(value.shape), value.device.type]
     return [None, None, value]
 
 
@@ -246,5 +245,5 @@ def _joined(slot: Slot, parts: list[Any]) -> Any:
     whole = torch.empty_strided(slot.shape, slot.stride, dtype=first.dtype)
     if len(parts) == 1:
         return whole.copy_(first)  # in whichever order it lies: from another rank it comes row by row
-    torch.cat(parts, out=_in_order(whole))
+    torch.cat([part.cpu() for part in parts], out=_in_order(whole))
     return whole

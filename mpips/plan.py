@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate, pairwise, zip_longest
 
+import torch
+
 from mpips.flat import Slot
 
 SMALL = 1 << 21  # bytes; a smaller model is served by rank 0 alone, which spares two meetings
@@ -60,6 +62,11 @@ def _cut(slots: Sequence[Slot], at: int, tensors: bool) -> int:
         return slot.offset + inside // GRAIN * GRAIN
     after = next((s.offset for s in slots if s.offset > slot.offset), slot.offset + slot.numel)
     return slot.offset if inside < after - at else after
+
+
+def piece(device: torch.device) -> int:
+    """How many elements are combined, and stepped, at a time: on a GPU, where a start costs more than its cache saves, all."""
+    return PIECE if device.type == "cpu" else 1 << 62
 
 
 def pieces(span: slice, largest: int = PIECE) -> list[slice]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from mpips import failure, folder
 from mpips.config import BAD_CONFIGURATION, Config, ConfigError, resolve
-from mpips.exchange import Exchange, mpi
+from mpips.exchange import Exchange, mpi, proof
 from mpips.exchange.simulated import World
 from mpips.mode import choose_mode
 from mpips.rule import RuleError, choose
@@ -78,7 +78,23 @@ def join(config: Config) -> Exchange:
         except mpi.LaunchError as error:
             raise _refused(error) from None
     failure.end_all_on_exception(exchange)
+    if config.cuda_aware:
+        _prove(exchange)
     return exchange
+
+
+def _prove(exchange: Exchange) -> None:
+    """Let each rank with a GPU see that MPI takes its memory; the first for which it does not says so, and all end."""
+    why = proof.failure(torch.cuda.current_device()) if torch.cuda.is_available() else ""
+    failed = [rank for rank, word in enumerate(exchange.compare(bytes([bool(why)]) + bytes(31))) if word[0]]
+    if failed:
+        if exchange.rank == failed[0]:
+            print(
+                f"mpips: cuda_aware: on rank {exchange.rank} {why}; expected an MPI that was built for CUDA. Without this "
+                f"setting GPU memory is staged through pinned host memory",
+                file=sys.stderr,
+            )
+        raise SystemExit(BAD_CONFIGURATION)
 
 
 def _refused(error: Exception) -> SystemExit:

@@ -120,9 +120,9 @@ def really(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[Posted, Made, lis
         return swap(self, sent, taken)
 
     class Counted(rooms.Rooms):
-        def __init__(self, nodes: Any, rank: int, parts: Any, *others: Any) -> None:
-            super().__init__(nodes, rank, parts, *others)
-            made["together"] = sum(part.nbytes for part in parts)
+        def __init__(self, nodes: Any, rank: int, rows: Any, parts: Any, *others: Any) -> None:
+            super().__init__(nodes, rank, rows, parts, *others)
+            made["together"] = sum(part.nbytes for part in [*rows, *parts])
             made.update({"weights": self.pull.nbytes, "window": self._window.nbytes, "outbox": self._outbox.nbytes})
 
     monkeypatch.setattr(Leaders, "swap", seen)

@@ -87,6 +87,46 @@ def test_device_tensors_are_staged_piece_by_piece_after_slow_kernels(needs: Any)
     assert all(torch.equal(back, torch.zeros(1000)) for _, back in results)
 
 
+def slowly(exchange: Exchange, slow: bool, **settings: Any) -> tuple[str, bool]:
+    """The weights after some rounds, and whether messages lay in memory that ranks map; backward may be far from done."""
+    net = MODELS["mlp"]().cuda()
+    if slow:
+        for p in net.parameters():
+            p.register_hook(lambda grad: torch.cuda._sleep(50_000_000) or grad)
+    ps = mpips.connect(net, OPTIMIZERS["adam"](net.parameters()), exchange=exchange, deterministic=True, clip=0.1, **settings)
+    for _ in ps.epochs(2):
+        for x, y in ps.batches(data(), 8, shuffle=False):
+            loss = F.cross_entropy(net(x.cuda()), y.cuda())
+            loss.backward()
+            ps.step(loss)
+    half = ps._server or ps._worker
+    assert half
+    return sha(net.cpu()), half.slices is not None
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("plan", ["root", "sharded"])
+def test_ranks_of_a_node_combine_and_step_in_each_others_device_memory(plan: str, slow: bool) -> None:
+    ours = on_mpi(lambda e: slowly(e, slow, plan=plan, run_dir="run"))
+    by_messages = on_mpi(lambda e: slowly(e, slow, shared_memory=False, run_dir="run"))
+    assert [shared for _, shared in ours] == [True] * len(ours)
+    assert [shared for _, shared in by_messages] == [False] * len(ours)
+    assert {weights for weights, _ in ours} == {weights for weights, _ in by_messages}
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_large_message_is_staged_through_two_buffers() -> None:
+    def program(e: Exchange) -> torch.Tensor:
+        message = torch.arange(10_000_019, dtype=torch.float32, device="cuda") % 1000 * (e.rank + 1)
+        e.publish(message)
+        e.combine(message, len(message), "sum", lambda part, rows: None)
+        return message.cpu()
+
+    results = on_mpi(program)
+    assert torch.equal(results[SERVER], torch.arange(10_000_019, dtype=torch.float32) % 1000 * len(results))
+
+
 def test_a_resumed_gpu_run_has_the_same_bits() -> None:
     def run(folder: str, epochs: int, **settings: Any) -> str:
         net = MODELS["mlp"]().cuda()

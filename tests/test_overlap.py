@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mpips
-from mpips import pieces, plan
+from mpips import plan
 from mpips.exchange import Exchange, rooms
 from mpips.exchange.simulated import World
 from mpips.flat import lay_out
@@ -32,7 +32,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models travel in many steps."""
     monkeypatch.setattr(plan, "GRAIN", 64)
     monkeypatch.setattr(rooms, "LEAST", 160)
-    monkeypatch.setattr(pieces, "PIECE", 256)
+    monkeypatch.setattr(plan, "PIECE", 256)
     monkeypatch.setattr(plan.pieces, "__defaults__", (256,))
 
 

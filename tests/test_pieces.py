@@ -9,7 +9,7 @@ import torch
 from test_resume import assert_same
 from torch import Tensor, nn, optim
 
-from mpips import pieces, plan
+from mpips import plan
 from mpips.config import Config
 from mpips.data import Place
 from mpips.exchange import Exchange
@@ -25,7 +25,7 @@ from mpips.state import RankState
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "GRAIN", 64)
-    monkeypatch.setattr(pieces, "PIECE", 256)
+    monkeypatch.setattr(plan, "PIECE", 256)
 
 
 def model() -> nn.Module:

@@ -40,7 +40,7 @@ def rounds(room: Room, together: bool, pause: Callable[[], None]) -> bool:
     size = len(room.members)
     cuts = [TAIL * k // size for k in range(size + 1)] if together else [0, TAIL] + [TAIL] * (size - 1)
     span = slice(cuts[room.rank], cuts[room.rank + 1])
-    room.spans = [span] if span.start < span.stop else []
+    room.serve([[slice(*ends) for ends in pairwise(cuts)]], slice(TAIL, TAIL))
     heard, answer = torch.zeros(LENGTH - TAIL), torch.zeros(2, dtype=torch.float64)
     weights = room.pull[: 4 * TAIL].view(torch.float32)
     control = room.pull[4 * TAIL :].view(torch.float32)
@@ -56,14 +56,14 @@ def rounds(room: Room, together: bool, pause: Callable[[], None]) -> bool:
                 pause()
                 assert (rows[k] == 10 * number + k).all(), "a push that is not whole, or of another round"
             pause()
-            assert (room.rows[0, part] == 10 * number).all()
-            slowly(room.combined[part], -number)
+            assert (rows[0] == 10 * number).all()
+            slowly(rows[0], -number)
 
         def join(self, part: slice, sums: Any) -> None:
             raise AssertionError("there is one node")
 
         def finish(self, part: slice) -> None:
-            assert (room.rows[0, part] == -number).all()
+            assert (room.combined[part] == -number).all()
 
     for number in range(1, 1 + ROUNDS):
         slowly(room.rows[room.rank], 10 * number + room.rank)
@@ -75,7 +75,7 @@ def rounds(room: Room, together: bool, pause: Callable[[], None]) -> bool:
             reported = room.report(values + again, "sum" if again else "min")
             pause()
             if room.leads:
-                assert (room.combined[:TAIL] == -number).all(), "a slice that is not combined"
+                assert (room.whole(slice(0, TAIL)) == -number).all(), "a slice that is not combined"
                 every = [100 * number + k + again for k in range(size if together else 1)]
                 assert reported[0] == (sum(every) if again else min(every))
                 slowly(answer, number + again)
@@ -284,7 +284,8 @@ def test_rounds_between_real_semaphores(size: int, together: bool, shm: Path) ->
         for part, other in pairwise(found[0]):
             assert part.data_ptr() + part.numel() <= other.data_ptr()
             assert other.data_ptr() % memory.PAGE == 0
-        room = Room(range(size), own.rank, *found, contents(together))
+        (rows, *parts), gates = found
+        room = Room(range(size), own.rank, list(rows.view(size, -1)), parts, gates, contents(together))
         assert not any(row.data_ptr() % ALIGNMENT for row in room.rows), "kernels take another path"
         return all(rounds(room, together, lambda: time.sleep(0)) for _ in range(20))
 

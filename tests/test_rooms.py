@@ -20,7 +20,7 @@ from test_slices import SAMPLES, Odd, assert_alike, differ, grouped, is_sharded,
 from torch import Tensor, nn, optim
 
 import mpips
-from mpips import pieces, plan
+from mpips import plan
 from mpips.config import Config, ConfigError, resolve
 from mpips.exchange import Exchange, rooms, simulated
 from mpips.exchange.room import Contents
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("settings_parsed_once")
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models are cut up, and travel, as large ones would."""
     monkeypatch.setattr(plan, "GRAIN", 64)
-    monkeypatch.setattr(pieces, "PIECE", 256)
+    monkeypatch.setattr(plan, "PIECE", 256)
     monkeypatch.setattr(plan.pieces, "__defaults__", (256,))
     monkeypatch.setattr(rooms, "LEAST", 1)
 

@@ -16,7 +16,7 @@ from test_resume import assert_same, last
 from torch import Tensor, nn, optim
 
 import mpips
-from mpips import pieces, plan
+from mpips import plan
 from mpips.exchange import Exchange
 from mpips.exchange.simulated import World
 from mpips.message import NonFiniteError
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("settings_parsed_once")
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models are cut up as large ones would be."""
     monkeypatch.setattr(plan, "GRAIN", 64)
-    monkeypatch.setattr(pieces, "PIECE", 256)
+    monkeypatch.setattr(plan, "PIECE", 256)
     monkeypatch.setattr(plan.pieces, "__defaults__", (256,))
 
 

@@ -1,8 +1,8 @@
 """The exchange over MPI: Reduce or Gather towards the server, Bcast back; requests as in `conversation`.
 
 This is the only module that imports mpi4py, and it does so when a run connects: importing `mpi4py.MPI` initialises MPI.
-Only upper-case (buffer) calls are made, nothing is pickled. CUDA tensors go through one pinned host buffer, piece by piece,
-requests and answers whole; their stream is synchronised before MPI reads them.
+Only upper-case (buffer) calls are made. CUDA tensors go through two pinned host buffers in turn, piece by piece, requests and
+answers whole: see `staging`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpips.exchange import SERVER, Apply, ExchangeError, pieces
+from mpips.exchange import SERVER, Apply, ExchangeError, devices, pieces
 from mpips.exchange.conversation import LARGEST, Conversation
 from mpips.exchange.leaders import MpiLeaders
 from mpips.exchange.node import mapped
@@ -28,7 +28,7 @@ from mpips.exchange.patience import patiently
 from mpips.exchange.room import Contents, Room
 from mpips.exchange.rooms import Rooms, sizes
 from mpips.exchange.semaphore import AWAKE
-from mpips.exchange.staging import Staging
+from mpips.exchange.staging import Staging, finish
 from mpips.rule import Needs
 
 if TYPE_CHECKING:
@@ -126,22 +126,38 @@ class MpiExchange:
         """See `Exchange`."""
         node = self._node()
         nodes = self._nodes(node)
-        if len(nodes) == 1:
-            wanted = contents.sizes(self.size)
-        else:
-            wanted = sizes(contents, node.size, len(nodes), self._bucket)
-        awake = 0.0 if contents.overlap else AWAKE  # a thread that yields keeps Python's lock
-        found = mapped(node, wanted, awake) if len(nodes) == 1 or contents.between else None
-        leads = node.rank == 0
+        room = None
+        if len(nodes) == 1 and contents.device.type == "cuda":
+            room = self._on_devices(node, nodes[0], contents)
+        elif contents.device.type == "cpu" and (len(nodes) == 1 or contents.between):
+            room = self._on_host(node, nodes, contents)
         node.Free()
+        return room
+
+    def _on_host(self, node: MPI.Comm, nodes: list[list[int]], contents: Contents) -> Room | None:
+        alone = len(nodes) == 1
+        wanted = contents.sizes(self.size) if alone else sizes(contents, node.size, len(nodes), self._bucket)
+        awake = 0.0 if contents.overlap else AWAKE  # a thread that yields keeps Python's lock
+        found = mapped(node, wanted, awake)
         if not all(word[0] for word in self.compare(bytes([found is not None]) + bytes(31))):
             return None
         assert found
-        if len(nodes) == 1:
-            return Room(nodes[0], self.rank, *found, contents)
-        comm = self.comm.Split(0 if leads else self._mpi.UNDEFINED, self.rank)
-        leaders = MpiLeaders(self._mpi, comm, contents.overlap) if leads else None
-        return Rooms(nodes, self.rank, *found, contents, leaders, self._bucket)
+        (rows, *parts), gates = found
+        rows = rows.view(node.size, -1)
+        if alone:
+            return Room(nodes[0], self.rank, list(rows), parts, gates, contents)
+        comm = self.comm.Split(0 if gates.leads else self._mpi.UNDEFINED, self.rank)
+        leaders = MpiLeaders(self._mpi, comm, contents.overlap) if gates.leads else None
+        return Rooms(nodes, self.rank, list(rows), parts, gates, contents, leaders, self._bucket)
+
+    def _on_devices(self, node: MPI.Comm, ranks: list[int], contents: Contents) -> Room | None:
+        host = mapped(node, contents.sizes(self.size)[2:])
+        found = devices.mapped(node, contents) if host else None
+        if not (host and found):
+            return None
+        parts, gates = host
+        meeting = devices.Fenced(gates, partial(finish, found[0][0]))
+        return devices.DeviceRoom(ranks, self.rank, *found, parts, meeting, contents)
 
     def _node(self) -> MPI.Comm:
         """The ranks that share memory with this one, by rank."""
@@ -161,23 +177,20 @@ class MpiExchange:
 
     def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
         """See `Exchange`."""
-        start = 0 if needs == "sum" else tail
-        for piece in pieces(message.numel() - start, message.element_size(), self._bucket):
-            self._reduce(message[start:][piece])
+        summed = message if needs == "sum" else message[tail:]
+        self._reduce([summed[part] for part in pieces(len(summed), message.element_size(), self._bucket)])
         if needs == "rows":
-            for part in pieces(tail, message.element_size(), self._bucket):
-                self._gather(message, part, apply)
+            self._gather(message, list(pieces(tail, message.element_size(), self._bucket)), apply)
         elif self.rank == SERVER:
             apply(slice(0, tail), message[:tail].unsqueeze(0))
 
     def publish(self, message: Tensor) -> None:
         """See `Exchange`."""
-        raw = message.view(torch.uint8)
-        for piece in pieces(raw.numel(), 1, self._bucket):
-            self._count("publish", raw[piece])
-            buffer = self._staging.host(raw[piece], read=self.rank == SERVER)
-            self.comm.Bcast(_memory(buffer), root=SERVER)
-            self._staging.back(buffer, raw[piece], written=self.rank != SERVER)
+        raw, serves = message.view(torch.uint8), self.rank == SERVER
+        parts = [raw[part] for part in pieces(raw.numel(), 1, self._bucket)]
+        for memory in self._staging.through(parts, read=serves, written=not serves):
+            self._count("publish", memory)
+            self.comm.Bcast(_memory(memory), root=SERVER)
 
     def collect(self, blob: bytes) -> list[bytes]:
         """See `Exchange`."""
@@ -273,29 +286,31 @@ class MpiExchange:
 
         patiently(all_here)
 
-    def _reduce(self, piece: Tensor) -> None:
-        self._count("combine", piece)
-        buffer = self._staging.host(piece, read=True)
-        if self.rank == SERVER:
-            self.comm.Reduce(self._mpi.IN_PLACE, _memory(buffer), root=SERVER)
-        else:
-            self.comm.Reduce(_memory(buffer), None, root=SERVER)
-        self._staging.back(buffer, piece, written=self.rank == SERVER)
+    def _reduce(self, parts: Sequence[Tensor]) -> None:
+        serves = self.rank == SERVER
+        for memory in self._staging.through(parts, read=True, written=serves):
+            self._count("combine", memory)
+            if serves:
+                self.comm.Reduce(self._mpi.IN_PLACE, _memory(memory), root=SERVER)
+            else:
+                self.comm.Reduce(_memory(memory), None, root=SERVER)
 
-    def _gather(self, message: Tensor, part: slice, apply: Apply) -> None:
-        piece = message[part]
-        self._count("combine", piece)
-        buffer = self._staging.host(piece, read=True)
-        if self.rank != SERVER:
-            self.comm.Gather(_memory(buffer), None, root=SERVER)
-            return
-        if self._rows.dtype != piece.dtype or self._rows.numel() < self.size * piece.numel():
-            staged = self._staging.needed(piece)
-            where = torch.device("cpu") if staged else piece.device
-            self._rows = torch.empty(self.size * piece.numel(), dtype=piece.dtype, device=where, pin_memory=staged)
-        rows = self._rows[: self.size * piece.numel()]
-        self.comm.Gather(_memory(buffer), _memory(rows), root=SERVER)
-        apply(part, rows.view(self.size, -1).to(piece.device))
+    def _gather(self, message: Tensor, parts: Sequence[slice], apply: Apply) -> None:
+        travelling = self._staging.through([message[part] for part in parts], read=True, written=False)
+        for part, memory in zip(parts, travelling, strict=True):
+            self._count("combine", memory)
+            if self.rank != SERVER:
+                self.comm.Gather(_memory(memory), None, root=SERVER)
+                continue
+            rows = self._room_for(self.size * memory.numel(), memory)
+            self.comm.Gather(_memory(memory), _memory(rows), root=SERVER)
+            apply(part, rows.view(self.size, -1).to(message.device))
+
+    def _room_for(self, numel: int, like: Tensor) -> Tensor:
+        """Where MPI puts so many elements."""
+        if self._rows.dtype != like.dtype or self._rows.numel() < numel:
+            self._rows = torch.empty(numel, dtype=like.dtype, device=like.device, pin_memory=like.is_pinned())
+        return self._rows[:numel]
 
     def _count(self, call: str, piece: Tensor) -> None:
         calls, nbytes = COUNTERS[call]

@@ -18,16 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mpips.flat import ALIGNMENT
-from mpips.plan import pieces
+from mpips.plan import piece, pieces
 
 Op = Literal["min", "sum"]
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Contents:
         between: whether ranks of several nodes may do so.
         wire: what weights and gradients travel in between nodes.
         overlap: whether slices travel between nodes before all gradients are there.
+        device: where the messages are.
     """
 
     numel: int
@@ -58,16 +60,21 @@ class Contents:
     between: bool
     wire: torch.dtype
     overlap: bool = False
+    device: torch.device = HOST
 
     @property
     def gradients(self) -> int:
         """How many elements of a push message are gradients, the first ones: as many as there are weights."""
         return int(self.weights.stop - self.weights.start) // self.dtype.itemsize
 
+    @property
+    def row(self) -> int:
+        """Bytes of a push message, such that what lies behind it is aligned, too."""
+        return -(-self.numel * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
     def sizes(self, ranks: int) -> list[int]:
         """The bytes of the parts that every room has, for so many ranks."""
-        row = -(-self.numel * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT  # the next one is aligned, too
-        return [ranks * row, self.pull, ranks * self.lines * 8, self.answer * 8]
+        return [ranks * self.row, self.pull, ranks * self.lines * 8, self.answer * 8]
 
 
 class Meeting(Protocol):
@@ -143,13 +150,18 @@ class Room:
     """
 
     def __init__(
-        self, members: Sequence[int], rank: int, parts: Sequence[Tensor], meeting: Meeting, contents: Contents
+        self,
+        members: Sequence[int],
+        rank: int,
+        rows: Sequence[Tensor],
+        parts: Sequence[Tensor],
+        meeting: Meeting,
+        contents: Contents,
     ) -> None:
-        rows, self.pull, reports, answer = parts[:4]
+        self.pull, reports, answer = parts[:3]
         self.members, self.rank, self.contents = members, rank, contents
         self.nodes = [list(members)]
-        self.rows = rows.view(contents.dtype).view(len(members), -1)[:, : contents.numel]
-        self._numbers = self.rows.numpy()
+        self.rows = [row.view(contents.dtype)[: contents.numel] for row in rows]
         self._place = members.index(rank)
         self.row = self.rows[self._place]
         self._reports, self._answer = reports.view(torch.float64).view(len(members), -1), answer.view(torch.float64)
@@ -157,6 +169,7 @@ class Room:
         self.leads = rank == 0
         self.weights = self.pull[contents.weights].view(contents.dtype)
         self._cut: dict[tuple[int, int], Sequence[Tensor]] = {}
+        self._tails: list[Any] = []  # arrays
         self.slices: list[slice] = []
         self.spans: list[slice] = []
         self.together, self.rounded = contents.together, False
@@ -166,6 +179,10 @@ class Room:
     def combined(self) -> Tensor:
         """Where what is combined lies: the first push message."""
         return self.rows[0]
+
+    def whole(self, part: slice) -> Tensor:
+        """What is combined, whoever serves it."""
+        return self.combined[part]
 
     def stepped(self, part: slice) -> Tensor:
         """A slice, served by this rank, of the weights that are stepped."""
@@ -180,7 +197,7 @@ class Room:
         """
         place = [rank for node in self.nodes for rank in node].index(self.rank)
         self.slices = [bucket[place] for bucket in buckets]
-        self.spans = [part for span in self.slices for part in pieces(span)]
+        self.spans = [part for span in self.slices for part in pieces(span, piece(self.contents.device))]
         if self.leads and behind.start < behind.stop:
             self.spans.append(behind)
 
@@ -205,16 +222,29 @@ class Room:
             self._release()
         if not self.spans and not self.leads:
             return
-        np.sum(self._numbers[:, self.contents.tail :], 0, out=heard.numpy())  # for so few, faster than torch
+        self._hear(heard)
         for span in self.spans:
-            work.add(span, self._rows_of(span))
+            self._bring(span, work)
             work.finish(span)
+
+    def _hear(self, out: Tensor) -> None:
+        """The sum of what lies behind in all rows, as much as `out` is long."""
+        if not self._tails:
+            self._tails = [row[-len(out) :].numpy() for row in self.rows]
+        sums = out.numpy()  # for so few, faster than torch
+        np.copyto(sums, self._tails[0])
+        for tail in self._tails[1:]:
+            np.add(sums, tail, out=sums)
+
+    def _bring(self, span: slice, work: Work) -> None:
+        """One slice of all rows becomes one."""
+        work.add(span, self._rows_of(span))
 
     def _rows_of(self, span: slice) -> Sequence[Tensor]:
         """Made once: for a small model it takes as long as to add them."""
         key = span.start, span.stop
         if key not in self._cut:
-            self._cut[key] = self.rows[:, span].unbind()
+            self._cut[key] = [row[span] for row in self.rows]
         return self._cut[key]
 
     def report(self, values: Tensor, op: Op) -> Tensor:
@@ -232,7 +262,7 @@ class Room:
         """After `report`: the server's numbers, float64 of always the same length, land in everybody's `answer`."""
         if not self.together:
             return
-        if self.fills:
+        if self._meeting.leads:
             self._answer.copy_(answer)
         self._release()
         answer.copy_(self._answer)

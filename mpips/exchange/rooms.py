@@ -27,7 +27,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,7 +69,7 @@ class Rooms(Room):
     Args:
         nodes: the ranks of each node.
         rank: this one.
-        parts: the memory, as `sizes` has it.
+        rows, parts: the memory, as `sizes` has it.
         meeting: how the ranks of this node wait for each other.
         contents: what each room holds.
         leaders: the others, if this is one.
@@ -81,6 +80,7 @@ class Rooms(Room):
         self,
         nodes: Sequence[Sequence[int]],
         rank: int,
+        rows: Sequence[Tensor],
         parts: Sequence[Tensor],
         meeting: Meeting,
         contents: Contents,
@@ -88,11 +88,11 @@ class Rooms(Room):
         bucket: int,
     ) -> None:
         self._node = next(n for n, ranks in enumerate(nodes) if rank in ranks)
-        super().__init__(nodes[self._node], rank, parts, meeting, contents)
+        super().__init__(nodes[self._node], rank, rows, parts, meeting, contents)
         self.nodes = [list(ranks) for ranks in nodes]
         self._leaders, self.each = leaders, length(bucket, contents, len(nodes))
         self._progress = leaders.progress if leaders else None
-        told, said, window, outbox = parts[4:]
+        told, said, window, outbox = parts[3:]
         self._told, self.said = told.view(contents.dtype), said.view(torch.float64)
         self._window = window.view(contents.wire).view(FLIGHT + 1, len(nodes) - 1, -1)
         self._outbox = outbox.view(contents.wire).view(FLIGHT + 1, len(nodes), -1)
@@ -141,7 +141,7 @@ class Rooms(Room):
         self._arrive(self._progress)
         behind = slice(self.weights.numel(), self.contents.tail)
         if self._leaders:
-            np.sum(self._numbers[:, behind.start :], 0, out=self._told.numpy())
+            self._hear(self._told)
             self._leaders.sum(self._told)
         self._release()
         heard.copy_(self._told[behind.stop - behind.start :])

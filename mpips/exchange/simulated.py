@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mpips.exchange import SERVER, Apply, ExchangeError, landing, pieces
+from mpips.exchange.devices import DeviceRoom
 from mpips.exchange.mailbox import Letter, Mailbox, raw
 from mpips.exchange.room import Contents, Room
 from mpips.exchange.rooms import Rooms, sizes
@@ -38,6 +39,7 @@ class World(Schedule["SimulatedExchange"]):
         bucket: largest slice, in bytes, that `combine` hands over as rows.
         shares: whether the ranks of a node share memory.
         nodes: how many ranks each node has; all are on one, unless that is given.
+        devices: for each rank, which device it is on, if they share the memory of devices: each then has a pull message.
     """
 
     def __init__(
@@ -50,10 +52,11 @@ class World(Schedule["SimulatedExchange"]):
         bucket: int = 1 << 24,
         shares: bool = False,
         nodes: Sequence[int] = (),
+        devices: Sequence[int] = (),
     ) -> None:
         super().__init__([SimulatedExchange(self, rank, size) for rank in range(size)], seed)
         self.size, self.bucket, self.real_clock, self.shares = size, bucket, clock, shares
-        self.nodes = list(nodes) or [size]
+        self.nodes, self.devices = list(nodes) or [size], list(devices)
         self.arrived_here, self.released = [0] * size, [0] * len(self.nodes)  # how often, in rooms
         self.latency, self.bandwidth = latency, bandwidth
         self.time = [0.0] * size
@@ -151,10 +154,16 @@ class SimulatedExchange:
         rooms = self._meet("room", f"room({contents})", None, made, 0)
         assert isinstance(rooms, list)
         gates = Gates(self.world, node, nodes[node], self.rank)
+        rows, pull, *parts = rooms[node]
+        each = list(rows.view(len(nodes[node]), -1))
+        if self.world.devices:
+            pulls = self._meet("pulls", "pulls", None, lambda _: [pull.clone() for _ in set(self.world.devices)], 0)
+            assert isinstance(pulls, list)
+            return DeviceRoom(nodes[0], self.rank, each, pulls, self.world.devices, parts, gates, contents)
         if not several:
-            return Room(nodes[0], self.rank, rooms[0], gates, contents)
+            return Room(nodes[0], self.rank, each, [pull, *parts], gates, contents)
         leaders = Leaders(self.world, [ranks[0] for ranks in nodes], node) if gates.leads else None
-        return Rooms(nodes, self.rank, rooms[node], gates, contents, leaders, self.world.bucket)
+        return Rooms(nodes, self.rank, each, [pull, *parts], gates, contents, leaders, self.world.bucket)
 
     def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
         """See `Exchange`."""

@@ -68,6 +68,8 @@ class Slices:
     def how(self) -> str:
         """How the contributions come together."""
         nodes, wire = self.room.nodes, str(self.room.contents.wire).removeprefix("torch.")
+        if self.room.contents.device.type == "cuda":
+            return "memory of GPUs, by CUDA IPC"
         return f"shared memory, {wire} between {len(nodes)} nodes" if len(nodes) > 1 else "shared memory"
 
     def begin(self, weight: float) -> None:
@@ -179,6 +181,7 @@ class Slices:
 
     def step(self, present: Sequence[float], clip: float | None, scale: float = 1.0) -> None:
         """At the server: step, and have the others step; see `FlatOptimizer.step`."""
+        self._moved = True
         if not isinstance(self._optimizer, Pieces):
             assert self._optimizer
             self._optimizer.step(present, clip, scale)
@@ -190,7 +193,6 @@ class Slices:
             factor = _factor([norm for norm, seen in zip(norms, present, strict=False) if seen], clip, self._push.message)
             self._tell(1.0, scale, factor)
         self._optimizer.step(present, factor, scale)
-        self._moved = True
 
     def skip(self) -> None:
         """At the server: no step is taken in this round."""
@@ -224,14 +226,14 @@ class Slices:
 
         If there are several nodes, which have parts of a tensor, it is the squares of the norms of these parts.
         """
-        norms, gradients = torch.zeros_like(self._faults), self.room.combined
+        norms = torch.zeros_like(self._faults)
         for n, slot in enumerate(self.replica.flat.slots):
             for span in self.room.spans if present[n] else []:
                 start, stop = max(span.start, slot.offset), min(span.stop, slot.offset + slot.numel)
                 if len(self.room.nodes) > 1 and start < stop:
-                    norms[n] += torch.linalg.vector_norm(gradients[start:stop], dtype=torch.float64) ** 2
+                    norms[n] += torch.linalg.vector_norm(self.room.combined[start:stop], dtype=torch.float64) ** 2
                 elif len(self.room.nodes) == 1 and span.start <= slot.offset + slot.numel // 2 < span.stop:
-                    norms[n] = torch.linalg.vector_norm(slot.view(gradients))
+                    norms[n] = torch.linalg.vector_norm(slot.shaped(self.room.whole(slot.span)))
         return norms
 
     def _norms(self, measured: list[float]) -> list[float]:

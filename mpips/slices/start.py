@@ -18,6 +18,8 @@ from mpips.rule import Mean, Rule
 from mpips.rule.mean import NormClip
 from mpips.slices.slices import SETTINGS, Slices
 
+KINDS = ["", "cpu", "cuda"]  # of memory that ranks can share
+
 
 def settle(
     exchange: Exchange, replica: Replica, config: Config, rule: Rule, optimizer: FlatOptimizer | Average | None, gradients: bool
@@ -37,7 +39,7 @@ def settle(
     """
     if exchange.size == 1 or not (gradients and config.shared_memory):
         return None
-    cut = _agreed(exchange, type(rule) in (Mean, NormClip) and _shareable(replica), optimizer)
+    cut = _agreed(exchange, replica, type(rule) in (Mean, NormClip) and _shareable(replica), optimizer)
     if cut is None:
         return None
     settings = len(Pieces.settings_of(optimizer.torch)) if cut and isinstance(optimizer, FlatOptimizer) else 0
@@ -58,12 +60,13 @@ def settle(
     return Slices(room, replica, rule, part, config, exchange)
 
 
-def _agreed(exchange: Exchange, shares: bool, optimizer: FlatOptimizer | Average | None) -> Cut | None:
-    """Where all ranks may cut the optimizer's parameters; None if some rank does not share memory."""
+def _agreed(exchange: Exchange, replica: Replica, shares: bool, optimizer: FlatOptimizer | Average | None) -> Cut | None:
+    """Where all ranks may cut the optimizer's parameters; None if some rank does not share memory, or not of that kind."""
     cut = where(optimizer.torch) if isinstance(optimizer, FlatOptimizer) else Cut.NOWHERE
     kind = type(optimizer.torch).__qualname__ if isinstance(optimizer, FlatOptimizer) else ""
-    said = exchange.compare(bytes([shares, cut]) + hashlib.sha256(kind.encode()).digest()[:30])
-    if not all(word[0] for word in said):
+    memory = KINDS.index(replica.flat.device.type) if shares else 0
+    said = exchange.compare(bytes([memory, cut]) + hashlib.sha256(kind.encode()).digest()[:30])
+    if not memory or any(word[0] != memory for word in said):
         return None
     return Cut(min(word[1] for word in said)) if len({word[2:] for word in said}) == 1 else Cut.NOWHERE
 
@@ -86,6 +89,7 @@ def _contents(ranks: int, replica: Replica, config: Config, cut: Cut, answer: in
         between=sharded and not config.deterministic,  # across nodes a node's pushes are added first
         wire=torch.bfloat16 if rounded else push.dtype,
         overlap=config.overlap,
+        device=flat.device,
     )
 
 
@@ -99,9 +103,9 @@ def deal(room: Room, replica: Replica, cut: Cut) -> None:
 
 
 def _shareable(replica: Replica) -> bool:
-    """Whether the weights may be shared: nothing but the server's step changes them, and they are in the host's memory."""
+    """Whether the weights may be shared: nothing but the server's step changes them, and memory like theirs can be."""
     renormalise = any(getattr(m, "max_norm", None) is not None for m in replica.flat.model.modules() if _embeds(m))
-    return replica.flat.weights.device.type == "cpu" and replica.wire_is_grad and not renormalise
+    return replica.flat.device.type in KINDS and replica.wire_is_grad and not renormalise
 
 
 def _embeds(module: nn.Module) -> bool:

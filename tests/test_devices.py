@@ -1,0 +1,108 @@
+"""Rounds in the memory of several devices: the same bits as without. Here the devices are simulated; see `test_gpu.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import test_room
+import test_slices
+import torch
+from test_resume import assert_same
+from test_slices import ELEMENTWISE, assert_alike, odd
+
+from mpips.exchange import ExchangeError, devices, simulated
+from mpips.exchange.devices import Fenced
+from mpips.exchange.simulated import World
+from mpips.exchange.simulated_room import Gates
+
+pytestmark = pytest.mark.usefixtures("settings_parsed_once")
+TAKEN_OVER = [
+    "a_run_resumes_under_another_plan",
+    "a_scheduler_reaches_all_slices",
+    "a_sum_that_overflows_is_the_servers",
+    "buffers_are_as_without_shared_memory",
+    "gradients_left_over_from_an_interrupted_loop_are_pushed_with_the_next",
+    "killed_anywhere_and_resumed",
+    "more_ranks_than_there_is_to_serve",
+    "nonfinite_raise_names_rank_and_tensor_and_moves_nothing",
+    "nonfinite_skip_and_drop_are_as_without_shared_memory",
+    "normclip_shortens_each_contribution",
+    "the_server_s_word_ends_a_run",
+]
+globals().update({f"test_{name}": getattr(test_slices, f"test_{name}") for name in TAKEN_OVER})
+small_pieces = test_slices.small_pieces
+PLACES = [[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 2], [0, 1, 2, 3]]
+
+
+@pytest.fixture(autouse=True)
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever shares memory in the tests that are taken over does so on two devices."""
+
+    def sharing(size: int, seed: int = 0) -> World:
+        return World(size, seed=seed, shares=True, devices=[n % 2 for n in range(size)])
+
+    monkeypatch.setattr(test_slices, "sharing", sharing)
+
+
+@pytest.mark.parametrize("places", PLACES, ids=str)
+@pytest.mark.parametrize("chosen", ["root", "sharded"])
+def test_where_ranks_are_changes_no_bit(chosen: str, places: list[int]) -> None:
+    for name, settings in (("momentum", {}), ("adam", {"clip": 0.05, "server_trains": True})):
+        given: dict[str, Any] = {"deterministic": True, **settings}
+        expected, tree = odd(World(4), ELEMENTWISE[name], torch.float32, (False, False), **given)
+        world = World(4, seed=3, shares=True, devices=places)
+        shared = (True, chosen == "sharded")
+        ours, own = odd(world, ELEMENTWISE[name], torch.float32, shared, plan=chosen, run_dir=f"{chosen}-{name}", **given)
+        assert_alike(ours, expected)
+        assert_same(own, tree)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("places", [[0, 0, 0], [0, 1, 1], [0, 1, 2]], ids=str)
+def test_a_round_keeps_its_promises(together: bool, places: list[int]) -> None:
+    for seed in range(10):
+        world = World(3, seed=seed, shares=True, devices=places)
+
+        def program(e: simulated.SimulatedExchange, world: World = world) -> bool:
+            room = e.room(test_room.contents(together))
+            assert room
+            return test_room.rounds(room, together, lambda: world.pause(e.rank))
+
+        assert world.run(program) == [True] * 3
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_what_a_rank_has_its_device_do_is_done_before_others_are_let_go_on(
+    needed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each device works late: only when it is waited for. Without that, ranks find the round before."""
+    late: dict[int, list[Any]] = {}
+
+    class Late(Fenced):
+        def __init__(self, gates: Gates) -> None:
+            queue = late.setdefault(gates.rank, [])
+
+            def work() -> None:
+                while needed and queue:
+                    queue.pop(0)()
+
+            super().__init__(gates, work)
+
+    class Room(devices.DeviceRoom):
+        def __init__(self, members: Any, rank: int, rows: Any, pulls: Any, places: Any, parts: Any, gates: Any, held: Any):
+            super().__init__(members, rank, rows, pulls, places, parts, Late(gates), held)
+
+        def _copy(self, part: slice) -> None:
+            late[self.rank].append(lambda: devices.DeviceRoom._copy(self, part))
+
+    monkeypatch.setattr(simulated, "DeviceRoom", Room)
+    world = World(3, shares=True, devices=[0, 1, 2])
+    given: dict[str, Any] = {"deterministic": True, "plan": "sharded"}
+    if needed:
+        ours, _ = odd(world, ELEMENTWISE["momentum"], torch.float32, (True, True), **given)
+        expected, _ = odd(World(3), ELEMENTWISE["momentum"], torch.float32, deterministic=True)
+        assert_alike(ours, expected)
+    else:
+        with pytest.raises(ExchangeError, match="rank 1 is in round 0, the server in 1"):
+            odd(world, ELEMENTWISE["momentum"], torch.float32, (True, True), **given)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mpips import snapshot
 from mpips.config import ConfigError
@@ -116,8 +117,7 @@ class FlatOptimizer:
             p.grad = grad if seen else None
         if clip is not None:
             nn.utils.clip_grad_norm_(self.weights, clip)
-        with self.scaled(scale):
-            self.torch.step()
+        self.move(scale)
         for p, own in zip(self.weights, before, strict=True):
             p.grad = own
         if not self.replica.wire_is_grad:
@@ -126,12 +126,18 @@ class FlatOptimizer:
     def skip(self) -> None:
         """No step is taken in this round."""
 
-    @contextmanager
-    def scaled(self, scale: float) -> Iterator[None]:
-        """The learning rates are multiplied by `scale` in here."""
+    def move(self, scale: float) -> None:
+        """One step of the script's optimizer, the learning rates times `scale`."""
+        step = _bare(self.torch)
         if scale == 1:
-            yield
+            step()
             return
+        with self._scaled(scale):
+            step()
+
+    @contextmanager
+    def _scaled(self, scale: float) -> Iterator[None]:
+        """The learning rates are multiplied by `scale` in here."""
         rates = [group["lr"] for group in self.torch.param_groups]
         for group, rate in zip(self.torch.param_groups, rates, strict=True):
             group["lr"] = rate * scale
@@ -177,6 +183,28 @@ class FlatOptimizer:
             self._whole.copy_(self.replica.flat.weights)
             for name, master in self.replica.flat.named(self._whole):
                 master.copy_(tree["masters"].get(name, master))
+
+
+def _bare(optimizer: Optimizer) -> Callable[[], object]:
+    """Its step; if that is torch's own and nobody looks on, without what is there for those who do: half of a small step."""
+    kind = type(optimizer)
+    hooks = (
+        *(optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks),
+        *(_global_optimizer_pre_hooks, _global_optimizer_post_hooks),
+    )
+    counted = "step" in vars(optimizer)  # by a scheduler
+    profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    if counted or profiled or any(hooks) or not kind.__module__.startswith("torch.optim."):
+        return optimizer.step
+    step: Any = kind.step
+    while hasattr(step, "__wrapped__"):
+        step = step.__wrapped__
+
+    def bare() -> None:
+        with torch.no_grad():
+            step(optimizer)
+
+    return bare
 
 
 def _in_dtype(value: Any, dtype: torch.dtype) -> Any:

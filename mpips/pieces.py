@@ -121,8 +121,7 @@ class Pieces:
         for n, cut in self._pieces.items():
             for p, gradient, _ in cut:
                 p.grad = gradient.mul_(factor) if factor != 1 and present[n] else gradient if present[n] else None
-        with self._whole.scaled(scale):
-            self.torch.step()
+        self._whole.move(scale)
 
     def settings(self) -> list[float]:
         """The groups' numbers, such as learning rates, NaN for what is none: as long on every rank with the same optimizer."""

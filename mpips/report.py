@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -93,8 +93,14 @@ class Report:
         self.line("{workers} worker(s), {mpi}, torch {torch} on {device}, {parameters:,} trainable parameters"
                   .format(**facts), always=True)  # fmt: skip
 
-    def round(self, row: Sequence[float], **facts: Any) -> None:
-        """One round: its metrics always, its event a few times a second."""
+    def round(self, row: Sequence[float], speed: float, ranks: Callable[[], list[dict[str, Any]]]) -> None:
+        """One round: its metrics always, its event a few times a second.
+
+        Args:
+            row: its line of metrics.csv.
+            speed: samples a second.
+            ranks: what each rank is doing.
+        """
         if self.folder is not None:
             self._table(self.folder).write(_csv(row))
         self.rows.append(tuple(row))
@@ -102,8 +108,8 @@ class Report:
         if self.folder is not None and now - self._last_event >= 1 / EVENTS_A_SECOND:
             self._last_event = now
             self.flush()
-            self.event("round", **dict(zip(self.columns, row, strict=True)), epochs=self.epochs, **facts)
-            speed = facts["samples_per_s"]
+            line = dict(zip(self.columns, row, strict=True))
+            self.event("round", **line, epochs=self.epochs, samples_per_s=speed, ranks=ranks())
             self.line(f"round {row[0]:.0f}  epoch {row[1]:.0f}  loss {row[4]:.4f}  {speed:.0f} samples/s")
 
     def validated(self, epoch: int, number: int, value: float, best: float, name: str) -> None:

@@ -80,7 +80,7 @@ class Server(Service):
         """
         push = self.replica.push
         if not self.trains:
-            push.message[push.gradients.numel() if push.raw else 0 :].zero_()
+            (push.behind if push.raw else push.message).zero_()
         push = self.replica.push_for(self.control.round)
         if self.slices:
             self.slices.combine()
@@ -90,7 +90,7 @@ class Server(Service):
         else:
             self.combined = combine(self.exchange, push, self.rule, self.last, self.first)
         push.spill()
-        table = push.heard.rows.tolist()[self.first :]
+        table = push.heard.table()[self.first :]
         results = {rank: dict(zip(self._columns, row, strict=True)) for rank, row in enumerate(table, self.first)}
         for rank, row in results.items():
             if row["round"] != self.control.round % ROUNDS:
@@ -150,7 +150,7 @@ class Server(Service):
         now = self.exchange.clock()
         speed, self._last = samples / max(now - self._last, 1e-9), now
         row = (control.round, self.place.epoch, control.version, samples, *means.values())
-        self.report.round((*row[:5], control.lr, *row[5:]), samples_per_s=speed, ranks=rank_states(rows, self.trains))
+        self.report.round((*row[:5], control.lr, *row[5:]), speed, lambda: rank_states(rows, self.trains))
 
     def send_updates(self, weights: Tensor | None = None) -> None:
         """Send the weights, or these ones (`(numel,)`, the flat layout), and the control to all ranks; `note` has come before.

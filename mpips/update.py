@@ -69,7 +69,7 @@ class Gradient:
             push.gradients.div_(loss_scale)
         metrics = self._look(row, metrics)
         row.weight = row.steps = self.weigh(row.samples)
-        push.message[push.gradients.numel() :].zero_()
+        push.behind.zero_()
         self.replica.buffers.write(push.floats, push.limbs, row.weight, self.first)
         if row.weight:
             push.write_presence(present)
@@ -105,7 +105,7 @@ class Gradient:
             metrics: the number of extra metrics.
         """
         push = self.replica.push
-        push.message[push.gradients.numel() if push.raw else 0 :].zero_()
+        (push.behind if push.raw else push.message).zero_()
         self.replica.buffers.write(push.floats, push.limbs, 0, self.first)
         push.write(self.rank, row, [0.0] * metrics)
 
@@ -197,7 +197,7 @@ class Local(Gradient):
     def write(self, row: Row, metrics: Sequence[float], loss_scale: float) -> None:
         """See `Gradient.write`."""
         push = self.replica.push
-        push.message[push.gradients.numel() :].zero_()
+        push.behind.zero_()
         row.weight, steps = self.compose(row.samples)
         row.steps = row.weight * steps
         self.seal(row, metrics)

@@ -344,3 +344,52 @@ def test_schedules_step_after_each_epoch_or_round(schedule: str, size: int) -> N
     rates = [float(row[rows[0].index("lr")]) for row in rows[1:] if float(row[rows[0].index("samples")])]
     expected = [1, 1, 1, 0.5, 0.5, 0.5] if schedule == "epoch" else [0.5, 0.25, 0.125, 2**-4, 2**-5, 2**-6]
     assert rates == expected
+
+
+class Own(OPTIM.SGD):
+    """A script's own: what it does beside the step is not left out."""
+
+    seen = 0
+
+    def step(self, closure: Any = None) -> Any:
+        Own.seen += 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    "who", ["pre hook", "post hook", "global pre hook", "global post hook", "scheduler", "profiler", "class"]
+)
+def test_whoever_looks_on_sees_every_step(who: str) -> None:
+    from torch.optim import optimizer as hooks
+
+    seen: list[object] = []
+    net = mlp()
+    replica = replicate(net, Config(), 1, World(1).ends[0].allocate)
+    Own.seen = 0
+    made: Any = (Own if who == "class" else OPTIM.SGD)(net.parameters(), lr=0.1)
+    ours = FlatOptimizer(replica, made, None)
+    held: Any = None
+    if who == "pre hook":
+        made.register_step_pre_hook(lambda *_: seen.append(1))
+    elif who == "post hook":
+        made.register_step_post_hook(lambda *_: seen.append(1))
+    elif who == "global pre hook":
+        held = hooks.register_optimizer_step_pre_hook(lambda *_: seen.append(1))
+    elif who == "global post hook":
+        held = hooks.register_optimizer_step_post_hook(lambda *_: seen.append(1))
+    elif who == "scheduler":
+        lr_scheduler.StepLR(made, 1)
+    present = [1.0] * len(replica.flat.slots)
+    try:
+        with torch.profiler.profile() if who == "profiler" else warnings.catch_warnings() as found:
+            for _ in range(3):
+                ours.step(present, None)
+    finally:
+        if held is not None:
+            held.remove()
+    if who == "scheduler":
+        assert made._opt_called
+    elif who == "profiler":
+        assert sum("Optimizer.step#SGD.step" in event.name for event in found.events()) == 3
+    else:
+        assert len(seen) + Own.seen == 3

@@ -10,7 +10,7 @@ from mpips.report import Report, rank_states
 
 def rows(report: Report, numbers: range) -> None:
     for n in numbers:
-        report.round((n, 0, n, 8, 1 / (n + 1), 0.1), samples_per_s=1.0, ranks=[])
+        report.round((n, 0, n, 8, 1 / (n + 1), 0.1), 1.0, list)
 
 
 def test_metrics_are_exact_and_a_restored_report_rewrites_them(tmp_path: Path) -> None:

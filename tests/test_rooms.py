@@ -144,7 +144,7 @@ def rounds(room: Rooms, buckets: list[list[slice]], log: Log | None, pause: Call
                 log.joined[part] += 1
             slowly(room.combined[part], -number)
 
-        def finish(self, part: slice) -> None:
+        def finish(self, part: slice, total: Tensor) -> None:
             pause()
             assert (heard == all_pushes()).all(), "a tail that is not whole"
             expected = all_pushes() if part.start >= WEIGHTS else -number

@@ -83,6 +83,7 @@ class DeviceRoom(Room):
     def _bring(self, span: slice, work: Work) -> None:
         rows = [self._near(number, span) for number in range(len(self.rows))]
         work.add(span, rows)
+        work.finish(span, rows[0])
         if self._first:
             self.combined[span].copy_(rows[0])
 

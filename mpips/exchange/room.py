@@ -112,7 +112,7 @@ class Work(Protocol):
             sums: by node, to be left as they are; this room's first row is one of them.
         """
 
-    def finish(self, part: slice) -> None:
+    def finish(self, part: slice, total: Tensor) -> None:
         """The sum becomes the mean; all tails have been heard."""
 
 
@@ -169,7 +169,9 @@ class Room:
         self.leads = rank == 0
         self.weights = self.pull[contents.weights].view(contents.dtype)
         self._cut: dict[tuple[int, int], Sequence[Tensor]] = {}
-        self._tails: list[Any] = []  # arrays
+        self._heard: Tensor | None = None
+        self._total: Any = None  # its memory as an array, and those of the tails
+        self._tails: list[Any] = []
         self.slices: list[slice] = []
         self.spans: list[slice] = []
         self.together, self.rounded = contents.together, False
@@ -225,20 +227,22 @@ class Room:
         self._hear(heard)
         for span in self.spans:
             self._bring(span, work)
-            work.finish(span)
 
     def _hear(self, out: Tensor) -> None:
         """The sum of what lies behind in all rows, as much as `out` is long."""
-        if not self._tails:
+        if self._heard is not out:  # always the same
+            self._heard, self._total = out, out.numpy()  # for so few, faster than torch
             self._tails = [row[-len(out) :].numpy() for row in self.rows]
-        sums = out.numpy()  # for so few, faster than torch
-        np.copyto(sums, self._tails[0])
-        for tail in self._tails[1:]:
-            np.add(sums, tail, out=sums)
+        first, second, *others = self._tails if len(self._tails) > 1 else [*self._tails, 0]
+        np.add(first, second, out=self._total)
+        for tail in others:
+            np.add(self._total, tail, out=self._total)
 
     def _bring(self, span: slice, work: Work) -> None:
-        """One slice of all rows becomes one."""
-        work.add(span, self._rows_of(span))
+        """One slice of all rows becomes their mean."""
+        rows = self._rows_of(span)
+        work.add(span, rows)
+        work.finish(span, rows[0])
 
     def _rows_of(self, span: slice) -> Sequence[Tensor]:
         """Made once: for a small model it takes as long as to add them."""

@@ -148,7 +148,7 @@ class Rooms(Room):
         if self.leads:
             self.combined[behind].copy_(self._told[: behind.stop - behind.start])
         for span in self.spans:
-            work.finish(span)
+            work.finish(span, self.combined[span])
 
     def _travel(
         self,

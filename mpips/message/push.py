@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class Push:
     Attributes:
         message: all of it.
         tail_at: where the tail begins.
+        behind: the message but for the gradients.
         gradients, floats, limbs, presence: views of its parts.
         second: a further view of the gradients' length; None where the mode has none.
         rows: `(size, columns)` view, one row per rank.
@@ -79,6 +81,7 @@ class Push:
         self.rows = rows.view(-1, len(self.columns))
         self._numbers = None if room.is_cuda else self.rows.numpy()  # to write a few numbers at less cost
         self.tail_at = sum(lengths[:3])
+        self.behind = self.message[lengths[0] :]
         self.heard: Push | Heard = self
 
     def move(self, room: Tensor) -> None:
@@ -92,6 +95,10 @@ class Push:
 
     def spill(self) -> None:
         """Put what has come into the whole message."""
+
+    def table(self) -> list[list[float]]:
+        """The numbers of `rows`."""
+        return _table(self.rows, self._numbers)
 
     @property
     def body(self) -> Tensor:
@@ -131,6 +138,16 @@ class Heard:
         self.message = message
         self.limbs, self.presence, rows = torch.split(message, lengths)
         self.rows = rows.view(-1, columns)
+        self._numbers = None if rows.is_cuda else self.rows.numpy()
+
+    def table(self) -> list[list[float]]:
+        """The numbers of `rows`."""
+        return _table(self.rows, self._numbers)
+
+
+def _table(rows: Tensor, numbers: Any) -> list[list[float]]:
+    found: list[list[float]] = (rows if numbers is None else numbers).tolist()
+    return found
 
 
 class Fragment(Push):

@@ -181,7 +181,7 @@ class ParameterServer(Service):
         now = self.exchange.clock()
         speed, self._last = samples / max(now - self._last, 1e-9), now
         line = (control.round, self.place.epoch, control.version, samples, means[0], control.lr, *means[1:])
-        self.report.round(line, samples_per_s=speed, ranks=rank_states(dict(sorted(self.roll.rows.items())), self.trains))
+        self.report.round(line, speed, lambda: rank_states(dict(sorted(self.roll.rows.items())), self.trains))
 
     def _obey(self, rows: Mapping[int, Row]) -> None:
         """End the run if a rank asks for it; who has left its loop only waits for the loop's end."""

@@ -47,6 +47,7 @@ class Slices:
     ) -> None:
         self.room, self.replica, self.config = room, replica, config
         self._push, self._rule, self._optimizer = replica.push, rule, optimizer
+        self._gradients = replica.flat.numel
         self._weights: list[float] | None = None  # of this room's ranks
         self._factors: list[float] = []
         self._whole: float | None = None
@@ -141,23 +142,23 @@ class Slices:
             self._blame(0, part, total)  # nobody's alone
         self.room.combined[part].copy_(total)  # which is one of those
 
-    def finish(self, part: slice) -> None:
+    def finish(self, part: slice, total: Tensor) -> None:
         """The mean of one slice: its sum divided by that of the weights."""
         whole = self._whole
         if whole is None or self._behind(part):
-            whole = float(self._push.heard.rows[:, WEIGHT].sum())
+            whole = sum(row[WEIGHT] for row in self._push.heard.table())
             self._whole = whole if self._whole is None else self._whole
         if whole not in (0, 1):
-            self.room.combined[part].div_(whole)
+            total.div_(whole)
 
     def _behind(self, part: slice) -> bool:
         """Whether it is no gradient but BatchNorm's statistics."""
-        return bool(part.start >= self._push.gradients.numel())
+        return bool(part.start >= self._gradients)
 
     def _weigh(self) -> None:
         """Of equal weights, where all are known, only who has one matters."""
         several = len(self.room.nodes) > 1
-        self._weights = weights = (self.room.said if several else self._push.heard.rows[:, WEIGHT]).tolist()
+        self._weights = weights = self.room.said.tolist() if several else [row[WEIGHT] for row in self._push.heard.table()]
         self._factors = weights
         if not several and not self.config.deterministic and len({weight for weight in weights if weight}) == 1:
             self._factors = [float(weight > 0) for weight in weights]

@@ -43,3 +43,14 @@ def test_no_worker_is_ever_farther_ahead_than_the_bound(bound: int, monkeypatch:
     speed, lead = importlib.import_module("ssp_bound").run(bound, "one", steps=100)
     assert lead == bound
     assert speed == pytest.approx(80, rel=0.05)  # 4 steps in 50 ms: all end up at the pace of the slowest
+
+
+def test_momentum_at_the_workers_is_that_of_the_server_under_the_mean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(REPRODUCE))
+    robust = importlib.import_module("robust")
+    small_mnist(tmp_path / "small.h5")
+    data, test = (robust.load(str(tmp_path / "small.h5"), part) for part in ("train", "test"))
+    both = [robust.train("mean", "none", at_workers, 3, 0, data, test) for at_workers in (True, False)]
+    assert both[0] == pytest.approx(both[1], abs=0.01)
+    monkeypatch.setattr(robust, "MOMENTUM", 0.0)
+    assert robust.train("mean", "none", True, 3, 0, data, test) != pytest.approx(both[1], abs=0.01)

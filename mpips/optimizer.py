@@ -194,7 +194,8 @@ def _bare(optimizer: Optimizer) -> Callable[[], object]:
     )
     counted = "step" in vars(optimizer)  # by a scheduler
     profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-    if counted or profiled or any(hooks) or not kind.__module__.startswith("torch.optim."):
+    differentiable = optimizer.defaults.get("differentiable")
+    if counted or profiled or differentiable or any(hooks) or not kind.__module__.startswith("torch.optim."):
         return optimizer.step
     step: Any = kind.step
     while hasattr(step, "__wrapped__"):

@@ -155,7 +155,7 @@ class Pieces:
                 if leads:
                     tensor.copy_(self._kept[int(n)][key])
                 exchange.publish(tensor.view(-1))
-                self._put(int(n), key, tensor.to(value))
+                self._put(int(n), key, tensor.to(self._gradients.device if value == "cuda" else value))
         self._kept.clear()
 
     def _put(self, n: int, key: str, value: Any) -> None:

@@ -17,6 +17,7 @@ from mpips.flat import Slot
 SMALL = 1 << 21  # bytes; a smaller model is served by rank 0 alone, which spares two meetings
 GRAIN = 1024  # elements: a slice begins at such a multiple in its tensor, so kernels treat its elements as in the whole one
 PIECE = 1 << 18  # elements that are combined, and stepped, at a time: with their momentum they fit a core's cache
+LARGE = 1 << 24  # the same on a GPU, where to begin costs more than its cache saves; other GPUs' rows are copied piece by piece
 BUCKET = (
     4 << 20
 )  # bytes that a node sends at a time, while its ranks add up the next: smaller, and they wait for each other more
@@ -65,8 +66,8 @@ def _cut(slots: Sequence[Slot], at: int, tensors: bool) -> int:
 
 
 def piece(device: torch.device) -> int:
-    """How many elements are combined, and stepped, at a time: on a GPU, where a start costs more than its cache saves, all."""
-    return PIECE if device.type == "cpu" else 1 << 62
+    """How many elements are combined, and stepped, at a time."""
+    return PIECE if device.type == "cpu" else LARGE
 
 
 def pieces(span: slice, largest: int = PIECE) -> list[slice]:

@@ -157,11 +157,11 @@ class Server(Service):
 
         With `local.fragments` the round's fragment alone is sent.
         """
+        if self.slices:
+            self.slices.publish(self.control, weights)
+            return
         if weights is not None:
             self.replica.pull.weights.copy_(weights)
-        if self.slices:
-            self.slices.publish(self.control)
-            return
         self.replica.pull.control = self.control
         for part in self.replica.pull_for(self.control.round - 1):
             self.exchange.publish(part)

@@ -29,11 +29,12 @@ def deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def on_gpu(exchange: Exchange, model: str, optimizer: str) -> str:
-    net = MODELS[model]().cuda()
+    device = mpips.device()  # of several ranks each its own, if there are as many
+    net = MODELS[model]().to(device)
     ps = mpips.connect(net, OPTIMIZERS[optimizer](net.parameters()), exchange=exchange, run_dir="run")
     for _ in ps.epochs(3):
         for x, y in ps.batches(data(), 16, shuffle=False):
-            loss = F.cross_entropy(net(x.cuda()), y.cuda())
+            loss = F.cross_entropy(net(x.to(device)), y.to(device))
             loss.backward()
             ps.step(loss)
     return sha(net.cpu())
@@ -89,14 +90,15 @@ def test_device_tensors_are_staged_piece_by_piece_after_slow_kernels(needs: Any)
 
 def slowly(exchange: Exchange, slow: bool, **settings: Any) -> tuple[str, bool]:
     """The weights after some rounds, and whether messages lay in memory that ranks map; backward may be far from done."""
-    net = MODELS["mlp"]().cuda()
+    device = mpips.device()
+    net = MODELS["mlp"]().to(device)
     if slow:
         for p in net.parameters():
             p.register_hook(lambda grad: torch.cuda._sleep(50_000_000) or grad)
     ps = mpips.connect(net, OPTIMIZERS["adam"](net.parameters()), exchange=exchange, deterministic=True, clip=0.1, **settings)
     for _ in ps.epochs(2):
         for x, y in ps.batches(data(), 8, shuffle=False):
-            loss = F.cross_entropy(net(x.cuda()), y.cuda())
+            loss = F.cross_entropy(net(x.to(device)), y.to(device))
             loss.backward()
             ps.step(loss)
     half = ps._server or ps._worker

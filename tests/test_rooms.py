@@ -1127,3 +1127,13 @@ def test_over_mpi_a_round_keeps_its_promises(kind: str, tiny_pieces: None) -> No
                 rounds(room, cut(shape, cuts, count), None, lambda: None)
 
     on_mpi(program, 2)
+
+
+def test_other_weights_than_those_stepped_are_refused_between_nodes() -> None:
+    def program(e: SimulatedExchange) -> None:
+        room = e.room(contents(torch.float32))
+        assert room
+        with pytest.raises(ValueError, match="shared_memory=False"):
+            room.publish(lambda: None, whole=True)
+
+    on_nodes([2, 2]).run(program)

@@ -25,7 +25,9 @@ def sgd(params: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.1)
 
 
-def server_and_workers(size: int, serve: Any, steps: int = 4, config: Config | None = None, **given: Any) -> Any:
+def server_and_workers(
+    size: int, serve: Any, steps: int = 4, config: Config | None = None, world: World | None = None, **given: Any
+) -> Any:
     """Run `serve(server)` on rank 0 beside plain workers that do `steps` rounds of 8 samples each."""
 
     def program(e: SimulatedExchange) -> Any:
@@ -46,7 +48,7 @@ def server_and_workers(size: int, serve: Any, steps: int = 4, config: Config | N
                 break
         return worker
 
-    return World(size).run(program)
+    return (world or World(size)).run(program)
 
 
 def alone(config: Config | None = None, **given: Any) -> mpips.Server:
@@ -83,13 +85,16 @@ def test_collect_updates_has_samples_and_rows_by_sender() -> None:
         torch.testing.assert_close(slot.view(gradient), p.grad)
 
 
-def test_send_updates_lands_in_every_model_and_takes_weights() -> None:
+@pytest.mark.parametrize("shares", [{}, {"shares": True}, {"shares": True, "devices": [0, 1, 1]}], ids=str)
+def test_send_updates_lands_in_every_model_and_takes_weights(shares: dict[str, Any]) -> None:
     def serve(server: mpips.Server) -> None:
         updates = server.collect_updates()
+        server.update_weights(updates)
         server.note(updates)
         server.send_updates(torch.full((server.replica.flat.numel,), 0.25))
+        assert bool(server.slices) == bool(shares)
 
-    _, first, second = server_and_workers(3, serve, steps=1)
+    _, first, second = server_and_workers(3, serve, steps=1, world=World(3, **shares))
     for worker in (first, second):
         assert all((p == 0.25).all() for p in worker.replica.flat.parameters)
 

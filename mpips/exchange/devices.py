@@ -21,7 +21,6 @@ from torch.storage import TypedStorage
 from mpips.exchange.room import Contents, Meeting, Room, Work
 
 HANDLE = 7  # where among what `reduce_tensor` gives the handle of the memory begins; before it the number of the device
-NONE = b"none"  # said by a rank whose memory cannot be mapped
 WORD = 2048  # bytes that a rank tells the others
 
 
@@ -92,7 +91,7 @@ class DeviceRoom(Room):
         row = self.rows[number][part]
         return row.to(self.row.device, copy=True) if number in self._far else row
 
-    def publish(self, fill: Callable[[], None], moved: bool = True) -> None:
+    def publish(self, fill: Callable[[], None], moved: bool = True, whole: bool = False) -> None:
         """See `Room`."""
         where, size = self.contents.weights, self.contents.dtype.itemsize
         for span in self.slices if moved else []:
@@ -100,8 +99,8 @@ class DeviceRoom(Room):
 
         def everywhere() -> None:
             fill()
-            self._copy(slice(0, where.start))
-            self._copy(slice(where.stop, None))
+            for part in [slice(None)] if whole else [slice(0, where.start), slice(where.stop, None)]:
+                self._copy(part)
 
         super().publish(everywhere, moved)
 
@@ -139,37 +138,41 @@ def mapped(node: Any, contents: Contents) -> tuple[list[Tensor], list[Tensor], l
 
     None, on all of them, if some cannot map the others' memory: it sees only its own GPU, or its driver does not let it.
     """
-    device = contents.device
-    names = _told(node, str(torch.cuda.get_device_properties(device).uuid).encode())
+    device, seen = contents.device, [_name(number) for number in range(torch.cuda.device_count())]
+    names = _told(node, seen[torch.zeros(0, device=device).get_device()])
     devices = list(dict.fromkeys(names))
     places = [devices.index(name) for name in names]
-    row = torch.zeros(contents.row, dtype=torch.uint8, device=device)
     owner = [places.index(number) for number in range(len(devices))]
-    pull = torch.zeros(contents.pull, dtype=torch.uint8, device=device) if node.rank in owner else None
-    torch.cuda.synchronize(device)
-    rows = _opened(node, row, names)
-    pulls = _opened(node, pull, names)
-    if not all(word == b"1" for word in _told(node, b"1" if rows and pulls else b"0")):
-        return None
-    return [one for one in rows if one is not None], [pulls[n] for n in owner], places  # type: ignore[misc]
+    rows = _opened(node, contents.row, list(range(node.size)), device, names, seen)
+    pulls = _opened(node, contents.pull, owner, device, names, seen)
+    return (rows, pulls, places) if rows and pulls else None
 
 
-def _opened(node: Any, own: Tensor | None, names: list[bytes]) -> list[Tensor | None]:
-    """Each rank's tensor, None where a rank has none; nothing at all if that fails."""
+def _opened(
+    node: Any, nbytes: int, owners: list[int], device: torch.device, names: list[bytes], seen: list[bytes]
+) -> list[Tensor]:
+    """Zeros of each of the `owners`, mapped by all ranks; nothing at all, on all of them, if that fails anywhere."""
+    own, handle = None, b""
+    if node.rank in owners:
+        try:
+            own = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+            torch.cuda.synchronize(device)
+            handle = _handle(own)
+        except RuntimeError:  # no room for it, or nothing that can be mapped
+            handle = b""
+    handles = _told(node, handle if len(handle) <= WORD - 8 else b"")
+    opened: list[Tensor] = []
     try:
-        handle = b"" if own is None else _handle(own)
-    except RuntimeError:
-        handle = NONE
-    handles = _told(node, handle)
-    if NONE in handles:
-        return []
-    try:
-        return [
-            own if number == node.rank else _open(handle, name) if handle else None
-            for number, (handle, name) in enumerate(zip(handles, names, strict=True))
-        ]
-    except (RuntimeError, LookupError):
-        return []
+        for rank in owners:
+            opened.append(own if own is not None and rank == node.rank else _open(handles[rank], seen.index(names[rank])))
+    except (RuntimeError, ValueError):  # of a device that is not seen here, or has no handle
+        opened = []
+    return opened if all(_told(node, b"mapped" if opened else b"")) else []
+
+
+def _name(number: int) -> bytes:
+    """What all processes call a device."""
+    return str(torch.cuda.get_device_properties(number).uuid).encode()
 
 
 def _handle(own: Tensor) -> bytes:
@@ -179,20 +182,17 @@ def _handle(own: Tensor) -> bytes:
     return json.dumps([one.hex() if isinstance(one, bytes) else one for one in told]).encode()
 
 
-def _open(handle: bytes, name: bytes) -> Tensor:
-    """Map another rank's tensor; its device may have another number here."""
-    seen = [str(torch.cuda.get_device_properties(n).uuid).encode() for n in range(torch.cuda.device_count())]
+def _open(handle: bytes, device: int) -> Tensor:
+    """Map another rank's tensor, which is on the device of this number, here."""
     told = json.loads(handle)
     numel, offset, *rest = [bytes.fromhex(one) if isinstance(one, str) else one for one in told]
-    what = Tensor, (numel,), (1,), offset, TypedStorage, torch.uint8, seen.index(name)
+    what = Tensor, (numel,), (1,), offset, TypedStorage, torch.uint8, device
     tensor: Tensor = rebuild_cuda_tensor(*what, *rest)  # type: ignore[no-untyped-call]
     return tensor
 
 
 def _told(node: Any, word: bytes) -> list[bytes]:
     """What every rank says."""
-    if len(word) > WORD - 8:
-        raise RuntimeError(f"{len(word)} bytes to tell, {WORD - 8} at most")
     mine = np.zeros(WORD, dtype=np.uint8)
     mine[: 8 + len(word)] = np.frombuffer(len(word).to_bytes(8, "little") + word, dtype=np.uint8)
     every = np.empty((node.size, WORD), dtype=np.uint8)

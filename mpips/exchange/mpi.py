@@ -156,7 +156,7 @@ class MpiExchange:
         if not (host and found):
             return None
         parts, gates = host
-        meeting = devices.Fenced(gates, partial(finish, found[0][0]))
+        meeting = devices.Fenced(gates, partial(finish, found[0][node.rank]))
         return devices.DeviceRoom(ranks, self.rank, *found, parts, meeting, contents)
 
     def _node(self) -> MPI.Comm:
@@ -303,6 +303,7 @@ class MpiExchange:
                 self.comm.Gather(_memory(memory), None, root=SERVER)
                 continue
             rows = self._room_for(self.size * memory.numel(), memory)
+            finish(rows)  # `apply` may still read what came last
             self.comm.Gather(_memory(memory), _memory(rows), root=SERVER)
             apply(part, rows.view(self.size, -1).to(message.device))
 

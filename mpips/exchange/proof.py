@@ -19,11 +19,22 @@ MPI.COMM_SELF.Allreduce(MPI.IN_PLACE, total)
 torch.cuda.synchronize()
 sys.exit(0 if torch.equal(taken, given) and torch.equal(total, given) else "what arrived is not what was sent")
 """
-LAUNCHERS = ("OMPI_COMM_WORLD", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYDRA_", "HYDI_", "SLURM_")
+LAUNCHERS = (
+    "OMPI_COMM_WORLD",
+    "OMPI_MCA_ess",
+    "OMPI_MCA_orte",
+    "PMIX_",
+    "PMI_",
+    "PRTE_",
+    "MPI_LOCAL",
+    "HYDRA_",
+    "HYDI_",
+    "SLURM_",
+)
 
 
 def failure(device: int, program: str = PROGRAM, limit: float = 120) -> str:
-    """Why MPI does not take the memory of GPU number `device`; empty if it does.
+    """Why MPI does not take the memory of GPU number `device`; empty if it does, within a process at least.
 
     Args:
         program: what the child runs, alone, not as a rank of this job.

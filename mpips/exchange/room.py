@@ -271,12 +271,13 @@ class Room:
         self._release()
         answer.copy_(self._answer)
 
-    def publish(self, fill: Callable[[], None], moved: bool = True) -> None:
+    def publish(self, fill: Callable[[], None], moved: bool = True, whole: bool = False) -> None:
         """Every rank has done with the pull message as it was, and stepped its slices.
 
         Args:
             fill: completes it, at the server.
             moved: whether slices have been stepped.
+            whole: whether `fill` writes weights, too.
         """
         if not self._arrived:
             self._arrive()

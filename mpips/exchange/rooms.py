@@ -230,8 +230,17 @@ class Rooms(Room):
             self._leaders.tell(answer.view(torch.uint8))
         super().verdict(answer)
 
-    def publish(self, fill: Callable[[], None], moved: bool = True) -> None:
-        """See `Room`."""
+    def publish(self, fill: Callable[[], None], moved: bool = True, whole: bool = False) -> None:
+        """See `Room`.
+
+        Raises:
+            ValueError: weights are given, which other nodes do not expect.
+        """
+        if whole:
+            raise ValueError(
+                "weights were given to send to all ranks, while each node sends those that it has stepped; expected none, or "
+                "plan=root, or shared_memory=False"
+            )
         self._arrive()
         if self._leaders:
             if self.leads:

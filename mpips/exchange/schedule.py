@@ -44,6 +44,7 @@ class Schedule(Generic[E]):
         self._turn = [threading.Semaphore(0) for _ in ends]
         self._back = threading.Semaphore(0)
         self._threaded = False
+        self._threads: dict[int, threading.Thread] = {}
 
     def kill(self, rank: int, call: int) -> None:
         """Let `rank` die when it makes its call number `call` (from 0); to take an answer is a call, too."""
@@ -69,8 +70,9 @@ class Schedule(Generic[E]):
 
         self._alive = set(range(len(self.ends)))
         self._threaded = True
-        for rank in self._alive:
-            threading.Thread(target=body, args=(rank,), daemon=True).start()
+        self._threads = {rank: threading.Thread(target=body, args=(rank,), daemon=True) for rank in self._alive}
+        for thread in self._threads.values():
+            thread.start()
         self._take_turns()
         self._threaded = False
         if errors:
@@ -90,6 +92,8 @@ class Schedule(Generic[E]):
             rng.restore(streams[rank])
             self._turn[rank].release()
             self._back.acquire()
+            if rank not in self._alive:
+                self._threads[rank].join()  # what it still holds goes before others run: collecting that may take locks
             streams[rank] = rng.capture()
         rng.restore(state)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 Wait = Callable[[], None]
+Key = tuple[torch.device, torch.dtype, int]
 
 
 class Copies(Protocol):
@@ -65,7 +66,7 @@ class Stream:
 
 
 class Staging:
-    """Two pinned buffers for each dtype, as large as the largest tensor so far and used again and again.
+    """Two pinned buffers for each device and dtype, as large as the largest tensor so far and used again and again.
 
     Args:
         cuda_aware: MPI takes device memory itself, nothing is staged.
@@ -74,9 +75,9 @@ class Staging:
 
     def __init__(self, cuda_aware: bool, copies: Callable[[torch.device], Copies] = Stream) -> None:
         self._cuda_aware, self._make = cuda_aware, copies
-        self._copies: Copies | None = None
-        self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
-        self._free: dict[tuple[torch.dtype, int], Wait] = {}  # waits until a buffer's last copy is done
+        self._copies: dict[torch.device, Copies] = {}
+        self._buffers: dict[Key, Tensor] = {}
+        self._free: dict[Key, Wait] = {}  # waits until a buffer's last copy is done
 
     def needed(self, tensor: Tensor) -> bool:
         """Whether MPI cannot take this tensor's own memory."""
@@ -121,25 +122,25 @@ class Staging:
 
     def back(self, buffer: Tensor, message: Tensor) -> None:
         """What MPI has written comes to the message."""
-        if buffer is not message and self._copies:
-            self._copies.copy(message, buffer)()
+        if buffer is not message:
+            self._copies[message.device].copy(message, buffer)()
 
     def _following(self, device: torch.device) -> Copies:
-        self._copies = self._copies or self._make(device)
-        self._copies.follow()
-        return self._copies
+        if device not in self._copies:
+            self._copies[device] = self._make(device)
+        self._copies[device].follow()
+        return self._copies[device]
 
     def _copy(self, number: int, part: Tensor, fetch: bool) -> None:
-        assert self._copies
         key, buffer = self._buffer(number, part)
-        self._free[key] = self._copies.copy(buffer, part) if fetch else self._copies.copy(part, buffer)
+        copies = self._copies[part.device]
+        self._free[key] = copies.copy(buffer, part) if fetch else copies.copy(part, buffer)
 
-    def _buffer(self, number: int, part: Tensor) -> tuple[tuple[torch.dtype, int], Tensor]:
-        assert self._copies
-        key = part.dtype, number % 2
+    def _buffer(self, number: int, part: Tensor) -> tuple[Key, Tensor]:
+        key = part.device, part.dtype, number % 2
         if key not in self._buffers or self._buffers[key].numel() < part.numel():
             self._free.pop(key, _at_once)()  # nothing is on its way through the one that goes
-            self._buffers[key] = self._copies.pinned(part.numel(), part.dtype)
+            self._buffers[key] = self._copies[part.device].pinned(part.numel(), part.dtype)
         return key, self._buffers[key][: part.numel()]
 
 

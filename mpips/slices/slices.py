@@ -234,21 +234,24 @@ class Slices:
                 if len(self.room.nodes) > 1 and start < stop:
                     norms[n] += torch.linalg.vector_norm(self.room.combined[start:stop], dtype=torch.float64) ** 2
                 elif len(self.room.nodes) == 1 and span.start <= slot.offset + slot.numel // 2 < span.stop:
-                    norms[n] = torch.linalg.vector_norm(slot.shaped(self.room.whole(slot.span)))
+                    norms[n] = _norm(slot.shaped(self.room.whole(slot.span)))
         return norms
 
     def _norms(self, measured: list[float]) -> list[float]:
         """Of whole tensors, from the sum of all that was measured."""
         return [math.sqrt(square) for square in measured] if len(self.room.nodes) > 1 else measured
 
-    def publish(self, control: Any = None) -> None:
-        """The weights are stepped; the server adds what else it has to say."""
+    def publish(self, control: Any = None, weights: Tensor | None = None) -> None:
+        """The weights are stepped; the server adds what else it has to say, or other weights, `(numel,)`."""
+        pull = self.replica.pull
 
         def fill() -> None:
             if control is not None:
-                self.replica.pull.control = control
+                pull.control = control
+            if weights is not None:
+                pull.weights.copy_(weights)
 
-        self.room.publish(fill, self._moved)
+        self.room.publish(fill, self._moved, weights is not None)
         self._moved = False
 
     @property
@@ -311,7 +314,12 @@ def _finite(part: Tensor) -> bool:
     return math.isfinite(torch.dot(part, part).item())
 
 
+def _norm(tensor: Tensor) -> Tensor:
+    """Of a gradient, with the kernel that `clip_grad_norm_` takes on its device."""
+    return torch._foreach_norm([tensor])[0] if tensor.is_cuda else torch.linalg.vector_norm(tensor)
+
+
 def _factor(norms: list[float], clip: float, like: Tensor) -> float:
     """What `clip_grad_norm_` multiplies by, computed as it does."""
-    total = torch.linalg.vector_norm(torch.tensor(norms, dtype=like.dtype))
+    total = torch.linalg.vector_norm(torch.tensor(norms, dtype=like.dtype, device=like.device))
     return float(torch.clamp(clip / (total + 1e-6), max=1.0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,3 +108,81 @@ def test_what_a_rank_has_its_device_do_is_done_before_others_are_let_go_on(
     else:
         with pytest.raises(ExchangeError, match="rank 1 is in round 0, the server in 1"):
             odd(world, ELEMENTWISE["momentum"], torch.float32, (True, True), **given)
+
+
+# How ranks map each other's memory, with threads for ranks and a table for the driver
+
+SEES_ALL = [["a", "b"], ["b", "a"], ["a", "b"]]  # the cards that each rank sees, the last of which is its own
+
+
+def mapped(monkeypatch: pytest.MonkeyPatch, seen: list[list[str]], fails: dict[int, Any] | None = None) -> list[Any]:
+    """What `devices.mapped` gives to each rank; `fails` says of whom a handle is what."""
+    mine, table = threading.local(), dict[bytes, torch.Tensor]()
+
+    def handle(own: torch.Tensor) -> bytes:
+        found = (fails or {}).get(mine.rank, f"{mine.rank} {own.numel()}".encode())
+        if isinstance(found, Exception):
+            raise found
+        table[found] = own
+        return bytes(found)
+
+    def open_it(handle: bytes, device: int) -> torch.Tensor:
+        if handle not in table:
+            raise ValueError("no handle")
+        return table[handle]
+
+    monkeypatch.setattr(devices, "_name", lambda number: seen[mine.rank][number].encode())
+    monkeypatch.setattr(devices, "_handle", handle)
+    monkeypatch.setattr(devices, "_open", open_it)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(seen[mine.rank]))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def program(node: test_room.Node) -> Any:
+        mine.rank = node.rank
+        return devices.mapped(node, test_room.contents(True))
+
+    return test_room.on_threads(len(seen), program)
+
+
+def test_ranks_map_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = mapped(monkeypatch, SEES_ALL)
+    held = test_room.contents(True)
+    for rows, pulls, places in found:
+        assert places == [0, 1, 0]
+        assert [row.numel() for row in rows] == [held.row] * 3
+        assert [pull.numel() for pull in pulls] == [held.pull] * 2
+        assert [t.data_ptr() for t in (*rows, *pulls)] == [t.data_ptr() for t in (*found[0][0], *found[0][1])]
+    assert len({t.data_ptr() for t in (*found[0][0], *found[0][1])}) == 5
+
+
+@pytest.mark.parametrize(
+    ("seen", "fails"),
+    [
+        ([["a"], ["b"], ["c"]], {}),
+        ([["a", "b"], ["b", "a"], ["b"]], {}),
+        (SEES_ALL, {1: RuntimeError("out of memory")}),
+        (SEES_ALL, {0: b"x" * devices.WORD}),
+    ],
+    ids=["each its own", "one its own", "no room", "a long handle"],
+)
+def test_if_one_rank_cannot_map_the_others_memory_none_does(
+    seen: list[list[str]], fails: dict[int, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert mapped(monkeypatch, seen, fails) == [None] * 3
+
+
+def test_each_rank_waits_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpips.exchange import mpi
+
+    waited: list[Any] = []
+    rows, parts = [torch.zeros(160, dtype=torch.uint8) for _ in range(3)], [torch.zeros(96, dtype=torch.uint8)] * 2
+    held = test_room.contents(True)
+    pull = torch.zeros(held.pull, dtype=torch.uint8)
+    gates = SimpleNamespace(leads=False, arrive=lambda meanwhile=None: None, release=lambda: None)
+    monkeypatch.setattr(mpi, "mapped", lambda node, sizes: (parts, gates))
+    monkeypatch.setattr(devices, "mapped", lambda node, contents: (rows, [pull, pull.clone()], [0, 1, 1]))
+    monkeypatch.setattr(mpi, "finish", waited.append)
+    room = mpi.MpiExchange._on_devices(SimpleNamespace(size=3, rank=12), SimpleNamespace(rank=2), [10, 11, 12], held)
+    room.meet()
+    assert len(waited) == 1
+    assert waited[0] is rows[2]

@@ -46,8 +46,7 @@ class DeviceRoom(Room):
         contents: Contents,
     ) -> None:
         place = members.index(rank)
-        self._own, self._places = places[place], places
-        own = self._own
+        own, self._places = places[place], places
         super().__init__(members, rank, rows, [pulls[own], *parts], meeting, contents)
         self._far = [n for n, device in enumerate(places) if device != own]  # ranks on other devices
         self._first = places.index(own)

@@ -33,7 +33,7 @@ def capture() -> State:
 
 def restore(state: State) -> None:
     """Put every stream back to a captured state."""
-    version, *words = (int(word) for word in state["python"])
+    version, *words = state["python"].tolist()
     gauss = float(state["python_gauss"][0]) if len(state["python_gauss"]) else None
     random.setstate((version, tuple(words), gauss))
     position, has_gauss = (int(x) for x in state["numpy_position"])

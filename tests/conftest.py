@@ -32,6 +32,7 @@ def launch_environment() -> dict[str, str]:
         "PRTE_MCA_hwloc_default_binding_policy": "none",
         "OMPI_MCA_mpi_yield_when_idle": "1",
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "tests" / "launched"), os.environ.get("PYTHONPATH", "")])),
     }
 
 
@@ -149,18 +150,23 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         MPI.COMM_WORLD.Abort(1)
 
 
-@pytest.fixture
-def settings_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That takes half the time of so small a run."""
+PARSED: dict[object, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def _settings_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is given to connect: to parse that takes half the time of so small a run. Files are read each time."""
     from mpips import run as runs
 
     configure: Any = runs.configure  # type: ignore[attr-defined]
-    known: dict[str, Any] = {}
 
     def once(**settings: Any) -> Any:
-        key = repr(settings)
-        if key not in known:
-            known[key] = configure(**settings)
-        return known[key]
+        variables = sorted(pair for pair in os.environ.items() if pair[0].startswith("MPIPS_"))
+        if "MPIPS_CONFIG" in os.environ or any(word.startswith("--config") for word in sys.argv):
+            return configure(**settings)
+        key = repr(settings), repr(variables), repr(sys.argv)
+        if key not in PARSED:
+            PARSED[key] = configure(**settings)
+        return PARSED[key]
 
     monkeypatch.setattr(runs, "configure", once)

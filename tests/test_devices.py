@@ -18,7 +18,6 @@ from mpips.exchange.devices import Fenced
 from mpips.exchange.simulated import World
 from mpips.exchange.simulated_room import Gates
 
-pytestmark = pytest.mark.usefixtures("settings_parsed_once")
 TAKEN_OVER = [
     "a_run_resumes_under_another_plan",
     "a_scheduler_reaches_all_slices",

@@ -35,9 +35,6 @@ SHAPES: list[Shape] = [[2, 2], [1, 3], [3, 1], [1, 1, 1], [2, 1, 2], [4, 4]]
 WIRES = pytest.mark.parametrize("wire", ["full", "bfloat16"])
 
 
-pytestmark = pytest.mark.usefixtures("settings_parsed_once")
-
-
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models are cut up, and travel, as large ones would."""

@@ -25,9 +25,6 @@ Make = Callable[[Any], optim.Optimizer]
 SAMPLES = (5, 11, 7, 3)  # of each worker's batches: weights that are no powers of two
 
 
-pytestmark = pytest.mark.usefixtures("settings_parsed_once")
-
-
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models are cut up as large ones would be."""

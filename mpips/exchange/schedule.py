@@ -41,8 +41,7 @@ class Schedule(Generic[E]):
         self._alive: set[int] = set()
         self.calls = [0] * len(ends)
         self._kill: dict[int, int] = {}
-        self._turn = [threading.Semaphore(0) for _ in ends]
-        self._back = threading.Semaphore(0)
+        self._turn, self._back = [_closed() for _ in ends], _closed()
         self._threaded = False
         self._threads: dict[int, threading.Thread] = {}
 
@@ -81,20 +80,22 @@ class Schedule(Generic[E]):
 
     def _take_turns(self) -> None:
         """Let one rank after the other run, each until its next call, with its own random streams."""
-        state = rng.capture()
-        streams = [state] * len(self.ends)
+        state, last = rng.capture(), len(self.ends)
+        streams = [state] * (last + 1)
         while self._alive:
             ready = [rank for rank in range(len(self.ends)) if self.can_run(rank)]
             if not ready:
                 self.broken = self._standstill()  # which lets everybody run, into an exception
                 continue
             rank = self.choose.choice(ready)
-            rng.restore(streams[rank])
+            if rank != last:
+                streams[last] = rng.capture()  # of nobody, the first time
+                rng.restore(streams[rank])
+                last = rank
             self._turn[rank].release()
             self._back.acquire()
             if rank not in self._alive:
                 self._threads[rank].join()  # what it still holds goes before others run: collecting that may take locks
-            streams[rank] = rng.capture()
         rng.restore(state)
 
     def can_run(self, rank: int) -> bool:
@@ -130,3 +131,10 @@ class Schedule(Generic[E]):
     def _yield(self, rank: int) -> None:
         self._back.release()
         self._turn[rank].acquire()
+
+
+def _closed() -> threading.Lock:
+    """A gate that one passes when another has opened it: `acquire` waits for `release`."""
+    gate = threading.Lock()
+    gate.acquire()
+    return gate

@@ -199,6 +199,8 @@ def _bare(optimizer: Optimizer) -> Callable[[], object]:
         return optimizer.step
     step: Any = kind.step
     while hasattr(step, "__wrapped__"):
+        if not step.__globals__["__name__"].startswith("torch."):
+            return optimizer.step  # somebody has wrapped the class's
         step = step.__wrapped__
 
     def bare() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -100,3 +102,24 @@ def test_each_rank_has_random_streams_of_its_own() -> None:
     first = World(3, seed=1).run(program)
     assert first == World(3, seed=2).run(program)
     assert first[0] != first[1]
+
+
+def test_a_rank_that_has_ended_is_gone_before_others_go_on() -> None:
+    """Also what its thread kept: to let go of that may take locks, for which another rank must not wait."""
+    kept, gone = threading.local(), list[int]()
+
+    class Slow:
+        def __del__(self) -> None:
+            time.sleep(0.05)
+            gone.append(1)
+
+    def program(e: SimulatedExchange) -> int:
+        if e.rank:
+            kept.held = Slow()
+            return 0
+        while world.can_run(1):
+            world.pause(0)
+        return len(gone)
+
+    world = World(2, seed=1)
+    assert world.run(program) == [1, 0]

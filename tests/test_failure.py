@@ -21,7 +21,6 @@ import mpips
 sys.path.insert(0, {tests!r})
 from programs import data, mlp
 rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
-torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0).step()  # imports torch's compiler for seconds: not our trouble
 began = time.time()
 """
 LOOP = """

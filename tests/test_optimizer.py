@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -357,9 +358,9 @@ class Own(OPTIM.SGD):
 
 
 @pytest.mark.parametrize(
-    "who", ["pre hook", "post hook", "global pre hook", "global post hook", "scheduler", "profiler", "class"]
+    "who", ["pre hook", "post hook", "global pre hook", "global post hook", "scheduler", "profiler", "class", "wrapper"]
 )
-def test_whoever_looks_on_sees_every_step(who: str) -> None:
+def test_whoever_looks_on_sees_every_step(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.optim import optimizer as hooks
 
     seen: list[object] = []
@@ -379,6 +380,10 @@ def test_whoever_looks_on_sees_every_step(who: str) -> None:
         held = hooks.register_optimizer_step_post_hook(lambda *_: seen.append(1))
     elif who == "scheduler":
         lr_scheduler.StepLR(made, 1)
+    elif who == "wrapper":
+        genuine = OPTIM.SGD.step
+        wrapper = functools.wraps(genuine)(lambda *given: seen.append(1) or genuine(*given))
+        monkeypatch.setattr(OPTIM.SGD, "step", wrapper)
     present = [1.0] * len(replica.flat.slots)
     try:
         with torch.profiler.profile() if who == "profiler" else warnings.catch_warnings() as found:

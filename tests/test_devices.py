@@ -89,6 +89,11 @@ def test_what_a_rank_has_its_device_do_is_done_before_others_are_let_go_on(
                     queue.pop(0)()
 
             super().__init__(gates, work)
+            self._gates = gates
+
+        def release(self) -> None:
+            super().release()
+            self._gates.world.pause(self._gates.rank)  # others go on before this rank does anything more
 
     class Room(devices.DeviceRoom):
         def __init__(self, members: Any, rank: int, rows: Any, pulls: Any, places: Any, parts: Any, gates: Any, held: Any):

@@ -29,6 +29,7 @@ class FedAvg(Local):
 
     pinned = False
     measuring = False
+    raw = False  # a push is the sum of several clients', each times its weight
 
     def __init__(self, *seat: Any, **named: Any) -> None:
         super().__init__(*seat, **named)
@@ -97,8 +98,9 @@ class FedAvg(Local):
         if bad is not None:
             self._leave_out(bad)
         elif self._taken:  # else it had no data
-            self.replica.push.message.zero_()
+            self.replica.push.behind.zero_()
             weight, steps = self.compose(self._size)
+            self.go_back()
             self._weight += weight
             self._steps += weight * steps
             self._hosted += 1
@@ -122,8 +124,7 @@ class FedAvg(Local):
     def _leave_out(self, bad: int) -> None:
         """A client that is not finite: it counts for nothing, or this worker says so and the round does not count."""
         self._taken = 0
-        self.replica.flat.weights.copy_(self.anchor)
-        self.inner.refresh()
+        self.go_back()
         self._forget()
         if self._apart:
             push = self.replica.push
@@ -138,7 +139,7 @@ class FedAvg(Local):
         if self._taken:
             self.end()  # of a client whose loop the script broke out of
         push, left_out = self.replica.push, self._left_out
-        push.message.zero_()
+        push.forget()
         if self._sum is not None and self._hosted:
             (push.limbs if self._apart else push.message[: len(self._sum)]).copy_(self._sum)
         else:
@@ -237,7 +238,7 @@ class Scaffold(FedAvg):
     @property
     def _own(self) -> Tensor:
         if self.client not in self.variates:
-            self.variates[self.client] = torch.zeros_like(self.anchor)
+            self.variates[self.client] = torch.zeros_like(self.replica.push.gradients)
         return self.variates[self.client]
 
     def correct(self) -> None:
@@ -285,6 +286,6 @@ class Scaffold(FedAvg):
         super().put(tree)
         self.variates = {}
         for key, named in tree.get("clients", {}).items():
-            variate = self.variates[int(key)] = torch.zeros_like(self.anchor)
+            variate = self.variates[int(key)] = torch.zeros_like(self.replica.push.gradients)
             for name, view in self.replica.flat.named(variate):
                 view.copy_(named[name])

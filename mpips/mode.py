@@ -28,8 +28,8 @@ from mpips.config import Config, ConfigError
 from mpips.elastic import Elastic, ElasticMomentum
 from mpips.federated import FedAvg, FedNova, FedProx, QFedAvg, Scaffold
 from mpips.message import Replica
-from mpips.optimizer import Average, FlatOptimizer, MakeOptimizer, MakeScheduler, Scheduler
-from mpips.outer import FedAdagrad, FedAdam, FedYogi, SlowMo
+from mpips.optimizer import FlatOptimizer, MakeOptimizer, MakeScheduler, Scheduler
+from mpips.outer import Adopt, FedAdagrad, FedAdam, FedYogi, SlowMo
 from mpips.streaming import Streaming, cycle
 from mpips.update import Gradient, Local
 
@@ -105,7 +105,7 @@ class Mode:
     @property
     def gradients(self) -> bool:
         """Whether workers push gradients in rounds, with the model at the server's weights all the time."""
-        return self.update is Gradient and not self.requests
+        return not (self.requests or self.update.apart)
 
     @property
     def federated(self) -> bool:
@@ -185,14 +185,20 @@ def judges_clients(mode: Mode, config: Config) -> bool:
     return mode.federated and config.rule != "mean"
 
 
+def summed(mode: Mode, config: Config) -> type[Gradient] | None:
+    """What workers push, if it is contributions to one sum, in rounds; else None."""
+    return None if mode.requests or judges_clients(mode, config) else mode.update
+
+
 def takes_weights(mode: Mode, config: Config, workers: int) -> bool:
     """Whether workers push their weights, and the server takes the mean as it is; else they push how far they came.
 
     The mean of one worker's weights has its bits, w - (w - own) has not. Robust rules need changes, and so does every server
-    step but plain averaging.
+    step but plain averaging, and a wire of 16 bits, on which a change keeps more of what it is than the weights would.
     """
     outer = config.outer
-    plain = mode.step is average and (outer.lr or 1.0) == 1.0 and not outer.momentum and config.rule == "mean"
+    full = config.rule == "mean" and config.wire == "full"
+    plain = mode.step is average and (outer.lr or 1.0) == 1.0 and not outer.momentum and full
     if not plain or issubclass(mode.update, Elastic):
         return False
     if mode.requests:
@@ -207,14 +213,15 @@ def server_optimizer(
     replica: Replica,
     optimizer: Optimizer | MakeOptimizer,
     scheduler: Scheduler | MakeScheduler | None,
-) -> FlatOptimizer | Average:
-    """What the server steps with."""
+    masters: bool = True,
+) -> FlatOptimizer:
+    """What the server steps with; without `masters` what another rank steps its slices with, see `FlatOptimizer`."""
     step = mode.step
     if step is None:
-        return FlatOptimizer(replica, optimizer, scheduler)
+        return FlatOptimizer(replica, optimizer, scheduler, masters)
     if takes_weights(mode, config, workers):
-        return Average(replica)
-    return FlatOptimizer(replica, lambda params: step(config, params), None)
+        return FlatOptimizer(replica, Adopt, None, masters)
+    return FlatOptimizer(replica, lambda params: step(config, params), None, masters)
 
 
 def make_update(

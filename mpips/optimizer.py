@@ -34,10 +34,12 @@ class FlatOptimizer:
         optimizer: an optimizer of the model's own parameters, with groups as the user likes, or a function from a list of
             parameters to one.
         scheduler: a scheduler of that optimizer, or a function from an optimizer to one.
+        masters: whether it steps float32 masters of a model of 16 bits; without, it is there to be taken to pieces.
+        own: whether it is a worker's own: it steps the model's weights, where they are not those in the pull message.
 
     Attributes:
         weights: the parameters that are stepped: the model's, or their float32 masters.
-        saved: masters of a checkpoint that has been put back, where there are none here.
+        saved: masters of a checkpoint that has been put back.
     """
 
     def __init__(
@@ -45,10 +47,12 @@ class FlatOptimizer:
         replica: Replica,
         optimizer: Optimizer | MakeOptimizer,
         scheduler: Scheduler | MakeScheduler | None,
+        masters: bool = True,
+        own: bool = False,
     ) -> None:
-        self.replica = replica
+        self.replica, self._own = replica, own
         self.saved: dict[str, Tensor] = {}
-        self.weights = replica.flat.parameters if replica.wire_is_grad else self._masters()
+        self.weights = replica.flat.parameters if replica.wire_is_grad or not masters else self._masters()
         self.names: dict[Tensor, str] = {p: s.name for p, s in zip(self.weights, replica.flat.slots, strict=True)}
         self.rebind()
         self.torch = self._adopt(optimizer) if isinstance(optimizer, Optimizer) else optimizer(list(self.weights))
@@ -60,6 +64,11 @@ class FlatOptimizer:
         self.scheduler: Scheduler | None = scheduler
         if self.scheduler is not None and self.scheduler.optimizer is not self.torch:
             raise ConfigError("scheduler: given one of another optimizer, allowed: one built from the optimizer given here")
+
+    def give_up(self) -> None:
+        """It has been taken to pieces, which have the masters now."""
+        self.weights, self.names, self.saved = [], {}, {}
+        self._whole = torch.empty(0)
 
     def rebind(self) -> None:
         """The push message lies elsewhere now."""
@@ -121,7 +130,7 @@ class FlatOptimizer:
         for p, own in zip(self.weights, before, strict=True):
             p.grad = own
         if not self.replica.wire_is_grad:
-            self.replica.pull.weights.copy_(self._whole)
+            (self.replica.flat if self._own else self.replica.pull).weights.copy_(self._whole)
 
     def skip(self) -> None:
         """No step is taken in this round."""
@@ -177,9 +186,8 @@ class FlatOptimizer:
             raise snapshot.SnapshotError(f"the checkpoint has scheduler {saved}, this run {ours}; give the one of that run")
         if self.scheduler is not None:
             self.scheduler.load_state_dict(snapshot.from_json(tree["scheduler"]["state"]))
-        if self.replica.wire_is_grad:
-            self.saved = tree["masters"]
-        else:
+        self.saved = tree["masters"]
+        if not self.replica.wire_is_grad:
             self._whole.copy_(self.replica.flat.weights)
             for name, master in self.replica.flat.named(self._whole):
                 master.copy_(tree["masters"].get(name, master))
@@ -212,29 +220,3 @@ def _bare(optimizer: Optimizer) -> Callable[[], object]:
 
 def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-class Average:
-    """A server that takes what is combined as the new weights: the workers push theirs."""
-
-    def __init__(self, replica: Replica) -> None:
-        self.replica = replica
-        self.torch = None
-        self.lr = 1.0
-
-    def step(self, present: Sequence[float], clip: float | None, scale: float = 1.0) -> None:
-        """The combined weights are the new ones."""
-        self.replica.pull.weights.copy_(self.replica.push.gradients)
-
-    def skip(self) -> None:
-        """No step is taken in this round."""
-
-    def schedule(self, value: float | None = None) -> None:
-        """There is nothing to schedule."""
-
-    def tree(self) -> dict[str, Any]:
-        """Nothing: it has no state."""
-        return {}
-
-    def put(self, tree: dict[str, Any]) -> None:
-        """See `tree`."""

@@ -44,6 +44,20 @@ class _Coordinatewise(Optimizer):
         raise NotImplementedError
 
 
+class Adopt(_Coordinatewise):
+    """w <- D: takes what comes in place of a gradient for the new weights, such as the mean of the workers' own.
+
+    Args:
+        params: parameters or groups of them, of any dtype.
+    """
+
+    def __init__(self, params: ParamsT) -> None:
+        super().__init__(params, {"lr": 1.0})
+
+    def _move(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        p.copy_(grad)
+
+
 class _FedOpt(_Coordinatewise):
     def __init__(self, params: ParamsT, lr: float, momentum: float, beta2: float, tau: float) -> None:
         _allow("lr", lr, "0 or more", 0 <= lr < math.inf)

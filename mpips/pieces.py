@@ -17,12 +17,12 @@ from mpips import snapshot
 from mpips.exchange import Exchange, share
 from mpips.flat import Slot
 from mpips.optimizer import FlatOptimizer
-from mpips.outer import FedAdagrad, FedAdam, FedYogi, SlowMo
+from mpips.outer import Adopt, FedAdagrad, FedAdam, FedYogi, SlowMo
 from mpips.plan import piece, pieces
 
 ELEMENTWISE = {
     *(optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad, optim.Adadelta),
-    *(optim.RMSprop, optim.Rprop, optim.ASGD, FedAdam, FedYogi, FedAdagrad, SlowMo),
+    *(optim.RMSprop, optim.Rprop, optim.ASGD, Adopt, FedAdam, FedYogi, FedAdagrad, SlowMo),
 }
 MASTER = "master"  # beside an optimizer's own state of a piece: its weights, where they are not the model's
 BY_TENSOR = {getattr(optim, name) for name in ("Adafactor", "Muon") if hasattr(optim, name)}
@@ -49,7 +49,7 @@ class Pieces:
     """A `FlatOptimizer`, taken to pieces.
 
     Args:
-        whole: the optimizer, without masters; it is given up.
+        whole: the optimizer; it is given up.
         spans: the slices of the flat buffer to step.
         gradients: `(numel,)`, where its gradients will be.
         weights: gives a slice of the weights to step.
@@ -71,9 +71,9 @@ class Pieces:
         self._weights, self._masters = weights or (lambda part: whole.whole[part]), masters
         self._slots: Sequence[Slot] = whole.replica.flat.slots
         self._spans, self._gradients, self._piece = spans, gradients, piece(gradients.device)
-        self._number: dict[Tensor, int] = {p: n for n, p in enumerate(whole.weights)}
-        self._groups = [[self._number[p] for p in group["params"]] for group in self.torch.param_groups]
-        self._kept = {self._number[p]: state for p, state in self.torch.state.items()}
+        number: dict[Tensor, int] = {p: n for n, p in enumerate(whole.weights)}
+        self._groups = [[number[p] for p in group["params"]] for group in self.torch.param_groups]
+        self._kept = {number[p]: state for p, state in self.torch.state.items()}
         self.torch.state.clear()
         if masters:
             for n, slot in enumerate(self._slots):
@@ -84,6 +84,7 @@ class Pieces:
             for n in numbers:
                 self._pieces[n] = list(self._cut(self._slots[n]))
             group["params"] = [p for n in numbers for p, _, _ in self._pieces[n]]
+        whole.give_up()
 
     def _cut(self, slot: Slot) -> Iterator[tuple[nn.Parameter, Tensor, slice]]:
         """The pieces of one tensor: parameter, gradient, and which of its elements."""
@@ -130,14 +131,14 @@ class Pieces:
     @staticmethod
     def settings_of(optimizer: Optimizer) -> list[float]:
         """See `settings`."""
-        keys = sorted(optimizer.defaults)
+        keys = _keys(optimizer)
         return [number for group in optimizer.param_groups for key in keys for number in _numbers(group.get(key))]
 
     def set(self, numbers: Sequence[float]) -> None:
         """Take over another rank's `settings`."""
         rest = iter(numbers)
         for group in self.torch.param_groups:
-            for key in sorted(self.torch.defaults):
+            for key in _keys(self.torch):
                 new = [next(rest) for _ in _numbers(group.get(key))]
                 if new != _numbers(group.get(key)) and not any(n != n for n in new):
                     group[key] = _like(group[key], new)
@@ -205,6 +206,11 @@ class Pieces:
                 if whole:
                     state[slot.name] = whole
         return self._whole.wrap(snapshot.optimizer_tree(self.torch, members, state), masters)
+
+
+def _keys(optimizer: Optimizer) -> list[str]:
+    """The names of its settings, but for one that torch adds to an optimizer that has been put back."""
+    return sorted(optimizer.defaults.keys() - {"differentiable"})
 
 
 def _numbers(value: Any) -> list[float]:

@@ -75,6 +75,12 @@ def pieces(span: slice, largest: int = PIECE) -> list[slice]:
     return [slice(start, min(start + largest, span.stop)) for start in range(span.start, span.stop, largest)]
 
 
+def both(one: slice, other: slice) -> slice:
+    """What is in both."""
+    start = max(one.start, other.start)
+    return slice(start, max(start, min(one.stop, other.stop)))
+
+
 def share(span: slice, place: int, count: int) -> slice:
     """The part of a span for one of `count`."""
     numel = span.stop - span.start

@@ -80,7 +80,7 @@ class Server(Service):
         """
         push = self.replica.push
         if not self.trains:
-            (push.behind if push.raw else push.message).zero_()
+            push.forget()
         push = self.replica.push_for(self.control.round)
         if self.slices:
             self.slices.combine()
@@ -105,7 +105,10 @@ class Server(Service):
             self.report.event("warning", message=f"{whose} {number}: left out by the rule", round=self.control.round)
         if self.combined.refused:
             self.report.event("warning", message=f"no update: {self.combined.refused}", round=self.control.round)
-        bad |= (found := self._found(updates))
+        bad |= (found := self._found())
+        for rank in bad.keys() & updates.results.keys():
+            updates.samples[rank] = 0
+            updates.results[rank] |= dict.fromkeys(("samples", "loss", *self.config.metrics), 0.0)
         take = any(row["weight"] for row in updates.results.values()) and not self.combined.refused and not found
         if take and not (bad and (self.config.loss_scale or self.config.nonfinite != "drop")):
             self._take(updates)
@@ -116,16 +119,12 @@ class Server(Service):
         if self.config.buffers == "server":
             self.replica.buffers.store(self.replica.pull.buffers)
 
-    def _found(self, updates: Updates) -> dict[int, int]:
+    def _found(self) -> dict[int, int]:
         """Whose combined gradient is not finite, rank -> slot: of a rank that has not said so, or the server's, if of none."""
         if not self.slices:
             overflow = self.replica.flat.first_nonfinite(self.replica.push.gradients)
             return {} if overflow is None else {self.exchange.rank: overflow}
-        found = self.slices.faults()
-        for rank in found.keys() & updates.results.keys():
-            updates.samples[rank] = 0
-            updates.results[rank] |= dict.fromkeys(("samples", "loss", *self.config.metrics), 0.0)
-        return found
+        return self.slices.guilty()
 
     def _take(self, updates: Updates) -> None:
         rows = updates.results.values()

@@ -22,8 +22,8 @@ from mpips.config import Config
 from mpips.data import Place
 from mpips.exchange import Exchange, share
 from mpips.message import COLUMNS, Control, Stop, replicate
-from mpips.mode import Mode, choose_mode, server_optimizer
-from mpips.optimizer import Average, FlatOptimizer, MakeOptimizer, MakeScheduler, Scheduler
+from mpips.mode import Mode, choose_mode, server_optimizer, summed
+from mpips.optimizer import FlatOptimizer, MakeOptimizer, MakeScheduler, Scheduler
 from mpips.report import Report
 from mpips.rule import choose
 from mpips.slices import Slices, settle
@@ -91,7 +91,7 @@ class Service:
         self._make = (optimizer, scheduler, validation_data)
         self.states = b""
         self.slices: Slices | None = None
-        self.optimizer: FlatOptimizer | Average | Slices
+        self.optimizer: FlatOptimizer | Slices
         self._columns = COLUMNS + self.config.metrics
         self._last = exchange.clock()
 
@@ -100,7 +100,7 @@ class Service:
         optimizer, scheduler, _ = self._make
         rows = 1 if self.mode.requests else self.exchange.size
         self.replica = replicate(self.model, self.config, rows, self.exchange.allocate, self.mode.vectors)
-        self.inner = FlatOptimizer(self.replica, optimizer, scheduler) if self.mode.local else None
+        self.inner = FlatOptimizer(self.replica, optimizer, scheduler, own=True) if self.mode.local else None
         self.optimizer = server_optimizer(self.mode, self.config, self.workers, self.replica, optimizer, scheduler)
         self.control.lr = self.lr
         self.check_requires_grad()
@@ -131,9 +131,12 @@ class Service:
         self.digest = contract.begin(self.exchange, self.replica, self.config)
         share(self.exchange, self.states)
         optimizer = None if isinstance(self.optimizer, Slices) else self.optimizer
-        self.slices = settle(self.exchange, self.replica, self.config, self.rule, optimizer, self.mode.gradients)
+        update = summed(self.mode, self.config)
+        self.slices = settle(self.exchange, self.replica, self.config, self.rule, optimizer, update, self.trains)
         if self.slices:
             self.optimizer = self.slices
+        if self.inner:
+            self.inner.rebind()
         if self.exchange.size > 1 and not self.mode.requests:
             self._say_plan()
         self._last = self.exchange.clock()
@@ -281,7 +284,7 @@ class Service:
             "world": {"size": self.exchange.size, "workers": self.workers},
             **snapshot.take_model(self.replica),
             **self._optimizer_tree(states),
-            "inner": self.inner.tree() if self.inner else {},
+            "inner": self.inner.tree() | {"masters": {}} if self.inner else {},
             "rule": {"name": self.config.rule, **self.rule.tree()},
             "mode": {"name": self.config.mode, **self.own_tree()},
             "stopping": {"best": self.patience.best, "waited": self.patience.waited, "value": self.control.value},

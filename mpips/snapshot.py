@@ -54,7 +54,7 @@ def _decode(value: Any) -> Any:
 def take_model(replica: Replica) -> Tree:
     """All parameters, trained, frozen and tied, and all buffers, by name."""
     flat = replica.flat
-    parameters: dict[str, Tensor] = dict(flat.named(flat.weights))
+    parameters: dict[str, Tensor] = dict(flat.named(replica.pull.weights))  # a worker here may be on its way from them
     parameters |= {name: p.data for name, p in flat.frozen.items()}
     parameters |= {alias: parameters[name] for alias, name in flat.aliases.items()}
     return {"parameters": parameters, "buffers": dict(replica.buffers.named)}

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from mpips.config import Config, ConfigError
 from mpips.message import Row
 from mpips.update import Local
@@ -42,7 +44,7 @@ class Streaming(Local):
 
     def __init__(self, *seat: Any, **named: Any) -> None:
         super().__init__(*seat, **named)
-        self._own = self.anchor.clone()
+        self._own = torch.zeros_like(self.replica.push.gradients)
         self._parked = False
         self._due: dict[int, int] = {}  # fragment -> local steps until what came of it is taken up
         self._samples = [0.0] * len(self.replica.fragments)  # behind what each of them would send now

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from mpips.config import Config
 from mpips.message import Control, Replica, Row
 from mpips.optimizer import FlatOptimizer
@@ -34,6 +36,8 @@ class Gradient:
     here: bool = False
     pulls_first: ClassVar[bool] = False  # whether the server's weights are needed before a push that is due
     wants_weights: ClassVar[bool] = True  # whether they are, in answer to a push
+    apart: ClassVar[bool] = False  # whether the model is not at the server's weights all the time
+    raw: ClassVar[bool] = True  # whether a push is one contribution, that may be weighted where it is combined
 
     def __init__(
         self,
@@ -75,7 +79,7 @@ class Gradient:
             push.write_presence(present)
             if row.weight != 1 and not push.raw:
                 push.gradients.mul_(row.weight)
-        elif not push.raw:
+        elif not push.shared:
             push.body.zero_()
         push.write(self.rank, row, metrics)
 
@@ -88,7 +92,7 @@ class Gradient:
 
         Where ranks share memory the sum tells, at no further cost, unless this contribution is to be left out of it, or cut.
         """
-        told = self.replica.push.raw and self.config.rule == "mean"
+        told = self.replica.push.shared and self.config.rule == "mean"
         if told and self.config.nonfinite != "drop" and self.config.loss_scale is None:
             return metrics
         bad = self.replica.flat.first_nonfinite(self.replica.push.gradients)
@@ -105,7 +109,7 @@ class Gradient:
             metrics: the number of extra metrics.
         """
         push = self.replica.push
-        (push.behind if push.raw else push.message).zero_()
+        push.forget()
         self.replica.buffers.write(push.floats, push.limbs, 0, self.first)
         push.write(self.rank, row, [0.0] * metrics)
 
@@ -129,19 +133,30 @@ class Gradient:
 class Local(Gradient):
     """Steps of the worker's own: how far they led, or the weights themselves where the server only averages.
 
-    The server's weights are kept beside the model's as the anchor. After `write` the model is back there, so that a server on
-    this rank steps from them, and a round that is not taken changes nothing.
+    The server's weights are kept beside the model's as the anchor; where ranks share them, there. After `write` the model is
+    back at them, so that a server on this rank, if the model's memory is its own, too, steps from there, and a round that is
+    not taken changes nothing.
     """
 
     inner: FlatOptimizer
+    apart = True
 
     def __init__(self, *seat: Any, **named: Any) -> None:
         super().__init__(*seat, **named)
         self.steps = 1  # between two rounds; set with the mode
         self.takes_weights = False
-        self.anchor = self.replica.push.gradients.new_zeros(self.replica.flat.numel)
+        self._anchor: Tensor | None = None
         self._taken = 0  # local steps since the last round
         self._bad: int | None = None
+
+    @property
+    def anchor(self) -> Tensor:
+        """The server's weights, `(numel,)`, in the model's dtype or the wire's."""
+        if self.replica.apart:
+            return self.replica.pull.weights
+        if self._anchor is None:
+            self._anchor = self.replica.push.gradients.new_zeros(self.replica.flat.numel)
+        return self._anchor
 
     @property
     def pending(self) -> bool:  # type: ignore[override]
@@ -173,7 +188,7 @@ class Local(Gradient):
         """Change the gradient in the push message before a local step."""
 
     def compose(self, samples: float) -> tuple[float, float]:
-        """Leave the contribution times its weight in the push message's body, and the model back at the anchor.
+        """Leave the contribution times its weight in the push message's body.
 
         All of the gradients' part is written; the rest of the message is zero before.
 
@@ -187,10 +202,8 @@ class Local(Gradient):
             push.gradients.copy_(self.anchor).sub_(whole)
         weight = self.weigh(samples)
         self.replica.buffers.write(push.floats, push.limbs, weight, self.first)
-        if weight != 1:
+        if weight != 1 and not push.raw:
             push.gradients.mul_(weight)
-        self.replica.flat.weights.copy_(self.anchor)
-        self.inner.refresh()
         steps, self._taken = self._taken, 0
         return weight, steps
 
@@ -200,7 +213,14 @@ class Local(Gradient):
         push.behind.zero_()
         row.weight, steps = self.compose(row.samples)
         row.steps = row.weight * steps
+        if not self.replica.apart:
+            self.go_back()
         self.seal(row, metrics)
+
+    def go_back(self) -> None:
+        """The model is at the server's weights again."""
+        self.replica.flat.weights.copy_(self.anchor)
+        self.inner.refresh()
 
     def seal(self, row: Row, metrics: Sequence[float]) -> None:
         """Judge the composed body and write the tail."""
@@ -212,18 +232,21 @@ class Local(Gradient):
             row.weight = row.steps = 0
         if row.weight:
             push.presence.fill_(1)
-        else:
+        elif not push.shared:
             push.body.zero_()
         push.write(self.rank, row, metrics)
 
     def received(self) -> None:
         """See `Gradient`."""
-        self.anchor.copy_(self.replica.flat.weights)
+        if self.replica.apart:
+            self.replica.flat.weights.copy_(self.anchor)
+        else:
+            self.anchor.copy_(self.replica.flat.weights)
         self.inner.refresh()
 
     def tree(self) -> dict[str, Any]:
-        """The worker's optimizer."""
-        return {"inner": self.inner.tree()}
+        """The worker's optimizer; its weights are the server's when a round is over."""
+        return {"inner": self.inner.tree() | {"masters": {}}}
 
     def put(self, tree: dict[str, Any]) -> None:
         """See `Gradient`."""

@@ -23,7 +23,7 @@ from mpips.config import Config, ConfigError
 from mpips.data import Place
 from mpips.exchange import Exchange, share
 from mpips.message import ROUNDS, Control, Replica, Row, replicate
-from mpips.mode import choose_mode, judges_clients, make_update
+from mpips.mode import choose_mode, judges_clients, make_update, server_optimizer, summed
 from mpips.optimizer import FlatOptimizer, MakeOptimizer, MakeScheduler, Scheduler
 from mpips.rule import choose
 from mpips.slices import Slices, settle
@@ -111,9 +111,10 @@ class Worker:
         if mode.local and not server:
             if optimizer is None:
                 raise ConfigError(f"optimizer: given none with mode {self.config.mode}, allowed: the workers' optimizer")
-            self.inner = FlatOptimizer(self.replica, optimizer, scheduler)
-        steps = server is None and mode.gradients and self.replica.wire_is_grad  # a slice of the weights, perhaps
-        self._optimizer = FlatOptimizer(self.replica, optimizer, None) if optimizer is not None and steps else None
+            self.inner = FlatOptimizer(self.replica, optimizer, scheduler, own=True)
+        self._optimizer: FlatOptimizer | None = None  # of slices of the server's weights, perhaps
+        if optimizer is not None and not server and not mode.requests:
+            self._optimizer = server_optimizer(mode, self.config, self.workers, self.replica, optimizer, None, masters=False)
         self.update = make_update(mode, self.config, self.replica, exchange.rank, self.index, self.workers, self.inner)
         self.update.here = server is not None
         self.tally = Tally()
@@ -141,8 +142,11 @@ class Worker:
         else:
             contract.begin(self.exchange, self.replica, self.config)
             states = share(self.exchange, b"")
-            self.slices = settle(self.exchange, self.replica, self.config, self._rule, self._optimizer, self.mode.gradients)
+            update = summed(self.mode, self.config)
+            self.slices = settle(self.exchange, self.replica, self.config, self._rule, self._optimizer, update, trains=True)
             self._optimizer = None  # what steps here, if anything, is in the slices
+            if self.inner:
+                self.inner.rebind()
         rng.diverge(self.index)
         mine = for_worker(unpack_all(states), self.index, self.workers) if states else None
         if mine is not None:
@@ -339,11 +343,11 @@ class Worker:
         """The push message as it stands; where the server is on this rank, it takes it from there."""
         self._begun = self.exchange.clock()
         self._told = self.done
+        push = self.replica.push if self._server else self.replica.push_for(self._control.round)
         if self.slices:
             self.slices.combine()
             self.slices.follow()
         elif not self._server:
-            push = self.replica.push_for(self._control.round)
             if judges_clients(self.mode, self.config):
                 lanes.contribute(self.exchange, push, self._rule, self._last, self.config.bucket_mb)
             else:

@@ -103,6 +103,15 @@ def test_text_in_a_file_is_the_text_that_stands_there(word: str) -> None:
     assert resolve({}, ["--config=c.yaml"]).resume == word
 
 
+@pytest.mark.parametrize("folder", ["#1", "# 1", "&a", "---", "...", "a #b", "~1"])
+def test_a_folder_may_have_any_name(folder: str) -> None:
+    """Also one of which YAML would make nothing."""
+    Path("saved.yaml").write_text(Config(run_dir=folder).yaml())
+    assert resolve({}, ["--config", "saved.yaml"]).run_dir == folder
+    assert resolve({}, [f"--run_dir={folder}"]).run_dir == folder
+    assert resolve({}, ["--run_dir=null"]).run_dir is None
+
+
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.builds(
     dict,

@@ -22,9 +22,9 @@ from torch import Tensor
 from mpips import cli, cost, plan
 from mpips.cost import Job, Machine, Phase, memory, predict, schedule
 from mpips.cost.round import Travel
-from mpips.exchange import rooms, simulated
+from mpips.exchange import sharded, simulated
 from mpips.exchange.room import Contents
-from mpips.exchange.rooms import sizes
+from mpips.exchange.sharded import sizes
 from mpips.exchange.simulated import SimulatedExchange, World
 from mpips.exchange.simulated_room import Leaders
 from mpips.flat import lay_out
@@ -47,7 +47,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small model is cut up, and travels, as a large one would."""
     monkeypatch.setattr(plan, "GRAIN", 64)
     monkeypatch.setattr(plan.pieces, "__defaults__", (256,))
-    monkeypatch.setattr(rooms, "LEAST", 1)
+    monkeypatch.setattr(sharded, "LEAST", 1)
 
 
 # The schedule
@@ -119,14 +119,14 @@ def really(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[Posted, Made, lis
         posted[self.node].append([[(node, part.nbytes) for node, part in way] for way in (sent, taken)])
         return swap(self, sent, taken)
 
-    class Counted(rooms.Rooms):
-        def __init__(self, nodes: Any, rank: int, rows: Any, parts: Any, *others: Any) -> None:
-            super().__init__(nodes, rank, rows, parts, *others)
-            made["together"] = sum(part.nbytes for part in [*rows, *parts])
-            made.update({"weights": self.pull.nbytes, "window": self._window.nbytes, "outbox": self._outbox.nbytes})
+    class Counted(sharded.ShardedRooms):
+        def __init__(self, nodes: Any, rank: int, board: Any, parts: Any, *others: Any) -> None:
+            super().__init__(nodes, rank, board, parts, *others)
+            made["together"] = contents.row * len(board.rows) + sum(part.nbytes for part in [board.pull, *parts])
+            made.update({"weights": board.pull.nbytes, "window": self._window.nbytes, "outbox": self._outbox.nbytes})
 
     monkeypatch.setattr(Leaders, "swap", seen)
-    monkeypatch.setattr(simulated, "Rooms", Counted)
+    monkeypatch.setattr(simulated, "ShardedRooms", Counted)
     contents = job.contents
 
     def program(e: SimulatedExchange) -> bool:
@@ -208,13 +208,8 @@ def test_a_run_asks_for_the_same(
         half = ps._server or ps._worker
         return half is not None and half.slices is not None
 
-    shared = World(job.size, shares=True, nodes=[2] * nodes).run(program)
+    assert World(job.size, shares=True, nodes=[2] * nodes).run(program) == [True] * job.size
     fields = {**vars(job.contents), "answer": 0}
-    if job.how == "reduce and bcast":
-        assert shared == [False] * job.size
-        assert job.travels == torch.float32
-        return
-    assert shared == [True] * job.size
     for contents in asked:
         assert {**vars(contents), "answer": 0, "wire": fields["wire"] if nodes == 1 else contents.wire} == fields
     assert [dealt[rank] for rank in range(job.size)] == [list(own) for own in zip(*job.buckets, strict=True)]
@@ -298,12 +293,12 @@ def test_on_one_node_nothing_is_sent() -> None:
     assert list(one.phases) == ["step"]
 
 
-def test_small_models_and_plan_root_go_by_reduce_and_bcast() -> None:
-    assert Job.of(4, 2, SMALL).how == "reduce and bcast"
-    assert Job.of(4, 2, SMALL + 64).how == "rooms"
+def test_the_server_serves_small_models_and_plan_root() -> None:
+    assert Job.of(4, 2, SMALL).how == "rooms, root"
+    assert Job.of(4, 2, SMALL + 64).how == "rooms, sharded"
     job = Job.of(4, 2, 1e9, plan="root")
     found = predict(job, Machine())
-    assert job.how == "reduce and bcast"
+    assert job.how == "rooms, root"
     assert found.seconds > 2 * predict(Job.of(4, 2, 1e9), Machine()).seconds
     assert found.reduce == pytest.approx(2 * found.bound, rel=1e-3)
     assert memory(job)["optimizer"].rank == 2 * job.model
@@ -353,7 +348,7 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["seconds"] == pytest.approx(found.seconds)
     assert facts["ratio"] == pytest.approx(found.seconds / found.bound)
     assert facts["memory"]["masters"]["node"] == memory(job)["masters"].node
-    assert (facts["wire"], facts["how"], facts["bottleneck"]) == ("bfloat16", "rooms", found.bottleneck)
+    assert (facts["wire"], facts["how"], facts["bottleneck"]) == ("bfloat16", "rooms, sharded", found.bottleneck)
 
 
 @pytest.mark.parametrize("size", ["1", "0.00001", "1000"])

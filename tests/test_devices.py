@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,29 +82,25 @@ def test_what_a_rank_has_its_device_do_is_done_before_others_are_let_go_on(
     """Each device works late: only when it is waited for. Without that, ranks find the round before."""
     late: dict[int, list[Any]] = {}
 
+    def work(rank: int) -> None:
+        while needed and late.get(rank):
+            late[rank].pop(0)()
+
     class Late(Fenced):
-        def __init__(self, gates: Gates) -> None:
-            queue = late.setdefault(gates.rank, [])
-
-            def work() -> None:
-                while needed and queue:
-                    queue.pop(0)()
-
-            super().__init__(gates, work)
-            self._gates = gates
+        def __init__(self, *given: Any) -> None:
+            self._gates = Gates(*given)
+            super().__init__(self._gates, lambda: work(self._gates.rank))
 
         def release(self) -> None:
             super().release()
             self._gates.world.pause(self._gates.rank)  # others go on before this rank does anything more
 
-    class Room(devices.DeviceRoom):
-        def __init__(self, members: Any, rank: int, rows: Any, pulls: Any, places: Any, parts: Any, gates: Any, held: Any):
-            super().__init__(members, rank, rows, pulls, places, parts, Late(gates), held)
+    class Board(devices.DeviceBoard):
+        def spread(self, part: slice) -> None:
+            late.setdefault(self.place, []).append(lambda: devices.DeviceBoard.spread(self, part))
 
-        def _copy(self, part: slice) -> None:
-            late[self.rank].append(lambda: devices.DeviceRoom._copy(self, part))
-
-    monkeypatch.setattr(simulated, "DeviceRoom", Room)
+    monkeypatch.setattr(simulated, "Gates", Late)
+    monkeypatch.setattr(simulated, "DeviceBoard", Board)
     world = World(3, shares=True, devices=[0, 1, 2])
     given: dict[str, Any] = {"deterministic": True, "plan": "sharded"}
     if needed:
@@ -175,18 +173,58 @@ def test_if_one_rank_cannot_map_the_others_memory_none_does(
     assert mapped(monkeypatch, seen, fails) == [None] * 3
 
 
-def test_each_rank_waits_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def placed(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[list[int]], cuda_aware: bool = False
+) -> tuple[Any, list[Any], list[Any]]:
+    """The room that MPI's third rank, 12, gets, whose memory is this process'; what it waited for, and what was pinned."""
     from mpips.exchange import mpi
 
-    waited: list[Any] = []
-    rows, parts = [torch.zeros(160, dtype=torch.uint8) for _ in range(3)], [torch.zeros(96, dtype=torch.uint8)] * 2
-    held = test_room.contents(True)
+    waited, pinned = list[Any](), list[Any]()
+    held = replace(test_room.contents(True), device=torch.device("cuda"))
+    rows = [torch.zeros(held.row, dtype=torch.uint8) for _ in range(3)]
     pull = torch.zeros(held.pull, dtype=torch.uint8)
     gates = SimpleNamespace(leads=False, arrive=lambda meanwhile=None: None, release=lambda: None)
-    monkeypatch.setattr(mpi, "mapped", lambda node, sizes: (parts, gates))
+
+    def mapped(node: Any, sizes: list[int], awake: float) -> Any:
+        assert sizes[:2] == [0, 0], "messages are not in the host's memory"
+        return [torch.zeros(size, dtype=torch.uint8) for size in sizes], gates
+
+    def opened(node: Any, device: torch.device, nbytes: int, owners: list[int]) -> list[torch.Tensor]:
+        assert (device.type, owners) == ("cuda", [0])
+        return [torch.full((nbytes,), 1, dtype=torch.uint8)]
+
+    monkeypatch.setattr(mpi, "mapped", mapped)
     monkeypatch.setattr(devices, "mapped", lambda node, contents: (rows, [pull, pull.clone()], [0, 1, 1]))
+    monkeypatch.setattr(devices, "opened", opened)
+    monkeypatch.setattr(devices, "pin", pinned.append)
     monkeypatch.setattr(mpi, "finish", waited.append)
-    room = mpi.MpiExchange._on_devices(SimpleNamespace(size=3, rank=12), SimpleNamespace(rank=2), [10, 11, 12], held)
+    communicator = SimpleNamespace(Split=lambda color, key: None)
+    end = SimpleNamespace(
+        rank=12,
+        _bucket=1 << 20,
+        _cuda_aware=cuda_aware,
+        compare=lambda word: [word] * 3,
+        comm=communicator,
+        _mpi=SimpleNamespace(UNDEFINED=-1),
+    )
+    end._staged, end._sizes = (partial(method, end) for method in (mpi.MpiExchange._staged, mpi.MpiExchange._sizes))
+    room = mpi.MpiExchange._room(end, SimpleNamespace(rank=2, size=3), nodes, held)  # type: ignore[arg-type]
+    assert room is not None
+    assert room.board.rows[2].data_ptr() == rows[2].data_ptr()
+    return room, waited, pinned
+
+
+def test_each_rank_waits_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    room, waited, _ = placed(monkeypatch, [[10, 11, 12]])
     room.meet()
     assert len(waited) == 1
-    assert waited[0] is rows[2]
+    assert waited[0] is room.board.row
+
+
+def test_what_leaves_a_node_is_pinned_or_on_its_leaders_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    room, _, pinned = placed(monkeypatch, [[0, 1], [10, 11, 12]])
+    assert [part.data_ptr() for part in pinned] == [room._window.data_ptr(), room._outbox.data_ptr()]
+    assert not room._outbox.any()
+    room, _, pinned = placed(monkeypatch, [[0, 1], [10, 11, 12]], cuda_aware=True)
+    assert not pinned
+    assert room._outbox.all() and room._window.all(), "what MPI sends itself"

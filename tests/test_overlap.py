@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mpips
 from mpips import plan
-from mpips.exchange import Exchange, rooms
+from mpips.exchange import Exchange, sharded
 from mpips.exchange.simulated import World
 from mpips.flat import lay_out
 from mpips.ready import Ready
@@ -31,7 +31,7 @@ BUCKET = 640  # bytes
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models travel in many steps."""
     monkeypatch.setattr(plan, "GRAIN", 64)
-    monkeypatch.setattr(rooms, "LEAST", 160)
+    monkeypatch.setattr(sharded, "LEAST", 160)
     monkeypatch.setattr(plan, "PIECE", 256)
     monkeypatch.setattr(plan.pieces, "__defaults__", (256,))
 
@@ -99,7 +99,7 @@ def trained(e: Exchange, overlap: bool, backward: str = "ps", model: Any = cnn, 
     return {
         "weights": sha(net),
         "losses": seen,
-        "steps": len(slices.room.push_steps) if slices and isinstance(slices.room, rooms.Rooms) else 0,
+        "steps": len(slices.room.push_steps) if slices and isinstance(slices.room, sharded.ShardedRooms) else 0,
         "rounds": ps.round,
     }
 

@@ -46,7 +46,7 @@ def give_gradients(whole: FlatOptimizer, seed: int) -> list[float]:
     generator = torch.Generator().manual_seed(seed)
     push = whole.replica.push
     push.gradients.copy_(torch.randn(push.gradients.shape, generator=generator))
-    return [float(number != 1) for number in range(len(whole.weights))]
+    return [float(number != 1) for number in range(len(whole.replica.flat.slots))]
 
 
 MAKE: dict[str, Any] = {

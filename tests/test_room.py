@@ -22,6 +22,7 @@ from test_exchange_mpi import on_mpi
 from torch import Tensor
 
 from mpips.exchange import ExchangeError, memory, node, simulated
+from mpips.exchange.board import Board
 from mpips.exchange.room import Contents, Room
 from mpips.exchange.semaphore import SIZE, Semaphore
 from mpips.exchange.simulated import SimulatedExchange, World
@@ -32,7 +33,8 @@ LENGTH, TAIL, LINES, ROUNDS = 40, 30, 4, 3
 
 
 def contents(together: bool, numel: int = LENGTH) -> Contents:
-    return Contents(numel, torch.float32, TAIL, 4 * (TAIL + 2), slice(0, 4 * TAIL), LINES, 2, together, together, torch.float32)
+    where, dtype = slice(0, 4 * TAIL), torch.float32
+    return Contents(numel, dtype, TAIL, 4 * (TAIL + 2), where, dtype, LINES, 2, together, together, dtype)
 
 
 def rounds(room: Room, together: bool, pause: Callable[[], None]) -> bool:
@@ -42,8 +44,8 @@ def rounds(room: Room, together: bool, pause: Callable[[], None]) -> bool:
     span = slice(cuts[room.rank], cuts[room.rank + 1])
     room.serve([[slice(*ends) for ends in pairwise(cuts)]], slice(TAIL, TAIL))
     heard, answer = torch.zeros(LENGTH - TAIL), torch.zeros(2, dtype=torch.float64)
-    weights = room.pull[: 4 * TAIL].view(torch.float32)
-    control = room.pull[4 * TAIL :].view(torch.float32)
+    weights = room.board.pull[: 4 * TAIL].view(torch.float32)
+    control = room.board.pull[4 * TAIL :].view(torch.float32)
 
     def slowly(target: Tensor, value: float) -> None:
         for part in torch.split(target, max(1, len(target) // 2)):
@@ -66,7 +68,7 @@ def rounds(room: Room, together: bool, pause: Callable[[], None]) -> bool:
             assert (total == -number).all()
 
     for number in range(1, 1 + ROUNDS):
-        slowly(room.rows[room.rank], 10 * number + room.rank)
+        slowly(room.board.rows[room.rank], 10 * number + room.rank)
         room.combine(1.0, heard, Take())
         if room.spans or room.leads:
             assert (heard == sum(10 * number + k for k in range(size))).all(), "a tail that is not whole"
@@ -75,7 +77,7 @@ def rounds(room: Room, together: bool, pause: Callable[[], None]) -> bool:
             reported = room.report(values + again, "sum" if again else "min")
             pause()
             if room.leads:
-                assert (room.whole(slice(0, TAIL)) == -number).all(), "a slice that is not combined"
+                assert (room.board.whole(slice(0, TAIL)) == -number).all(), "a slice that is not combined"
                 every = [100 * number + k + again for k in range(size if together else 1)]
                 assert reported[0] == (sum(every) if again else min(every))
                 slowly(answer, number + again)
@@ -284,9 +286,10 @@ def test_rounds_between_real_semaphores(size: int, together: bool, shm: Path) ->
         for part, other in pairwise(found[0]):
             assert part.data_ptr() + part.numel() <= other.data_ptr()
             assert other.data_ptr() % memory.PAGE == 0
-        (rows, *parts), gates = found
-        room = Room(range(size), own.rank, list(rows.view(size, -1)), parts, gates, contents(together))
-        assert not any(row.data_ptr() % ALIGNMENT for row in room.rows), "kernels take another path"
+        (rows, pull, *parts), gates = found
+        board = Board(contents(together).messages(list(rows.view(size, -1))), own.rank, pull)
+        room = Room(range(size), own.rank, board, parts, gates, contents(together))
+        assert not any(row.data_ptr() % ALIGNMENT for row in room.board.rows), "kernels take another path"
         return all(rounds(room, together, lambda: time.sleep(0)) for _ in range(20))
 
     assert on_threads(size, program) == [True] * size

@@ -22,9 +22,9 @@ from torch import Tensor, nn, optim
 import mpips
 from mpips import plan
 from mpips.config import Config, ConfigError, resolve
-from mpips.exchange import Exchange, rooms, simulated
+from mpips.exchange import Exchange, sharded, simulated
 from mpips.exchange.room import Contents
-from mpips.exchange.rooms import Rooms, length
+from mpips.exchange.sharded import ShardedRooms, length
 from mpips.exchange.simulated import Killed, SimulatedExchange, World
 from mpips.exchange.simulated_room import Gates, Leaders
 from mpips.message import NonFiniteError
@@ -41,7 +41,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "GRAIN", 64)
     monkeypatch.setattr(plan, "PIECE", 256)
     monkeypatch.setattr(plan.pieces, "__defaults__", (256,))
-    monkeypatch.setattr(rooms, "LEAST", 1)
+    monkeypatch.setattr(sharded, "LEAST", 1)
 
 
 def on_nodes(shape: Shape, seed: int = 0, bucket: int = 3000) -> World:
@@ -57,7 +57,8 @@ BEHIND = slice(WEIGHTS, TAIL)
 
 def contents(wire: torch.dtype, overlap: bool = False) -> Contents:
     pull = 4 * (2 + WEIGHTS + 3)  # two words before the weights, three behind
-    return Contents(LENGTH, torch.float32, TAIL, pull, slice(8, 8 + 4 * WEIGHTS), LINES, 2, True, True, wire, overlap)
+    where = slice(8, 8 + 4 * WEIGHTS)
+    return Contents(LENGTH, torch.float32, TAIL, pull, where, torch.float32, LINES, 2, True, True, wire, overlap)
 
 
 def cut(shape: Shape, cuts: Sequence[float], count: int) -> list[list[slice]]:
@@ -75,7 +76,7 @@ class Log:
     """What all ranks see of a round: how often each element was added, on each node, joined, and finished."""
 
     def __init__(self, nodes: int) -> None:
-        self.rooms: dict[int, Rooms] = {}
+        self.rooms: dict[int, ShardedRooms] = {}
         self.added, self.joined, self.finished = torch.zeros(nodes, TAIL), torch.zeros(TAIL), torch.zeros(TAIL)
 
     def check(self, done: float) -> None:
@@ -94,7 +95,7 @@ class Log:
             counts.zero_()
 
 
-def rounds(room: Rooms, buckets: list[list[slice]], log: Log | None, pause: Callable[[], None]) -> None:
+def rounds(room: ShardedRooms, buckets: list[list[slice]], log: Log | None, pause: Callable[[], None]) -> None:
     """Rounds in which everything is written bit by bit, others coming in between, and whoever reads looks at all there is."""
     nodes, overlap = room.nodes, room.contents.overlap
     size, node = sum(map(len, nodes)), room.nodes.index(list(room.members))
@@ -102,7 +103,7 @@ def rounds(room: Rooms, buckets: list[list[slice]], log: Log | None, pause: Call
         log.rooms[room.rank] = room
     room.serve(buckets, BEHIND)
     heard, answer = torch.zeros(LENGTH - TAIL), torch.zeros(2, dtype=torch.float64)
-    first, behind = (part.view(torch.float32) for part in (room.pull[:8], room.pull[8 + 4 * WEIGHTS :]))
+    first, behind = (part.view(torch.float32) for part in (room.board.pull[:8], room.board.pull[8 + 4 * WEIGHTS :]))
 
     def slowly(target: Tensor, value: float | Tensor) -> None:
         values = torch.as_tensor(value, dtype=target.dtype).expand(len(target))
@@ -155,10 +156,10 @@ def rounds(room: Rooms, buckets: list[list[slice]], log: Log | None, pause: Call
 
         def wait(self, step: int, meanwhile: Any) -> None:
             if step == len(room.push_steps):
-                slowly(room.row[WEIGHTS:], push(room.rank))
+                slowly(room.board.row[WEIGHTS:], push(room.rank))
             else:
                 for span in room.push_steps[step]:
-                    slowly(room.row[span], push(room.rank))
+                    slowly(room.board.row[span], push(room.rank))
 
     def check_pull(control: float) -> None:
         for part, expected in ((room.weights, weights(slice(0, WEIGHTS))), (first, control), (behind, control)):
@@ -171,7 +172,7 @@ def rounds(room: Rooms, buckets: list[list[slice]], log: Log | None, pause: Call
 
     for number in range(1, 1 + ROUNDS):
         if not overlap:
-            slowly(room.row, push(room.rank))
+            slowly(room.board.row, push(room.rank))
         room.combine(number + room.rank / 8, heard, Take(), Late() if overlap else None)
         assert (heard == all_pushes()).all(), "a tail that is not whole"
         values = torch.full((LINES,), 100.0 * number + room.rank, dtype=torch.float64)
@@ -221,7 +222,7 @@ def simulate(shape: Shape, buckets: list[list[slice]], step: int, kind: str, see
 
     def program(e: SimulatedExchange) -> None:
         room = e.room(contents(wire, kind == "overlap"))
-        assert isinstance(room, Rooms)
+        assert isinstance(room, ShardedRooms)
         rounds(room, buckets, log, lambda: world.pause(e.rank))
 
     world.run(program)
@@ -251,7 +252,7 @@ def test_a_round_keeps_its_promises_whatever_the_schedule(
     turn = SHAPES.index(shape) + list(DTYPES).index(kind)
     for number in range(turn % 2, len(ways), 2 if sum(shape) < 5 else sum(shape)):
         cuts, count, step = ways[number]
-        monkeypatch.setattr(rooms, "FLIGHT", 1 + (turn + number) % 3)  # buckets under way, each in its place
+        monkeypatch.setattr(sharded, "FLIGHT", 1 + (turn + number) % 3)  # buckets under way, each in its place
         simulate(shape, cut(shape, cuts, count), step, kind, 10 * number + number // 2)
 
 
@@ -303,7 +304,7 @@ def test_each_meeting_is_needed(kind: str, hole: str, call: str, tiny_pieces: No
             return True
 
     monkeypatch.setattr(simulated, "Gates", Loose)
-    monkeypatch.setattr(rooms, "FLIGHT", 1)
+    monkeypatch.setattr(sharded, "FLIGHT", 1)
     with pytest.raises(AssertionError, match=r"not whole|not combined|not said|once"):
         for seed in range(1, 40):
             simulate([3, 1], cut([3, 1], [0.5], 2), 3, kind, seed)
@@ -911,8 +912,8 @@ def test_a_rank_that_dies_anywhere_ends_the_others_and_the_run_resumes() -> None
 
 @pytest.mark.parametrize(
     "settings",
-    [{"plan": "sharded", "deterministic": True}, {"plan": "root"}, {}, {"plan": "sharded", "shared_memory": False}],
-    ids=["deterministic", "root", "small", "not to share"],
+    [{"plan": "sharded", "deterministic": True}, {"plan": "sharded", "shared_memory": False}],
+    ids=["deterministic", "not to share"],
 )
 def test_by_messages_where_rooms_are_not_for_it(settings: dict[str, Any]) -> None:
     """With the bits of any run by messages."""
@@ -925,18 +926,6 @@ def test_by_messages_where_rooms_are_not_for_it(settings: dict[str, Any]) -> Non
 
     own = {key: value for key, value in settings.items() if key == "deterministic"}
     assert on_nodes([2, 2]).run(lambda e: program(e, **settings)) == World(4).run(lambda e: program(e, **own))
-
-
-def test_an_optimizer_that_may_look_at_everything_goes_by_messages() -> None:
-    class Derived(optim.SGD):
-        pass
-
-    def program(e: Exchange, **settings: Any) -> tuple[str, bool]:
-        net = mlp()
-        ps = train(e, net, Derived(net.parameters(), lr=0.1), data(61), 7, **settings)
-        return sha(net), is_shared(ps)
-
-    assert on_nodes([2, 2]).run(lambda e: program(e, plan="sharded")) == World(4).run(program)
 
 
 def test_auto_shares_between_nodes_what_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1021,7 +1010,7 @@ def test_each_node_sends_its_share_of_the_model_twice(shape: Shape, wire: str, m
 
 
 def test_a_bucket_is_for_all_other_nodes_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooms, "LEAST", 100)
+    monkeypatch.setattr(sharded, "LEAST", 100)
     assert length(1200, contents(torch.float32), 2) == 300
     assert length(1200, contents(torch.float32), 4) == 100
     assert length(1200, contents(torch.bfloat16), 4) == 200
@@ -1119,7 +1108,7 @@ def test_over_mpi_a_round_keeps_its_promises(kind: str, tiny_pieces: None) -> No
         for cuts, count, step in ((even(shape), 2, 3), (even(shape), 1, 100), ([0.0] * (len(shape) - 1), 3, 6)):
             e._bucket = step * dtype.itemsize * (len(shape) - 1)
             room = e.room(contents(dtype, kind == "overlap"))
-            assert isinstance(room, Rooms)
+            assert isinstance(room, ShardedRooms)
             for _ in range(3):
                 rounds(room, cut(shape, cuts, count), None, lambda: None)
 

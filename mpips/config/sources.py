@@ -19,6 +19,8 @@ from mpips.config.error import ConfigError, check, meant
 from mpips.config.field import allowed, fields
 from mpips.config.flags import flags_of
 
+NULL = ("", "~", "null", "Null", "NULL")
+
 
 def _variable(key: str) -> str:
     """The environment variable of a setting."""
@@ -56,6 +58,9 @@ def resolve(arguments: Mapping[str, Any], argv: Sequence[str] | None = None) -> 
     try:
         parser.set_defaults(dict(flatten("", parser.parse_object(given).as_dict())))  # checked on its way in
         tree = parser.parse_args([f"--{key}={text}" for key, text in texts.items()])
+        for key, text in texts.items():
+            if tree[key] is None and str in typing.get_args(fields()[key][0]) and text not in NULL:
+                tree[key] = text  # "#1", of which YAML makes a comment
         _check_present(dict(flatten("", tree.as_dict())))
         return typing.cast(Config, _instance(Config, tree.as_dict()))
     except ConfigError:

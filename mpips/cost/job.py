@@ -10,14 +10,14 @@ from typing import Literal
 import torch
 
 from mpips.exchange.room import Contents
-from mpips.exchange.rooms import length
+from mpips.exchange.sharded import length
 from mpips.flat import ALIGNMENT, Slot, lay_out
 from mpips.message.words import COLUMNS, CONTROL_BYTES
 from mpips.plan import SMALL, buckets
 from mpips.slices import SETTINGS
 
 MODEL = torch.float32
-How = Literal["one process", "shared memory, root", "shared memory, sharded", "rooms", "reduce and bcast"]
+How = Literal["one process", "shared memory, root", "shared memory, sharded", "rooms, root", "rooms, sharded"]
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ class Job:
             return "one process"
         if self.nodes == 1:
             return "shared memory, sharded" if self.sharded else "shared memory, root"
-        return "rooms" if self.sharded else "reduce and bcast"
+        return "rooms, sharded" if self.sharded else "rooms, root"
 
     @property
     def travels(self) -> torch.dtype:
         """What weights and gradients are between nodes."""
-        return torch.bfloat16 if self.wire == "bfloat16" and self.how == "rooms" else MODEL
+        return torch.bfloat16 if self.wire == "bfloat16" and self.how == "rooms, sharded" else MODEL
 
     @property
     def contents(self) -> Contents:
@@ -118,16 +118,17 @@ class Job:
             tail=self.numel,
             pull=CONTROL_BYTES + -(-weights // ALIGNMENT) * ALIGNMENT,
             weights=slice(CONTROL_BYTES, CONTROL_BYTES + weights),
+            model=MODEL,
             lines=max(self.size, len(self.slots)),
             answer=SETTINGS,
             together=self.sharded,
-            between=self.sharded,
+            between=True,
             wire=self.travels,
         )
 
     @property
     def hands(self) -> int:
-        """The ranks of a node that add up and join, as `Rooms._mine` shares it out: all but the leader, unless it is alone."""
+        """The ranks of a node that add up and join, as `Rooms._by_hand` has it: all but the leader, unless it is alone."""
         return max(1, self.ranks - 1)
 
     @property

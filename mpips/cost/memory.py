@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mpips.cost.job import MODEL, Job
-from mpips.exchange.rooms import sizes
+from mpips.exchange import rooms, sharded
 
 SHARED = ("push messages", "weights", "words", "words", "words", "words", "window", "outbox")  # in the order of `sizes`
 
@@ -25,7 +25,7 @@ class Item:
 
 def memory(job: Job) -> dict[str, Item]:
     """All there is in it; what a plan does not have is left out."""
-    items = _shared(job) if job.how != "reduce and bcast" and job.size > 1 else _own(job)
+    items = _shared(job) if job.size > 1 else _own(job)
     lengths = [MODEL.itemsize * count for count in job.served]
     served = Item(max(lengths), max(sum(lengths[at : at + job.ranks]) for at in range(0, job.size, job.ranks)))
     if job.travels != MODEL:
@@ -37,7 +37,10 @@ def memory(job: Job) -> dict[str, Item]:
 def _shared(job: Job) -> dict[str, Item]:
     """The parts of a room."""
     contents = job.contents
-    parts = sizes(contents, job.ranks, job.nodes, job.bucket) if job.nodes > 1 else contents.sizes(job.ranks)
+    parts = contents.sizes(job.ranks)
+    if job.nodes > 1:
+        own = sharded.sizes(contents, job.ranks, job.nodes, job.bucket)
+        parts = own if job.sharded else rooms.sizes(contents, job.ranks)
     items = {name: Item(0, 0) for name in SHARED}
     for name, part in zip(SHARED, parts, strict=False):
         items[name] = Item(items[name].rank + part / job.ranks, items[name].node + part)

@@ -1,7 +1,7 @@
 """The seconds of a round, phase by phase.
 
-Between the nodes it is followed step by step as in `Rooms._travel`: while some steps travel the next is added up and one that
-has come is joined; whoever is done first waits. A link carries steps one after the other, and nothing but the last byte waits
+Between nodes it is followed step by step as in `ShardedRooms._travel`: while some steps travel the next is added up and one
+that has come is joined; whoever is done first waits. A link carries steps one after the other; nothing but the last byte waits
 for the latency. Within a node all ranks that work do so at once, each as fast as its part of the memory is. What stays in a
 core's cache is free.
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from mpips.cost.job import MODEL, Job, Machine
 from mpips.cost.schedule import Schedule, schedule
 from mpips.exchange import pieces
-from mpips.plan import FLIGHT
+from mpips.plan import BUCKET, FLIGHT
 
 PARTS = ("network", "memory", "latency", "posting", "step")
 
@@ -104,7 +104,7 @@ class Travel:
             values.append(value)
 
     def pipelined(self, latency: float, flight: int = FLIGHT) -> float:
-        """Until the last step is joined: as `Rooms._travel` goes, with so many steps under way while one is waited for."""
+        """Until the last step is joined: as `ShardedRooms._travel` goes, so many steps under way while one is waited for."""
         now = free = 0.0
         there: list[float] = []
         for number in range(len(self.bytes) + flight):
@@ -128,9 +128,9 @@ class Travel:
 
 def predict(job: Job, machine: Machine) -> Round:
     """One round of it."""
-    if job.how == "rooms":
-        return _rooms(job, machine, schedule(job))
-    return _reduce(job, machine) if job.how == "reduce and bcast" else _one_node(job, machine)
+    if job.how == "rooms, sharded":
+        return _sharded(job, machine, schedule(job))
+    return _root(job, machine) if job.how == "rooms, root" else _one_node(job, machine)
 
 
 def _one_node(job: Job, machine: Machine) -> Round:
@@ -141,24 +141,23 @@ def _one_node(job: Job, machine: Machine) -> Round:
     return Round(phases, sum(phase.seconds for phase in phases.values()))
 
 
-def _reduce(job: Job, machine: Machine) -> Round:
-    """Reduce and Bcast by the best algorithms there are, nodes first: the server's link carries three parts of four."""
-    link, depth = machine.link, math.ceil(math.log2(job.size))
-    calls = len(list(pieces(job.model + job.tail, 1, job.bucket))), len(list(pieces(job.contents.pull, 1, job.bucket)))
-    share = (job.nodes - 1) / job.nodes
-    copied = job.model * (job.ranks + 1) / machine.memory if job.ranks > 1 else 0.0
+def _root(job: Job, machine: Machine) -> Round:
+    """Reduce and Bcast of the leaders by the best algorithms there are: the server's link carries three parts of four."""
+    link, depth, share = machine.link, math.ceil(math.log2(job.nodes)), (job.nodes - 1) / job.nodes
+    buckets = len(list(pieces(job.model, 1, min(job.bucket, BUCKET))))
+    speed = machine.memory * job.hands / job.ranks if buckets > 1 else _alone(job, machine)
+    calls = buckets + (buckets > 1)  # one bucket takes the tail along
     phases = {
-        "adding up": Phase(memory=job.model * _passes(job.ranks) / machine.memory),
-        "reduce": Phase(network=2 * share * (job.model + job.tail) / link, latency=2 * depth * machine.latency * calls[0]),
+        "adding up": Phase(memory=(job.model * _passes(job.ranks)) / speed),
+        "reduce": Phase(network=2 * share * (job.model + job.tail) / link, latency=2 * depth * machine.latency * calls),
         "step": Phase(step=_step(job, machine)),
-        "bcast": Phase(network=2 * share * job.contents.pull / link, latency=2 * depth * machine.latency * calls[1]),
-        "copies": Phase(memory=copied),
+        "bcast": Phase(network=2 * share * job.contents.pull / link, latency=2 * depth * machine.latency),
     }
     sent = share * (job.model + job.tail + 2 * job.contents.pull)
     return _compared(job, machine, Round(phases, sum(phase.seconds for phase in phases.values()), sent=sent))
 
 
-def _rooms(job: Job, machine: Machine, plan: Schedule) -> Round:
+def _sharded(job: Job, machine: Machine, plan: Schedule) -> Round:
     """Slices between the leaders of several nodes."""
     push, pull = _push(job, machine, plan), _pull(job, machine, plan)
     rounded = job.travels != MODEL

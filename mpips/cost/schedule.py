@@ -1,4 +1,4 @@
-"""Who sends how many bytes to whom in which step, as `mpips.exchange.rooms.Rooms` would.
+"""Who sends how many bytes to whom in which step, as `mpips.exchange.sharded.ShardedRooms` would.
 
 In a step of the push every node sends each other that part of the other's slice that the step is about; in a step of the pull
 it sends all others that part of its own. So a number for each node says all of a step, and nodes with slices of the same
@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 from typing import Literal
 
 from mpips.cost.job import Job
-from mpips.exchange.rooms import length
+from mpips.exchange.sharded import length
 from mpips.plan import steps
 
 Way = Literal["push", "pull"]

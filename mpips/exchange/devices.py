@@ -1,4 +1,4 @@
-"""A room on GPUs: the ranks of a node map each other's messages by CUDA IPC, and combine and step on the device.
+"""Messages on GPUs: the ranks of a node map each other's messages by CUDA IPC, and combine and step on the device.
 
 Each rank's push message lies on its own GPU. The pull message is there once on each GPU, for all ranks that share it; whoever
 has stepped a slice writes it to the other GPUs, too. What ranks say to each other before that, a few numbers, stays in the
@@ -18,95 +18,72 @@ from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 from torch.storage import TypedStorage
 
-from mpips.exchange.room import Contents, Meeting, Room, Work
+from mpips.exchange.board import Board
+from mpips.exchange.room import Contents, Meeting
+from mpips.plan import both
 
 HANDLE = 7  # where among what `reduce_tensor` gives the handle of the memory begins; before it the number of the device
 WORD = 2048  # bytes that a rank tells the others
 
 
-class DeviceRoom(Room):
-    """One rank's place in it.
+class DeviceBoard(Board):
+    """One rank's view.
 
     Args:
-        members, rank, rows, meeting, contents: as of `Room`.
+        rows, place: as of `Board`.
         pulls: the pull message on each device, as bytes.
         places: for each rank, which of the devices it is on.
-        parts: the reports and the answer, on the host.
     """
 
-    def __init__(
-        self,
-        members: Sequence[int],
-        rank: int,
-        rows: Sequence[Tensor],
-        pulls: Sequence[Tensor],
-        places: Sequence[int],
-        parts: Sequence[Tensor],
-        meeting: Meeting,
-        contents: Contents,
-    ) -> None:
-        place = members.index(rank)
-        own, self._places = places[place], places
-        super().__init__(members, rank, rows, [pulls[own], *parts], meeting, contents)
+    staged = True
+
+    def __init__(self, rows: Sequence[Tensor], place: int, pulls: Sequence[Tensor], places: Sequence[int]) -> None:
+        own = places[place]
+        super().__init__(rows, place, pulls[own])
+        self._places, self._others = places, [pull for n, pull in enumerate(pulls) if n != own]
         self._far = [n for n, device in enumerate(places) if device != own]  # ranks on other devices
-        self._first = places.index(own)
-        self._pulls = [pull for n, pull in enumerate(pulls) if n != own]
-        self.fills = self._first == place
+        first = places.index(own)
+        self.combined, self.fills = rows[first], first == place
 
-    @property
-    def combined(self) -> Tensor:
-        """See `Room`; here the first push message on this device."""
-        return self.rows[self._first]
+    def near(self, part: slice) -> Sequence[Tensor]:
+        """See `Board`; on this device."""
+        return [
+            row[part].to(self.row.device, copy=True) if number in self._far else row[part]
+            for number, row in enumerate(self.rows)
+        ]
 
-    def serve(self, buckets: Sequence[Sequence[slice]], behind: slice) -> None:
-        """See `Room`."""
-        super().serve(buckets, behind)
-        self._served = [(place, span) for bucket in buckets for place, span in zip(self._places, bucket, strict=True)]
+    def keep(self, part: slice, total: Tensor) -> None:
+        """See `Board`; here that is the first push message on this device."""
+        if self.combined is not self.rows[0]:
+            self.combined[part].copy_(total)
+
+    def deal(self, buckets: Sequence[Sequence[slice]]) -> None:
+        """See `Board`."""
+        self._served = [(place, span) for bucket in buckets for place, span in zip(self._places, bucket, strict=False)]
 
     def whole(self, part: slice) -> Tensor:
-        """See `Room`; what others serve is fetched from their devices."""
+        """See `Board`; what others serve is fetched from their devices."""
         if not self._far:
             return super().whole(part)
         found = torch.empty_like(self.row[part])
         for place, span in self._served:
-            start, stop = max(part.start, span.start), min(part.stop, span.stop)
-            if start < stop:
-                found[start - part.start : stop - part.start].copy_(self.rows[self._places.index(place)][start:stop])
+            inside = both(part, span)
+            if inside.start < inside.stop:
+                there = self.rows[self._places.index(place)][inside]
+                found[inside.start - part.start : inside.stop - part.start].copy_(there)
         return found
 
-    def _hear(self, out: Tensor) -> None:
-        first, *others = (self._near(number, slice(-len(out), None)) for number in range(len(self.rows)))
-        out.copy_(first)
+    def hear(self, out: Tensor) -> None:
+        """See `Board`."""
+        first, *others = self.near(slice(-len(out), None))
+        total = first.clone()
         for tail in others:
-            out.add_(tail)
+            total.add_(tail)
+        out.copy_(total)
 
-    def _bring(self, span: slice, work: Work) -> None:
-        rows = [self._near(number, span) for number in range(len(self.rows))]
-        work.add(span, rows)
-        work.finish(span, rows[0])
-        if self._first:
-            self.combined[span].copy_(rows[0])
-
-    def _near(self, number: int, part: slice) -> Tensor:
-        """A part of a rank's push message, on this device."""
-        row = self.rows[number][part]
-        return row.to(self.row.device, copy=True) if number in self._far else row
-
-    def publish(self, fill: Callable[[], None], moved: bool = True, whole: bool = False) -> None:
-        """See `Room`."""
-        where, size = self.contents.weights, self.contents.dtype.itemsize
-        for span in self.slices if moved else []:
-            self._copy(slice(where.start + span.start * size, where.start + span.stop * size))
-
-        def everywhere() -> None:
-            fill()
-            for part in [slice(None)] if whole else [slice(0, where.start), slice(where.stop, None)]:
-                self._copy(part)
-
-        super().publish(everywhere, moved)
-
-    def _copy(self, part: slice) -> None:
-        for pull in self._pulls:
+    def spread(self, part: slice) -> None:
+        """See `Board`."""
+        for pull in self._others:
             pull[part].copy_(self.pull[part])
 
 
@@ -139,20 +116,17 @@ def mapped(node: Any, contents: Contents) -> tuple[list[Tensor], list[Tensor], l
 
     None, on all of them, if some cannot map the others' memory: it sees only its own GPU, or its driver does not let it.
     """
-    device, seen = contents.device, [_name(number) for number in range(torch.cuda.device_count())]
-    names = _told(node, seen[torch.zeros(0, device=device).get_device()])
+    names = _names(node, contents.device)
     devices = list(dict.fromkeys(names))
     places = [devices.index(name) for name in names]
-    owner = [places.index(number) for number in range(len(devices))]
-    rows = _opened(node, contents.row, list(range(node.size)), device, names, seen)
-    pulls = _opened(node, contents.pull, owner, device, names, seen)
+    rows = opened(node, contents.device, contents.row, list(range(node.size)))
+    pulls = opened(node, contents.device, contents.pull, [places.index(number) for number in range(len(devices))])
     return (rows, pulls, places) if rows and pulls else None
 
 
-def _opened(
-    node: Any, nbytes: int, owners: list[int], device: torch.device, names: list[bytes], seen: list[bytes]
-) -> list[Tensor]:
-    """Zeros of each of the `owners`, mapped by all ranks; nothing at all, on all of them, if that fails anywhere."""
+def opened(node: Any, device: torch.device, nbytes: int, owners: list[int]) -> list[Tensor]:
+    """Zeros on the devices of each of the `owners`, mapped by all ranks; nothing at all, on all, if that fails anywhere."""
+    seen, names = _seen(), _names(node, device)
     own, handle = None, b""
     if node.rank in owners:
         try:
@@ -162,13 +136,29 @@ def _opened(
         except RuntimeError:  # no room for it, or nothing that can be mapped
             handle = b""
     handles = _told(node, handle if len(handle) <= WORD - 8 else b"")
-    opened: list[Tensor] = []
+    found: list[Tensor] = []
     try:
         for rank in owners:
-            opened.append(own if own is not None and rank == node.rank else _open(handles[rank], seen.index(names[rank])))
+            found.append(own if own is not None and rank == node.rank else _open(handles[rank], seen.index(names[rank])))
     except (RuntimeError, ValueError):  # of a device that is not seen here, or has no handle
-        opened = []
-    return opened if all(_told(node, b"mapped" if opened else b"")) else []
+        found = []
+    return found if all(_told(node, b"mapped" if found else b"")) else []
+
+
+def pin(memory: Tensor) -> None:
+    """Let the device read and write this memory of the host by itself; where it cannot be, copies take longer."""
+    if memory.numel():
+        torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)  # type: ignore[no-untyped-call]
+
+
+def _seen() -> list[bytes]:
+    """The devices that this rank sees, by number."""
+    return [_name(number) for number in range(torch.cuda.device_count())]
+
+
+def _names(node: Any, device: torch.device) -> list[bytes]:
+    """Which device each rank is on."""
+    return _told(node, _seen()[torch.zeros(0, device=device).get_device()])
 
 
 def _name(number: int) -> bytes:

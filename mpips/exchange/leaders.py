@@ -15,6 +15,7 @@ from mpips.exchange.patience import patiently
 from mpips.exchange.room import Op
 from mpips.exchange.rooms import Begin, Finish, Sent
 from mpips.exchange.semaphore import AWAKE, PAUSE
+from mpips.exchange.staging import Staging, memory_of
 
 
 class MpiLeaders:
@@ -23,11 +24,13 @@ class MpiLeaders:
     Args:
         mpi: the module.
         comm: the leaders' communicator, which is in their nodes' order.
+        staging: for what is on a device.
+        bucket: the most bytes of it that are staged at a time.
         beside: whether this rank computes meanwhile, and is to have its core.
     """
 
-    def __init__(self, mpi: Any, comm: Any, beside: bool = False) -> None:
-        self._mpi, self._comm, self._computes = mpi, comm, beside
+    def __init__(self, mpi: Any, comm: Any, staging: Staging, bucket: int, beside: bool = False) -> None:
+        self._mpi, self._comm, self._staging, self._bucket, self._computes = mpi, comm, staging, bucket, beside
         self.node = comm.rank
         self._begun: list[Any] = []
 
@@ -37,14 +40,20 @@ class MpiLeaders:
 
     def merge(self, values: Tensor, op: Op) -> None:
         """See `Leaders`."""
-        how = self._mpi.MIN if op == "min" else self._mpi.SUM
-        given = (self._mpi.IN_PLACE, values.numpy()) if self.node == 0 else (values.numpy(), None)
-        self._comm.Reduce(*given, op=how, root=0)
+        how, first = self._mpi.MIN if op == "min" else self._mpi.SUM, self.node == 0
+        for memory in self._staging.through(self._parts(values), read=True, written=first):
+            given = (self._mpi.IN_PLACE, memory_of(memory)) if first else (memory_of(memory), None)
+            self._comm.Reduce(*given, op=how, root=0)
 
     def tell(self, message: Tensor) -> None:
         """See `Leaders`."""
-        for piece in pieces(message.numel(), 1, LARGEST):
-            self._comm.Bcast(message[piece].numpy(), root=0)
+        first = self.node == 0
+        for memory in self._staging.through(self._parts(message), read=first, written=not first):
+            self._comm.Bcast(memory_of(memory), root=0)
+
+    def _parts(self, message: Tensor) -> list[Tensor]:
+        largest = self._bucket if message.is_cuda else LARGEST
+        return [message[part] for part in pieces(message.numel(), message.element_size(), largest)]
 
     def prepare(self, sent: Sent, taken: Sent) -> Begin:
         """See `Leaders`; to begin so takes a tenth of the time that making requests anew does."""
@@ -72,4 +81,4 @@ class MpiLeaders:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    return tensor.view(torch.uint8).numpy()
+    return memory_of(tensor.view(torch.uint8))

@@ -20,15 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpips.exchange import SERVER, Apply, ExchangeError, devices, pieces
+from mpips.exchange import SERVER, Apply, ExchangeError, devices, pieces, rooms, sharded
+from mpips.exchange.board import Board
 from mpips.exchange.conversation import LARGEST, Conversation
 from mpips.exchange.leaders import MpiLeaders
 from mpips.exchange.node import mapped
 from mpips.exchange.patience import patiently
-from mpips.exchange.room import Contents, Room
-from mpips.exchange.rooms import Rooms, sizes
+from mpips.exchange.room import Contents, Meeting, Room
+from mpips.exchange.rooted import RootRooms
 from mpips.exchange.semaphore import AWAKE
-from mpips.exchange.staging import Staging, finish
+from mpips.exchange.sharded import ShardedRooms
+from mpips.exchange.staging import Staging, finish, memory_of
 from mpips.rule import Needs
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ class MpiExchange:
         self.rank, self.size = comm.rank, comm.size
         self.name = MPI.Get_library_version().splitlines()[0].rstrip("\0").split(",")[0].strip()
         self.traffic: Counter[str] = Counter()
-        self._bucket, self._ranks_per_node = bucket, ranks_per_node
+        self._bucket, self._cuda_aware, self._ranks_per_node = bucket, cuda_aware, ranks_per_node
         self._staging, self._asked, self._answer = (Staging(cuda_aware) for _ in range(3))
         self._rows = torch.empty(0)
         self._conversation = Conversation(MPI, comm)
@@ -126,38 +128,51 @@ class MpiExchange:
         """See `Exchange`."""
         node = self._node()
         nodes = self._nodes(node)
-        room = None
-        if len(nodes) == 1 and contents.device.type == "cuda":
-            room = self._on_devices(node, nodes[0], contents)
-        elif contents.device.type == "cpu" and (len(nodes) == 1 or contents.between):
-            room = self._on_host(node, nodes, contents)
+        room = self._room(node, nodes, contents) if len(nodes) == 1 or contents.between else None
         node.Free()
         return room
 
-    def _on_host(self, node: MPI.Comm, nodes: list[list[int]], contents: Contents) -> Room | None:
-        alone = len(nodes) == 1
-        wanted = contents.sizes(self.size) if alone else sizes(contents, node.size, len(nodes), self._bucket)
+    def _room(self, node: MPI.Comm, nodes: list[list[int]], contents: Contents) -> Room | None:
+        staged = contents.device.type == "cuda"
         awake = 0.0 if contents.overlap else AWAKE  # a thread that yields keeps Python's lock
-        found = mapped(node, wanted, awake)
-        if not all(word[0] for word in self.compare(bytes([found is not None]) + bytes(31))):
+        wanted = self._sizes(node.size, len(nodes), contents, staged)
+        found = mapped(node, [0, 0, *wanted[2:]] if staged else wanted, awake)
+        on_devices = devices.mapped(node, contents) if staged and found else None
+        if not all(word[0] for word in self.compare(bytes([bool(found and (on_devices or not staged))]) + bytes(31))):
             return None
         assert found
-        (rows, *parts), gates = found
-        rows = rows.view(node.size, -1)
-        if alone:
-            return Room(nodes[0], self.rank, list(rows), parts, gates, contents)
+        (rows, pull, *parts), gates = found
+        meeting: Meeting = gates
+        if on_devices:
+            own, pulls, places = on_devices
+            board: Board = devices.DeviceBoard(contents.messages(own), node.rank, pulls, places)
+            meeting = devices.Fenced(gates, partial(finish, board.row))
+            if len(nodes) > 1 and contents.together:
+                parts[-2:] = self._staged(node, contents, parts[-2:])
+        else:
+            board = Board(contents.messages(list(rows.view(node.size, -1))), node.rank, pull)
+        if len(nodes) == 1:
+            return Room(nodes[0], self.rank, board, parts, meeting, contents)
         comm = self.comm.Split(0 if gates.leads else self._mpi.UNDEFINED, self.rank)
-        leaders = MpiLeaders(self._mpi, comm, contents.overlap) if gates.leads else None
-        return Rooms(nodes, self.rank, list(rows), parts, gates, contents, leaders, self._bucket)
+        leaders = MpiLeaders(self._mpi, comm, self._staging, self._bucket, contents.overlap) if gates.leads else None
+        kind = ShardedRooms if contents.together else RootRooms
+        return kind(nodes, self.rank, board, parts, meeting, contents, leaders, self._bucket)
 
-    def _on_devices(self, node: MPI.Comm, ranks: list[int], contents: Contents) -> Room | None:
-        host = mapped(node, contents.sizes(self.size)[2:])
-        found = devices.mapped(node, contents) if host else None
-        if not (host and found):
-            return None
-        parts, gates = host
-        meeting = devices.Fenced(gates, partial(finish, found[0][node.rank]))
-        return devices.DeviceRoom(ranks, self.rank, *found, parts, meeting, contents)
+    def _sizes(self, ranks: int, nodes: int, contents: Contents, staged: bool) -> list[int]:
+        if nodes == 1:
+            return contents.sizes(ranks)
+        whole = sharded.sizes(contents, ranks, nodes, self._bucket, staged)
+        return whole if contents.together else rooms.sizes(contents, ranks)
+
+    def _staged(self, node: MPI.Comm, contents: Contents, parts: list[Tensor]) -> list[Tensor]:
+        """Where a leader sends from and receives what is on GPUs: on its own, if MPI takes device memory, else pinned."""
+        if self._cuda_aware:
+            on_device = [devices.opened(node, contents.device, len(part), [0]) for part in parts]
+            if all(on_device):
+                return [part for (part,) in on_device]
+        for part in parts:
+            devices.pin(part)
+        return parts
 
     def _node(self) -> MPI.Comm:
         """The ranks that share memory with this one, by rank."""
@@ -190,7 +205,7 @@ class MpiExchange:
         parts = [raw[part] for part in pieces(raw.numel(), 1, self._bucket)]
         for memory in self._staging.through(parts, read=serves, written=not serves):
             self._count("publish", memory)
-            self.comm.Bcast(_memory(memory), root=SERVER)
+            self.comm.Bcast(memory_of(memory), root=SERVER)
 
     def collect(self, blob: bytes) -> list[bytes]:
         """See `Exchange`."""
@@ -291,20 +306,20 @@ class MpiExchange:
         for memory in self._staging.through(parts, read=True, written=serves):
             self._count("combine", memory)
             if serves:
-                self.comm.Reduce(self._mpi.IN_PLACE, _memory(memory), root=SERVER)
+                self.comm.Reduce(self._mpi.IN_PLACE, memory_of(memory), root=SERVER)
             else:
-                self.comm.Reduce(_memory(memory), None, root=SERVER)
+                self.comm.Reduce(memory_of(memory), None, root=SERVER)
 
     def _gather(self, message: Tensor, parts: Sequence[slice], apply: Apply) -> None:
         travelling = self._staging.through([message[part] for part in parts], read=True, written=False)
         for part, memory in zip(parts, travelling, strict=True):
             self._count("combine", memory)
             if self.rank != SERVER:
-                self.comm.Gather(_memory(memory), None, root=SERVER)
+                self.comm.Gather(memory_of(memory), None, root=SERVER)
                 continue
             rows = self._room_for(self.size * memory.numel(), memory)
             finish(rows)  # `apply` may still read what came last
-            self.comm.Gather(_memory(memory), _memory(rows), root=SERVER)
+            self.comm.Gather(memory_of(memory), memory_of(rows), root=SERVER)
             apply(part, rows.view(self.size, -1).to(message.device))
 
     def _room_for(self, numel: int, like: Tensor) -> Tensor:
@@ -317,8 +332,3 @@ class MpiExchange:
         calls, nbytes = COUNTERS[call]
         self.traffic[calls] += 1
         self.traffic[nbytes] += piece.nbytes
-
-
-def _memory(tensor: Tensor) -> Any:
-    """What mpi4py takes as a buffer: the array of a host tensor, the device tensor itself."""
-    return tensor if tensor.is_cuda else tensor.numpy()

@@ -16,14 +16,15 @@ Several nodes have a room each: `mpips.exchange.rooms`.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from mpips.exchange.board import Board
 from mpips.flat import ALIGNMENT
 from mpips.plan import piece, pieces
 
@@ -40,10 +41,11 @@ class Contents:
         tail: where its tail begins; the body, left of it, is cut into slices.
         pull: bytes of the pull message.
         weights: where in these the weights are.
+        model: the weights' dtype.
         lines: most numbers that a rank reports.
         answer: numbers in the server's verdict.
         together: whether other ranks than the server's serve slices, too.
-        between: whether ranks of several nodes may do so.
+        between: whether there may be rooms on several nodes, each adding up its own push messages first.
         wire: what weights and gradients travel in between nodes.
         overlap: whether slices travel between nodes before all gradients are there.
         device: where the messages are.
@@ -54,6 +56,7 @@ class Contents:
     tail: int
     pull: int
     weights: slice
+    model: torch.dtype
     lines: int
     answer: int
     together: bool
@@ -65,15 +68,24 @@ class Contents:
     @property
     def gradients(self) -> int:
         """How many elements of a push message are gradients, the first ones: as many as there are weights."""
-        return int(self.weights.stop - self.weights.start) // self.dtype.itemsize
+        return int(self.weights.stop - self.weights.start) // self.model.itemsize
+
+    def bytes_of(self, part: slice) -> slice:
+        """Where in the pull message a slice of the weights is."""
+        start, size = self.weights.start, self.model.itemsize
+        return slice(start + part.start * size, start + part.stop * size)
 
     @property
     def row(self) -> int:
         """Bytes of a push message, such that what lies behind it is aligned, too."""
         return -(-self.numel * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
+    def messages(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Push messages in rows of bytes."""
+        return [row.view(self.dtype)[: self.numel] for row in rows]
+
     def sizes(self, ranks: int) -> list[int]:
-        """The bytes of the parts that every room has, for so many ranks."""
+        """The bytes of the parts that every room has, for so many ranks: push messages, pull message, reports, answer."""
         return [ranks * self.row, self.pull, ranks * self.lines * 8, self.answer * 8]
 
 
@@ -94,7 +106,13 @@ class Meeting(Protocol):
 
 
 class Work(Protocol):
-    """What is done with slices of the push messages."""
+    """What is done with slices of the push messages.
+
+    Attributes:
+        faults: `(lines,)` float64, what is wrong with those that have been added: a number by rank, infinite where nothing is.
+    """
+
+    faults: Tensor
 
     def add(self, part: slice, rows: Sequence[Tensor]) -> None:
         """The room's pushes, times their weights, become one, in the memory of the first.
@@ -111,6 +129,9 @@ class Work(Protocol):
             part: which slice of the body.
             sums: by node, to be left as they are; this room's first row is one of them.
         """
+
+    def say(self, faults: Tensor) -> None:
+        """Write what is wrong on this node into this rank's tail, which is to speak for all of them."""
 
     def finish(self, part: slice, total: Tensor) -> None:
         """The sum becomes the mean; all tails have been heard."""
@@ -129,17 +150,14 @@ class Room:
     Args:
         members: the ranks that share it, in order.
         rank: this one.
-        parts: the memory, as `Contents.sizes` has it.
+        board: their messages.
+        parts: further memory that they share, as `Contents.sizes` has it behind the messages.
         meeting: how they wait for each other.
         contents: what it holds.
 
     Attributes:
-        rows: `(len(members), numel)`, their push messages.
-        row: this rank's.
-        pull: the pull message.
-        weights: `(numel,)`, the model's, in it.
+        weights: `(numel,)`, the model's, in the pull message.
         leads: whether this rank is the server's.
-        fills: whether this rank is the first of its node.
         nodes: the ranks of each node.
         slices: what this rank serves of the weights, one of each bucket.
         spans: what it serves of the push message's body, in pieces.
@@ -153,42 +171,37 @@ class Room:
         self,
         members: Sequence[int],
         rank: int,
-        rows: Sequence[Tensor],
+        board: Board,
         parts: Sequence[Tensor],
         meeting: Meeting,
         contents: Contents,
     ) -> None:
-        self.pull, reports, answer = parts[:3]
-        self.members, self.rank, self.contents = members, rank, contents
+        self.members, self.rank, self.board, self.contents = members, rank, board, contents
         self.nodes = [list(members)]
-        self.rows = [row.view(contents.dtype)[: contents.numel] for row in rows]
-        self._place = members.index(rank)
-        self.row = self.rows[self._place]
+        reports, answer = parts[:2]
         self._reports, self._answer = reports.view(torch.float64).view(len(members), -1), answer.view(torch.float64)
-        self._meeting, self._arrived, self.fills = meeting, False, meeting.leads
+        self._meeting, self._arrived = meeting, False
         self.leads = rank == 0
-        self.weights = self.pull[contents.weights].view(contents.dtype)
-        self._cut: dict[tuple[int, int], Sequence[Tensor]] = {}
-        self._heard: Tensor | None = None
-        self._total: Any = None  # its memory as an array, and those of the tails
-        self._tails: list[Any] = []
+        self.weights = board.pull[contents.weights].view(contents.model)
+        self._masters: list[Tensor] = []
         self.slices: list[slice] = []
         self.spans: list[slice] = []
-        self.together, self.rounded = contents.together, False
+        self.together = contents.together
+        self.rounded = contents.together and contents.model != contents.dtype
         self.each, self.said = contents.numel, torch.empty(0)
 
     @property
     def combined(self) -> Tensor:
-        """Where what is combined lies: the first push message."""
-        return self.rows[0]
-
-    def whole(self, part: slice) -> Tensor:
-        """What is combined, whoever serves it."""
-        return self.combined[part]
+        """Where what is combined lies; see `Board`."""
+        return self.board.combined
 
     def stepped(self, part: slice) -> Tensor:
         """A slice, served by this rank, of the weights that are stepped."""
-        return self.weights[part]
+        if not self.rounded:
+            return self.weights[part]
+        bucket = bisect_right([span.start for span in self.slices], part.start) - 1
+        first = self.slices[bucket].start
+        return self._masters[bucket][part.start - first : part.stop - first]
 
     def serve(self, buckets: Sequence[Sequence[slice]], behind: slice) -> None:
         """Deal out the slices.
@@ -202,6 +215,9 @@ class Room:
         self.spans = [part for span in self.slices for part in pieces(span, piece(self.contents.device))]
         if self.leads and behind.start < behind.stop:
             self.spans.append(behind)
+        if self.rounded:
+            self._masters = [self.weights[span].to(self.contents.dtype, copy=True) for span in self.slices]
+        self.board.deal(buckets)
 
     def meet(self, meanwhile: Callable[[], object] | None = None) -> None:
         """Wait until all of the room are here; see `Meeting`."""
@@ -224,42 +240,19 @@ class Room:
             self._release()
         if not self.spans and not self.leads:
             return
-        self._hear(heard)
+        self.board.hear(heard)
         for span in self.spans:
-            self._bring(span, work)
-
-    def _hear(self, out: Tensor) -> None:
-        """The sum of what lies behind in all rows, as much as `out` is long."""
-        if self._heard is not out:  # always the same
-            self._heard, self._total = out, out.numpy()  # for so few, faster than torch
-            self._tails = [row[-len(out) :].numpy() for row in self.rows]
-        first, second, *others = self._tails if len(self._tails) > 1 else [*self._tails, 0]
-        np.add(first, second, out=self._total)
-        for tail in others:
-            np.add(self._total, tail, out=self._total)
-
-    def _bring(self, span: slice, work: Work) -> None:
-        """One slice of all rows becomes their mean."""
-        rows = self._rows_of(span)
-        work.add(span, rows)
-        work.finish(span, rows[0])
-
-    def _rows_of(self, span: slice) -> Sequence[Tensor]:
-        """Made once: for a small model it takes as long as to add them."""
-        key = span.start, span.stop
-        if key not in self._cut:
-            self._cut[key] = [row[span] for row in self.rows]
-        return self._cut[key]
+            rows = self.board.near(span)
+            work.add(span, rows)
+            work.finish(span, rows[0])
+            self.board.keep(span, rows[0])
 
     def report(self, values: Tensor, op: Op) -> Tensor:
         """Every slice is combined: the least, or the sum, of every rank's numbers, `(lines,)` of float64, at the server."""
         if not self.together:
             return values
-        self._reports[self._place].copy_(values)
+        self._reports[self.board.place].copy_(values)
         self._arrive()
-        return self._reported(op)
-
-    def _reported(self, op: Op) -> Tensor:
         return self._reports.amin(0) if op == "min" else self._reports.sum(0)
 
     def verdict(self, answer: Tensor) -> None:
@@ -279,11 +272,26 @@ class Room:
             moved: whether slices have been stepped.
             whole: whether `fill` writes weights, too.
         """
+        for span in self.slices if moved else []:
+            self._show(span)
         if not self._arrived:
             self._arrive()
         if self.leads:
             fill()
+            for part in [slice(None)] if whole else self._around():
+                self.board.spread(part)
         self._release()
+
+    def _show(self, span: slice) -> None:
+        """What this rank has stepped is the model's from now on."""
+        if self.rounded:
+            self.weights[span].copy_(self.stepped(span))
+        self.board.spread(self.contents.bytes_of(span))
+
+    def _around(self) -> list[slice]:
+        """The pull message but for the weights."""
+        where = self.contents.weights
+        return [slice(0, where.start), slice(where.stop, None)]
 
     def _arrive(self, meanwhile: Callable[[], object] | None = None) -> None:
         self._meeting.arrive(meanwhile)

@@ -16,13 +16,15 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from mpips.exchange import SERVER, Apply, ExchangeError, landing, pieces
-from mpips.exchange.devices import DeviceRoom
+from mpips.exchange import SERVER, Apply, ExchangeError, landing, pieces, rooms, sharded
+from mpips.exchange.board import Board
+from mpips.exchange.devices import DeviceBoard
 from mpips.exchange.mailbox import Letter, Mailbox, raw
 from mpips.exchange.room import Contents, Room
-from mpips.exchange.rooms import Rooms, sizes
+from mpips.exchange.rooted import RootRooms
 from mpips.exchange.schedule import Killed as Killed
 from mpips.exchange.schedule import Schedule
+from mpips.exchange.sharded import ShardedRooms
 from mpips.exchange.simulated_room import Gates, Leaders
 from mpips.rule import Needs
 
@@ -40,6 +42,7 @@ class World(Schedule["SimulatedExchange"]):
         shares: whether the ranks of a node share memory.
         nodes: how many ranks each node has; all are on one, unless that is given.
         devices: for each rank, which device it is on, if they share the memory of devices: each then has a pull message.
+            Ranks of two nodes are on different ones.
     """
 
     def __init__(
@@ -139,31 +142,46 @@ class SimulatedExchange:
 
     def room(self, contents: Contents) -> Room | None:
         """See `Exchange`."""
-        several = len(self.world.nodes) > 1
-        if not self.world.shares or (several and not contents.between):
+        world = self.world
+        several = len(world.nodes) > 1
+        if not world.shares or (several and not contents.between):
             return None
-        ends = list(accumulate(self.world.nodes, initial=0))
-        nodes = [list(range(*ends_of)) for ends_of in pairwise(ends)]
+        nodes = [list(range(*ends)) for ends in pairwise(accumulate(world.nodes, initial=0))]
         node = next(n for n, ranks in enumerate(nodes) if self.rank in ranks)
 
-        def made(given: dict[int, object]) -> list[list[Tensor]]:
-            wanted = [sizes(contents, len(ranks), len(nodes), self.world.bucket) for ranks in nodes] if several else []
-            wanted = wanted or [contents.sizes(self.size)]
-            return [[torch.zeros(n, dtype=torch.uint8) for n in room] for room in wanted]
+        def wanted(ranks: int) -> list[int]:
+            if several and contents.together:
+                return sharded.sizes(contents, ranks, len(nodes), world.bucket, bool(world.devices))
+            return rooms.sizes(contents, ranks) if several else contents.sizes(ranks)
 
-        rooms = self._meet("room", f"room({contents})", None, made, 0)
-        assert isinstance(rooms, list)
-        gates = Gates(self.world, node, nodes[node], self.rank)
-        rows, pull, *parts = rooms[node]
-        each = list(rows.view(len(nodes[node]), -1))
-        if self.world.devices:
-            pulls = self._meet("pulls", "pulls", None, lambda _: [pull.clone() for _ in set(self.world.devices)], 0)
-            assert isinstance(pulls, list)
-            return DeviceRoom(nodes[0], self.rank, each, pulls, self.world.devices, parts, gates, contents)
+        def made(given: dict[int, object]) -> list[list[Tensor]]:
+            return [[torch.zeros(n, dtype=torch.uint8) for n in wanted(len(ranks))] for ranks in nodes]
+
+        found = self._meet("room", f"room({contents})", None, made, 0)
+        assert isinstance(found, list)
+        rows, pull, *parts = found[node]
+        members, gates = nodes[node], Gates(world, node, nodes[node], self.rank)
+        board = self._board(contents.messages(list(rows.view(len(members), -1))), pull, members)
         if not several:
-            return Room(nodes[0], self.rank, each, [pull, *parts], gates, contents)
-        leaders = Leaders(self.world, [ranks[0] for ranks in nodes], node) if gates.leads else None
-        return Rooms(nodes, self.rank, each, [pull, *parts], gates, contents, leaders, self.world.bucket)
+            return Room(members, self.rank, board, parts, gates, contents)
+        leaders = Leaders(world, [ranks[0] for ranks in nodes], node) if gates.leads else None
+        kind = ShardedRooms if contents.together else RootRooms
+        return kind(nodes, self.rank, board, parts, gates, contents, leaders, world.bucket)
+
+    def _board(self, rows: Sequence[Tensor], pull: Tensor, members: Sequence[int]) -> Board:
+        """On devices there is a pull message on each of a node's."""
+        place = members.index(self.rank)
+        if not self.world.devices:
+            return Board(rows, place, pull)
+
+        def made(given: dict[int, object]) -> dict[int, Tensor]:
+            return {device: pull.clone() for device in self.world.devices}
+
+        pulls = self._meet("pulls", "pulls", None, made, 0)
+        assert isinstance(pulls, dict)
+        devices = [self.world.devices[rank] for rank in members]
+        own = list(dict.fromkeys(devices))
+        return DeviceBoard(rows, place, [pulls[device] for device in own], [own.index(device) for device in devices])
 
     def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
         """See `Exchange`."""

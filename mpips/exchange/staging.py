@@ -10,7 +10,7 @@ keeps their order; an event behind each says when its buffer may be used. So whi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -148,6 +148,11 @@ def finish(tensor: Tensor) -> None:
     """Wait until the device, if it is on one, has done all that this thread has given it to do."""
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
+
+
+def memory_of(tensor: Tensor) -> Any:
+    """What mpi4py takes as a buffer: the array of a host tensor, the device tensor itself."""
+    return tensor if tensor.is_cuda else tensor.numpy()
 
 
 def _at_once() -> None:

@@ -51,6 +51,7 @@ class Push:
         second: a further view of the gradients' length; None where the mode has none.
         rows: `(size, columns)` view, one row per rank.
         heard: where the sum of the tails arrives: `limbs`, `presence` and `rows`; the message itself, unless others read it.
+        shared: whether others read it where it is: of weight 0, its gradients may be anything.
         raw: whether the gradients are not multiplied by their weight; they are where they are combined.
         span: the elements of the flat buffer that it is about.
         clients: contributions of this rank's to be sent one by one, beside the message, whose body is then zero (`lanes.py`).
@@ -71,7 +72,7 @@ class Push:
         ]
         self.span = slice(0, flat.numel)
         self.clients: list[Contribution] = []
-        self.raw = False
+        self.shared = self.raw = False
         self._lay_out(allocate(sum(lengths), dtype, flat.device), lengths)
 
     def _lay_out(self, room: Tensor, lengths: list[int]) -> None:
@@ -84,11 +85,15 @@ class Push:
         self.behind = self.message[lengths[0] :]
         self.heard: Push | Heard = self
 
-    def move(self, room: Tensor) -> None:
+    def move(self, room: Tensor, raw: bool) -> None:
         """From now on the message lies in `room`, where other ranks see it."""
         self._lay_out(room, self.lengths)
         self.heard = Heard(torch.zeros_like(room[self.tail_at :]), self.lengths[3:], len(self.columns))
-        self.raw = True
+        self.shared, self.raw = True, raw
+
+    def forget(self) -> None:
+        """There is no contribution; gradients that nobody would read stay where they are."""
+        (self.behind if self.shared else self.message).zero_()
 
     def fill(self) -> None:
         """Take what is to be sent from the whole message: it is this."""
@@ -155,15 +160,22 @@ class Fragment(Push):
 
     def __init__(self, whole: Push, slots: slice, span: slice, room: Tensor) -> None:
         self.whole, self.slots, self.span, self.columns = whole, slots, span, whole.columns
-        self.clients, self.raw = whole.clients, False
+        self.clients, self.shared, self.raw = whole.clients, False, False
         self._lay_out(room, [span.stop - span.start, *whole.lengths[1:]])
 
     def fill(self) -> None:
         """See `Push`; the other parameters count as absent, so the server passes over them."""
         self.gradients.copy_(self.whole.gradients[self.span])
         self.message[self.lengths[0] :].copy_(self.whole.message[self.whole.lengths[0] :])
-        self.presence[: self.slots.start].zero_()
-        self.presence[self.slots.stop :].zero_()
+        self._confine(self.presence)
+
+    def confine(self) -> None:
+        """The other parameters count as absent in the whole message, too, which is to be read where it is."""
+        self._confine(self.whole.presence)
+
+    def _confine(self, presence: Tensor) -> None:
+        presence[: self.slots.start].zero_()
+        presence[self.slots.stop :].zero_()
 
     def spill(self) -> None:
         """See `Push`."""

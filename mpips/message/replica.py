@@ -23,11 +23,14 @@ class Replica:
     """This rank's copy of the model, laid out flat inside the two messages.
 
     Attributes:
-        flat: the model's parameters; their data are views of `pull`, their gradients of `push` where the dtypes agree.
+        flat: the model's parameters; their data are views of `pull`, unless `apart`, and their gradients of `push` where the
+            dtypes agree.
         buffers: the model's buffers.
         push, pull: the messages.
         fragments: what of the push message travels, one in a round, in turn: all of it, unless it has been cut.
         wire_is_grad: whether gradients accumulate directly in the push message.
+        apart: whether the model's weights are this rank's own and not those in the pull message.
+        active: what of the flat buffer the round is about, where ranks share memory and it is not all of it.
     """
 
     def __init__(
@@ -39,21 +42,30 @@ class Replica:
         self.pull = Pull(flat, buffers, allocate, vectors)
         flat.attach_weights(self.pull.weights)
         self.wire_is_grad = self.push.message.dtype == flat.dtype
+        self.apart = False
+        self.active: slice | None = None
         flat.attach_grad(self.push.gradients if self.wire_is_grad else flat.room())
 
-    def move(self, push: Tensor, pull: Tensor, fill: bool) -> None:
+    def move(self, push: Tensor, pull: Tensor, fill: bool, apart: bool, raw: bool) -> None:
         """From now on the messages lie in memory that ranks share: `push` is this rank's, `pull` everybody's.
 
         Args:
             fill: whether this rank is to fill the pull message with its own; the others' are the same.
+            apart: whether the model keeps weights of its own.
+            raw: whether gradients are multiplied by their weights only where they are combined.
         """
         old = self.pull.message
-        self.push.move(push)
+        self.push.move(push, raw)
         self.pull.lay_out(pull)
         if fill:
             pull.copy_(old)
-        self.flat.rehang_weights(self.pull.weights)
-        self.flat.attach_grad(self.push.gradients)
+        self.apart = apart
+        if apart:
+            self.flat.attach_weights(self.flat.room())
+        else:
+            self.flat.rehang_weights(self.pull.weights)
+        if self.wire_is_grad:
+            self.flat.attach_grad(self.push.gradients)
 
     def cut(self, count: int, allocate: Allocate) -> None:
         """Let so many fragments take turns: whole parameters, neighbours, each cut where it is nearest to equal shares.
@@ -76,7 +88,12 @@ class Replica:
 
     def push_for(self, round: float) -> Push:
         """What travels to the server in this round, filled from `push`; the server spills back what came of it."""
+        self.active = None
         push = self.fragments[int(round) % len(self.fragments)]
+        if self.push.shared and isinstance(push, Fragment):
+            push.confine()
+            self.active = push.span
+            return self.push
         push.fill()
         return push
 

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpips.combine import WEIGHT, prepare
+from mpips.combine import BAD, WEIGHT, prepare
 from mpips.config import Config
 from mpips.exchange import Exchange
 from mpips.exchange.room import Room
-from mpips.exchange.rooms import Rooms
+from mpips.exchange.sharded import ShardedRooms
 from mpips.message import Replica
-from mpips.optimizer import Average, FlatOptimizer
+from mpips.optimizer import FlatOptimizer
 from mpips.pieces import Pieces
+from mpips.plan import both
 from mpips.ready import Ready
 from mpips.rule import Rule
 
@@ -34,6 +35,9 @@ class Slices:
         optimizer: steps this rank's slices; None where it serves none.
         config: the settings.
         exchange: this rank's end.
+
+    Attributes:
+        faults: see `Work`; the index of the first tensor of each rank's that is not finite.
     """
 
     def __init__(
@@ -41,7 +45,7 @@ class Slices:
         room: Room,
         replica: Replica,
         rule: Rule,
-        optimizer: Pieces | FlatOptimizer | Average | None,
+        optimizer: Pieces | FlatOptimizer | None,
         config: Config,
         exchange: Exchange,
     ) -> None:
@@ -52,11 +56,15 @@ class Slices:
         self._factors: list[float] = []
         self._whole: float | None = None
         self._exchange = exchange
-        self.ready = Ready(room.push_steps, replica.flat.slots) if isinstance(room, Rooms) and config.overlap else None
+        self.ready: Ready | None = None
+        if isinstance(room, ShardedRooms) and config.overlap:
+            self.ready = Ready(room.push_steps, replica.flat.slots)
+        self._watches = len(room.nodes) > 1 and not room.together  # whether it alone sees the sum over all nodes
         self._begun: tuple[float, Callable[[], None]] | None = None
         self._moved = False
+        self._active: slice | None = None  # what of the body a round is about, if that is not all of it
         self._faulty = False
-        self._faults = torch.full((room.contents.lines,), math.inf, dtype=torch.float64)
+        self.faults = torch.full((room.contents.lines,), math.inf, dtype=torch.float64)
         own = optimizer.settings() if isinstance(optimizer, Pieces) else []
         self._verdict = torch.zeros(SETTINGS + len(own), dtype=torch.float64)
 
@@ -113,8 +121,9 @@ class Slices:
 
     def _combine(self, weight: float, ready: Ready | None) -> None:
         self._weights = self._whole = None
+        self._active = self.replica.active
         if self._faulty:
-            self._faults.fill_(math.inf)
+            self.faults.fill_(math.inf)
         self._faulty = False
         if type(self._rule).prepare is not Rule.prepare:
             prepare(self.room.rank, self._push, self._rule)
@@ -122,12 +131,14 @@ class Slices:
 
     def add(self, part: slice, rows: Sequence[Tensor]) -> None:
         """The sum of one slice over this room's ranks."""
+        if self._idle(part):
+            return
         if self._weights is None:
             self._weigh()
         assert self._weights is not None
         behind = self._behind(part)  # multiplied already
         factors = [float(weight > 0) for weight in self._weights] if behind else self._factors
-        out = _sum(rows, factors, self.config.deterministic)
+        out = _sum(rows, factors)
         if not behind and not _finite(out):
             guilty = [k for k in range(1, len(rows)) if factors[k] and not rows[k].isfinite().all()]
             for k in guilty or [0]:  # the first row holds the sum by now
@@ -144,12 +155,39 @@ class Slices:
 
     def finish(self, part: slice, total: Tensor) -> None:
         """The mean of one slice: its sum divided by that of the weights."""
+        if self._idle(part):
+            return
+        if self._watches and not self._behind(part) and not _finite(total):
+            self._judge(part, total)
         whole = self._whole
         if whole is None or self._behind(part):
-            whole = sum(row[WEIGHT] for row in self._push.heard.table())
+            whole = self._total()
             self._whole = whole if self._whole is None else self._whole
         if whole not in (0, 1):
             total.div_(whole)
+
+    def say(self, faults: Tensor) -> None:
+        """Which ranks of this room are to blame, in their rows of this rank's tail, which is the sum of theirs."""
+        for rank, slot in enumerate(faults.tolist()):
+            if slot < math.inf:
+                self._push.rows[rank, BAD] = 1 + slot
+
+    def _total(self) -> float:
+        """The sum of all weights, as the mean by messages adds them up: they may be no whole numbers."""
+        return float(self._push.heard.rows[not self.config.server_trains :, WEIGHT].sum())
+
+    def _judge(self, part: slice, total: Tensor) -> None:
+        """The sum over all rooms is not finite: to blame is whom a room has named, or nobody alone."""
+        named = [(rank, row[BAD]) for rank, row in enumerate(self._push.heard.table()) if row[BAD] and row[WEIGHT]]
+        for rank, bad in named:
+            self._faulty, self.faults[rank] = True, bad - 1
+        if not named:
+            self._blame(0, part, total)
+
+    def _idle(self, part: slice) -> bool:
+        """Whether the round is not about this part."""
+        inside = both(part, self._active) if self._active and not self._behind(part) else part
+        return bool(inside.start >= inside.stop and part.start < part.stop)
 
     def _behind(self, part: slice) -> bool:
         """Whether it is no gradient but BatchNorm's statistics."""
@@ -159,10 +197,10 @@ class Slices:
         """Of equal weights, where all are known, only who has one matters."""
         several = len(self.room.nodes) > 1
         self._weights = weights = self.room.said.tolist() if several else [row[WEIGHT] for row in self._push.heard.table()]
-        self._factors = weights
-        if not several and not self.config.deterministic and len({weight for weight in weights if weight}) == 1:
-            self._factors = [float(weight > 0) for weight in weights]
-        self._whole = None if several else sum(self._factors)
+        alike = self._push.raw and not several and len({weight for weight in weights if weight}) == 1
+        counts = alike or not self._push.raw  # multiplied already
+        self._factors = [float(weight > 0) for weight in weights] if counts else weights
+        self._whole = sum(self._factors) if alike else None
 
     def _blame(self, rank: int, part: slice, values: Tensor) -> None:
         """What a rank has in this slice is not finite: note in which tensor, unless it is large and no more."""
@@ -171,13 +209,13 @@ class Slices:
         if len(bad):
             at = part.start + int(bad[0])
             slot = max(i for i, s in enumerate(self.replica.flat.slots) if s.offset <= at)
-            self._faults[rank] = min(float(self._faults[rank]), slot)
+            self.faults[rank] = min(float(self.faults[rank]), slot)
 
-    def faults(self) -> dict[int, int]:
+    def guilty(self) -> dict[int, int]:
         """At the server: which ranks' contributions are not finite, with the index of a tensor."""
         if not self.room.together and not self._faulty:
             return {}
-        found = self.room.report(self._faults, "min")
+        found = self.room.report(self.faults, "min")
         return {rank: int(slot) for rank, slot in enumerate(found.tolist()) if slot < math.inf}
 
     def step(self, present: Sequence[float], clip: float | None, scale: float = 1.0) -> None:
@@ -209,7 +247,7 @@ class Slices:
         """On the other ranks: do as the server judges."""
         if not isinstance(self._optimizer, Pieces):
             return
-        self.room.report(self._faults, "min")
+        self.room.report(self.faults, "min")
         self.room.verdict(self._verdict)
         if not self._verdict[TAKE]:
             return
@@ -227,14 +265,14 @@ class Slices:
 
         If there are several nodes, which have parts of a tensor, it is the squares of the norms of these parts.
         """
-        norms = torch.zeros_like(self._faults)
+        norms = torch.zeros_like(self.faults)
         for n, slot in enumerate(self.replica.flat.slots):
             for span in self.room.spans if present[n] else []:
                 start, stop = max(span.start, slot.offset), min(span.stop, slot.offset + slot.numel)
                 if len(self.room.nodes) > 1 and start < stop:
                     norms[n] += torch.linalg.vector_norm(self.room.combined[start:stop], dtype=torch.float64) ** 2
                 elif len(self.room.nodes) == 1 and span.start <= slot.offset + slot.numel // 2 < span.stop:
-                    norms[n] = _norm(slot.shaped(self.room.whole(slot.span)))
+                    norms[n] = _norm(slot.shaped(self.room.board.whole(slot.span)))
         return norms
 
     def _norms(self, measured: list[float]) -> list[float]:
@@ -285,13 +323,12 @@ class Slices:
         raise RuntimeError("a checkpoint is put back before the first round")
 
 
-def _sum(rows: Sequence[Tensor], factors: Sequence[float], exact: bool) -> Tensor:
+def _sum(rows: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
     """The sum of the rows times their factors, in their order, in the memory of the first.
 
     Args:
         rows: of factor 0 may hold anything.
         factors: of each.
-        exact: round each product before it is added, as when every rank multiplies its own.
     """
     out, begun = rows[0], False
     for row, factor in zip(rows, factors, strict=True):
@@ -303,8 +340,6 @@ def _sum(rows: Sequence[Tensor], factors: Sequence[float], exact: bool) -> Tenso
                 torch.mul(row, factor, out=out)
             elif row is not out:
                 out.copy_(row)
-        elif exact and factor != 1:
-            out.add_(row * factor)
         else:
             out.add_(row, alpha=factor)
     return out if begun else out.zero_()

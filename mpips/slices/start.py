@@ -11,18 +11,25 @@ from mpips.config import Config
 from mpips.exchange import Exchange
 from mpips.exchange.room import Contents, Room
 from mpips.message import Replica
-from mpips.optimizer import Average, FlatOptimizer
+from mpips.optimizer import FlatOptimizer
 from mpips.pieces import Cut, Pieces, where
 from mpips.plan import SMALL, buckets
 from mpips.rule import Mean, Rule
 from mpips.rule.mean import NormClip
 from mpips.slices.slices import SETTINGS, Slices
+from mpips.update import Gradient
 
 KINDS = ["", "cpu", "cuda"]  # of memory that ranks can share
 
 
 def settle(
-    exchange: Exchange, replica: Replica, config: Config, rule: Rule, optimizer: FlatOptimizer | Average | None, gradients: bool
+    exchange: Exchange,
+    replica: Replica,
+    config: Config,
+    rule: Rule,
+    optimizer: FlatOptimizer | None,
+    update: type[Gradient] | None,
+    trains: bool,
 ) -> Slices | None:
     """Move the messages into memory that the ranks share, if they do, and deal out the slices; all ranks call this.
 
@@ -31,39 +38,41 @@ def settle(
         replica: has the server's weights on every rank.
         config: the settings.
         rule: combines.
-        optimizer: the script's, on this rank; None if it was given none.
-        gradients: whether workers push gradients, in rounds, with the model at the server's weights all the time.
+        optimizer: what the server steps with, on this rank; None if it was given none.
+        update: what workers push; None where that is not for slices of one sum.
+        trains: whether there is a worker on this rank.
 
     Returns:
         None where MPI is to carry the messages.
     """
-    if exchange.size == 1 or not (gradients and config.shared_memory):
+    if exchange.size == 1 or update is None or not config.shared_memory:
         return None
-    cut = _agreed(exchange, replica, type(rule) in (Mean, NormClip) and _shareable(replica), optimizer)
+    cut = _agreed(exchange, replica, type(rule) in (Mean, NormClip) and _shareable(replica, update), optimizer)
     if cut is None:
         return None
-    settings = len(Pieces.settings_of(optimizer.torch)) if cut and isinstance(optimizer, FlatOptimizer) else 0
+    settings = len(Pieces.settings_of(optimizer.torch)) if cut and optimizer else 0
     contents = _contents(exchange.size, replica, config, cut, SETTINGS + settings)
     room = exchange.room(contents)
     if room is None:
         return None
-    replica.move(room.row, room.pull, fill=room.fills)
-    if isinstance(optimizer, FlatOptimizer):
+    raw = update.raw and not config.deterministic  # a rank's own product is rounded before it is added
+    replica.move(room.board.row, room.board.pull, fill=room.board.fills, apart=update.apart and trains, raw=raw)
+    if optimizer:
         optimizer.rebind()  # nothing is to hold the messages' former memory
     room.meet()
     deal(room, replica, cut)
-    if not room.together:
+    if not room.together and not (update.apart and replica.wire_is_grad):
         return Slices(room, replica, rule, optimizer if room.leads else None, config, exchange)
-    assert isinstance(optimizer, FlatOptimizer)
+    assert optimizer
     part = Pieces(optimizer, room.slices, room.combined[: replica.flat.numel], room.stepped, room.rounded)
     part.spread(exchange, room.leads)
-    return Slices(room, replica, rule, part, config, exchange)
+    return Slices(room, replica, rule, part if room.together or room.leads else None, config, exchange)
 
 
-def _agreed(exchange: Exchange, replica: Replica, shares: bool, optimizer: FlatOptimizer | Average | None) -> Cut | None:
+def _agreed(exchange: Exchange, replica: Replica, shares: bool, optimizer: FlatOptimizer | None) -> Cut | None:
     """Where all ranks may cut the optimizer's parameters; None if some rank does not share memory, or not of that kind."""
-    cut = where(optimizer.torch) if isinstance(optimizer, FlatOptimizer) else Cut.NOWHERE
-    kind = type(optimizer.torch).__qualname__ if isinstance(optimizer, FlatOptimizer) else ""
+    cut = where(optimizer.torch) if optimizer else Cut.NOWHERE
+    kind = type(optimizer.torch).__qualname__ if optimizer else ""
     memory = KINDS.index(replica.flat.device.type) if shares else 0
     said = exchange.compare(bytes([memory, cut]) + hashlib.sha256(kind.encode()).digest()[:30])
     if not memory or any(word[0] != memory for word in said):
@@ -76,18 +85,19 @@ def _contents(ranks: int, replica: Replica, config: Config, cut: Cut, answer: in
     push, flat = replica.push.message, replica.flat
     large = flat.numel * flat.weights.element_size() > SMALL
     sharded = cut > Cut.NOWHERE and (config.plan == "sharded" or (config.plan == "auto" and large))
-    rounded = config.wire == "bfloat16" and push.dtype == torch.float32
+    encoded = sharded and config.wire == "bfloat16" and push.dtype == torch.float32
     return Contents(
         numel=push.numel(),
         dtype=push.dtype,
         tail=replica.push.tail_at,
         pull=replica.pull.message.numel(),
         weights=replica.pull.place,
+        model=flat.dtype,
         lines=max(ranks, len(flat.slots)),  # a number for each rank, or for each tensor
         answer=answer,
         together=sharded,
-        between=sharded and not config.deterministic,  # across nodes a node's pushes are added first
-        wire=torch.bfloat16 if rounded else push.dtype,
+        between=not config.deterministic and len(replica.fragments) == 1,  # a fragment alone is to travel
+        wire=torch.bfloat16 if encoded else push.dtype,
         overlap=config.overlap,
         device=flat.device,
     )
@@ -102,10 +112,10 @@ def deal(room: Room, replica: Replica, cut: Cut) -> None:
     room.serve(dealt, slice(numel, replica.push.tail_at))
 
 
-def _shareable(replica: Replica) -> bool:
+def _shareable(replica: Replica, update: type[Gradient]) -> bool:
     """Whether the weights may be shared: nothing but the server's step changes them, and memory like theirs can be."""
-    renormalise = any(getattr(m, "max_norm", None) is not None for m in replica.flat.model.modules() if _embeds(m))
-    return replica.flat.device.type in KINDS and replica.wire_is_grad and not renormalise
+    renormalises = any(getattr(m, "max_norm", None) is not None for m in replica.flat.model.modules() if _embeds(m))
+    return replica.flat.device.type in KINDS and (update.apart or not renormalises)
 
 
 def _embeds(module: nn.Module) -> bool:

@@ -1,0 +1,109 @@
+"""Modes with local steps, and models of 16 bits, in shared memory: weights and checkpoints are those of a run by messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import test_slices
+import torch
+from programs import OPTIMIZERS, data, mlp, sha, train
+from test_resume import assert_same
+from test_slices import ELEMENTWISE, WORLDS, assert_alike, odd, sharing, tree_of
+from torch import optim
+
+from mpips.exchange import Exchange
+from mpips.exchange.simulated import World
+
+small_pieces = test_slices.small_pieces
+PLANS = pytest.mark.parametrize("chosen", ["root", "sharded"])
+LOCAL: dict[str, dict[str, Any]] = {
+    "local_sgd": {"local": {"steps": 2}},
+    "local_sgd after": {"mode": "local_sgd", "local": {"steps": 3, "after": 1}},
+    "local_sgd momentum": {"mode": "local_sgd", "local": {"steps": 2}, "outer": {"momentum": 0.5}},
+    "slowmo": {"local": {"steps": 2}},
+    "diloco": {"local": {"steps": 2}},
+    "streaming": {"mode": "diloco", "local": {"steps": 4, "fragments": 2, "delay": 1, "mix": 0.5}},
+    "streaming whole": {"mode": "diloco", "local": {"steps": 2, "delay": 1}},
+    "fedavg": {},
+    "fedprox": {"clients": {"mu": 0.1}},
+    "fednova": {},
+    "qfedavg": {"clients": {"q": 1.0}},
+    "scaffold": {},
+    "fedavgm": {},
+    "fedadam": {},
+    "normclip": {"mode": "diloco", "local": {"steps": 2}, "rule": "normclip", "robust": {"radius": 0.01}},
+}
+
+
+@PLANS
+@pytest.mark.parametrize("trains", [False, True], ids=["dedicated", "rank 0 trains"])
+@pytest.mark.parametrize("name", LOCAL)
+def test_modes_with_local_steps_have_the_bits_of_a_run_by_messages(name: str, trains: bool, chosen: str) -> None:
+    settings = {"mode": name, "deterministic": True, "server_trains": trains, **LOCAL[name]}
+    make = ELEMENTWISE["sgd" if settings["mode"] == "scaffold" else "momentum"]
+    if settings["mode"] == "scaffold":  # one rate for all
+        make = lambda model: optim.SGD(model.parameters(), lr=0.05)  # noqa: E731
+    expected, tree = odd(World(3), make, torch.float32, (False, False), rounds=7, **settings)
+    ours, own = odd(
+        sharing(3, len(name)),
+        make,
+        torch.float32,
+        (True, chosen == "sharded"),
+        rounds=7,
+        plan=chosen,
+        run_dir=chosen,
+        **settings,
+    )
+    assert_alike(ours, expected)
+    assert_same(own, tree)
+
+
+SIXTEEN = [
+    ("momentum", torch.bfloat16, {}),
+    ("adam", torch.bfloat16, {"clip": 0.05, "server_trains": True}),
+    ("adam fused", torch.float16, {"loss_scale": 8.0}),
+    ("momentum", torch.bfloat16, {"mode": "local_sgd", "local": {"steps": 2}}),
+    ("momentum", torch.bfloat16, {"mode": "diloco", "local": {"steps": 2}, "server_trains": True}),
+    ("momentum", torch.bfloat16, {"mode": "fedavg"}),
+]
+
+
+@PLANS
+@pytest.mark.parametrize(("name", "dtype", "settings"), SIXTEEN)
+def test_models_of_16_bits_have_the_bits_of_a_run_by_messages(
+    name: str, dtype: torch.dtype, settings: dict[str, Any], chosen: str
+) -> None:
+    given = {"deterministic": True, **settings}
+    expected, tree = odd(World(3), ELEMENTWISE[name], dtype, (False, False), **given)
+    assert all(tensor.isfinite().all() for tensor in expected[0])
+    shared = (True, chosen == "sharded")
+    ours, own = odd(sharing(3, 1), ELEMENTWISE[name], dtype, shared, plan=chosen, run_dir=chosen, **given)
+    assert_alike(ours, expected)
+    assert_same(own, tree)
+    assert tree["masters"].keys() == tree["parameters"].keys() - {"again.weight"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("mpi", "sharded"), ("sharded", "mpi"), ("sharded", "root"), ("root", "sharded")]
+)
+def test_a_model_of_16_bits_resumes_under_another_plan(before: str, after: str) -> None:
+    """With its masters: what rounding to 16 bits has left over is not lost."""
+
+    def run(kind: str, epochs: int, **settings: Any) -> list[str]:
+        world, own = WORLDS[kind]()
+
+        def program(exchange: Exchange) -> str:
+            net = mlp().bfloat16()
+            given = data(47, torch.bfloat16)
+            train(exchange, net, OPTIMIZERS["adam"](net.parameters()), given, 5, epochs, deterministic=True, **own, **settings)
+            return sha(net.float())
+
+        return world.run(program)
+
+    expected = run("mpi", 3, run_dir="whole")
+    run(before, 1, run_dir="cut")
+    assert run(after, 3, run_dir="cut", resume="auto") == expected
+    one, other = tree_of("whole"), tree_of("cut")
+    assert_same(other["masters"], one["masters"])
+    assert any((m != m.bfloat16()).any() for m in one["masters"].values()), "there is something to lose"

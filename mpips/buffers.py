@@ -50,6 +50,8 @@ class Buffers:
 
     def write(self, floats: Tensor, limbs: Tensor, weight: float, first: bool) -> None:
         """A worker's buffers into its push message: floats times `weight`, integers from the first worker alone."""
+        if not self.names:
+            return
         named = self.named
         for slot in self._slots:
             view = slot.view(floats)  # multiplied in the wire's dtype: fp16 would overflow
@@ -60,6 +62,8 @@ class Buffers:
 
     def combine(self, floats: Tensor, limbs: Tensor, pull: list[Tensor]) -> None:
         """The combined push message into the pull message's buffers."""
+        if not self.names:
+            return
         targets = dict(zip(self.names, pull, strict=True))
         for slot in self._slots:
             targets[slot.name].copy_(slot.view(floats))
@@ -71,6 +75,8 @@ class Buffers:
 
     def load(self, tensors: list[Tensor]) -> None:
         """Travelling buffers into the model."""
+        if not self.names:
+            return
         for buffer, tensor in zip(self.tensors, tensors, strict=True):
             buffer.copy_(tensor)
 

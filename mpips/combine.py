@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from mpips.exchange import Apply
-from mpips.message import COLUMNS, Push
+from mpips.message import BAD, SAMPLES, WEIGHT, Push
 from mpips.rule import Mean, Needs, Rule, RuleError, strips
 
-SAMPLES, WEIGHT, BAD = (COLUMNS.index(name) for name in ("samples", "weight", "bad"))
 HUGE = 1e300  # a larger square is as good as infinite: sums of a few of them would be
 
 

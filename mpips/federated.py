@@ -98,7 +98,7 @@ class FedAvg(Local):
         if bad is not None:
             self._leave_out(bad)
         elif self._taken:  # else it had no data
-            self.replica.push.behind.zero_()
+            self.replica.push.clear_behind()
             weight, steps = self.compose(self._size)
             self.go_back()
             self._weight += weight

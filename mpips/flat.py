@@ -109,8 +109,10 @@ class Flat:
         self.slots, self.numel = lay_out(named)
         first = self.parameters[0]
         self.dtype, self.device = first.dtype, first.device
-        self._touched: set[nn.Parameter] = set()
+        self._touched: set[int] = set()
         self._number = {p: n for n, p in enumerate(self.parameters)}
+        self._views: list[Tensor] = []
+        self._places: list[tuple[int, nn.Parameter, int]] = []  # each parameter's number, and where it is to be
         self.watch: Callable[[int], None] | None = None
         self._checked = False
         for p in self.parameters:
@@ -129,18 +131,22 @@ class Flat:
             view = slot.view(flat)
             view.copy_(p.data)
             p.data = view  # one by one, so that the old ones go
-        self.weights = flat
+        self._hold(flat)
 
     def rehang_weights(self, flat: Tensor) -> None:
         """The weights are in `flat` already: let the parameters become its views."""
         for slot, p in zip(self.slots, self.parameters, strict=True):
             p.data = slot.view(flat)
+        self._hold(flat)
+
+    def _hold(self, flat: Tensor) -> None:
         self.weights = flat
+        self._places = [(n, p, p.data_ptr()) for n, p in enumerate(self.parameters) if p.numel()]
 
     def attach_grad(self, flat: Tensor, keep: bool = False) -> None:
         """Let gradients accumulate in `flat` (`(numel,)`, the model's dtype); `keep` those that there are."""
         self.grad = flat
-        self._views = {p: slot.view(flat) for slot, p in zip(self.slots, self.parameters, strict=True)}
+        self._views = [slot.view(flat) for slot in self.slots]
         if not keep:  # a gradient is known by being the very same object
             self.clear()
 
@@ -152,15 +158,16 @@ class Flat:
 
     def _accumulated(self, p: nn.Parameter) -> None:
         """Autograd has accumulated into `p.grad`, a tensor of its own where there was none: it is still in the cache."""
-        view = self._views[p]
+        number = self._number[p]
+        view = self._views[number]
         if p.grad is not view:
             assert p.grad is not None
             if not _same_memory(p.grad, view):
                 view.copy_(p.grad.detach().to_dense())
             p.grad = view
-        self._touched.add(p)
+        self._touched.add(number)
         if self.watch:
-            self.watch(self._number[p])
+            self.watch(number)
 
     def collect(self) -> list[bool]:
         """Bring gradients that autograd or the user put elsewhere back into the flat buffer.
@@ -174,29 +181,31 @@ class Flat:
             LayoutError: a parameter itself is no longer a view; no step would reach it.
         """
         self._check_still_ours()
-        present = []
-        start, itemsize = self.weights.data_ptr(), self.weights.element_size()
-        for slot, (p, view) in zip(self.slots, self._views.items(), strict=True):
-            if p.data_ptr() != start + slot.offset * itemsize and slot.numel:
+        for number, p, place in self._places:
+            if p.data_ptr() != place:
                 raise LayoutError(
-                    f"{slot.name} has left the flat buffer; move or cast the model and assign to p.data before connect, "
-                    f"not after it"
+                    f"{self.slots[number].name} has left the flat buffer; move or cast the model and assign to p.data before "
+                    f"connect, not after it"
                 )
-            grad = p.grad
-            if grad is None:
-                view.zero_()
-                p.grad = view
-            elif grad is not view and not _same_memory(grad, view):
-                view.copy_(grad.to_dense())
-                p.grad = view
-            # else written in place: by backward, which calls the hook, or by hand
-            present.append(grad is not None and (p in self._touched or grad is not view or bool(view.any())))
-        return present
+        return [self._bring(number, p, view) for number, (p, view) in enumerate(zip(self.parameters, self._views, strict=True))]
+
+    def _bring(self, number: int, p: nn.Parameter, view: Tensor) -> bool:
+        """One gradient; whether there is one."""
+        grad = p.grad
+        if grad is None:
+            view.zero_()
+            p.grad = view
+            return False
+        if grad is view:  # written in place: by backward, which calls the hook, or by hand
+            return number in self._touched or bool(view.any())
+        if not _same_memory(grad, view):
+            view.copy_(grad.to_dense())
+            p.grad = view
+        return True
 
     def _check_still_ours(self) -> None:
         """The model still trains the parameters it had at connect; looked at whole at the first step only."""
-        thawed = next((name for name, p in self.frozen.items() if p.requires_grad), None)
-        if thawed is not None:
+        for thawed in (name for name, p in self.frozen.items() if p.requires_grad):
             raise LayoutError(f"after connect {thawed} was unfrozen; freeze and unfreeze parameters before connect")
         if self._checked:
             return
@@ -215,7 +224,7 @@ class Flat:
         for slot, p in zip(self.slots, self.parameters, strict=True):
             if slot.name in gradients:
                 p.grad = slot.view(self.grad).copy_(gradients[slot.name])
-                self._touched.add(p)
+                self._touched.add(self._number[p])
 
     def pushed(self) -> None:
         """The gradients are on their way: none is pending any more."""

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpips.combine import BAD, SAMPLES, WEIGHT, Combined, Way, give, take
+from mpips.combine import Combined, Way, give, take
 from mpips.exchange import Apply, Exchange, pieces, share
-from mpips.message import Contribution, Push
+from mpips.message import BAD, SAMPLES, WEIGHT, Contribution, Push
 from mpips.rule import Needs, Rule
 
 

@@ -65,6 +65,7 @@ class Report:
     def __init__(self, folder: Path | None, metrics: Sequence[str] = ()) -> None:
         self.folder = folder
         self.columns = FIXED + tuple(metrics)
+        self._line = "%d,%d,%d,%d" + ",%r" * (len(self.columns) - 4) + "\n"
         self.rows: list[tuple[float, ...]] = []  # as in metrics.csv
         self.values: list[tuple[float, float, float]] = []  # round, epoch, validation value
         self.epochs: int | None = None
@@ -102,7 +103,7 @@ class Report:
             ranks: what each rank is doing.
         """
         if self.folder is not None:
-            self._table(self.folder).write(_csv(row))
+            self._table(self.folder).write(self._line % tuple(row))
         self.rows.append(tuple(row))
         now = time.time()
         if self.folder is not None and now - self._last_event >= 1 / EVENTS_A_SECOND:
@@ -170,7 +171,7 @@ class Report:
         if self._metrics is None:
             (folder / "DONE").unlink(missing_ok=True)
             self._metrics = (folder / "metrics.csv").open("w", buffering=1 << 16)
-            self._metrics.write(",".join(self.columns) + "\n" + "".join(_csv(row) for row in self.rows))
+            self._metrics.write(",".join(self.columns) + "\n" + "".join(self._line % row for row in self.rows))
         return self._metrics
 
     def _tell_launcher(self, folder: Path) -> None:
@@ -178,7 +179,3 @@ class Report:
             beside = Path(launch) / ".run_dir"
             beside.write_text(str(folder))
             beside.replace(Path(launch) / "run_dir")
-
-
-def _csv(row: Sequence[float]) -> str:
-    return ",".join(str(int(x)) if i < 4 else repr(x) for i, x in enumerate(row)) + "\n"

@@ -10,31 +10,61 @@ Rank 0 is the server. It may train as well; then its own contribution is already
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
 
 from torch import Tensor
 
 from mpips import lanes
 from mpips.combine import Combined, combine, left_out
 from mpips.exchange import ExchangeError
-from mpips.message import ROUNDS, Control, Stop
+from mpips.message import BAD, COLUMNS, DONE, LOSS, ROUND, ROUNDS, SAMPLES, SIGNAL, STEPS, STOP, WEIGHT, Control, Stop
 from mpips.mode import judges_clients
 from mpips.report import rank_states
 from mpips.service import Service
 
 
-class Updates(NamedTuple):
+class Updates:
     """What a round brought.
 
+    Args:
+        rows: the workers' rows of the tail, by rank.
+        columns: their names.
+        first: the rank of the first worker.
+
     Attributes:
-        samples: rank -> samples behind its contribution.
+        rows: see above.
+        totals: their sums, column by column.
         epsilons: the privacy spent by each rank; empty, as no rank trains with differential privacy.
-        results: rank -> its row of the tail by column: loss, flags, times, metrics.
     """
 
-    samples: dict[int, float]
-    epsilons: list[float]
-    results: dict[int, dict[str, float]]
+    def __init__(self, rows: list[list[float]], columns: tuple[str, ...], first: int) -> None:
+        self.rows, self._columns, self._first = rows, columns, first
+        self.totals = [sum(column) for column in zip(*rows, strict=True)]
+        self.epsilons: list[float] = []
+
+    @property
+    def samples(self) -> dict[int, float]:
+        """Rank -> samples behind its contribution."""
+        return {rank: row[SAMPLES] for rank, row in enumerate(self.rows, self._first)}
+
+    @property
+    def results(self) -> dict[int, dict[str, float]]:
+        """Rank -> its row by column: loss, flags, times, metrics."""
+        return {rank: dict(zip(self._columns, row, strict=True)) for rank, row in enumerate(self.rows, self._first)}
+
+    @property
+    def bad(self) -> dict[int, int]:
+        """Rank -> its first tensor that is not finite, of those who say that they have one."""
+        if not self.totals[BAD]:
+            return {}
+        return {rank: int(row[BAD]) - 1 for rank, row in enumerate(self.rows, self._first) if row[BAD]}
+
+    def leave_out(self, ranks: Iterable[int]) -> None:
+        """Samples, loss and metrics of these count for nothing."""
+        for row in [self.rows[rank - self._first] for rank in ranks if rank >= self._first]:
+            for column in (SAMPLES, LOSS, *range(len(COLUMNS), len(row))):
+                row[column] = 0.0
+        self.totals = [sum(column) for column in zip(*self.rows, strict=True)]
 
 
 class Server(Service):
@@ -90,34 +120,36 @@ class Server(Service):
         else:
             self.combined = combine(self.exchange, push, self.rule, self.last, self.first)
         push.spill()
-        table = push.heard.table()[self.first :]
-        results = {rank: dict(zip(self._columns, row, strict=True)) for rank, row in enumerate(table, self.first)}
-        for rank, row in results.items():
-            if row["round"] != self.control.round % ROUNDS:
-                raise ExchangeError(f"rank {rank} is in round {row['round']:.0f}, the server in {self.control.round:.0f}")
-        return Updates({rank: row["samples"] for rank, row in results.items()}, [], results)
+        rows, expected = push.heard.table()[self.first :], self.control.round % ROUNDS
+        for rank, row in enumerate(rows, self.first):
+            if row[ROUND] != expected:
+                raise ExchangeError(f"rank {rank} is in round {row[ROUND]:.0f}, the server in {self.control.round:.0f}")
+        return Updates(rows, self._columns, self.first)
 
     def update_weights(self, updates: Updates) -> None:
         """One server update with the combined gradient, unless there is none or it is not to be taken."""
-        bad = {rank: int(row["bad"]) - 1 for rank, row in updates.results.items() if row["bad"]}
-        whose = "client" if judges_clients(self.mode, self.config) else "rank"
-        for number in self.combined.faulty:
-            self.report.event("warning", message=f"{whose} {number}: left out by the rule", round=self.control.round)
-        if self.combined.refused:
-            self.report.event("warning", message=f"no update: {self.combined.refused}", round=self.control.round)
-        bad |= (found := self._found())
-        for rank in bad.keys() & updates.results.keys():
-            updates.samples[rank] = 0
-            updates.results[rank] |= dict.fromkeys(("samples", "loss", *self.config.metrics), 0.0)
-        take = any(row["weight"] for row in updates.results.values()) and not self.combined.refused and not found
+        if self.combined.faulty or self.combined.refused:
+            self._say_what_was_left_out()
+        bad, found = updates.bad, self._found()
+        if bad or found:
+            bad |= found
+            updates.leave_out(bad)
+        take = updates.totals[WEIGHT] and not self.combined.refused and not found
         if take and not (bad and (self.config.loss_scale or self.config.nonfinite != "drop")):
-            self._take(updates)
+            self.step_with(updates.totals[STEPS] / updates.totals[WEIGHT] if self.mode.normalised else 1.0)
         else:
             self.optimizer.skip()
         if bad:
             self.judge(bad)
         if self.config.buffers == "server":
             self.replica.buffers.store(self.replica.pull.buffers)
+
+    def _say_what_was_left_out(self) -> None:
+        whose = "client" if judges_clients(self.mode, self.config) else "rank"
+        for number in self.combined.faulty:
+            self.report.event("warning", message=f"{whose} {number}: left out by the rule", round=self.control.round)
+        if self.combined.refused:
+            self.report.event("warning", message=f"no update: {self.combined.refused}", round=self.control.round)
 
     def _found(self) -> dict[int, int]:
         """Whose combined gradient is not finite, rank -> slot: of a rank that has not said so, or the server's, if of none."""
@@ -126,30 +158,25 @@ class Server(Service):
             return {} if overflow is None else {self.exchange.rank: overflow}
         return self.slices.guilty()
 
-    def _take(self, updates: Updates) -> None:
-        rows = updates.results.values()
-        weight = sum(row["weight"] for row in rows)
-        self.step_with(sum(row["steps"] for row in rows) / weight if self.mode.normalised else 1.0)
-
     def note(self, updates: Updates) -> None:
         """What this round means for the next: the control, and the report."""
-        rows, control = updates.results, self.control
-        samples = sum(updates.samples.values())
-        sums = {name: sum(row[name] for row in rows.values()) for name in ("loss", *self.config.metrics)}
-        means = {name: total / samples if samples else math.nan for name, total in sums.items()}
+        totals, control = updates.totals, self.control
+        samples = totals[SAMPLES]
+        means = [totals[column] / samples if samples else math.nan for column in self._averaged]
         control.round += 1
-        control.active = sum(not row["done"] for row in rows.values())
+        control.active = len(updates.rows) - totals[DONE]
         self.place.over = not control.active
-        control.loss, control.lr, control.loss_scale = means["loss"], self.lr, self.loss_scale.scale
-        self.obey_ranks(rows)
+        control.loss, control.lr, control.loss_scale = means[0], self.lr, self.loss_scale.scale
+        if totals[SIGNAL] or totals[STOP] or self.signalled or self.stop_asked:
+            self.obey_ranks(updates.results)
         every = self.config.checkpoint.every
         control.checkpoint = bool(self.folder) and (
             control.stop == Stop.PREEMPTED or (every > 0 and control.round % every == 0)
         )
         now = self.exchange.clock()
         speed, self._last = samples / max(now - self._last, 1e-9), now
-        row = (control.round, self.place.epoch, control.version, samples, *means.values())
-        self.report.round((*row[:5], control.lr, *row[5:]), speed, lambda: rank_states(rows, self.trains))
+        row = (control.round, self.place.epoch, control.version, samples, means[0], control.lr, *means[1:])
+        self.report.round(row, speed, lambda: rank_states(updates.results, self.trains))
 
     def send_updates(self, weights: Tensor | None = None) -> None:
         """Send the weights, or these ones (`(numel,)`, the flat layout), and the control to all ranks; `note` has come before.

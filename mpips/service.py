@@ -21,7 +21,7 @@ from mpips import checkpoint, contract, rng, snapshot
 from mpips.config import Config
 from mpips.data import Place
 from mpips.exchange import Exchange, share
-from mpips.message import COLUMNS, Control, Stop, replicate
+from mpips.message import COLUMNS, LOSS, Control, Stop, replicate
 from mpips.mode import Mode, choose_mode, server_optimizer, summed
 from mpips.optimizer import FlatOptimizer, MakeOptimizer, MakeScheduler, Scheduler
 from mpips.report import Report
@@ -93,6 +93,7 @@ class Service:
         self.slices: Slices | None = None
         self.optimizer: FlatOptimizer | Slices
         self._columns = COLUMNS + self.config.metrics
+        self._averaged = [LOSS, *range(len(COLUMNS), len(self._columns))]  # over samples: loss and metrics
         self._last = exchange.clock()
 
     def create_model(self) -> None:
@@ -158,7 +159,7 @@ class Service:
             for group in self.optimizer.torch.param_groups:
                 if "inner_lr" in group:  # SlowMo's gamma
                     group["inner_lr"] = self.inner.lr
-        self.optimizer.step(push.heard.presence.tolist(), clip, scale)
+        self.optimizer.step(push.heard.present(), clip, scale)
         self.replica.buffers.combine(push.floats, push.heard.limbs, pull.buffers)
         if push.second is not None and pull.second is not None:
             pull.second.add_(push.second)

@@ -73,7 +73,7 @@ class Gradient:
             push.gradients.div_(loss_scale)
         metrics = self._look(row, metrics)
         row.weight = row.steps = self.weigh(row.samples)
-        push.behind.zero_()
+        push.clear_behind()
         self.replica.buffers.write(push.floats, push.limbs, row.weight, self.first)
         if row.weight:
             push.write_presence(present)
@@ -209,8 +209,7 @@ class Local(Gradient):
 
     def write(self, row: Row, metrics: Sequence[float], loss_scale: float) -> None:
         """See `Gradient.write`."""
-        push = self.replica.push
-        push.behind.zero_()
+        self.replica.push.clear_behind()
         row.weight, steps = self.compose(row.samples)
         row.steps = row.weight * steps
         if not self.replica.apart:

@@ -11,6 +11,18 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+FEW = 1 << 15  # elements that numpy, which begins in a tenth of torch's time, adds up as fast
+
+
+class Rows(list[Tensor]):
+    """A part of every push message.
+
+    Attributes:
+        arrays: the same memory for numpy, if it is few elements of the host's; else None.
+    """
+
+    arrays: list[Any] | None = None
+
 
 class Board:
     """One rank's view.
@@ -32,17 +44,19 @@ class Board:
     def __init__(self, rows: Sequence[Tensor], place: int, pull: Tensor) -> None:
         self.rows, self.place, self.pull = rows, place, pull
         self.row, self.combined, self.fills = rows[place], rows[0], place == 0
-        self._cut: dict[tuple[int, int], Sequence[Tensor]] = {}
+        self._cut: dict[tuple[int, int], Rows] = {}
         self._heard: Tensor | None = None
         self._total: Any = None  # its memory as an array, and those of the tails
         self._tails: list[Any] = []
 
-    def near(self, part: slice) -> Sequence[Tensor]:
+    def near(self, part: slice) -> Rows:
         """A part of every row. Made once: for a small model it takes as long as to add them."""
         key = part.start, part.stop
-        if key not in self._cut:
-            self._cut[key] = [row[part] for row in self.rows]
-        return self._cut[key]
+        found = self._cut.get(key)
+        if found is None:
+            found = self._cut[key] = Rows(row[part] for row in self.rows)
+            found.arrays = [row.numpy() for row in found] if part.stop - part.start <= FEW else None
+        return found
 
     def keep(self, part: slice, total: Tensor) -> None:
         """What has been made of a part, in the first of what `near` gave, comes to where what is combined lies: it is there."""

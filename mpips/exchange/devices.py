@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 from torch.storage import TypedStorage
 
-from mpips.exchange.board import Board
+from mpips.exchange.board import Board, Rows
 from mpips.exchange.room import Contents, Meeting
 from mpips.plan import both
 
@@ -45,12 +45,10 @@ class DeviceBoard(Board):
         first = places.index(own)
         self.combined, self.fills = rows[first], first == place
 
-    def near(self, part: slice) -> Sequence[Tensor]:
+    def near(self, part: slice) -> Rows:
         """See `Board`; on this device."""
-        return [
-            row[part].to(self.row.device, copy=True) if number in self._far else row[part]
-            for number, row in enumerate(self.rows)
-        ]
+        parts = [row[part] for row in self.rows]
+        return Rows(p.to(self.row.device, copy=True) if number in self._far else p for number, p in enumerate(parts))
 
     def keep(self, part: slice, total: Tensor) -> None:
         """See `Board`; here that is the first push message on this device."""

@@ -24,7 +24,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from mpips.exchange.board import Board
+from mpips.exchange.board import Board, Rows
 from mpips.flat import ALIGNMENT
 from mpips.plan import piece, pieces
 
@@ -114,7 +114,7 @@ class Work(Protocol):
 
     faults: Tensor
 
-    def add(self, part: slice, rows: Sequence[Tensor]) -> None:
+    def add(self, part: slice, rows: Rows) -> None:
         """The room's pushes, times their weights, become one, in the memory of the first.
 
         Args:
@@ -188,6 +188,7 @@ class Room:
         self.spans: list[slice] = []
         self.together = contents.together
         self.rounded = contents.together and contents.model != contents.dtype
+        self._plain = not (self.rounded or board.staged)  # what is stepped is what all ranks see
         self.each, self.said = contents.numel, torch.empty(0)
 
     @property
@@ -272,13 +273,13 @@ class Room:
             moved: whether slices have been stepped.
             whole: whether `fill` writes weights, too.
         """
-        for span in self.slices if moved else []:
+        for span in self.slices if moved and not self._plain else []:
             self._show(span)
         if not self._arrived:
             self._arrive()
         if self.leads:
             fill()
-            for part in [slice(None)] if whole else self._around():
+            for part in [] if self._plain else [slice(None)] if whole else self._around():
                 self.board.spread(part)
         self._release()
 

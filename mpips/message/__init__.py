@@ -14,13 +14,38 @@ With `local.fragments` a round is about some of the parameters: theirs of the gr
 from mpips.message.pull import Pull
 from mpips.message.push import LIMBS, Allocate, Contribution, Fragment, Heard, Push, wire_dtype
 from mpips.message.replica import NonFiniteError, Replica, replicate
-from mpips.message.words import COLUMNS, CONTROL_BYTES, ROUNDS, Control, Row, Stop
+from mpips.message.words import (
+    BAD,
+    COLUMNS,
+    CONTROL_BYTES,
+    DONE,
+    LOSS,
+    ROUND,
+    ROUNDS,
+    SAMPLES,
+    SIGNAL,
+    STEPS,
+    STOP,
+    WEIGHT,
+    Control,
+    Row,
+    Stop,
+)
 
 __all__ = [
+    "BAD",
     "COLUMNS",
     "CONTROL_BYTES",
+    "DONE",
     "LIMBS",
+    "LOSS",
+    "ROUND",
     "ROUNDS",
+    "SAMPLES",
+    "SIGNAL",
+    "STEPS",
+    "STOP",
+    "WEIGHT",
     "Allocate",
     "Contribution",
     "Control",

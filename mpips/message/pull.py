@@ -59,7 +59,7 @@ class Pull:
     @property
     def control(self) -> Control:
         """What the server said last."""
-        return Control(*self._words.tolist())
+        return Control(*(self._words if self._numbers is None else self._numbers).tolist())
 
     @control.setter
     def control(self, said: Control) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpips.buffers import Buffers
 from mpips.flat import Flat
-from mpips.message.words import COLUMNS, Row
+from mpips.message.words import COLUMNS, WEIGHT, Row
 
 LIMBS = 4  # 16-bit pieces of an int64
 
@@ -80,9 +80,10 @@ class Push:
         self.gradients, self.floats, second, self.limbs, self.presence, rows = torch.split(self.message, lengths)
         self.second = second if lengths[2] else None
         self.rows = rows.view(-1, len(self.columns))
-        self._numbers = None if room.is_cuda else self.rows.numpy()  # to write a few numbers at less cost
         self.tail_at = sum(lengths[:3])
         self.behind = self.message[lengths[0] :]
+        self._numbers = None if room.is_cuda else self.rows.numpy()  # to write a few numbers at less cost
+        self._around = None if room.is_cuda else (self.behind.numpy(), self.presence.numpy())
         self.heard: Push | Heard = self
 
     def move(self, room: Tensor, raw: bool) -> None:
@@ -93,7 +94,21 @@ class Push:
 
     def forget(self) -> None:
         """There is no contribution; gradients that nobody would read stay where they are."""
-        (self.behind if self.shared else self.message).zero_()
+        if self.shared:
+            self.clear_behind()
+        else:
+            self.message.zero_()
+
+    def clear_behind(self) -> None:
+        """Zeros behind the gradients."""
+        if self._around is None:
+            self.behind.zero_()
+        else:
+            self._around[0].fill(0)
+
+    def weight(self, rank: int) -> float:
+        """What its row says."""
+        return float((self.rows if self._numbers is None else self._numbers)[rank, WEIGHT])
 
     def fill(self) -> None:
         """Take what is to be sent from the whole message: it is this."""
@@ -104,6 +119,16 @@ class Push:
     def table(self) -> list[list[float]]:
         """The numbers of `rows`."""
         return _table(self.rows, self._numbers)
+
+    def weights(self) -> list[float]:
+        """See `Heard`."""
+        found: list[float] = self.rows[:, WEIGHT].tolist()
+        return found
+
+    def present(self) -> list[float]:
+        """See `Heard`."""
+        found: list[float] = self.presence.tolist()
+        return found
 
     @property
     def body(self) -> Tensor:
@@ -125,8 +150,8 @@ class Push:
 
     def write_presence(self, present: Sequence[bool]) -> None:
         """Say which parameters have a gradient."""
-        if all(present):
-            self.presence.fill_(1)
+        if self._around is not None:
+            self._around[1][:] = 1 if all(present) else present
         else:
             self.presence.copy_(self.presence.new_tensor(present))
 
@@ -144,6 +169,17 @@ class Heard:
         self.limbs, self.presence, rows = torch.split(message, lengths)
         self.rows = rows.view(-1, columns)
         self._numbers = None if rows.is_cuda else self.rows.numpy()
+        self._present = None if rows.is_cuda else self.presence.numpy()
+
+    def weights(self) -> list[float]:
+        """What each rank's contribution counts."""
+        found: list[float] = (self.rows if self._numbers is None else self._numbers)[:, WEIGHT].tolist()
+        return found
+
+    def present(self) -> list[float]:
+        """For each tensor how many ranks have a gradient."""
+        found: list[float] = (self.presence if self._present is None else self._present).tolist()
+        return found
 
     def table(self) -> list[list[float]]:
         """The numbers of `rows`."""

@@ -45,6 +45,7 @@ class Row:
 
 
 COLUMNS = tuple(vars(Row()))
+SAMPLES, WEIGHT, LOSS, BAD, DONE, STOP, SIGNAL, ROUND, TRAIN, WAIT, STEPS, TICKETS, WANT = range(len(COLUMNS))  # their places
 
 
 class Stop(IntEnum):

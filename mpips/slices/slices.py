@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpips.combine import BAD, WEIGHT, prepare
+from mpips.combine import prepare
 from mpips.config import Config
 from mpips.exchange import Exchange
+from mpips.exchange.board import Rows
 from mpips.exchange.room import Room
 from mpips.exchange.sharded import ShardedRooms
-from mpips.message import Replica
+from mpips.message import BAD, WEIGHT, Replica
 from mpips.optimizer import FlatOptimizer
 from mpips.pieces import Pieces
 from mpips.plan import both
 from mpips.ready import Ready
 from mpips.rule import Rule
+from mpips.slices.kernel import Terms, add_up, divide, is_finite
 
 TAKE, FACTOR, SCALE, SETTINGS = range(4)  # of the verdict
 
@@ -51,15 +53,17 @@ class Slices:
     ) -> None:
         self.room, self.replica, self.config = room, replica, config
         self._push, self._rule, self._optimizer = replica.push, rule, optimizer
+        self._prepares = type(rule).prepare is not Rule.prepare
         self._gradients = replica.flat.numel
-        self._weights: list[float] | None = None  # of this room's ranks
-        self._factors: list[float] = []
-        self._whole: float | None = None
+        self._alone = len(room.nodes) == 1
+        self._terms: Terms | None = None  # the rows of this room that count, and what they are multiplied by
+        self._counted: Terms = []  # the same of what is multiplied already
+        self._whole = 0.0
         self._exchange = exchange
         self.ready: Ready | None = None
         if isinstance(room, ShardedRooms) and config.overlap:
             self.ready = Ready(room.push_steps, replica.flat.slots)
-        self._watches = len(room.nodes) > 1 and not room.together  # whether it alone sees the sum over all nodes
+        self._watches = not (self._alone or room.together)  # whether it alone sees the sum over all nodes
         self._begun: tuple[float, Callable[[], None]] | None = None
         self._moved = False
         self._active: slice | None = None  # what of the body a round is about, if that is not all of it
@@ -102,7 +106,7 @@ class Slices:
         Raises:
             ValueError: its weight is another than that which bringing slices together was begun with.
         """
-        weight = float(self._push.rows[self.room.rank, WEIGHT])
+        weight = self._push.weight(self.room.rank)
         if self._begun and self._begun[0] != weight:
             raise ValueError(
                 f"ps.step() was given samples={weight:.0f} after ps.backward() with samples={self._begun[0]:.0f}; expected the "
@@ -117,54 +121,53 @@ class Slices:
         if begun:
             begun[1]()
         else:
-            self._combine(float(self._push.rows[self.room.rank, WEIGHT]), None)
+            self._combine(self._push.weight(self.room.rank), None)
 
     def _combine(self, weight: float, ready: Ready | None) -> None:
-        self._weights = self._whole = None
+        self._terms, self._whole = None, 0.0
         self._active = self.replica.active
         if self._faulty:
             self.faults.fill_(math.inf)
         self._faulty = False
-        if type(self._rule).prepare is not Rule.prepare:
+        if self._prepares:
             prepare(self.room.rank, self._push, self._rule)
         self.room.combine(weight, self._push.heard.message, self, ready)
 
-    def add(self, part: slice, rows: Sequence[Tensor]) -> None:
-        """The sum of one slice over this room's ranks."""
-        if self._idle(part):
+    def add(self, part: slice, rows: Rows) -> None:
+        """The sum of one slice over this room's ranks; on one node the mean."""
+        if self._active and self._passes(part):
             return
-        if self._weights is None:
+        if self._terms is None:
             self._weigh()
-        assert self._weights is not None
-        behind = self._behind(part)  # multiplied already
-        factors = [float(weight > 0) for weight in self._weights] if behind else self._factors
-        out = _sum(rows, factors)
-        if not behind and not _finite(out):
-            guilty = [k for k in range(1, len(rows)) if factors[k] and not rows[k].isfinite().all()]
+        behind = part.start >= self._gradients  # BatchNorm's statistics, multiplied already
+        terms = self._counted if behind else self._terms
+        assert terms is not None
+        total = add_up(rows, terms)
+        if not behind and not is_finite(total):
+            guilty = [k for k, _ in terms if k and not rows[k].isfinite().all()]
             for k in guilty or [0]:  # the first row holds the sum by now
                 self._blame(self.room.members[k], part, rows[k])
+        if self._alone:
+            divide(total, self._total() if behind else self._whole)
 
     def join(self, part: slice, sums: Sequence[Tensor]) -> None:
         """The sum of one slice over all rooms."""
         total = sums[0].to(self._push.message.dtype, copy=True)
         for one in sums[1:]:
             total.add_(one)
-        if not self._behind(part) and not _finite(total) and all(bool(one.isfinite().all()) for one in sums):
+        if part.start < self._gradients and not is_finite(total) and all(bool(one.isfinite().all()) for one in sums):
             self._blame(0, part, total)  # nobody's alone
         self.room.combined[part].copy_(total)  # which is one of those
 
     def finish(self, part: slice, total: Tensor) -> None:
         """The mean of one slice: its sum divided by that of the weights."""
-        if self._idle(part):
+        if self._alone or (self._active and self._passes(part)):
             return
-        if self._watches and not self._behind(part) and not _finite(total):
+        if self._watches and part.start < self._gradients and not is_finite(total):
             self._judge(part, total)
-        whole = self._whole
-        if whole is None or self._behind(part):
-            whole = self._total()
-            self._whole = whole if self._whole is None else self._whole
-        if whole not in (0, 1):
-            total.div_(whole)
+        if not self._whole:
+            self._whole = self._total()
+        divide(total, self._whole)
 
     def say(self, faults: Tensor) -> None:
         """Which ranks of this room are to blame, in their rows of this rank's tail, which is the sum of theirs."""
@@ -184,23 +187,21 @@ class Slices:
         if not named:
             self._blame(0, part, total)
 
-    def _idle(self, part: slice) -> bool:
-        """Whether the round is not about this part."""
-        inside = both(part, self._active) if self._active and not self._behind(part) else part
-        return bool(inside.start >= inside.stop and part.start < part.stop)
-
-    def _behind(self, part: slice) -> bool:
-        """Whether it is no gradient but BatchNorm's statistics."""
-        return bool(part.start >= self._gradients)
+    def _passes(self, part: slice) -> bool:
+        """Whether a part of the gradients is not what the round is about."""
+        assert self._active
+        inside = both(part, self._active)
+        return bool(part.start < self._gradients and inside.start >= inside.stop)
 
     def _weigh(self) -> None:
-        """Of equal weights, where all are known, only who has one matters."""
-        several = len(self.room.nodes) > 1
-        self._weights = weights = self.room.said.tolist() if several else [row[WEIGHT] for row in self._push.heard.table()]
-        alike = self._push.raw and not several and len({weight for weight in weights if weight}) == 1
-        counts = alike or not self._push.raw  # multiplied already
-        self._factors = [float(weight > 0) for weight in weights] if counts else weights
-        self._whole = sum(self._factors) if alike else None
+        """What each row is multiplied by; of equal weights, where all are known, only who has one matters."""
+        weights = self._push.heard.weights() if self._alone else self.room.said.tolist()
+        self._counted = [(k, 1.0) for k, weight in enumerate(weights) if weight]
+        alike = self._alone and self._push.raw and len({weights[k] for k, _ in self._counted}) <= 1
+        by_weight = self._push.raw and not alike  # else multiplied already
+        self._terms = [(k, weights[k]) for k, _ in self._counted] if by_weight else self._counted
+        if self._alone:
+            self._whole = float(len(self._counted)) if alike else self._total()
 
     def _blame(self, rank: int, part: slice, values: Tensor) -> None:
         """What a rank has in this slice is not finite: note in which tensor, unless it is large and no more."""
@@ -251,7 +252,7 @@ class Slices:
         self.room.verdict(self._verdict)
         if not self._verdict[TAKE]:
             return
-        present = self._push.heard.presence.tolist()
+        present = self._push.heard.present()
         if self.config.clip is not None:
             self.room.report(self._measure(present), "sum")
             self.room.verdict(self._verdict)
@@ -269,15 +270,15 @@ class Slices:
         for n, slot in enumerate(self.replica.flat.slots):
             for span in self.room.spans if present[n] else []:
                 start, stop = max(span.start, slot.offset), min(span.stop, slot.offset + slot.numel)
-                if len(self.room.nodes) > 1 and start < stop:
+                if not self._alone and start < stop:
                     norms[n] += torch.linalg.vector_norm(self.room.combined[start:stop], dtype=torch.float64) ** 2
-                elif len(self.room.nodes) == 1 and span.start <= slot.offset + slot.numel // 2 < span.stop:
+                elif self._alone and span.start <= slot.offset + slot.numel // 2 < span.stop:
                     norms[n] = _norm(slot.shaped(self.room.board.whole(slot.span)))
         return norms
 
     def _norms(self, measured: list[float]) -> list[float]:
         """Of whole tensors, from the sum of all that was measured."""
-        return [math.sqrt(square) for square in measured] if len(self.room.nodes) > 1 else measured
+        return [math.sqrt(square) for square in measured] if not self._alone else measured
 
     def publish(self, control: Any = None, weights: Tensor | None = None) -> None:
         """The weights are stepped; the server adds what else it has to say, or other weights, `(numel,)`."""
@@ -321,32 +322,6 @@ class Slices:
     def put(self, tree: dict[str, Any]) -> None:
         """Nothing is put back once slices are served."""
         raise RuntimeError("a checkpoint is put back before the first round")
-
-
-def _sum(rows: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
-    """The sum of the rows times their factors, in their order, in the memory of the first.
-
-    Args:
-        rows: of factor 0 may hold anything.
-        factors: of each.
-    """
-    out, begun = rows[0], False
-    for row, factor in zip(rows, factors, strict=True):
-        if not factor:
-            continue
-        if not begun:
-            begun = True
-            if factor != 1:
-                torch.mul(row, factor, out=out)
-            elif row is not out:
-                out.copy_(row)
-        else:
-            out.add_(row, alpha=factor)
-    return out if begun else out.zero_()
-
-
-def _finite(part: Tensor) -> bool:
-    return math.isfinite(torch.dot(part, part).item())
 
 
 def _norm(tensor: Tensor) -> Tensor:

@@ -51,15 +51,14 @@ class Ready:
             if not self._missing[step]:
                 self._events[step].set()
 
-    def rest(self) -> None:
-        """All that will be there is."""
-        for slot, there in enumerate(self._there):
-            if not there:
-                self.mark(slot)
+    def rest(self) -> list[int]:
+        """The tensors whose gradients are not there."""
+        return [slot for slot, there in enumerate(self._there) if not there]
 
     def end(self) -> None:
         """The message is written to its end."""
-        self.rest()
+        for slot in self.rest():
+            self.mark(slot)
         self._events[-1].set()
 
     def wait(self, step: int, meanwhile: Callable[[], object] | None) -> None:

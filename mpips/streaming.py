@@ -131,8 +131,7 @@ class Streaming(Local):
     def tree(self) -> dict[str, Any]:
         """The worker's optimizer, its own weights, and what it is yet to take up and to send."""
         own = self._own if self._parked else self.inner.whole
-        return {
-            "inner": self.inner.tree(),
+        return super().tree() | {
             "weights": dict(self.replica.flat.named(own)),
             "due": {str(fragment): steps for fragment, steps in self._due.items()},
             "samples": {str(fragment): samples for fragment, samples in enumerate(self._samples)},

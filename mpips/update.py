@@ -67,8 +67,9 @@ class Gradient:
         """
         flat, push = self.replica.flat, self.replica.push
         present = flat.collect()
-        if not self.replica.wire_is_grad:
+        if not self.replica.wire_is_grad and not self.replica.handed:
             push.gradients.copy_(flat.grad)
+        self.replica.handed = False
         if loss_scale != 1:
             push.gradients.div_(loss_scale)
         metrics = self._look(row, metrics)
@@ -231,7 +232,9 @@ class Local(Gradient):
             row.weight = row.steps = 0
         if row.weight:
             push.presence.fill_(1)
-        elif not push.shared:
+        elif push.shared:
+            push.statistics.zero_()
+        else:
             push.body.zero_()
         push.write(self.rank, row, metrics)
 

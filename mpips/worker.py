@@ -175,14 +175,21 @@ class Worker:
         if slices is None or slices.ready is None:
             loss.backward()  # type: ignore[no-untyped-call]
             return
+        ready, flat = slices.ready, self.replica.flat
+
+        def there(number: int) -> None:
+            self.replica.hand(number)
+            ready.mark(number)
+
         slices.begin(self.update.weigh(samples))
-        flat, flat.watch = self.replica.flat, slices.ready.mark
+        flat.watch = there
         try:
             loss.backward()  # type: ignore[no-untyped-call]
         finally:
             flat.watch = None
         flat.collect()
-        slices.ready.rest()
+        for number in ready.rest():
+            there(number)
 
     def step(self, loss: float, samples: int, metrics: Sequence[float] = (), taken: int = 0) -> Control:
         """The script has taken a step: push and pull, see both, if the update says that it is time.

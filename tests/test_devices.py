@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -196,7 +198,7 @@ def placed(
     monkeypatch.setattr(mpi, "mapped", mapped)
     monkeypatch.setattr(devices, "mapped", lambda node, contents: (rows, [pull, pull.clone()], [0, 1, 1]))
     monkeypatch.setattr(devices, "opened", opened)
-    monkeypatch.setattr(devices, "pin", pinned.append)
+    monkeypatch.setattr(devices, "pin", lambda part, board: pinned.append(part))
     monkeypatch.setattr(mpi, "finish", waited.append)
     communicator = SimpleNamespace(Split=lambda color, key: None)
     end = SimpleNamespace(
@@ -228,3 +230,51 @@ def test_what_leaves_a_node_is_pinned_or_on_its_leaders_device(monkeypatch: pyte
     room, _, pinned = placed(monkeypatch, [[0, 1], [10, 11, 12]], cuda_aware=True)
     assert not pinned
     assert room._outbox.all() and room._window.all(), "what MPI sends itself"
+
+
+@pytest.mark.parametrize("error", [0, 712])
+def test_what_is_pinned_is_let_go_with_its_board(error: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it cannot be, a kernel is told of it, and nobody else."""
+    said: list[Any] = []
+    driver = SimpleNamespace(
+        cudaHostRegister=lambda at, nbytes, flags: said.append(("register", at, nbytes)) or error,
+        cudaHostUnregister=lambda at: said.append(("unregister", at)),
+    )
+    memory = torch.zeros(64, dtype=torch.uint8)
+    board = devices.Board([torch.zeros(4)], 0, torch.zeros(8, dtype=torch.uint8))
+    at = memory.data_ptr()
+
+    def zeros(*_: Any, device: Any) -> None:
+        said.append("kernel")
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    devices.pin(memory, board)
+    devices.pin(memory[:0], board)
+    del memory
+    expected: list[Any] = [("register", at, 64)]
+    assert said == expected + ["kernel"] * (error > 0)
+    del board
+    assert said[1:] == (["kernel"] if error else [("unregister", at)])
+
+
+def test_work_beside_is_on_the_stream_of_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[str] = []
+
+    @contextmanager
+    def on(stream: str) -> Iterator[None]:
+        inside.append(stream)
+        yield
+        inside.pop()
+
+    done: list[str] = []
+    work = lambda: done.append("".join(inside))  # noqa: E731
+    assert devices.as_here(work) is work, "without a GPU"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "its own")
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    there = devices.as_here(work)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the thread's")
+    there()
+    assert done == ["its own"]

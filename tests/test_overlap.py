@@ -77,16 +77,17 @@ def test_what_is_to_be_done_meanwhile_is_done_until_then() -> None:
 def trained(e: Exchange, overlap: bool, backward: str = "ps", model: Any = cnn, **settings: Any) -> dict[str, Any]:
     """Weights, sums of what was seen, and how the run was made."""
     net = model()
+    given = data(101, next(net.parameters()).dtype)
     settings = {"run_dir": f"run-{e.name}-{overlap}", "plan": "sharded", **settings}
     ps = mpips.connect(net, OPTIMIZERS["momentum"](net.parameters()), exchange=e, overlap=overlap, **settings)
     seen = []
     for _ in ps.epochs(2):
-        for number, (x, y) in enumerate(ps.batches(data(101), 7)):
+        for number, (x, y) in enumerate(ps.batches(given, 7)):
             loss = F.cross_entropy(net(x), y)
             if backward == "accumulated" and number % 2:
                 loss.backward()  # type: ignore[no-untyped-call]
                 continue
-            if backward == "plain":
+            if backward == "plain" or (backward == "by turns" and number % 2):
                 loss.backward()  # type: ignore[no-untyped-call]
             else:
                 ps.backward(loss)
@@ -104,6 +105,10 @@ def trained(e: Exchange, overlap: bool, backward: str = "ps", model: Any = cnn, 
     }
 
 
+def half() -> nn.Module:
+    return mlp().bfloat16()
+
+
 def simulate(nodes: list[int], overlap: bool, seed: int = 0, **settings: Any) -> list[dict[str, Any]]:
     world = World(sum(nodes), seed=seed, shares=True, nodes=nodes, bucket=BUCKET)
     return world.run(lambda e: trained(e, overlap, **settings))
@@ -112,8 +117,18 @@ def simulate(nodes: list[int], overlap: bool, seed: int = 0, **settings: Any) ->
 @pytest.mark.parametrize("nodes", [[2, 2], [1, 3], [1, 1, 1]])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"server_trains": True}, {"clip": 0.1}, {"wire": "bfloat16"}, {"backward": "accumulated"}, {"backward": "plain"}],
-    ids=str,
+    [
+        {},
+        {"server_trains": True},
+        {"clip": 0.1},
+        {"wire": "bfloat16"},
+        {"backward": "accumulated"},
+        {"backward": "plain"},
+        {"backward": "by turns"},
+        {"model": half, "backward": "by turns"},
+        {"model": half, "backward": "accumulated", "server_trains": True},
+    ],
+    ids=lambda settings: str({key: getattr(value, "__name__", value) for key, value in settings.items()}),
 )
 def test_no_bit_changes(nodes: list[int], settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -166,6 +181,32 @@ def overlapping(
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+def test_gradients_of_16_bits_are_in_the_push_message_before_they_may_leave(here: None) -> None:
+    def program(ps: mpips.Run, net: nn.Module) -> int:
+        half = ps._worker
+        slices = half and half._overlapping
+        assert half and slices and slices.ready
+        push, flat, marked, mark = half.replica.push, half.replica.flat, 0, slices.ready.mark
+
+        def looked(number: int) -> None:
+            nonlocal marked
+            span = flat.slots[number].span
+            assert torch.equal(push.gradients[span], flat.grad[span].float())
+            marked += 1
+            mark(number)
+
+        slices.ready.mark = looked  # type: ignore[method-assign]
+        for x, y in ps.batches(data(105, torch.bfloat16), 7):
+            loss = F.cross_entropy(net(x), y)
+            ps.backward(loss)
+            assert push.gradients.any() and torch.equal(push.gradients, flat.grad.float())
+            ps.step(loss)
+        return marked
+
+    for model in (half, lambda: Sometimes().bfloat16()):
+        assert all(overlapping(program, model, server_trains=True))
 
 
 def test_the_samples_of_backward_and_step_are_the_same(here: None) -> None:
@@ -319,8 +360,9 @@ def test_resume_is_exact_though_the_next_batch_was_loaded_before_the_checkpoint(
         (2, {"server_trains": True, "wire": "bfloat16"}),
         (1, {"backward": "accumulated"}),
         (2, {"model": Sometimes}),
+        (2, {"model": half}),
     ],
-    ids=["statistics", "bfloat16", "accumulated", "without gradients"],
+    ids=["statistics", "bfloat16", "accumulated", "without gradients", "model of bfloat16"],
 )
 def test_over_mpi_the_bits_are_the_same(neighbours: int, settings: dict[str, Any]) -> None:
     from mpi4py import MPI

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -631,8 +632,9 @@ def test_the_server_s_word_ends_a_run(chosen: str) -> None:
     assert sharing(3, 9).run(lambda e: program(e, "preempt-2", resume="preempt", deterministic=True)) == whole
 
 
-def test_weights_that_others_change_are_not_shared() -> None:
-    """An embedding renormalises in forward."""
+@pytest.mark.parametrize("mode", ["sync", "local_sgd"])
+def test_weights_that_others_change_are_not_shared(mode: str) -> None:
+    """An embedding renormalises in forward, also where a server that does not train validates."""
 
     class Renormed(nn.Module):
         def __init__(self) -> None:
@@ -644,13 +646,24 @@ def test_weights_that_others_change_are_not_shared() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.embed((x.abs() * 3).long() % 5).mean(1))
 
-    def program(e: Exchange) -> str:
-        net = Renormed()
-        ps = train(e, net, OPTIMIZERS["adam"](net.parameters()), data(47), 7, plan="sharded")
-        assert not is_shared(ps)
+    def program(e: Exchange, trains: bool, shared: bool) -> str:
+        net, (x, y) = Renormed(), data(47)
+        made = OPTIMIZERS["adam"](net.parameters())
+        ps = mpips.connect(net, made, exchange=e, plan="sharded", mode=mode, server_trains=trains, deterministic=True)
+        for _ in ps.epochs(2):
+            for batch, labels in ps.batches((x, y), 7):
+                loss = F.cross_entropy(net(batch), labels)
+                loss.backward()
+                ps.step(loss)
+            ps.validate(lambda: float(net(x).sum()))
+        assert is_shared(ps) == shared
         return sha(net)
 
-    assert sharing(3).run(program) == World(3).run(program)
+    for trains in (False, True):
+        shared = trains and mode == "local_sgd"  # there each rank trains weights of its own
+        assert sharing(3).run(partial(program, trains=trains, shared=shared)) == World(3).run(
+            partial(program, trains=trains, shared=False)
+        )
 
 
 def test_other_modes_and_settings_are_not_shared() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import test_slices
 import torch
-from programs import OPTIMIZERS, data, mlp, sha, train
+import torch.nn.functional as F
+from programs import OPTIMIZERS, cnn, data, mlp, sha, train
 from test_resume import assert_same
-from test_slices import ELEMENTWISE, WORLDS, assert_alike, odd, sharing, tree_of
-from torch import optim
+from test_slices import ELEMENTWISE, WORLDS, assert_alike, is_shared, odd, sharing, tree_of
+from torch import Tensor, optim
 
+import mpips
 from mpips.exchange import Exchange
 from mpips.exchange.simulated import World
 
@@ -19,13 +22,14 @@ small_pieces = test_slices.small_pieces
 PLANS = pytest.mark.parametrize("chosen", ["root", "sharded"])
 LOCAL: dict[str, dict[str, Any]] = {
     "local_sgd": {"local": {"steps": 2}},
+    "local_sgd clip": {"mode": "local_sgd", "local": {"steps": 2}, "clip": 0.05},
     "local_sgd after": {"mode": "local_sgd", "local": {"steps": 3, "after": 1}},
     "local_sgd momentum": {"mode": "local_sgd", "local": {"steps": 2}, "outer": {"momentum": 0.5}},
     "slowmo": {"local": {"steps": 2}},
     "diloco": {"local": {"steps": 2}},
     "streaming": {"mode": "diloco", "local": {"steps": 4, "fragments": 2, "delay": 1, "mix": 0.5}},
     "streaming whole": {"mode": "diloco", "local": {"steps": 2, "delay": 1}},
-    "fedavg": {},
+    "fedavg": {"clip": 0.1},
     "fedprox": {"clients": {"mu": 0.1}},
     "fednova": {},
     "qfedavg": {"clients": {"q": 1.0}},
@@ -57,6 +61,32 @@ def test_modes_with_local_steps_have_the_bits_of_a_run_by_messages(name: str, tr
     )
     assert_alike(ours, expected)
     assert_same(own, tree)
+
+
+@pytest.mark.parametrize("nodes", [[4], [2, 2]], ids=str)
+@PLANS
+def test_what_is_dropped_leaves_no_trace_in_the_statistics(nodes: list[int], chosen: str) -> None:
+    """Of a worker whose gradients are infinite, BatchNorm's statistics would do no harm but that they are its own alone."""
+
+    def program(e: Exchange, **settings: Any) -> list[Tensor]:
+        net = cnn()
+        made = optim.SGD(net.parameters(), lr=0.05)
+        given = {"mode": "local_sgd", "local": {"steps": 2}, "nonfinite": "drop", **settings}
+        ps = mpips.connect(net, made, exchange=e, **given)
+        for number, (x, y) in enumerate(ps.batches(data(160), 5, shuffle=False)):
+            loss = F.cross_entropy(net(x), y)
+            loss.backward()
+            if e.rank == 3 and number == 2:
+                next(net.parameters()).grad[0] = math.inf
+            ps.step(loss.detach())
+        assert is_shared(ps) == ("plan" in settings)
+        return [b.clone() for b in net.buffers()]
+
+    expected = World(4).run(lambda e: program(e, run_dir="mpi"))
+    ours = World(4, shares=True, nodes=nodes).run(lambda e: program(e, run_dir="shared", plan=chosen))
+    for mine, theirs in zip(ours, expected, strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 SIXTEEN = [

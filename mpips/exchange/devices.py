@@ -9,6 +9,7 @@ written, and nobody still reads.
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -109,6 +110,19 @@ class Fenced:
         self._meeting.release()
 
 
+def as_here(work: Callable[[], None]) -> Callable[[], None]:
+    """Work for another thread, on the device and the stream of this one."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return work
+    stream = torch.cuda.current_stream()
+
+    def there() -> None:
+        with torch.cuda.stream(stream):
+            work()
+
+    return there
+
+
 def mapped(node: Any, contents: Contents) -> tuple[list[Tensor], list[Tensor], list[int]] | None:
     """The push messages of all ranks of the communicator `node`, the pull message on each of their devices, who is on which.
 
@@ -143,10 +157,18 @@ def opened(node: Any, device: torch.device, nbytes: int, owners: list[int]) -> l
     return found if all(_told(node, b"mapped" if found else b"")) else []
 
 
-def pin(memory: Tensor) -> None:
-    """Let the device read and write this memory of the host by itself; where it cannot be, copies take longer."""
-    if memory.numel():
-        torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)  # type: ignore[no-untyped-call]
+def pin(memory: Tensor, board: Board) -> None:
+    """Let the board's device read and write this memory of the host by itself; where it cannot be, copies take longer."""
+    if not memory.numel():
+        return
+    cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    if int(cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)):
+        try:
+            torch.zeros(1, device=board.row.device)  # the next kernel would be told of it
+        except RuntimeError:
+            return
+    else:
+        weakref.finalize(board, lambda: cuda.cudaHostUnregister(memory.data_ptr())).atexit = False
 
 
 def _seen() -> list[bytes]:

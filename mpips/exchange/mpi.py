@@ -148,7 +148,7 @@ class MpiExchange:
             board: Board = devices.DeviceBoard(contents.messages(own), node.rank, pulls, places)
             meeting = devices.Fenced(gates, partial(finish, board.row))
             if len(nodes) > 1 and contents.together:
-                parts[-2:] = self._staged(node, contents, parts[-2:])
+                parts[-2:] = self._staged(node, contents, parts[-2:], board)
         else:
             board = Board(contents.messages(list(rows.view(node.size, -1))), node.rank, pull)
         if len(nodes) == 1:
@@ -164,14 +164,14 @@ class MpiExchange:
         whole = sharded.sizes(contents, ranks, nodes, self._bucket, staged)
         return whole if contents.together else rooms.sizes(contents, ranks)
 
-    def _staged(self, node: MPI.Comm, contents: Contents, parts: list[Tensor]) -> list[Tensor]:
+    def _staged(self, node: MPI.Comm, contents: Contents, parts: list[Tensor], board: Board) -> list[Tensor]:
         """Where a leader sends from and receives what is on GPUs: on its own, if MPI takes device memory, else pinned."""
         if self._cuda_aware:
             on_device = [devices.opened(node, contents.device, len(part), [0]) for part in parts]
             if all(on_device):
                 return [part for (part,) in on_device]
         for part in parts:
-            devices.pin(part)
+            devices.pin(part, board)
         return parts
 
     def _node(self) -> MPI.Comm:
@@ -274,7 +274,9 @@ class MpiExchange:
 
     def beside(self, work: Callable[[], None]) -> Callable[[], None]:
         """See `Exchange`."""
-        return self._beside.submit(work).result if self._threads else work
+        if not self._threads:
+            return work
+        return self._beside.submit(devices.as_here(work)).result
 
     def clock(self) -> float:
         """See `Exchange`."""

@@ -135,6 +135,11 @@ class Push:
         """What a rule combines."""
         return self.message[: self.tail_at]
 
+    @property
+    def statistics(self) -> Tensor:
+        """What of it lies behind the gradients."""
+        return self.message[self.lengths[0] : self.tail_at]
+
     def own(self, rank: int) -> list[tuple[int, Tensor]]:
         """The contributions of this rank: for each its row and its body."""
         return [(rank, self.body)]

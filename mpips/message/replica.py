@@ -30,6 +30,7 @@ class Replica:
         fragments: what of the push message travels, one in a round, in turn: all of it, unless it has been cut.
         wire_is_grad: whether gradients accumulate directly in the push message.
         apart: whether the model's weights are this rank's own and not those in the pull message.
+        handed: whether the gradients have been handed to the push message one by one, during backward.
         active: what of the flat buffer the round is about, where ranks share memory and it is not all of it.
     """
 
@@ -42,7 +43,7 @@ class Replica:
         self.pull = Pull(flat, buffers, allocate, vectors)
         flat.attach_weights(self.pull.weights)
         self.wire_is_grad = self.push.message.dtype == flat.dtype
-        self.apart = False
+        self.apart = self.handed = False
         self.active: slice | None = None
         flat.attach_grad(self.push.gradients if self.wire_is_grad else flat.room())
 
@@ -66,6 +67,13 @@ class Replica:
             self.flat.rehang_weights(self.pull.weights)
         if self.wire_is_grad:
             self.flat.attach_grad(self.push.gradients)
+
+    def hand(self, number: int) -> None:
+        """A parameter's gradient is complete: it comes to the push message, if it is not there."""
+        self.handed = True
+        if not self.wire_is_grad:
+            span = self.flat.slots[number].span
+            self.push.gradients[span].copy_(self.flat.grad[span])
 
     def cut(self, count: int, allocate: Allocate) -> None:
         """Let so many fragments take turns: whole parameters, neighbours, each cut where it is nearest to equal shares.

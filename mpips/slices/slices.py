@@ -37,6 +37,7 @@ class Slices:
         optimizer: steps this rank's slices; None where it serves none.
         config: the settings.
         exchange: this rank's end.
+        clip: the largest norm of what is stepped with.
 
     Attributes:
         faults: see `Work`; the index of the first tensor of each rank's that is not finite.
@@ -50,8 +51,9 @@ class Slices:
         optimizer: Pieces | FlatOptimizer | None,
         config: Config,
         exchange: Exchange,
+        clip: float | None,
     ) -> None:
-        self.room, self.replica, self.config = room, replica, config
+        self.room, self.replica, self.config, self._clip = room, replica, config, clip
         self._push, self._rule, self._optimizer = replica.push, rule, optimizer
         self._prepares = type(rule).prepare is not Rule.prepare
         self._gradients = replica.flat.numel
@@ -63,6 +65,7 @@ class Slices:
         self.ready: Ready | None = None
         if isinstance(room, ShardedRooms) and config.overlap:
             self.ready = Ready(room.push_steps, replica.flat.slots)
+        self._rounds = not self._alone and room.contents.wire != room.contents.dtype
         self._watches = not (self._alone or room.together)  # whether it alone sees the sum over all nodes
         self._begun: tuple[float, Callable[[], None]] | None = None
         self._moved = False
@@ -81,9 +84,8 @@ class Slices:
     def how(self) -> str:
         """How the contributions come together."""
         nodes, wire = self.room.nodes, str(self.room.contents.wire).removeprefix("torch.")
-        if self.room.contents.device.type == "cuda":
-            return "memory of GPUs, by CUDA IPC"
-        return f"shared memory, {wire} between {len(nodes)} nodes" if len(nodes) > 1 else "shared memory"
+        memory = "memory of GPUs, by CUDA IPC" if self.room.contents.device.type == "cuda" else "shared memory"
+        return memory if self._alone else f"{memory}, {wire} between {len(nodes)} nodes"
 
     def begin(self, weight: float) -> None:
         """Bring slices together as soon as gradients of them are there: `ready` is told, then `combine` called.
@@ -155,8 +157,8 @@ class Slices:
         total = sums[0].to(self._push.message.dtype, copy=True)
         for one in sums[1:]:
             total.add_(one)
-        if part.start < self._gradients and not is_finite(total) and all(bool(one.isfinite().all()) for one in sums):
-            self._blame(0, part, total)  # nobody's alone
+        if part.start < self._gradients and not is_finite(total) and (self._rounds or all(map(_all_finite, sums))):
+            self._blame(0, part, total)  # nobody's alone; or it became infinite when it was rounded
         self.room.combined[part].copy_(total)  # which is one of those
 
     def finish(self, part: slice, total: Tensor) -> None:
@@ -217,7 +219,8 @@ class Slices:
         if not self.room.together and not self._faulty:
             return {}
         found = self.room.report(self.faults, "min")
-        return {rank: int(slot) for rank, slot in enumerate(found.tolist()) if slot < math.inf}
+        named = {rank: int(slot) for rank, slot in enumerate(found.tolist()) if slot < math.inf}
+        return {rank: slot for rank, slot in named.items() if rank or len(named) == 1 or not self._rounds}
 
     def step(self, present: Sequence[float], clip: float | None, scale: float = 1.0) -> None:
         """At the server: step, and have the others step; see `FlatOptimizer.step`."""
@@ -253,7 +256,7 @@ class Slices:
         if not self._verdict[TAKE]:
             return
         present = self._push.heard.present()
-        if self.config.clip is not None:
+        if self._clip is not None:
             self.room.report(self._measure(present), "sum")
             self.room.verdict(self._verdict)
         _, factor, scale, *settings = self._verdict.tolist()
@@ -271,7 +274,7 @@ class Slices:
             for span in self.room.spans if present[n] else []:
                 start, stop = max(span.start, slot.offset), min(span.stop, slot.offset + slot.numel)
                 if not self._alone and start < stop:
-                    norms[n] += torch.linalg.vector_norm(self.room.combined[start:stop], dtype=torch.float64) ** 2
+                    norms[n] += float(torch.linalg.vector_norm(self.room.combined[start:stop], dtype=torch.float64)) ** 2
                 elif self._alone and span.start <= slot.offset + slot.numel // 2 < span.stop:
                     norms[n] = _norm(slot.shaped(self.room.board.whole(slot.span)))
         return norms
@@ -322,6 +325,10 @@ class Slices:
     def put(self, tree: dict[str, Any]) -> None:
         """Nothing is put back once slices are served."""
         raise RuntimeError("a checkpoint is put back before the first round")
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 def _norm(tensor: Tensor) -> Tensor:

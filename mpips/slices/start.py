@@ -47,7 +47,8 @@ def settle(
     """
     if exchange.size == 1 or update is None or not config.shared_memory:
         return None
-    cut = _agreed(exchange, replica, type(rule) in (Mean, NormClip) and _shareable(replica, update), optimizer)
+    apart, clip = update.apart and trains, None if update.apart else config.clip  # there each worker clips its own steps
+    cut = _agreed(exchange, replica, type(rule) in (Mean, NormClip) and _shareable(replica, apart), optimizer)
     if cut is None:
         return None
     settings = len(Pieces.settings_of(optimizer.torch)) if cut and optimizer else 0
@@ -56,17 +57,17 @@ def settle(
     if room is None:
         return None
     raw = update.raw and not config.deterministic  # a rank's own product is rounded before it is added
-    replica.move(room.board.row, room.board.pull, fill=room.board.fills, apart=update.apart and trains, raw=raw)
+    replica.move(room.board.row, room.board.pull, fill=room.board.fills, apart=apart, raw=raw)
     if optimizer:
         optimizer.rebind()  # nothing is to hold the messages' former memory
     room.meet()
     deal(room, replica, cut)
     if not room.together and not (update.apart and replica.wire_is_grad):
-        return Slices(room, replica, rule, optimizer if room.leads else None, config, exchange)
+        return Slices(room, replica, rule, optimizer if room.leads else None, config, exchange, clip)
     assert optimizer
     part = Pieces(optimizer, room.slices, room.combined[: replica.flat.numel], room.stepped, room.rounded)
     part.spread(exchange, room.leads)
-    return Slices(room, replica, rule, part if room.together or room.leads else None, config, exchange)
+    return Slices(room, replica, rule, part if room.together or room.leads else None, config, exchange, clip)
 
 
 def _agreed(exchange: Exchange, replica: Replica, shares: bool, optimizer: FlatOptimizer | None) -> Cut | None:
@@ -112,10 +113,10 @@ def deal(room: Room, replica: Replica, cut: Cut) -> None:
     room.serve(dealt, slice(numel, replica.push.tail_at))
 
 
-def _shareable(replica: Replica, update: type[Gradient]) -> bool:
+def _shareable(replica: Replica, apart: bool) -> bool:
     """Whether the weights may be shared: nothing but the server's step changes them, and memory like theirs can be."""
     renormalises = any(getattr(m, "max_norm", None) is not None for m in replica.flat.model.modules() if _embeds(m))
-    return replica.flat.device.type in KINDS and (update.apart or not renormalises)
+    return replica.flat.device.type in KINDS and (apart or not renormalises)
 
 
 def _embeds(module: nn.Module) -> bool:

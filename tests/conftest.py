@@ -31,6 +31,8 @@ def launch_environment() -> dict[str, str]:
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         "PRTE_MCA_hwloc_default_binding_policy": "none",
         "OMPI_MCA_mpi_yield_when_idle": "1",
+        "OMPI_MCA_pml": "ob1",  # Open MPI takes a second to look for networks that one machine has not
+        "OMPI_MCA_btl": "self,sm,tcp",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "tests" / "launched"), os.environ.get("PYTHONPATH", "")])),
     }
@@ -116,7 +118,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     rest = [item for item in items if not item.get_closest_marker("mpi")]
     if not config.getoption("--with-mpi") and not config.getoption("--only-mpi"):
         config.hook.pytest_deselected(items=collective)
-        items[:] = rest
+        items[:] = sorted(rest, key=lambda item: item.path.stem != "test_under_mpi")  # the longest file comes first
         return
     for item in rest:
         if {"mpirun", "mpich"} & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("slurm"):

@@ -18,9 +18,9 @@ SMALL = 1 << 21  # bytes; a smaller model is served by rank 0 alone, which spare
 GRAIN = 1024  # elements: a slice begins at such a multiple in its tensor, so kernels treat its elements as in the whole one
 PIECE = 1 << 18  # elements that are combined, and stepped, at a time: with their momentum they fit a core's cache
 LARGE = 1 << 24  # the same on a GPU, where to begin costs more than its cache saves; other GPUs' rows are copied piece by piece
-BUCKET = (
-    4 << 20
-)  # bytes that a node sends at a time, while its ranks add up the next: smaller, and they wait for each other more
+BUCKET = 4 << 20  # the most bytes that a node sends at a time while its ranks add up the next
+STEPS = 24  # but so often at least, as the wire has nothing to do before the first and after the last;
+SMALLEST = 1 << 18  # and not less than this, as the ranks wait for each other each time
 EARLY = 1 << 20  # the same where they travel during backward, which does not hide the last ones
 FLIGHT = 3  # buckets that are under way at a time: one is waited for while the next ones keep the line busy
 LEAST = 1 << 14  # elements that a node sends another at a time, however many nodes there are: fewer would cost more in latency

@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -1015,8 +1016,20 @@ def test_a_bucket_is_for_all_other_nodes_together(monkeypatch: pytest.MonkeyPatc
     assert length(1200, contents(torch.float32), 4) == 100
     assert length(1200, contents(torch.bfloat16), 4) == 200
     assert length(12, contents(torch.float32), 4) == 100, "fewer would cost more in latency"
-    assert length(1 << 30, contents(torch.float32), 3) == plan.BUCKET // 8
-    assert length(1 << 30, contents(torch.float32, True), 3) == plan.EARLY // 8, "backward does not hide the last one"
+
+
+@pytest.mark.parametrize(("wire", "nodes"), [(torch.float32, 2), (torch.float32, 3), (torch.bfloat16, 2), (torch.bfloat16, 8)])
+def test_a_round_has_many_buckets_none_of_them_tiny(wire: torch.dtype, nodes: int) -> None:
+    """What is done before the first bucket has left and after the last has come is not hidden by the others."""
+    for megabytes in (1, 4, 16, 25, 64, 100, 250, 1000, 4000):
+        sent = megabytes * (1 << 20) // 4 * wire.itemsize * (nodes - 1) // nodes  # by a node, in either half of the round
+        for overlap, largest in ((False, plan.BUCKET), (True, plan.EARLY)):
+            given = replace(contents(wire, overlap), weights=slice(0, megabytes << 20))
+            bucket = length(1 << 30, given, nodes) * wire.itemsize * (nodes - 1)
+            assert bucket <= largest
+            assert bucket > 0.99 * plan.SMALLEST, "ranks would wait for each other more than they save"
+            assert sent // bucket >= plan.STEPS or bucket <= plan.SMALLEST
+            assert bucket > 0.99 * largest or sent // bucket <= plan.STEPS * 1.01, "as large as may be"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from mpips.exchange import rooms
 from mpips.exchange.board import Board
 from mpips.exchange.room import Contents, Meeting, Op, Ready, Work
 from mpips.exchange.rooms import Begin, Finish, Leaders, Rooms, Sent
-from mpips.plan import BUCKET, EARLY, FLIGHT, LEAST, both, piece, pieces, share, steps
+from mpips.plan import BUCKET, EARLY, FLIGHT, LEAST, SMALLEST, STEPS, both, piece, pieces, share, steps
 
 
 class ShardedRooms(Rooms):
@@ -268,7 +268,9 @@ class ShardedRooms(Rooms):
 
 def length(bucket: int, contents: Contents, nodes: int) -> int:
     """How many elements a node sends each other at a time, if it is to send at most `bucket` bytes to all of them."""
-    return max(LEAST, min(bucket, EARLY if contents.overlap else BUCKET) // contents.wire.itemsize // (nodes - 1))
+    sent = contents.gradients * contents.wire.itemsize * (nodes - 1) // nodes
+    most = min(bucket, EARLY if contents.overlap else BUCKET, max(SMALLEST, sent // STEPS))
+    return max(LEAST, most // contents.wire.itemsize // (nodes - 1))
 
 
 def sizes(contents: Contents, ranks: int, nodes: int, bucket: int, staged: bool = False) -> list[int]:

@@ -75,7 +75,7 @@ def test_result_is_what_done_says_else_the_latest():
     assert before.result() == {"rounds": 300, "value": 0.97, "checkpoint": "/runs/x/d.h5"}
 
 
-KINDS = ("start", "round", "validate", "checkpoint", "resume", "stop", "warning", "error", "done", "unheard-of")
+KINDS = ("start", "plan", "round", "validate", "checkpoint", "resume", "stop", "warning", "error", "done", "unheard-of")
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), "text", [], {}, True, -1e300, "two\nlines"])
@@ -203,6 +203,14 @@ def test_lines_pass_the_ranks_bytes_unchanged(capfdbinary):
     out, err = capfdbinary.readouterr()
     assert out == data
     assert err == b"e\nhalf\nmpips: word\n"
+
+
+def test_how_a_run_is_made_is_said_at_its_start(capfd):
+    lines = Lines()
+    for event in (START, {"event": "plan", "plan": "sharded", "exchange": "shared memory"}, VALIDATE):
+        lines.note(event)
+    said = capfd.readouterr().err.splitlines()
+    assert [line.partition(" ")[2].partition(",")[0] for line in said] == ["run folder /runs/x", "plan: sharded"]
 
 
 def test_progress_lines_are_rare_and_only_about_progress(capfd, monkeypatch):

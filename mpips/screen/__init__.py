@@ -18,7 +18,7 @@ __all__ = ["Lines", "Progress", "Screen", "Tail", "View", "view"]
 
 LINE_EVERY = 10.0  # seconds between progress lines when there is no terminal: a batch log should stay readable
 DRAW_EVERY = 0.2  # seconds between two live frames
-LOUD = ("start", "resume", "stop", "warning", "error", "done")  # events worth a line of their own without a screen
+LOUD = ("start", "plan", "resume", "stop", "warning", "error", "done")  # events worth a line of their own without a screen
 
 
 class View(Protocol):

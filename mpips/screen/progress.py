@@ -85,6 +85,8 @@ def describe(event: Event) -> str | None:
     at = f"round {whole(event.get('round'))}"
     if kind == "start":
         return f"run folder {event.get('run_dir')}, {whole(event.get('parameters'))} parameters, {ranks_of(event)}"
+    if kind == "plan":
+        return f"plan: {event.get('plan')}, by {event.get('exchange')}"
     if kind == "validate":
         best = number(event.get("best"))
         return f"validation at {at}: {event.get('name') or 'value'} {number(event.get('value'))} (best {best})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from test_slices import ELEMENTWISE, assert_alike, odd
 
 from mpips.exchange import ExchangeError, devices, simulated
 from mpips.exchange.devices import Fenced
+from mpips.exchange.mpi import MpiExchange
 from mpips.exchange.simulated import World
 from mpips.exchange.simulated_room import Gates
 
@@ -278,3 +280,8 @@ def test_work_beside_is_on_the_stream_of_the_script(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the thread's")
     there()
     assert done == ["its own"]
+    with ThreadPoolExecutor(1) as beside:
+        end: Any = SimpleNamespace(_threads=True, _beside=beside)
+        monkeypatch.setattr(devices, "as_here", lambda work: partial(done.append, "as here"))
+        MpiExchange.beside(end, work)()
+    assert done[1:] == ["as here"]

@@ -1,7 +1,8 @@
 """Peak memory of a rank in synchronous training, in models: `mpiexec -n 8 python benchmarks/memory.py`, for several n.
 
 The peak resident memory (VmHWM, shared pages included) of each rank, from `connect` over three rounds with momentum SGD, less
-that of a run with next to no model, by the model's size. All ranks train. `--shared_memory false`: MPI carries the messages.
+that of a run with next to no model, by the model's size. All ranks train. `MALLOC_MMAP_THRESHOLD_=65536` before it: without
+what glibc keeps of freed gradients. `--shared_memory false`: MPI carries the messages.
 Linux only.
 """
 

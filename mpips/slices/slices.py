@@ -146,7 +146,7 @@ class Slices:
         assert terms is not None
         total = add_up(rows, terms)
         if not behind and not is_finite(total):
-            guilty = [k for k, _ in terms if k and not rows[k].isfinite().all()]
+            guilty = [k for k, _ in terms if k and not _all_finite(rows[k])]
             for k in guilty or [0]:  # the first row holds the sum by now
                 self._blame(self.room.members[k], part, rows[k])
         if self._alone:

@@ -276,7 +276,7 @@ def naive_bulyan(x: Tensor, bad: int) -> Tensor:
     result = []
     for values in torch.stack(chosen).T.tolist():
         median = float(np.median(values))
-        near = sorted(values, key=lambda v: abs(v - median))[: len(x) - 4 * bad]
+        near = sorted(values, key=lambda v: (abs(v - median), v))[: len(x) - 4 * bad]
         result.append(sum(near) / len(near))
     return torch.tensor(result, dtype=torch.float64)
 
@@ -306,6 +306,38 @@ def test_selections_are_those_of_the_papers(name: str, naive: Any, seed: int) ->
     bad = seed % 3
     values = random_values(4 * bad + 3 + seed % 4, 6, seed)
     assert_close(combine(name, values, torch.arange(1.0, len(values) + 1), bad=bad), naive(values, bad))
+
+
+def nearest_one_by_one(values: list[int], count: int) -> float:
+    """The mean of the values nearest to the median, taken one after another: the nearest left, of two the smaller."""
+    left, taken = sorted(values), []
+    median = (left[(len(left) - 1) // 2] + left[len(left) // 2]) / 2
+    for _ in range(count):
+        best = min(left, key=lambda v: (abs(v - median), v))
+        left.remove(best)
+        taken.append(best)
+    return sum(taken) / count
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+def test_bulyan_takes_the_values_nearest_to_the_median_where_many_are_alike(bad: int) -> None:
+    """Of integers in a small range, so that windows of the same reach abound, as where attackers send the same; exactly."""
+    chance = torch.Generator().manual_seed(bad)
+    for n in range(4 * bad + 3, 4 * bad + 8):
+        values = torch.randint(-6, 7, (n - 2 * bad, 500), generator=chance)
+        rule, out = rule_of("bulyan", bad=bad), torch.empty(500, dtype=torch.float64)
+        rule.coefficients(torch.eye(n, dtype=torch.float64), torch.ones(n))
+        rule(values.double(), torch.ones(len(values)), out)
+        expected = [nearest_one_by_one(column, n - 4 * bad) for column in values.T.tolist()]
+        assert_close(out, torch.tensor(expected, dtype=torch.float64), 1e-15)  # sums of integers are exact, a quotient rounds
+
+
+def test_bulyan_keeps_no_farther_value_beside_one_of_the_same_reach() -> None:
+    """Of -3, -3, -1, 0, 5 the three nearest to the median -1 are -1, 0 and one -3."""
+    rule, out = rule_of("bulyan", bad=1), torch.empty(1, dtype=torch.float64)
+    rule.coefficients(torch.eye(7, dtype=torch.float64), torch.ones(7))
+    rule(column(-3, -3, -1, 0, 5), torch.ones(5), out)
+    assert out.item() == pytest.approx(-4 / 3, rel=1e-15)
 
 
 @pytest.mark.parametrize("seed", range(5))

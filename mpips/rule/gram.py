@@ -120,13 +120,16 @@ class Bulyan(Rule):
         by_coordinate(rows, weights, out, self._nearest)
 
     def _nearest(self, values: Tensor) -> Tensor:
-        """The mean of the values nearest to the median: in ascending order they lie side by side."""
+        """The mean of the values nearest to the median, of two equally far the smaller first.
+
+        In ascending order they lie side by side. The window moves up as long as the value above it is nearer than its lowest,
+        which is so less and less: of two windows with the same farthest value it ends at that whose other values are nearer.
+        """
         rows, near = ascending(values), self._near
-        median, result, least = middle(rows), average(rows[:near]), torch.full_like(rows[0], torch.inf)
-        for start in range(len(rows) - near + 1):
-            reach = torch.maximum(median - rows[start], rows[start + near - 1] - median)
-            result = average(rows[start : start + near]).where(reach < least, result)
-            least = least.minimum(reach)
+        median, result = middle(rows), average(rows[:near])
+        for start in range(1, len(rows) - near + 1):
+            above, below = rows[start + near - 1] - median, median - rows[start - 1]
+            result = average(rows[start : start + near]).where(above < below, result)
         return result
 
 

@@ -11,12 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
 from mpips.config import ConfigError
 from mpips.message import Contribution, Control, Row
 from mpips.rule import RuleError, choose
 from mpips.update import Local
+
+
+def alike(optimizer: Optimizer, *keys: str) -> bool:
+    """Whether all groups have the same of each."""
+    first, *others = optimizer.param_groups
+    return all(group.get(key) == first.get(key) for group in others for key in keys)
+
+
+def direction(optimizer: Optimizer) -> int:
+    """1, or -1 of one that climbs: what is added to a gradient to be minimised is to have this sign."""
+    return -1 if optimizer.param_groups[0].get("maximize") else 1
 
 
 class FedAvg(Local):
@@ -43,6 +54,20 @@ class FedAvg(Local):
         self._fresh = {
             p: {k: _copy(v) for k, v in kept.items()} for p, kept in state.items()
         }  # torch's Adagrad begins with some
+        self.check_optimizer()
+
+    def suits(self) -> str:
+        """Which optimizers the mode is defined for, if it is not for this one; else nothing."""
+        return ""
+
+    def check_optimizer(self) -> None:
+        """The mode is defined for the clients' optimizer as it is now.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        if allowed := self.suits():
+            raise ConfigError(f"optimizer: given another with mode {self.config.mode}, allowed: {allowed}")
 
     @property
     def measures(self) -> bool:
@@ -67,6 +92,7 @@ class FedAvg(Local):
 
     def begin(self, client: int, size: int, chosen: int, clients: int) -> None:
         """`client`, with `size` items, one of `chosen` in this round out of `clients`, begins."""
+        self.check_optimizer()  # the script may have set something since
         self.client, self._size, self.chosen, self.clients = client, size, chosen, clients
         self.alone, self.measuring = chosen == 1, False
         self._forget()
@@ -162,24 +188,54 @@ def _copy(value: Any) -> Any:
 
 
 class FedProx(FedAvg):
-    """Local loss plus mu/2 |w - w_t|^2 (Li et al. 2020, arXiv 1812.06127, equation 2)."""
+    """Local loss plus mu/2 |w - w_t|^2 (Li et al. 2020, arXiv 1812.06127, equation 2); minus that, of what is maximized."""
+
+    def suits(self) -> str:
+        """See `FedAvg`."""
+        same = alike(self.inner.torch, "maximize")
+        return "" if same else "one whose groups all have maximize, or none has"
 
     def correct(self) -> None:
         """grad += mu (w - w_t)."""
-        mu = 0.01 if self.config.clients.mu is None else self.config.clients.mu
+        mu = (0.01 if self.config.clients.mu is None else self.config.clients.mu) * direction(self.inner.torch)
         if mu:
             self.replica.push.gradients.add_(self.inner.whole, alpha=mu).sub_(self.anchor, alpha=mu)
 
 
 class FedNova(FedAvg):
-    """Each client's change divided by its number of local steps (Wang et al. 2020, arXiv 2007.07481), for plain SGD.
+    """Each client's change divided by |a|_1, the sum of what its gradients count in it (Wang et al. 2020, arXiv 2007.07481).
 
-    The server multiplies their mean by the mean number of steps.
+    Of plain SGD that is the number of local steps tau, with momentum m the sum of (1 - m^k) / (1 - m) over k = 1, ..., tau
+    (section 4.2); Nesterov's and a learning rate that changes on the way are counted as they are. Weight decay is a part of
+    the client's objective: its gradients count as the others do. The server multiplies the mean by the mean of |a|_1.
     """
+
+    def suits(self) -> str:
+        """See `FedAvg`."""
+        ok = isinstance(self.inner.torch, SGD) and alike(self.inner.torch, "momentum", "dampening", "nesterov")
+        return "" if ok else "torch.optim.SGD, with one momentum for all parameters"
+
+    def begin(self, client: int, size: int, chosen: int, clients: int) -> None:
+        """See `FedAvg`."""
+        super().begin(client, size, chosen, clients)
+        self._buffer = self._norm = 0.0
+
+    def correct(self) -> None:
+        """Count the step to come: by how much the weights would move in all if every gradient were 1, in units of one rate."""
+        group, unit = self.inner.torch.param_groups[0], float(self.inner.torch.defaults["lr"]) or 1.0
+        m, fresh = group["momentum"], 1.0 if self._taken == 0 else 1.0 - group["dampening"]
+        self._buffer = m * self._buffer + fresh
+        count = 1.0 + m * self._buffer if group["nesterov"] or not m else self._buffer
+        self._norm += count * (self.inner.lr / unit)
+
+    def compose(self, samples: float) -> tuple[float, float]:
+        """See `Local`; |a|_1 in place of the local steps."""
+        weight, _ = super().compose(samples)
+        return weight, self._norm
 
     def weigh(self, samples: float) -> float:
         """See `Local`."""
-        self.replica.push.gradients.div_(self._taken)
+        self.replica.push.gradients.div_(self._norm or 1.0)  # 0 of a learning rate of 0
         return super().weigh(samples)
 
 
@@ -187,12 +243,20 @@ class QFedAvg(FedAvg):
     """Clients with a larger loss count more (Li et al. 2020, arXiv 1905.10497, algorithm 2), L = 1 / learning rate.
 
     Pushes F^q L (w - w_k) with weight h = q F^(q-1) |L (w - w_k)|^2 + L F^q; their sums' quotient is the server's step.
+    L (w - w_k) stands for the gradient of F, which takes plain SGD. With q = 0 L cancels out.
     """
 
     @property
     def measures(self) -> bool:
         """See `FedAvg`."""
         return self.config.clients.q > 0
+
+    def suits(self) -> str:
+        """See `FedAvg`."""
+        own, unlike = self.inner.torch, ("momentum", "weight_decay", "maximize")
+        plain = isinstance(own, SGD) and alike(own, "lr") and not any(g[key] for g in own.param_groups for key in unlike)
+        allowed = "torch.optim.SGD without momentum, weight decay and maximize, with one learning rate; or clients.q=0"
+        return "" if plain or self.config.clients.q == 0 else allowed
 
     def begin(self, client: int, size: int, chosen: int, clients: int) -> None:
         """See `FedAvg`."""
@@ -220,20 +284,29 @@ class QFedAvg(FedAvg):
 class Scaffold(FedAvg):
     """Control variates against client drift (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1, option II).
 
-    The second vector is c on its way back, and the change of c on its way there.
+    The second vector is c on its way back, and the change of c on its way there. Gradients, in c_i and c as well, are those of
+    what is minimised: with `weight_decay` of f_i + decay/2 |y|^2, with `maximize` of -f_i.
     """
 
     pinned = True
 
     def __init__(self, *seat: Any, **named: Any) -> None:
         super().__init__(*seat, **named)
-        groups = self.inner.torch.param_groups
-        if not isinstance(self.inner.torch, SGD) or any(g["momentum"] or g["lr"] != groups[0]["lr"] for g in groups):
-            allowed = "torch.optim.SGD without momentum, with one learning rate"
-            raise ConfigError(f"optimizer: given another with mode scaffold, allowed: {allowed}")
+        self._way = 0.0  # the sum of the learning rates of the client's steps, K lr
         self.variates: dict[int, Tensor] = {}
         self._moved: dict[int, Tensor] = {}  # by which those of this round's clients move, if the server takes it
         self._composed = Control()  # what the server had said when they did
+
+    def suits(self) -> str:
+        """See `FedAvg`."""
+        own = self.inner.torch
+        plain = isinstance(own, SGD) and alike(own, "lr", "maximize") and not any(g["momentum"] for g in own.param_groups)
+        return "" if plain else "torch.optim.SGD without momentum, with one learning rate"
+
+    def begin(self, client: int, size: int, chosen: int, clients: int) -> None:
+        """See `FedAvg`."""
+        super().begin(client, size, chosen, clients)
+        self._way = 0.0
 
     @property
     def _own(self) -> Tensor:
@@ -244,14 +317,16 @@ class Scaffold(FedAvg):
     def correct(self) -> None:
         """grad += c - c_i."""
         assert self.replica.pull.second is not None
-        self.replica.push.gradients.sub_(self._own).add_(self.replica.pull.second)
+        sign = direction(self.inner.torch)
+        self.replica.push.gradients.sub_(self._own, alpha=sign).add_(self.replica.pull.second, alpha=sign)
+        self._way += self.inner.lr
 
     def compose(self, samples: float) -> tuple[float, float]:
         """See `Local`; c_i+ = c_i - c + (x - y) / (K lr)."""
-        push, pull, steps = self.replica.push, self.replica.pull, self._taken
+        push, pull = self.replica.push, self.replica.pull
         assert push.second is not None
         assert pull.second is not None
-        change = push.second.copy_(self.anchor).sub_(self.inner.whole).div_(steps * self.inner.lr).sub_(pull.second)
+        change = push.second.copy_(self.anchor).sub_(self.inner.whole).div_(self._way or 1.0).sub_(pull.second)
         self._moved[self.client], self._composed = change.clone(), pull.control
         change.mul_(self.chosen / self.clients)  # c moves by the mean over all clients, the server takes it over the chosen
         return super().compose(samples)

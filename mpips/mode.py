@@ -172,6 +172,8 @@ def choose_mode(config: Config) -> Mode:
         _allow("loss_scale", config, config.loss_scale, "null; bfloat16 needs none", config.loss_scale is None)
     if config.mode in ("fednova", "qfedavg", "scaffold"):
         _allow("rule", config, config.rule, "mean", config.rule == "mean")
+    outer = config.outer.momentum
+    _allow("outer.momentum", config, outer, "null or 0: each round scales the rate", config.mode != "fednova" or not outer)
     return mode
 
 

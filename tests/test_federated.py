@@ -18,10 +18,11 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import mpips
 from mpips import Clients
 from mpips.clients import chosen
-from mpips.config import ConfigError
+from mpips.config import Config, ConfigError, Outer
 from mpips.exchange import Exchange
 from mpips.exchange.simulated import Killed, World
 from mpips.message import NonFiniteError
+from mpips.mode import choose_mode
 
 SIZES = (30, 7, 22, 1, 40, 12, 3)
 ROUNDS, BATCH, LR, SEED = 4, 8, 0.1, 5
@@ -128,6 +129,57 @@ def outer(mode: str) -> dict[str, float]:
     return {}
 
 
+def coefficients(tau: int, momentum: float = 0.0, nesterov: bool = False, dampening: float = 0.0) -> list[float]:
+    """FedNova's a: how often each of tau gradients counts in the sum of the steps, unrolled.
+
+    Of gradient j, step k >= j has momentum^(k - j), and with Nesterov's 1 or 0 more and that a step older. Torch does not damp
+    the first gradient.
+    """
+
+    def in_step(k: int, j: int) -> float:
+        plain = momentum ** (k - j) * (1 - dampening if j else 1)
+        return float(k == j) + momentum * plain if nesterov else plain
+
+    return [sum(in_step(k, j) for k in range(j, tau)) for j in range(tau)]
+
+
+def fednova(given: Clients, momentum: float, nesterov: bool, dampening: float, decay: float) -> Tensor:
+    """Wang et al., equation 4, of local objectives f_i + decay/2 |w|^2: d_i = G_i a_i / |a_i|_1, tau_eff = sum(p_i |a_i|_1)."""
+    net = mlp().double()
+    w = parameters_to_vector(net.parameters()).detach().clone()
+    for t in range(ROUNDS):
+        some = chosen(SEED, t, len(given), 0.5)
+        p = [given.sizes[k] / sum(given.sizes[j] for j in some) for k in some]
+        norms, moves = [], []
+        for k in some:
+            y, v, gradients = w.clone(), torch.zeros_like(w), []
+            for (xs, ys), _, _ in given.batches(k, t, 2, BATCH, SEED):
+                g = gradient(net, y, xs, ys)[0] + decay * y
+                v = momentum * v + (1 - dampening if gradients else 1) * g
+                y = y - LR * (g + momentum * v if nesterov else v)
+                gradients.append(g)
+            a = coefficients(len(gradients), momentum, nesterov, dampening)
+            assert_near(w - LR * mean(gradients, a) * sum(a), y)  # a is what it is said to be
+            norms.append(sum(a))
+            moves.append(mean(gradients, a))
+        tau = sum(share * norm for share, norm in zip(p, norms, strict=True))
+        w = w - tau * LR * mean(moves, p)
+    return w
+
+
+def climbing(exchange: Exchange, mode: str, **settings: Any) -> Tensor:
+    """The same as `ours`, by an optimizer that maximizes minus the loss."""
+    net = mlp().double()
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR, maximize=True)
+    ps = mpips.connect(net, optimizer, exchange=exchange, run_dir="run", seed=SEED, mode=mode, **settings)
+    for _ in ps.epochs(ROUNDS):
+        for x, y in ps.batches(clients(), BATCH, shuffle=True):
+            gain = -F.cross_entropy(net(x), y)
+            gain.backward()
+            ps.step(gain, samples=len(x))
+    return parameters_to_vector(net.parameters()).detach().clone()
+
+
 def assert_near(a: Tensor, b: Tensor) -> None:
     assert torch.linalg.norm(a - b) <= 1e-12 * torch.linalg.norm(b)
 
@@ -163,6 +215,86 @@ def test_all_clients_on_a_server_that_trains_are_the_formulas(mode: str) -> None
 )
 def test_their_settings_are_the_papers(mode: str, settings: dict[str, Any], how: dict[str, Any]) -> None:
     assert_near(World(3).run(lambda e: ours(e, mode=mode, **settings))[0], formulas(mode, **how))
+
+
+@pytest.mark.parametrize(("tau", "rho"), [(1, 0.9), (7, 0.9), (20, 0.5)])
+def test_the_coefficients_of_momentum_are_the_paper_s(tau: int, rho: float) -> None:
+    """Section 4.2: |a|_1 = (tau - rho (1 - rho^tau) / (1 - rho)) / (1 - rho)."""
+    assert sum(coefficients(tau, rho)) == pytest.approx((tau - rho * (1 - rho**tau) / (1 - rho)) / (1 - rho), rel=1e-14)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    ("momentum", "nesterov", "dampening", "decay"),
+    [(0, False, 0, 0.1), (0.9, False, 0, 0), (0.9, True, 0, 0), (0.9, False, 0.3, 0), (0.5, False, 0, 0.1)],
+)
+def test_fednova_normalises_by_what_gradients_count(
+    momentum: float, nesterov: bool, dampening: float, decay: float, size: int
+) -> None:
+    def made(p: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(p, LR, momentum, dampening, decay, nesterov)
+
+    results = World(size).run(lambda e: ours(e, mode="fednova", clients=SOME, inner=made))
+    assert_near(results[0], fednova(clients(), momentum, nesterov, dampening, decay))
+
+
+def test_fednova_counts_a_rate_that_changes_on_the_way_as_it_is() -> None:
+    """Two clients of 2 and 3 batches; the rate of a second step is a quarter, of a third an eighth: |a| is 1.25 and 1.375."""
+    given = clients(sizes=(16, 24))
+    net = mlp().double()
+    w = parameters_to_vector(net.parameters()).detach().clone()
+    moves, norms, rates = [], [], (1.0, 0.25, 0.125)
+    for k in range(2):
+        y = w.clone()
+        for ((xs, ys), _, _), rate in zip(given.batches(k, 0, 1, BATCH, SEED), rates, strict=False):
+            y = y - LR * rate * gradient(net, y, xs, ys)[0]
+        norms.append(sum(rates[: 2 + k]))
+        moves.append((w - y) / norms[-1])
+    expected = w - mean(moves, [16.0, 24.0]) * (16 * norms[0] + 24 * norms[1]) / 40
+
+    net = mlp().double()
+    ps = mpips.connect(net, torch.optim.SGD(net.parameters(), lr=LR), exchange=World(1).ends[0], mode="fednova", seed=SEED)
+    worker = ps._worker
+    assert worker is not None
+    assert worker.inner is not None
+    for _ in ps.epochs(1):
+        for (xs, ys), rate in zip(ps.batches(given, BATCH, shuffle=True), [*rates[:2], *rates], strict=True):
+            loss = F.cross_entropy(net(xs), ys)
+            loss.backward()
+            worker.inner.torch.param_groups[0]["lr"] = LR * rate
+            ps.step(loss)
+    assert_near(parameters_to_vector(net.parameters()).detach(), expected)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("size", [1, 3])
+def test_scaffold_is_the_paper_s_on_an_objective_with_weight_decay(size: int, decay: float) -> None:
+    """c_i is the mean of the client's gradients, of f_i + decay/2 |y|^2: what (x - y) / (K lr) is made to say."""
+    given, net = clients(), mlp().double()
+    w = parameters_to_vector(net.parameters()).detach().clone()
+    c, variates = torch.zeros_like(w), [torch.zeros_like(w) for _ in given]
+    for t in range(ROUNDS):
+        some = chosen(SEED, t, len(given), 0.5)
+        ends, moved = [], []
+        for k in some:
+            y, gradients = w.clone(), []
+            for (xs, ys), _, _ in given.batches(k, t, 2, BATCH, SEED):
+                gradients.append(gradient(net, y, xs, ys)[0] + decay * y)
+                y = y - LR * (gradients[-1] - variates[k] + c)
+            new = mean(gradients, [1.0] * len(gradients))
+            moved.append(new - variates[k])
+            variates[k] = new
+            ends.append(y)
+        w = mean(ends, [1.0] * len(some))
+        c = c + len(some) / len(given) * mean(moved, [1.0] * len(some))
+    made = {"clients": SOME, "inner": lambda p: torch.optim.SGD(p, lr=LR, weight_decay=decay)}
+    assert_near(World(size).run(lambda e: ours(e, mode="scaffold", **made))[0], w)
+
+
+@pytest.mark.parametrize(("mode", "mu"), [("fedavg", 0.0), ("fedprox", 0.5), ("fednova", 0.0), ("scaffold", 0.0)])
+def test_an_optimizer_that_maximizes_minus_the_loss_is_the_formulas(mode: str, mu: float) -> None:
+    results = World(3).run(lambda e: climbing(e, mode, clients={**SOME, "mu": mu}))
+    assert_near(results[0], formulas(mode, fraction=0.5, epochs=2, mu=mu))
 
 
 def test_a_client_s_data_as_one_batch() -> None:
@@ -847,14 +979,53 @@ def test_weights_that_overflow_are_seen_without_a_gradient_that_does() -> None:
         ours(World(1).ends[0], clients(), mode="fedavg", inner=lambda p: torch.optim.SGD(p, lr=1e308))
 
 
-@pytest.mark.parametrize(
-    "inner",
-    [
-        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-        lambda p: torch.optim.Adam(p),
-        lambda p: torch.optim.SGD([{"params": p[:1], "lr": 0.2}, {"params": p[1:]}], lr=0.1),
-    ],
-)
-def test_scaffold_refuses_optimizers_that_its_variates_are_not_of(inner: Any) -> None:
-    with pytest.raises(ConfigError, match="scaffold"):
-        ours(World(1).ends[0], mode="scaffold", inner=inner)
+def groups(p: Any, **unlike: Any) -> list[dict[str, Any]]:
+    return [{"params": p[:1], **unlike}, {"params": p[1:]}]
+
+
+PLAIN = "torch.optim.SGD without momentum"
+REFUSED: list[tuple[str, str, Any]] = [
+    ("scaffold", PLAIN, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+    ("scaffold", PLAIN, torch.optim.Adam),
+    ("scaffold", PLAIN, lambda p: torch.optim.SGD(groups(p, lr=0.2), lr=0.1)),
+    ("scaffold", PLAIN, lambda p: torch.optim.SGD(groups(p, maximize=True), lr=0.1)),
+    ("qfedavg", PLAIN, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+    ("qfedavg", PLAIN, lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1)),
+    ("qfedavg", PLAIN, lambda p: torch.optim.SGD(p, lr=0.1, maximize=True)),
+    ("qfedavg", PLAIN, torch.optim.Adam),
+    ("qfedavg", PLAIN, lambda p: torch.optim.SGD(groups(p, lr=0.2), lr=0.1)),
+    ("fednova", "torch.optim.SGD, with one momentum for all parameters", torch.optim.Adam),
+    ("fednova", "torch.optim.SGD, with one momentum for all parameters", torch.optim.AdamW),
+    ("fednova", "torch.optim.SGD, with one momentum", lambda p: torch.optim.SGD(groups(p, momentum=0.9), lr=0.1)),
+    ("fedprox", "one whose groups all have maximize, or none", lambda p: torch.optim.Adam(groups(p, maximize=True))),
+]
+
+
+@pytest.mark.parametrize(("mode", "allowed", "inner"), REFUSED)
+def test_optimizers_that_a_mode_is_not_defined_for_are_refused(mode: str, allowed: str, inner: Any) -> None:
+    with pytest.raises(ConfigError, match=f"optimizer: given another with mode {mode}, allowed: {allowed}"):
+        ours(World(1).ends[0], mode=mode, inner=inner)
+
+
+def test_an_optimizer_is_refused_when_it_becomes_one() -> None:
+    """As by a scheduler that moves the momentum, which begins after `connect`."""
+    net = mlp()
+    ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=0.1), exchange=World(1).ends[0], mode="scaffold")
+    assert ps._worker is not None
+    assert ps._worker.inner is not None
+    ps._worker.inner.torch.param_groups[0]["momentum"] = 0.9
+    with pytest.raises(ConfigError, match=PLAIN):
+        next(iter(ps.batches(clients(torch.float32), BATCH)))
+
+
+def test_qfedavg_with_q_0_takes_any_optimizer() -> None:
+    """L cancels out: the plain mean of where the clients' steps have led."""
+    given, adam = equal_weights(), {"inner": torch.optim.Adam}
+    plain = run(given=given, mode="fedavg", clients=SOME, **adam)
+    assert_near(run(given=given, mode="qfedavg", clients={**SOME, "q": 0.0}, **adam), plain)
+
+
+def test_fednova_has_no_momentum_of_the_server_s() -> None:
+    with pytest.raises(ConfigError, match=r"outer\.momentum: given 0\.9 with mode fednova, allowed: null or 0"):
+        choose_mode(Config(mode="fednova", outer=Outer(momentum=0.9)))
+    assert_near(run(mode="fednova", outer={"momentum": 0.0}), run(mode="fednova"))

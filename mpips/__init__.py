@@ -8,11 +8,12 @@
             ps.step(loss)
         ps.validate(lambda: accuracy(model, test_set))
 
-Importing this package does not initialise MPI.
+Importing this package does not initialise MPI. It takes flags that begin with `--mpips.` out of `sys.argv`.
 """
 
 __version__ = "0.1.0"
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -60,3 +61,7 @@ def __getattr__(name: str) -> object:
         if name in names:
             return getattr(import_module(home), name)
     raise AttributeError(f"module 'mpips' has no attribute {name!r}")
+
+
+if any(word.startswith("--mpips.") for word in sys.argv[1:]):
+    import_module("mpips.config").take_flags()

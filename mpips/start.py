@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mpips import failure, folder
-from mpips.config import BAD_CONFIGURATION, Config, ConfigError, resolve
+from mpips.config import BAD_CONFIGURATION, Config, ConfigError, show, trace
 from mpips.exchange import Exchange, mpi, proof
 from mpips.exchange.simulated import World
 from mpips.mode import choose_mode
@@ -23,15 +23,21 @@ def configure(**settings: Any) -> Config:
     """The settings of this process: flags, variables, the YAML file, then `settings`, then the defaults.
 
     Raises:
-        SystemExit: with status 2 and one line on the screen, for a setting that is not allowed.
+        SystemExit: with status 2 and one line on the screen, for a setting that is not allowed; with status 0 after
+            `--print_config`.
     """
     try:
-        config = resolve(settings)
+        resolved = trace(settings)
+        config = resolved.config
         choose(config)
         choose_mode(config)
         folder.check_resume(config.resume)
     except ConfigError as error:
-        raise _refused(error) from None
+        raise refused(error) from None
+    if resolved.print_config:
+        if _launched_rank() == 0:
+            print(show(resolved), end="", flush=True)
+        raise SystemExit(0)
     return config
 
 
@@ -44,7 +50,7 @@ def choose_trainable(model: nn.Module, trainable: Trainable) -> None:
     try:
         freeze(model, trainable)
     except ConfigError as error:
-        raise _refused(error) from None
+        raise refused(error) from None
 
 
 def check_rule(config: Config, workers: int) -> None:
@@ -58,7 +64,7 @@ def check_rule(config: Config, workers: int) -> None:
         try:
             choose(config)[0].check(workers)
         except RuleError as error:
-            raise _refused(ConfigError(f"rule: {error}")) from None
+            raise refused(ConfigError(f"rule: {error}")) from None
 
 
 def join(config: Config) -> Exchange:
@@ -76,7 +82,7 @@ def join(config: Config) -> Exchange:
         try:
             exchange = mpi.connect(round(config.bucket_mb * 1e6), config.cuda_aware, config.ranks_per_node)
         except mpi.LaunchError as error:
-            raise _refused(error) from None
+            raise refused(error) from None
     failure.end_all_on_exception(exchange)
     if config.cuda_aware:
         _prove(exchange)
@@ -97,7 +103,8 @@ def _prove(exchange: Exchange) -> None:
         raise SystemExit(BAD_CONFIGURATION)
 
 
-def _refused(error: Exception) -> SystemExit:
+def refused(error: Exception) -> SystemExit:
+    """Say on rank 0 why the run is refused; to be raised."""
     if _launched_rank() == 0:
         print(f"mpips: {error}", file=sys.stderr)
     return SystemExit(BAD_CONFIGURATION)

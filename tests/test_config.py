@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +18,35 @@ from hypothesis import strategies as st
 from programs import mlp
 
 import mpips
-from mpips.config import GROUPS, TAKEN, Config, ConfigError, add_arguments, allowed, fields, flags_of, resolve
+from mpips.config import (
+    GROUPS,
+    TAKEN,
+    Config,
+    ConfigError,
+    add_arguments,
+    allowed,
+    check_set,
+    fields,
+    flags,
+    line,
+    resolve,
+    show,
+    take_flags,
+    trace,
+    whole_line,
+)
 from mpips.message import COLUMNS
 from mpips.report import FIXED
 
 FIELDS = fields()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What earlier tests gave to parsers, or had taken from the line, is forgotten."""
+    monkeypatch.setattr(flags, "_handed", {})
+    monkeypatch.setattr(line, "_taken", [])
+    monkeypatch.setattr(line, "_line", ([], []))
 
 
 def nest(key: str, value: Any) -> dict[str, Any]:
@@ -239,9 +267,13 @@ def test_arguments_become_what_the_fields_are() -> None:
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    (["--checkpoint.evry", "1"], ["--checkpoint.evry", "checkpoint.every"]),
-    (["--stop.foo"], ["--stop.foo", "no such setting"]),
-    (["--checkpoint", "5"], ["--checkpoint", "no such setting"]),
+    (["--mpips.checkpoint.evry", "1"], ["--mpips.checkpoint.evry: no such setting; did you mean --mpips.checkpoint.every?"]),
+    (["--mpips.run-dir=x"], ["--mpips.run-dir: no such setting; did you mean --mpips.run_dir?"]),
+    (["--mpips.checkpoint", "5"], ["--mpips.checkpoint: no such setting; did you mean --mpips.checkpoint."]),
+    (["--mpips.", "5"], ["--mpips.: no such setting"]),
+    (["--mpips.clip"], ["--mpips.clip: given nothing, allowed: a number or null"]),
+    (["--mpips.clip", "--lr", "3"], ["--mpips.clip: given nothing, allowed: a number or null"]),
+    (["--mpips.print_config=maybe"], ["print_config: given 'maybe', allowed: true or false"]),
     (["--clip"], ["--clip: given nothing, allowed: a number or null"]),
     (["--config"], ["--config: given nothing"]),
     (["--config", "none.yaml"], ["config: given 'none.yaml'", "No such file"]),
@@ -308,23 +340,78 @@ def test_others_variables_and_the_launcher_s_are_left_alone(monkeypatch: pytest.
     assert resolve({}, []) == Config()
 
 
-@pytest.mark.parametrize(("argv", "ours"), [
-    (["--lr", "0.1", "data/", "-v", "--name=x"], []),
-    (["--clip", "1", "--lr", "2", "--seed=3"], ["--clip=1", "--seed=3"]),
-    (["--deterministic", "data/"], ["--deterministic=true"]),
-    (["--deterministic", "false", "data/"], ["--deterministic=false"]),
-    (["--deterministic", "no"], ["--deterministic=no"]),
-    (["--deterministic", "--server_trains"], ["--deterministic=true", "--server_trains=true"]),
-    (["--server_trains"], ["--server_trains=true"]),
-    (["--stop.target", "-0.5"], ["--stop.target=-0.5"]),
-    (["--run_dir", "--clip"], ["--run_dir=--clip"]),
-    (["--run_dir", ""], ["--run_dir="]),
-    (["--", "--clip", "1"], []),
-    (["clip", "-clip", "---clip", "--clips", "2", "--checkpoints"], []),
-    (["--config", "c.yaml", "--clip=a=b"], ["--config=c.yaml", "--clip=a=b"]),
-])  # fmt: skip
-def test_only_our_flags_are_ours(argv: list[str], ours: list[str]) -> None:
-    assert flags_of(argv) == ours
+ALONE = ["--clip", "1", "--config", "nowhere.yaml", "--mode=train", "--stop", "5", "--resume", "model.pth", "--deterministic"]
+
+
+def test_plain_flags_are_the_script_s_unless_it_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["script.py", *ALONE, "--print_config"])
+    assert trace({}) == trace({}, [])
+
+
+SPLITS: list[tuple[list[str], list[str], dict[str, str | None]]] = [
+    (["--lr", "0.1", "data/", "-v", "--name=x"], ["--lr", "0.1", "data/", "-v", "--name=x"], {}),
+    (["--mpips.clip", "1", "--lr", "2", "--mpips.seed=3"], ["--lr", "2"], {"clip": "1", "seed": "3"}),
+    (["--mpips.deterministic", "data/"], ["data/"], {"deterministic": "true"}),
+    (["--mpips.deterministic", "false", "data/"], ["data/"], {"deterministic": "false"}),
+    (["--mpips.deterministic", "no"], [], {"deterministic": "no"}),
+    (["--mpips.deterministic", "--mpips.overlap"], [], {"deterministic": "true", "overlap": "true"}),
+    (["--mpips.print_config", "--lr", "2"], ["--lr", "2"], {"print_config": "true"}),
+    (["--mpips.stop.target", "-0.5"], [], {"stop.target": "-0.5"}),
+    (["--mpips.clip", "--lr", "3"], ["--lr", "3"], {"clip": None}),
+    (["--mpips.clip"], [], {"clip": None}),
+    (["--mpips.clpi", "1", "data/"], ["data/"], {"clpi": "1"}),
+    (["--mpips.run_dir", ""], [], {"run_dir": ""}),
+    (["--mpips.run_dir=--x=y"], [], {"run_dir": "--x=y"}),
+    (["--mpips.clip", "1", "--", "--mpips.clip", "2"], ["--", "--mpips.clip", "2"], {"clip": "1"}),
+    (
+        ["mpips.clip", "-mpips.clip", "--mpips", "1", "--mpipsclip"],
+        ["mpips.clip", "-mpips.clip", "--mpips", "1", "--mpipsclip"],
+        {},
+    ),
+]
+
+
+@pytest.mark.parametrize(("argv", "rest", "ours"), SPLITS)
+def test_only_flags_with_the_prefix_are_taken(
+    argv: list[str], rest: list[str], ours: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["script.py", *argv])
+    take_flags()
+    assert sys.argv == ["script.py", *rest]
+    assert {flag.key: flag.text for flag in line._taken} == ours
+    assert whole_line() == argv
+
+
+def test_flags_that_come_to_the_line_after_the_import_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["script.py", "--mpips.seed", "3", "--mpips.clip", "1"])
+    take_flags()
+    sys.argv += ["--mpips.clip", "2"]
+    assert (resolve({}).seed, resolve({}).clip) == (3, 2.0)
+    assert whole_line() == ["--mpips.clip", "2"]  # a line that the script has made
+
+
+STRICT = """
+import argparse, sys
+import mpips
+print([name for name in ("torch", "mpi4py", "jsonargparse") if name in sys.modules])
+parser = argparse.ArgumentParser()
+parser.add_argument("--config")
+parser.add_argument("file")
+print(vars(parser.parse_args()), sys.argv[1:])
+from mpips.config import resolve
+print(resolve({}).clip, resolve({}).checkpoint.every)
+"""
+
+
+def test_a_strict_parser_never_sees_the_prefix() -> None:
+    Path("ours.yaml").write_text("checkpoint: {every: 100}\n")
+    argv = ["--mpips.clip", "1.5", "--config", "mine", "--mpips.config=ours.yaml", "data"]
+    done = subprocess.run([sys.executable, "-c", STRICT, *argv], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == [
+        "[]",
+        "{'config': 'mine', 'file': 'data'} ['--config', 'mine', 'data']",
+        "1.5 100",
+    ], done.stderr
 
 
 def parser(**given: Any) -> argparse.ArgumentParser:
@@ -339,9 +426,8 @@ def test_a_strict_parser_accepts_and_lists_all_our_flags() -> None:
     add_arguments(strict)
     given = {key: text(values[0]) for key, values in VALUES.items()}
     argv = ["data/", "--lr", "3", "--server_trains", *(word for key, v in given.items() for word in (f"--{key}", v))]
-    args = strict.parse_args(argv)
-    assert (args.lr, args.folder) == (3.0, "data/")
-    config = resolve({}, argv)
+    assert vars(strict.parse_args(argv)) == {"lr": 3.0, "folder": "data/"}  # as if we were not there
+    config = resolve({})
     assert {key: value(config, key) for key in VALUES} == {key: values[0] for key, values in VALUES.items()}
     assert config.server_trains
     shown = " ".join(strict.format_help().split())
@@ -349,16 +435,151 @@ def test_a_strict_parser_accepts_and_lists_all_our_flags() -> None:
         assert f"--{key} " in shown
         assert f"{words} ({allowed(kind)})" in shown
     assert "--config FILE" in shown
+    assert "--print_config [X]" in shown
 
 
 def test_the_script_s_own_flags_of_our_names_stay_its_own() -> None:
     strict = parser()
     strict.add_argument("--seed", type=int, default=7, help="mine")
-    strict.add_argument("--config", help="mine, too")
+    strict.add_argument_group("mine").add_argument("--config", help="mine, too")
+    strict.add_argument("-m", dest="mode", default="train")
     add_arguments(strict)
-    assert strict.parse_args(["d"]).seed == 7
-    assert strict.parse_args(["d", "--seed", "9"]).seed == 9
-    assert resolve({}, ["d", "--seed", "9"]).seed == 9
+    add_arguments(strict)  # once more does no harm
+    args = strict.parse_args(["d", "--seed", "9", "--config", "nowhere.yaml", "--mode", "async"])
+    assert (args.seed, args.config, args.mode) == (9, "nowhere.yaml", "train")
+    assert resolve({}) == Config(mode="async")
+
+
+def test_a_flag_that_the_script_adds_later_is_its_own_or_a_conflict() -> None:
+    strict = parser()
+    add_arguments(strict)
+    with pytest.raises(argparse.ArgumentError, match="conflicting option string: --clip"):
+        strict.add_argument("--clip")
+    later = parser(conflict_handler="resolve")
+    add_arguments(later)
+    later.add_argument("--clip", default=7)
+    assert later.parse_args(["d", "--clip", "9", "--buffers", "local"]).clip == "9"
+    assert resolve({}) == Config(buffers="local")
+
+
+def test_sub_commands_keep_their_flags_apart() -> None:
+    """Which --config and which --mode it is, only the parser knows; the line says nothing of it."""
+    outer = argparse.ArgumentParser()
+    outer.add_argument("--config")
+    verbs = outer.add_subparsers()
+    add_arguments(verbs.add_parser("train"))
+    verbs.add_parser("test").add_argument("--mode")
+    assert outer.parse_args(["--config", "mine", "test", "--mode", "quick"]).mode == "quick"
+    assert resolve({}) == Config()
+    Path("ours.yaml").write_text("clip: 2\n")
+    assert outer.parse_args(["--config", "mine", "train", "--config", "ours.yaml", "--mode", "async"]).config == "mine"
+    assert resolve({}) == Config(clip=2.0, mode="async")
+
+
+def test_what_the_parser_does_not_know_is_left_where_it_is() -> None:
+    strict = parser()
+    add_arguments(strict)
+    assert strict.parse_known_args(["d", "--clip", "2", "--buffer", "3", "--rul", "x"])[1] == ["--buffer", "3", "--rul", "x"]
+    assert resolve({}) == Config(clip=2.0)
+
+
+WAYS: dict[str, Callable[[pytest.MonkeyPatch, str], None]] = {  # from the least to the highest
+    "file c.yaml": lambda patch, text: (Path("c.yaml").write_text(f"clip: {text}\n"), patch.setenv("MPIPS_CONFIG", "c.yaml"))[
+        1
+    ],
+    "variable MPIPS_CLIP": lambda patch, text: patch.setenv("MPIPS_CLIP", text),
+    "flag --clip": lambda patch, text: _parsed("--clip", text),
+    "flag --mpips.clip": lambda patch, text: patch.setattr(sys, "argv", ["script.py", "--mpips.clip", text]),
+    "--set": lambda patch, text: patch.setenv("MPIPS_SET", json.dumps({"clip": text})),
+}
+
+
+def _parsed(*argv: str) -> None:
+    made = argparse.ArgumentParser()
+    add_arguments(made)
+    made.parse_args(argv)
+
+
+@pytest.mark.parametrize("order", [list(WAYS), list(WAYS)[::-1]], ids=["up", "down"])
+def test_each_way_wins_over_those_below_it(order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+    assert trace({}).origins["clip"] == "default"
+    assert trace({"clip": None}).origins["clip"] == "connect"
+    for way in order:
+        WAYS[way](monkeypatch, str(1 + list(WAYS).index(way)))
+        used.append(way)
+        highest = max(used, key=list(WAYS).index)
+        resolved = trace({"clip": 99})
+        assert (resolved.config.clip, resolved.origins["clip"]) == (1 + list(WAYS).index(highest), highest)
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ("{", "MPIPS_SET: given '{', allowed: what mpips run --set writes there"),
+    ("[]", "MPIPS_SET: given '[]', allowed: what mpips run --set writes there"),
+    ('{"clip": 1}', "MPIPS_SET: given '{\"clip\": 1}', allowed: what mpips run --set writes there"),
+    ('{"clpi": "1"}', "clpi: no such setting; did you mean clip?"),
+    ('{"clip": "abc"}', "clip: given 'abc', allowed: a number or null"),
+    ('{"config": "none.yaml"}', "config: given 'none.yaml', allowed: a YAML file"),
+    ('{"print_config": "1"}', "print_config: given '1', allowed: true or false"),
+])  # fmt: skip
+def test_wrong_settings_of_the_launcher(given: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPIPS_SET", given)
+    assert refusal({}, []).startswith(said)
+    if said[0].islower():  # what mpips run can see before it starts a rank
+        with pytest.raises(ConfigError) as error:
+            check_set(json.loads(given))
+        assert str(error.value).startswith(said)
+
+
+def test_settings_of_the_launcher_may_name_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("c.yaml").write_text("seed: 5\n")
+    check_set({"config": "c.yaml", "clip": "1"})
+    monkeypatch.setenv("MPIPS_SET", '{"config": "c.yaml", "clip": "1"}')
+    assert resolve({}) == Config(seed=5, clip=1.0)
+
+
+def test_what_is_shown_says_where_from_and_gives_the_same_settings_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("c.yaml").write_text("stop: {patience: 2}\n")
+    monkeypatch.setenv("MPIPS_CHECKPOINT__EVERY", "7")
+    monkeypatch.setenv("MPIPS_SET", '{"checkpoint.keep": "9"}')
+    given = {"metrics": ["a", "b"], "run_dir": "a #b\nc", "clip": 1e-7, "resume": "no: # 'ü' " * 20}
+    resolved = trace(given, ["--mpips.config", "c.yaml", "--mpips.seed", "3"])
+    shown = show(resolved)
+    for words in (
+        "mode: sync # default",
+        "clip: 1.0e-07 # connect",
+        "metrics: [a, b] # connect",
+        "seed: 3 # flag --mpips.seed",
+        "checkpoint: every: 7 # variable MPIPS_CHECKPOINT__EVERY keep: 9 # --set",
+        "stop: patience: 2 # file c.yaml",
+    ):
+        assert words in " ".join(shown.split()), words
+    assert [text.endswith(":") or "  # " in text for text in shown.splitlines()] == [True] * (len(FIELDS) + len(GROUPS))
+    monkeypatch.delenv("MPIPS_CHECKPOINT__EVERY")
+    monkeypatch.delenv("MPIPS_SET")
+    Path("shown.yaml").write_text(shown)
+    assert resolve({}, ["--config", "shown.yaml"]) == resolved.config
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_print_config_prints_on_rank_0_and_ends_all(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", str(rank))
+    _parsed("--print_config", "--clip", "2")
+    with pytest.raises(SystemExit) as end:
+        mpips.connect(mlp(), lambda p: None, seed=4)  # type: ignore[arg-type, return-value]
+    assert end.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert ("clip: 2.0 # flag --clip" in out and "seed: 4 # connect" in out) if rank == 0 else out == ""
+    assert not Path("runs").exists()
+
+
+def test_wrong_settings_are_refused_not_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["script.py", "--mpips.print_config", "--mpips.rule", "krumm"])
+    with pytest.raises(SystemExit) as end:
+        mpips.configure()
+    assert (end.value.code, capsys.readouterr().out) == (2, "")
 
 
 def test_no_metric_can_hide_another_column() -> None:

@@ -1,56 +1,62 @@
-"""mpips' flags among those of a script."""
+"""mpips' flags in a script's own parser, where the script wants them there."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
-from mpips.config.config import GROUPS
-from mpips.config.error import ConfigError, meant
-from mpips.config.field import allowed, fields
+from mpips.config.field import allowed
+from mpips.config.line import Texts, known
 
-SAID = ("true", "false", "yes", "no", "on", "off", "1", "0")  # after a boolean flag: its value and no word of the script's
+_handed: dict[str, str] = {}  # key -> what parsers were given
 
 
-def flags_of(argv: Sequence[str]) -> list[str]:
-    """The flags in `argv` that are ours, as `--key=value`; the script's own flags are left to the script.
+class _Handed(argparse.Action):
+    """Hands its value to mpips; in the script's namespace it leaves nothing.
 
-    Raises:
-        ConfigError: an unknown flag of one of our groups, or one of ours without a value.
+    Only the parser knows whose a flag is: another parser, a sub-command or a later `conflict_handler="resolve"` may have one
+    of the same name. So nothing is looked for in `sys.argv`.
     """
-    known = {key: kind for key, (kind, _) in fields().items()} | {"config": str}
-    ours, rest = [], list(argv)
-    while rest:
-        token = rest.pop(0)
-        if token == "--":
-            break
-        name, equals, _ = token.removeprefix("--").partition("=")
-        if not token.startswith("--"):
-            continue
-        if name not in known:
-            if name.split(".")[0] in GROUPS and ("." in name or name in ("checkpoint", "stop")):
-                raise ConfigError(f"--{name}: no such setting{meant(name, known)}")
-        elif equals:
-            ours.append(token)
-        elif known[name] is bool and (not rest or rest[0].lower() not in SAID):
-            ours.append(f"--{name}=true")
-        elif rest:
-            ours.append(f"--{name}={rest.pop(0)}")
-        else:
-            raise ConfigError(f"--{name}: given nothing, allowed: {allowed(known[name])}")
-    return ours
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        _handed[self.dest.removeprefix("mpips.")] = str(values)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Let a script's own `argparse` parser accept and list mpips' flags; `connect` reads them from the command line."""
-    parser.allow_abbrev = False  # `connect` knows no abbreviations
+    """Let a script's own `argparse` parser accept and list mpips' flags; what it is given for them goes to `connect`.
+
+    Flags that the parser already has are the script's, and mpips does not read them; `--mpips.KEY` is there for those. Call
+    `parse_args` or `parse_known_args` before `connect`. Their result is what it would be without mpips' flags.
+    """
+    parser.allow_abbrev = False  # else an unknown --rul would be our --rule
     group = parser.add_argument_group("mpips")
-    flags: dict[str, tuple[str, str | None, str]] = {"config": ("FILE", None, "YAML file with any of these settings")}
-    for key, (kind, text) in fields().items():
-        flags[key] = ("X", "?" if kind is bool else None, f"{text} ({allowed(kind)})")
-    for key, (metavar, nargs, text) in flags.items():
-        if f"--{key}" not in parser._option_string_actions:  # the script's own flag of that name serves both
-            group.add_argument(f"--{key}", metavar=metavar, nargs=nargs, type=_switch if nargs else str, help=text)
+    for key, (kind, text) in known().items():
+        if f"--{key}" in parser._option_string_actions:
+            continue
+        switch = kind is bool
+        group.add_argument(
+            f"--{key}",
+            action=_Handed,
+            dest=f"mpips.{key}",
+            default=argparse.SUPPRESS,
+            metavar="FILE" if key == "config" else "X",
+            nargs="?" if switch else None,
+            const="true" if switch else None,
+            type=_switch if switch else str,
+            help=f"{text} ({allowed(kind)})".replace("%", "%%"),
+        )
+
+
+def handed() -> Texts:
+    """What the script's parsers were given for us."""
+    return {key: (text, f"flag --{key}") for key, text in _handed.items()}
 
 
 def _switch(text: str) -> str:

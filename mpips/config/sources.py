@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import re
-import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,22 @@ from typing import Any
 
 import yaml
 
+from mpips.config import line
 from mpips.config.config import GROUPS, Config, flatten
 from mpips.config.error import ConfigError, check, meant
 from mpips.config.field import allowed, fields
-from mpips.config.flags import flags_of
+from mpips.config.flags import handed
 
 NULL = ("", "~", "null", "Null", "NULL")
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """The configuration of a process, where each setting comes from, and whether it was asked to print that and end."""
+
+    config: Config
+    origins: Mapping[str, str]
+    print_config: bool
 
 
 def _variable(key: str) -> str:
@@ -28,35 +37,65 @@ def _variable(key: str) -> str:
 
 
 def _check_variables(environ: Mapping[str, str]) -> None:
-    known = {"MPIPS_CONFIG", "MPIPS_LAUNCH_DIR", *map(_variable, fields())}
+    known = {"MPIPS_CONFIG", *map(_variable, fields())}
     for name in environ:
-        if name.startswith("MPIPS_") and name not in known:
+        if name.startswith("MPIPS_") and name not in known | {"MPIPS_LAUNCH_DIR", line.SET}:  # the launcher's
             raise ConfigError(f"{name}: no such variable{meant(name, known)}")
 
 
 def resolve(arguments: Mapping[str, Any], argv: Sequence[str] | None = None) -> Config:
-    """The configuration of this process.
+    """The configuration of this process; arguments and errors as those of `trace`."""
+    return trace(arguments, argv).config
+
+
+def trace(arguments: Mapping[str, Any], argv: Sequence[str] | None = None) -> Resolved:
+    """The configuration of this process, and where it comes from.
 
     Args:
         arguments: what the script gave to `connect`; nested settings as dicts (`checkpoint={"every": 50}`).
-        argv: the command line, `sys.argv[1:]` when None.
+        argv: flags that are all ours, with or without the prefix `--mpips.`. When None, what this process was given: the
+            script's own line is read only for flags with the prefix, and through a parser that has seen `add_arguments`.
 
     Raises:
         ConfigError: one line with the key, what was given and what is allowed.
     """
-    import jsonargparse
-
     _check_variables(os.environ)
-    flags = dict(flag.removeprefix("--").split("=", 1) for flag in flags_of(sys.argv[1:] if argv is None else argv))
-    variables = {key: os.environ[name] for key in fields() if (name := _variable(key)) in os.environ}
-    path = flags.pop("config", None) or os.environ.get("MPIPS_CONFIG")
+    flags = handed() | line.on_the_line() if argv is None else line.texts(line.split(argv, bare=True)[1])
+    flags |= line.from_launcher(os.environ)
+    printing = _switch(flags.pop("print_config", ("false", ""))[0])
+    names = {key: _variable(key) for key in fields()}
+    variables = {key: (os.environ[name], f"variable {name}") for key, name in names.items() if name in os.environ}
+    path = flags.pop("config", ("", ""))[0] or os.environ.get("MPIPS_CONFIG")
     texts = (_read(path) if path else {}) | variables | flags
     given = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in flatten("", arguments)}
     _check_known(given)
+    config = _parse(given, {key: text for key, (text, _) in texts.items()})
+    origins = dict.fromkeys(fields(), "default") | dict.fromkeys(given, "connect")
+    return Resolved(config, origins | {key: origin for key, (_, origin) in texts.items()}, printing)
+
+
+def check_set(given: Mapping[str, str]) -> None:
+    """Raise ConfigError for what `mpips run --set` cannot set, before a rank is started for it."""
+    texts = {key: text for key, (text, _) in line.from_launcher({line.SET: json.dumps(given)}).items()}
+    _switch(texts.pop("print_config", "false"))
+    if path := texts.pop("config", ""):
+        _read(path)
+    _parse({}, texts)
+
+
+def _switch(text: str) -> bool:
+    check("print_config", text, allowed(bool), text.lower() in ("true", "false"))
+    return text.lower() == "true"
+
+
+def _parse(given: Mapping[str, Any], texts: Mapping[str, str]) -> Config:
+    """The defaults with what was `given` to `connect` over them, and `texts` over that."""
+    import jsonargparse
+
     parser = jsonargparse.ArgumentParser(prog="mpips", exit_on_error=False, default_env=False)
     parser.add_class_arguments(Config)
     try:
-        parser.set_defaults(dict(flatten("", parser.parse_object(given).as_dict())))  # checked on its way in
+        parser.set_defaults(dict(flatten("", parser.parse_object(dict(given)).as_dict())))  # checked on its way in
         tree = parser.parse_args([f"--{key}={text}" for key, text in texts.items()])
         for key, text in texts.items():
             if tree[key] is None and str in typing.get_args(fields()[key][0]) and text not in NULL:
@@ -69,7 +108,7 @@ def resolve(arguments: Mapping[str, Any], argv: Sequence[str] | None = None) -> 
         raise ConfigError(_one_line(str(error))) from None
 
 
-def _read(path: str) -> dict[str, str]:
+def _read(path: str) -> line.Texts:
     """The settings in a YAML file as texts, the way flags are given: `resume: no` is then no boolean, and no tag acts."""
     try:
         tree = yaml.BaseLoader(Path(path).read_text()).get_single_data()
@@ -80,7 +119,8 @@ def _read(path: str) -> dict[str, str]:
         raise ConfigError(f"config: given {path!r}, which holds {tree!r}, allowed: a YAML file with `setting: value` lines")
     settings = dict(flatten("", tree or {}))
     _check_known(settings)
-    return {key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in settings.items()}
+    texts = {key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in settings.items()}
+    return {key: (text, f"file {path}") for key, text in texts.items()}
 
 
 def _check_known(settings: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpips import __version__
 from mpips.bench import flags
+from mpips.config import ConfigError, check_set, whole_line
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +30,8 @@ exit statuses:
   0   success
   1   the run or the verb failed
   2   bad usage or configuration
-  75  preempted: checkpoint written, start again with --resume auto"""
-TAKES_VALUE = ("-n", "-np", "--mpi-args", "--timeout")
+  75  preempted: checkpoint written, start again with --mpips.resume auto"""
+TAKES_VALUE = ("-n", "-np", "--mpi-args", "--timeout", "--set")
 MOST_RANKS = 1_000_000  # that plan lists
 LONGEST_VALUE = 60  # characters of an attribute shown by inspect
 
@@ -60,11 +61,11 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
-    own, script = _split(list(sys.argv[1:] if argv is None else argv))
+    own, script = _split(whole_line() if argv is None else list(argv))
     parser = _parser()
     options, unknown = parser.parse_known_args(own, argparse.Namespace(script=script))
     if unknown:
-        hint = "; the script's own flags go after the script" if own[0] == "run" else ""
+        hint = "; the script's own flags go after the script, a setting into --set KEY=VALUE" if own[0] == "run" else ""
         parser.error(f"{own[0]}: {unknown[0]!r} given, expected the flags that mpips {own[0]} --help lists{hint}")
     try:
         return int(options.verb(options))
@@ -108,6 +109,9 @@ def _parser() -> Parser:
     run.add_argument("--dry-run", action="store_true", help="print the command and do nothing")
     run.add_argument("--mpi-args", type=_words, default=[], metavar='"..."', help="further flags for mpiexec")
     run.add_argument("--timeout", type=_seconds, metavar="S", help="end the run after S seconds")
+    run.add_argument("--set", type=_setting, action="append", default=[], metavar="KEY=VALUE",
+                     help="a setting of mpips, e.g. clip=1.0, whatever the script's line says; may be repeated")  # fmt: skip
+    run.add_argument("--print_config", action="store_true", help="print all settings and where each comes from, and end")
 
     inspect = _verb(verbs, "inspect", inspect_verb, "show what a checkpoint holds")
     inspect.add_argument("file", type=Path, metavar="FILE", help="a checkpoint, or a run folder (its newest one)")
@@ -196,6 +200,13 @@ def _words(text: str) -> list[str]:
         raise argparse.ArgumentTypeError(f"{text!r} given, expected words as in a shell ({error})") from error
 
 
+def _setting(text: str) -> tuple[str, str]:
+    key, _, value = text.partition("=")
+    if not key or key == text:
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected KEY=VALUE, e.g. clip=1.0")
+    return key, value
+
+
 def _target(text: str) -> Path:
     if Path(text).suffix not in WRITERS:
         raise argparse.ArgumentTypeError(f"{text!r} given, expected a name that ends in {' or '.join(WRITERS)}")
@@ -212,8 +223,9 @@ def run_verb(options: argparse.Namespace) -> int:
     if not options.script or not Path(options.script[0]).is_file():
         given = repr(options.script[0]) if options.script else "nothing"
         raise UsageError(f"script: {given} given, expected a Python file that exists, after the flags of run")
+    settings = _settings(options)
     try:
-        planned = plan(options.size, options.script, mpi_args=options.mpi_args, timeout=options.timeout)
+        planned = plan(options.size, options.script, mpi_args=options.mpi_args, timeout=options.timeout, settings=settings)
     except FileNotFoundError as error:
         raise UsageError(str(error)) from error
     if options.dry_run:
@@ -226,6 +238,17 @@ def run_verb(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(asdict(outcome)))
     return outcome.exit
+
+
+def _settings(options: argparse.Namespace) -> dict[str, str]:
+    """What the ranks are told by `--set`, looked at before one of them starts."""
+    settings = dict(options.set)
+    try:
+        if settings:
+            check_set(settings)
+    except ConfigError as error:
+        raise UsageError(f"argument --set: {error}") from error
+    return settings | ({"print_config": "true"} if options.print_config else {})
 
 
 def inspect_verb(options: argparse.Namespace) -> int:

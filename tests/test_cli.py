@@ -27,7 +27,7 @@ def test_help_is_light_and_states_the_exit_statuses():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, timeout=60)
     assert done.stdout.endswith("[]\n")
-    for words in ("0   success", "1   the run", "2   bad usage", "75  preempted", "--resume auto"):
+    for words in ("0   success", "1   the run", "2   bad usage", "75  preempted", "--mpips.resume auto"):
         assert words in done.stdout
 
 
@@ -57,6 +57,13 @@ def script(tmp_path, monkeypatch):
         (["run", "-n", "2", "--mpi-args", "'", "train.py"], ["--mpi-args", "shell"]),
         (["run", "-n", "2", "--lr=0.1", "train.py"], ["'--lr=0.1'", "after the script"]),
         (["run", "-n", "2", "--dry", "train.py"], ["'--dry'", "--help"]),
+        (["run", "-n", "2", "--mpips.clip", "1", "train.py"], ["'--mpips.clip'", "--set KEY=VALUE"]),
+        (["run", "-n", "2", "--set", "clpi=1", "train.py"], ["--set", "clpi: no such setting; did you mean clip?"]),
+        (["run", "-n", "2", "--set=clip", "train.py"], ["--set", "'clip'", "KEY=VALUE"]),
+        (["run", "-n", "2", "--set", "=1", "train.py"], ["--set", "'=1'", "KEY=VALUE"]),
+        (["run", "-n", "2", "--set", "clip=1", "--set", "seed=x", "train.py"], ["--set", "seed: given 'x'", "whole number"]),
+        (["run", "-n", "2", "--set", "config=none.yaml", "train.py"], ["--set", "config: given 'none.yaml'", "No such file"]),
+        (["run", "-n", "2", "--set"], ["--set", "expected one argument"]),
         (["export", "train.py", "--to", "x.onnx"], ["--to", "'x.onnx'", ".pt or .safetensors"]),
         (["export", "train.py", "--to", "nowhere/x.pt"], ["--to", "'nowhere/x.pt'", "folder that exists"]),
         (["export", "train.py"], ["--to"]),
@@ -116,6 +123,21 @@ def test_run_prints_the_command_first_and_json_last(script, capfd):
     assert list(outcome) == ["exit", "run_dir", "seconds", "rounds", "value", "checkpoint", "failed_rank", "command"]
     assert outcome["exit"] == 0
     assert outcome["command"][-3:] == ["train.py", "--lr", "1"]
+
+
+def test_settings_reach_the_ranks_and_leave_the_script_s_line_alone(script, capfd, monkeypatch):
+    monkeypatch.setenv("MPIPS_SET", '{"seed": "1"}')  # of another run
+    script.write_text("import os, sys\nprint(os.environ['MPIPS_SET'], sys.argv[1:])\n")
+    words = ["--set", "clip=1.0", "--set=checkpoint.every=100", "--set", "clip=2", "--set", "resume=a=b", "--print_config"]
+    assert cli.main(["run", "-n", "1", *words, "train.py", "--set", "x"]) == 0
+    given = {"clip": "2", "checkpoint.every": "100", "resume": "a=b", "print_config": "true"}
+    assert capfd.readouterr().out == f"{json.dumps(given)} ['--set', 'x']\n"
+
+
+def test_flags_with_our_prefix_are_the_ranks(script):
+    words = ["train.py", "--lr", "1", "--mpips.clip", "2", "--mpips.seed=3", "--", "x"]
+    done = run("run", "-n", "2", "--dry-run", "--json", *words, cwd=script.parent)
+    assert json.loads(done.stdout)["command"][-len(words) :] == words, done.stderr
 
 
 # Checkpoints

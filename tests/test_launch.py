@@ -105,6 +105,15 @@ def test_the_printed_line_is_what_a_shell_runs(tmp_path):
     assert json.loads(printed) == [["-n", "2", "-x", "A B", sys.executable, *script], "60"]
 
 
+@pytest.mark.parametrize(("mpiexec", "more"), [(OPENMPI_5, ["-x", "MPIPS_SET"]), (OPENMPI_4, ["-x", "MPIPS_SET"]), (MPICH, [])])
+def test_settings_go_to_the_ranks_of_all_nodes(machine, mpiexec, more):
+    settings = {"clip": "1.0", "run_dir": "it's"}
+    planned = plan(2, ["x.py"], mpi_args=["--host", "a,b"], settings=settings, environ={"MPIPS_SET": "{}"}, mpiexec=mpiexec)
+    assert json.loads(planned.variables["MPIPS_SET"]) == settings
+    assert list(planned.command) == ["/opt/mpiexec", "-n", "2", *more, "--host", "a,b", sys.executable, "x.py"]
+    assert "MPIPS_SET" not in plan(2, ["x.py"], environ={}, mpiexec=mpiexec).variables
+
+
 # A run under a fake mpiexec
 
 SAY = """
@@ -427,7 +436,7 @@ def test_usr1_reaches_the_ranks_and_75_comes_back(tmp_path, fake_mpiexec):
     launcher.process.send_signal(signal.SIGUSR1)
     status, output = launcher.end()
     assert (status, launcher.all_gone()) == (75, True)
-    assert "--resume auto" in output.splitlines()[-1]
+    assert "--mpips.resume auto" in output.splitlines()[-1]
 
 
 # The real mpiexec
@@ -452,6 +461,17 @@ def test_real_ranks_and_their_output(real, tmp_path):
     assert shlex.split(lines[0])[-1] == str(tmp_path / "script.py")
     assert sorted(line for line in lines if line.startswith("rank")) == ["rank 0", "rank 1"]
     assert json.loads(lines[-1])["exit"] == 0
+
+
+def test_real_ranks_print_their_settings_once(real, tmp_path):
+    source = "import argparse, mpips\nargparse.ArgumentParser().parse_args()\nmpips.configure(seed=3)\nprint('went on')\n"
+    launcher = Launcher(tmp_path, source, flags=["--set", 'run_dir=it\'s = "a", ;b', "--print_config"])
+    status, output = launcher.end()
+    shown = " ".join(output.split())
+    assert status == 0
+    assert shown.count("mode: sync # default") == shown.count("seed: 3 # connect") == 1
+    assert "run_dir: 'it''s = \"a\", ;b' # --set" in shown
+    assert "went on" not in output
 
 
 def test_real_failure_ends_with_the_traceback(real, tmp_path):

@@ -1,10 +1,11 @@
 """The command that starts the ranks with the MPI that belongs to this Python.
 
-Invariant: a variable is set only where the user has not set it, and what is printed is what is run.
+Invariant: a variable of others is set only where the user has not set it, and what is printed is what is run.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -13,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpips.config import SET
 from mpips.environment import Mpiexec, cores, find_mpiexec, physical_cores
 
 HOST_FLAGS = {
@@ -52,16 +54,21 @@ def plan(
     *,
     mpi_args: Sequence[str] = (),
     timeout: int | None = None,
+    settings: Mapping[str, str] | None = None,
     environ: Mapping[str, str] = os.environ,
     mpiexec: Mpiexec | None = None,
 ) -> Plan:
-    """The command that starts `size` ranks of `script` (a file and its flags)."""
+    """The command that starts `size` ranks of `script` (a file and its flags), with mpips' `settings` above all others."""
     mpiexec = mpiexec or find_mpiexec()
     here = None if HOST_FLAGS & {argument.split("=")[0] for argument in mpi_args} else _nodes(environ)
     wanted = {"PYTHONUNBUFFERED": "1", **_variables(mpiexec, size, here)}  # MPICH's ranks write to pipes
     chosen = {name: value for name, value in wanted.items() if name not in environ}
     if timeout is not None:
         chosen["MPIEXEC_TIMEOUT"] = str(timeout)  # the one watchdog that all mpiexecs know
+    if settings:
+        chosen[SET] = json.dumps(settings)
+        if mpiexec.family == "Open MPI":  # it hands only its own variables to ranks on other nodes
+            mpi_args = ("-x", SET, *mpi_args)
     command = (mpiexec.path, "-n", str(size), *mpi_args, sys.executable, *script)
     return Plan(command, chosen, _crowded(size, here))
 

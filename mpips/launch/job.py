@@ -141,7 +141,7 @@ def run(plan: Plan, view: View, *, timeout: float | None = None) -> Outcome:
             if checkpoint := progress.result()["checkpoint"]:
                 view.tell(f"checkpoint {checkpoint}")
         if status == PREEMPTED:
-            view.tell("preempted: the checkpoint is written; start again with --resume auto")
+            view.tell("preempted: the checkpoint is written; start again with --mpips.resume auto")
         run_dir = watch.run_dir()
     return Outcome(
         exit=status,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mpips.config import Staleness
 
 EPSILON = 1e-7  # of the adaptive compensation, as in the paper
+STRENGTH = {"dc": 0.04, "dc-adaptive": 2.0}  # the paper's lambda and lambda_0 on CIFAR-10; the latter is divided by |g|
 
 
 def whole(staleness: int, settings: Staleness) -> float:
@@ -115,4 +116,7 @@ class Compensation:
 
 def compensation(policy: str, settings: Staleness) -> Compensation | None:
     """What corrects gradients under a policy, if anything does."""
-    return Compensation(policy == "dc-adaptive", settings.strength) if policy.startswith("dc") else None
+    if policy not in STRENGTH:
+        return None
+    strength = STRENGTH[policy] if settings.strength is None else settings.strength
+    return Compensation(policy == "dc-adaptive", strength)

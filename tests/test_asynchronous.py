@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import mpips
 from mpips import checkpoint
+from mpips.config import ConfigError
 from mpips.exchange import SERVER, Exchange
 from mpips.exchange.simulated import Killed, World
 
@@ -196,6 +197,36 @@ def test_no_bound_is_async_and_no_compensation_is_none() -> None:
     assert torch.equal(weights(mode="ssp", staleness={"bound": INF}), expected)
     assert torch.equal(weights(mode="async", staleness={"policy": "dc", "strength": 0.0}), expected)
     assert not torch.equal(weights(mode="async", staleness={"policy": "dc", "strength": 5.0}), expected)
+
+
+@pytest.mark.parametrize("policy", ["dc", "dc-adaptive"])
+def test_compensation_of_what_is_maximized_is_that_of_minus_it(policy: str) -> None:
+    """Every gradient, every correction and every step is minus the other's: the same weights, bit for bit."""
+    settings: dict[str, Any] = {"mode": "async", "staleness": {"policy": policy, "strength": 5.0}}
+
+    def program(e: Exchange, sign: int, world: World) -> Tensor:
+        net = mlp().double()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, maximize=sign < 0)
+        ps = mpips.connect(net, optimizer, exchange=e, run_dir="run", **settings)
+        for x, y in ps.batches(data(96, torch.float64), 4):
+            world.sleep(e.rank, SPEEDS[e.rank])
+            loss = sign * F.cross_entropy(net(x), y)
+            loss.backward()
+            ps.step(loss)
+        ps.close()
+        return nn.utils.parameters_to_vector(net.parameters()).detach()
+
+    worlds = {sign: World(5, seed=1) for sign in (1, -1)}
+    down, up = (world.run(lambda e, s=sign, w=world: program(e, s, w))[SERVER] for sign, world in worlds.items())
+    assert torch.equal(down, up)
+
+
+def test_compensation_that_would_have_two_signs_is_refused() -> None:
+    net = mlp()
+    first, *rest = net.parameters()
+    optimizer = torch.optim.SGD([{"params": [first], "maximize": True}, {"params": rest}], lr=0.1)
+    with pytest.raises(ConfigError, match=r"optimizer: given another with staleness\.policy dc, allowed: one whose groups all"):
+        train(World(1).ends[0], net, optimizer, data(), mode="async", staleness={"policy": "dc"})
 
 
 @pytest.mark.parametrize("seed", range(3))

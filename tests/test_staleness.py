@@ -244,3 +244,11 @@ def test_the_policies_that_compensate() -> None:
         own = compensation(name, Staleness(strength=0.25))
         assert own is not None
         assert (own.adaptive, own.strength, own.decay) == (adaptive, 0.25, 0.95)
+
+
+@pytest.mark.parametrize(("policy", "strength"), [("dc", 0.04), ("dc-adaptive", 2.0)])
+def test_each_compensation_has_the_strength_of_the_paper_s_experiments(policy: str, strength: float) -> None:
+    for given_, expected in ((None, strength), (0.0, 0.0), (0.5, 0.5)):
+        own = compensation(policy, Staleness(strength=given_))
+        assert own is not None
+        assert own.strength == expected

@@ -49,13 +49,13 @@ class Staleness:
         default=4, metadata={"help": "ssp: clocks that a worker may be ahead; reject, hinge: versions it may be late"}
     )
     power: float = field(default=0.5, metadata={"help": "poly: (1 + staleness) to minus this; hinge: its slope"})
-    strength: float = field(default=0.04, metadata={"help": "dc: lambda; dc-adaptive: its first value"})
+    strength: float | None = field(default=None, metadata={"help": "dc: lambda, null: 0.04; dc-adaptive: lambda_0, null: 2"})
     buffer: int | None = field(default=None, metadata={"help": "contributions that make one server update (fedbuff's K)"})
 
     def __post_init__(self) -> None:
         check("staleness.bound", self.bound, "a whole number, 0 or more", self.bound >= 0)
         check("staleness.power", self.power, "a number, 0 or more", 0 <= self.power < math.inf)
-        check("staleness.strength", self.strength, "a number, 0 or more", 0 <= self.strength < math.inf)
+        check("staleness.strength", self.strength, "a number, 0 or more, or null", 0 <= (self.strength or 0) < math.inf)
         check("staleness.buffer", self.buffer, "a whole number, 1 or more, or null", self.buffer is None or self.buffer >= 1)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from mpips.config import ConfigError
 from mpips.message import ROUNDS
+from mpips.optimizer import FlatOptimizer
 from mpips.parameter_server.kept import Kept
 from mpips.parameter_server.roll import Row
 from mpips.parameter_server.sent import Sent
@@ -34,9 +36,22 @@ class Intake:
         self._needed = max(1, enough)  # contributions of one update
         self._kept = Kept(service.replica.push)
         self.sent = Sent(self._policy, config, service.config.overlap)
+        self._look_up_or_down()
         self.staleness: Counter[int] = Counter()
         self.rejected = 0
         self.in_round: set[int] = set()
+
+    def _look_up_or_down(self) -> None:
+        """The square of a gradient stands for the curvature of what is minimised; of what is maximised, for minus that."""
+        compensation, optimizer = self.sent.compensation, self._service.optimizer
+        if compensation is None or not isinstance(optimizer, FlatOptimizer):
+            return
+        climbs = {bool(group.get("maximize")) for group in optimizer.torch.param_groups}
+        if len(climbs) > 1:
+            allowed = "one whose groups all have maximize, or none has"
+            raise ConfigError(f"optimizer: given another with staleness.policy {self._policy}, allowed: {allowed}")
+        if True in climbs:
+            compensation.strength = -compensation.strength
 
     def take(self, rank: int, row: Row) -> bool:
         """Take what lies in the push message as the mode and the policy will have it; whether it was taken."""

@@ -41,6 +41,10 @@ class Elastic(Local):
         """Never: what is between two pulls on the spring stays the worker's own."""
         return False
 
+    def place(self, out: Tensor) -> Tensor:
+        """x, `(numel,)`, which is written to `out`."""
+        return out.copy_(self.inner.whole)
+
     def about_to_push(self) -> bool:
         """Whether the centre is needed for the step at hand."""
         return self._taken + 1 >= self.steps
@@ -51,7 +55,7 @@ class Elastic(Local):
             super().step(loss, samples, control)
             return self._bad is not None
         whole = self.inner.whole
-        pull = self.anchor.copy_(whole).sub_(self.centre.weights).mul_(self.rate)
+        pull = self.place(self.anchor).sub_(self.centre.weights).mul_(self.rate)
         super().step(loss, samples, control)
         if self._bad is None:  # else the server will not take it
             whole.sub_(pull)
@@ -114,7 +118,10 @@ class Elastic(Local):
 
 
 class ElasticMomentum(Elastic):
-    """EAMSGD: the local steps have Nesterov momentum; x is torch's variable, the point the gradient is taken at."""
+    """EAMSGD, algorithm 2: v <- delta v - lr g(x + delta v), x <- x + v, and every tau steps the spring pulls at x.
+
+    What torch's SGD steps, and the model has, is where the next gradient is taken: x + delta v, v = -lr times its momentum.
+    """
 
     def __init__(self, *seat: Any, **named: Any) -> None:
         super().__init__(*seat, **named)
@@ -123,3 +130,14 @@ class ElasticMomentum(Elastic):
             raise ConfigError(
                 "optimizer: given another with mode eamsgd, allowed: torch.optim.SGD(momentum=..., nesterov=True)"
             )
+
+    def place(self, out: Tensor) -> Tensor:
+        """See `Elastic`."""
+        super().place(out)
+        views = dict(zip(self.inner.weights, (view for _, view in self.replica.flat.named(out)), strict=True))
+        for group in self.inner.torch.param_groups:
+            for p in group["params"]:
+                momentum = self.inner.torch.state.get(p, {}).get("momentum_buffer")
+                if momentum is not None:  # else there has been no step
+                    views[p].add_(momentum, alpha=float(group["lr"]) * group["momentum"])
+        return out

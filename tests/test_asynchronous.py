@@ -90,14 +90,17 @@ def test_a_worker_whose_updates_are_late_by_one_is_not_plain_but_itself() -> Non
 
 
 def elastic(given: Any, tau: int, rate: float, epochs: int, momentum: float) -> tuple[list[Tensor], list[Tensor]]:
-    """EASGD with one worker, algorithm 1, in plain torch."""
+    """EASGD with one worker, algorithm 1, in plain torch; with momentum EAMSGD, where torch has x + delta v for x."""
     net = mlp()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=momentum, nesterov=momentum > 0)
     centre = [p.detach().clone() for p in net.parameters()]
-    for step, (x, y) in enumerate(in_order(given, 16, epochs), 1):
+    for step, (inputs, y) in enumerate(in_order(given, 16, epochs), 1):
         optimizer.zero_grad()
-        F.cross_entropy(net(x), y).backward()
-        pull = [(p.detach() - c) * rate for p, c in zip(net.parameters(), centre, strict=True)]
+        F.cross_entropy(net(inputs), y).backward()
+        ahead = [optimizer.state[p].get("momentum_buffer") for p in net.parameters()]  # of delta v, but for -lr delta
+        both = zip((p.detach() for p in net.parameters()), ahead, strict=True)
+        x = [p if b is None else p.add(b, alpha=0.05 * momentum) for p, b in both]
+        pull = [(a - c) * rate for a, c in zip(x, centre, strict=True)]
         optimizer.step()
         if step % tau == 0:
             for p, c, d in zip(net.parameters(), centre, pull, strict=True):
@@ -124,6 +127,31 @@ def test_one_elastic_worker_is_the_algorithm_by_hand(mode: str, tau: int) -> Non
     alone = elastically(World(1).ends[0], mode, tau)
     for ours, expected in ((served, centre), (worked, own), (alone, [*centre, *own])):
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("tau", [1, 3])
+def test_eamsgd_is_algorithm_2_of_the_paper(tau: int) -> None:
+    """In its own words: v <- delta v - lr g(x + delta v), x <- x + v, and the spring pulls at x, not at x + delta v."""
+    given, delta, lr, alpha = data(320, torch.float64), 0.9, 0.05, 0.3
+
+    def program(e: Exchange) -> Tensor:
+        net = mlp().double()
+        optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=delta, nesterov=True)
+        train(e, net, optimizer, given, epochs=3, mode="eamsgd", local={"steps": tau, "moving_rate": alpha})
+        return nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+
+    net = mlp().double()
+    x = nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+    v, centre = torch.zeros_like(x), x.clone()
+    for step, (inputs, labels) in enumerate(in_order(given, 16, 3), 1):
+        nn.utils.vector_to_parameters(x + delta * v, net.parameters())
+        net.zero_grad()
+        F.cross_entropy(net(inputs), labels).backward()
+        pull = alpha * (x - centre) * (step % tau == 0)
+        v = delta * v - lr * torch.cat([p.grad.flatten() for p in net.parameters()])
+        x, centre = x + v - pull, centre + pull
+    for ours, expected in zip(World(2).run(program), (centre, x + delta * v), strict=True):
+        assert torch.linalg.norm(ours - expected) <= 1e-12 * torch.linalg.norm(expected)
 
 
 @pytest.mark.mpi(min_size=2)

@@ -168,6 +168,9 @@ def choose_mode(config: Config) -> Mode:
         _allow("rule", config, config.rule, "mean, as contributions are not taken together", config.rule == "mean")
         _allow("server_trains", config, True, "false: the server answers the workers' requests", not config.server_trains)
         _allow("deterministic", config, True, "false, as the order is that of arrival", not config.deterministic)
+    ok = mode.local and config.mode != "fednova"
+    uniform = config.local.weights == "uniform"
+    _allow("local.weights", config, "uniform", "samples, which weight gradients, and fednova's clients", ok or not uniform)
     if mode.requests or mode.local:
         _allow("loss_scale", config, config.loss_scale, "null; bfloat16 needs none", config.loss_scale is None)
     if config.mode in ("fednova", "qfedavg", "scaffold"):

@@ -188,6 +188,10 @@ class Local(Gradient):
     def correct(self) -> None:
         """Change the gradient in the push message before a local step."""
 
+    def weigh(self, samples: float) -> float:
+        """See `Gradient`; with `local.weights` uniform, whoever has samples counts as much as any."""
+        return float(samples > 0) if self.config.local.weights == "uniform" else super().weigh(samples)
+
     def compose(self, samples: float) -> tuple[float, float]:
         """Leave the contribution times its weight in the push message's body.
 

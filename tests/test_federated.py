@@ -19,6 +19,7 @@ import mpips
 from mpips import Clients
 from mpips.clients import chosen
 from mpips.config import Config, ConfigError, Outer
+from mpips.config import Local as LocalSettings
 from mpips.exchange import Exchange
 from mpips.exchange.simulated import Killed, World
 from mpips.message import NonFiniteError
@@ -65,6 +66,7 @@ def formulas(
     q: float = 1.0,
     lr: float = 1.0,
     beta: float = 0.9,
+    uniform: bool = False,
 ) -> Tensor:
     """Algorithms as their papers state them; `lr` and `beta` are the server's."""
     given = given or clients()
@@ -74,7 +76,7 @@ def formulas(
     m, v = torch.zeros_like(w), torch.full_like(w, 1e-3**2)
     for t in range(rounds):
         some = [k for k in chosen(SEED, t, len(given), fraction) if given.sizes[k]]
-        n = [float(given.sizes[k]) for k in some]
+        n = [1.0 if uniform else float(given.sizes[k]) for k in some]
         local, taken, losses, moved = [], [], [], []
         for k in some:
             losses.append(gradient(net, w, *given[k][:])[1])
@@ -210,6 +212,11 @@ def test_all_clients_on_a_server_that_trains_are_the_formulas(mode: str) -> None
         ("fednova", {"outer": {"lr": 0.5}}, {"lr": 0.5}),
         ("fedavgm", {"outer": {"lr": 0.5, "momentum": 0.5}}, {"lr": 0.5, "beta": 0.5}),
         ("fedadam", {"outer": {"lr": 0.01, "momentum": 0.5}}, {"lr": 0.01, "beta": 0.5}),
+        ("fedavg", {"local": {"weights": "uniform"}}, {"uniform": True}),
+        ("fedprox", {"local": {"weights": "uniform"}}, {"uniform": True}),
+        ("fedavgm", {"local": {"weights": "uniform"}}, {"uniform": True}),
+        ("scaffold", {"local": {"weights": "uniform"}}, {}),  # as without
+        ("qfedavg", {"local": {"weights": "uniform"}}, {}),
     ],
     ids=str,
 )
@@ -1023,6 +1030,12 @@ def test_qfedavg_with_q_0_takes_any_optimizer() -> None:
     given, adam = equal_weights(), {"inner": torch.optim.Adam}
     plain = run(given=given, mode="fedavg", clients=SOME, **adam)
     assert_near(run(given=given, mode="qfedavg", clients={**SOME, "q": 0.0}, **adam), plain)
+
+
+@pytest.mark.parametrize("mode", ["fednova", "sync", "async"])
+def test_weights_that_are_samples_always_are_not_set_uniform(mode: str) -> None:
+    with pytest.raises(ConfigError, match=rf"local\.weights: given 'uniform' with mode {mode}, allowed: samples"):
+        choose_mode(Config(mode=mode, local=LocalSettings(weights="uniform")))
 
 
 def test_fednova_has_no_momentum_of_the_server_s() -> None:

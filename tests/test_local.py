@@ -123,9 +123,17 @@ def shards(n: int, workers: int) -> list[list[tuple[Tensor, Tensor]]]:
 
 
 def by_hand(
-    make: Make, n: int, workers: int, steps: int, after: int = 0, mode: str = "local_sgd", lr: float = 1.0, beta: float = 0.0
+    make: Make,
+    n: int,
+    workers: int,
+    steps: int,
+    after: int = 0,
+    mode: str = "local_sgd",
+    lr: float = 1.0,
+    beta: float = 0.0,
+    uniform: bool = False,
 ) -> tuple[Tensor, int]:
-    """All workers' models in one process: weights that are a mean by samples, and rounds."""
+    """All workers' models in one process: weights that are a mean by samples, or of all who have any, and rounds."""
     nets = [mlp().double() for _ in range(workers)]
     inner = [make(net.parameters()) for net in nets]
     w = weights(nets[0])
@@ -143,7 +151,7 @@ def by_hand(
                     optimizer.step()
                     seen += len(x)
                 local.append(weights(net))
-                samples.append(seen)
+                samples.append(min(seen, 1) if uniform else seen)
             if not sum(samples):
                 break
             rounds += 1
@@ -171,6 +179,15 @@ ALGORITHMS = [
     ({"mode": "slowmo", "local": {"steps": 2}}, {"mode": "slowmo", "steps": 2, "beta": 0.5}),
     ({"mode": "diloco", "local": {"steps": 4}}, {"mode": "diloco", "steps": 4, "lr": 0.7, "beta": 0.9}),
     ({"mode": "diloco"}, {"mode": "diloco", "steps": 500, "lr": 0.7, "beta": 0.9}),
+    ({"mode": "local_sgd", "local": {"steps": 2, "weights": "uniform"}}, {"steps": 2, "uniform": True}),
+    (
+        {"mode": "slowmo", "local": {"steps": 2, "weights": "uniform"}},
+        {"mode": "slowmo", "steps": 2, "beta": 0.5, "uniform": True},
+    ),
+    (
+        {"mode": "diloco", "local": {"steps": 3, "weights": "uniform"}},
+        {"mode": "diloco", "steps": 3, "lr": 0.7, "beta": 0.9, "uniform": True},
+    ),
 ]
 
 

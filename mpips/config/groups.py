@@ -65,6 +65,9 @@ class Local:
 
     steps: int | None = field(default=None, metadata={"help": "so many local steps between two rounds (H, tau)"})
     after: int = field(default=0, metadata={"help": "post-local SGD: one step a round for so many rounds first"})
+    weights: Literal["samples", "uniform"] = field(
+        default="samples", metadata={"help": "what a worker or client counts in the mean: its samples, or as much as any"}
+    )
     moving_rate: float | None = field(default=None, metadata={"help": "easgd: alpha; null: 0.9 / workers"})
     fragments: int = field(default=1, metadata={"help": "diloco, slowmo: send one of so many fragments at a time (streaming)"})
     delay: int = field(default=0, metadata={"help": "with fragments: local steps until a fragment's result is taken up"})

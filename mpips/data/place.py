@@ -29,7 +29,7 @@ class Place:
     taken: int = 0
     over: bool = False
     cuts: list[list[int]] = field(default_factory=list)
-    samples: int = 0
+    samples: float = 0
     validations: int = 0
     inside: bool = False
 

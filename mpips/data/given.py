@@ -1,0 +1,152 @@
+"""What a script may give as data, made one of two kinds: a DataLoader, or an iterable of batches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+Columns = Tensor | list[Tensor] | dict[str, Tensor]
+TAKEN = "a dataset, a DataLoader, tensors or arrays, or an iterable of batches"
+
+
+class Table(Dataset[Any]):
+    """Columns of the same number of rows, of which a batch is taken at once: what torch would fetch row by row and stack.
+
+    Args:
+        columns: a tensor, a list or a dict of them; a batch is the same of its rows.
+        order: the rows that there are, as numbers of the columns' rows; None for all.
+    """
+
+    def __init__(self, columns: Columns, order: Sequence[int] | None = None) -> None:
+        self.columns, self.order = columns, order
+
+    def __len__(self) -> int:
+        return len(self.order) if self.order is not None else len(list_of(self.columns)[0])
+
+    def __getitem__(self, row: int) -> Any:
+        batch = self.__getitems__([row])
+        return _map(batch, lambda column: column[0])
+
+    def __getitems__(self, batch: Sequence[int]) -> Columns:
+        """The rows of a batch."""
+        index = torch.tensor(batch if self.order is None else [self.order[i] for i in batch], dtype=torch.int64)
+        rows: Columns = _map(self.columns, lambda column: column[index])
+        return rows
+
+
+def as_it_is(batch: Any) -> Any:
+    """Collate nothing: the batch was taken at once."""
+    return batch
+
+
+def as_loader(data: Any, batch_size: int, shuffle: bool, drop_last: bool) -> DataLoader[Any]:
+    """The loader that a script would write for data that it gives with a batch size.
+
+    Raises:
+        ValueError: if no loader can be made of the data.
+    """
+    dataset = _table(data)
+    if dataset is None and not _numbered(data):
+        raise ValueError(f"a {type(data).__name__} given with batch_size={batch_size}; expected {TAKEN}")
+    collate = None if dataset is None else as_it_is
+    whole = data if dataset is None else dataset
+    shuffle = shuffle and len(whole) > 0  # torch makes no random sampler of nothing
+    return DataLoader(whole, batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=collate)
+
+
+def _numbered(data: Any) -> bool:
+    """Whether items are had by number, from 0."""
+    return isinstance(data, Sized) and hasattr(data, "__getitem__") and not isinstance(data, (Mapping, str, bytes))
+
+
+def _table(data: Any) -> Table | None:
+    """Data that is nothing but rows of tensors; None for any other."""
+    if type(data) in (Subset, TensorDataset):
+        return _table_of_dataset(data)
+    if isinstance(data, (Tensor, np.ndarray)):
+        return Table(_tensor(data)) if data.ndim else None
+    columns = list(data.values()) if isinstance(data, Mapping) else data if type(data) in (tuple, list) else ()
+    if not columns or not all(isinstance(column, (Tensor, np.ndarray)) for column in columns):
+        return None
+    _check_rows(columns, isinstance(data, list))
+    tensors = [_tensor(column) for column in columns]
+    return Table(dict(zip(data, tensors, strict=True)) if isinstance(data, Mapping) else tensors)
+
+
+def _table_of_dataset(data: Any) -> Table | None:
+    """Of torch's own classes exactly: one derived from these may do otherwise."""
+    order: Sequence[int] | None = None
+    while type(data) is Subset:
+        order = data.indices if order is None else [data.indices[i] for i in order]
+        data = data.dataset
+    return Table(list(data.tensors), order) if type(data) is TensorDataset else None
+
+
+def _check_rows(columns: Sequence[Any], listed: bool) -> None:
+    """Raise ValueError unless the columns have the same number of rows, and are clearly columns."""
+    shapes = [tuple(column.shape) for column in columns]
+    if listed and len(columns) > 1 and len(set(shapes)) == 1:
+        raise ValueError(
+            f"a list of {len(shapes)} tensors of shape {shapes[0]} given: whole samples, or parts of each? For samples give"
+            " torch.stack(list), for parts a tuple"
+        )
+    if not shapes[0] or len({shape[:1] for shape in shapes}) > 1:
+        shown = f"{str(shapes[:4])[:-1]}, ...]" if len(shapes) > 4 else f"{shapes}"
+        raise ValueError(f"tensors of shapes {shown} given; expected the same first dimension")
+
+
+def _tensor(values: Any) -> Tensor:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an array that cannot be written is only read
+            return torch.as_tensor(values)
+    except TypeError:
+        raise ValueError(f"an array of {values.dtype} given; expected numbers") from None
+
+
+def list_of(columns: Columns) -> list[Tensor]:
+    """The columns of a table alone."""
+    return [columns] if isinstance(columns, Tensor) else list(columns.values() if isinstance(columns, dict) else columns)
+
+
+def _map(columns: Any, change: Any) -> Any:
+    if isinstance(columns, Tensor):
+        return change(columns)
+    if isinstance(columns, dict):
+        return {name: change(column) for name, column in columns.items()}
+    return [change(column) for column in columns]
+
+
+def as_given(data: Any, batch_size: Any, shuffle: bool, drop_last: bool) -> Any:
+    """The data as a DataLoader or an iterable of batches.
+
+    Raises:
+        ValueError: if the data is neither, or a batch size is missing, or given with data that has its own.
+    """
+    if isinstance(data, DataLoader) or not _items(data, batch_size):
+        if isinstance(data, (str, bytes)) or not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
+            raise ValueError(f"a {type(data).__name__} given as data; expected {TAKEN}")
+        if batch_size is not None:
+            kind = "a DataLoader" if isinstance(data, DataLoader) else "an iterable of batches"
+            raise ValueError(f"batch_size={batch_size} given with {kind}, which has its own; leave it out")
+        return data
+    if batch_size is None:
+        raise ValueError("batch_size is missing; a dataset needs one: ps.batches(dataset, batch_size=64)")
+    if not isinstance(batch_size, (int, np.integer)) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} given; expected a whole number, 1 or more")
+    return as_loader(data, int(batch_size), shuffle, drop_last)
+
+
+def _items(data: Any, batch_size: Any) -> bool:
+    """Whether the data is items to make batches of: a list or tuple is if a batch size says so, and a tuple of tensors is."""
+    if isinstance(data, IterableDataset) or not (isinstance(data, Sized) and hasattr(data, "__getitem__")):
+        return False  # an IterableDataset may have a length, and inherits a __getitem__
+    if isinstance(data, tuple) and data and all(isinstance(part, (Tensor, np.ndarray)) for part in data):
+        return True
+    return batch_size is not None or not isinstance(data, (list, tuple, range, str, bytes))

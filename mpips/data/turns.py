@@ -1,0 +1,216 @@
+"""A worker's turns at the order that a sampler gives: which batches of indices it takes, and what is known of each.
+
+    the order of one process    0 1 2 3 4 5 | 6 7 8 9 10 11 | 12 ...      a group: what all workers take in one step
+    worker 0 of 2, batch of 3   0   2   4   | 6   8   10    | 12
+    worker 1 of 2                 1   3   5 |   7   9    11 |
+
+Workers together take in a step what one process with a batch of that many times the size would. A batch sampler of a class that
+is not known gives whole batches: then a group is a batch for each worker.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, NamedTuple, TypeVar
+
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from mpips.data import digest
+from mpips.data.place import left
+
+QUIET = (SequentialSampler, list, tuple, range)  # draw nothing
+AT_ONCE = (
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)  # draw from the process's streams at their first item only
+
+Streams = AbstractContextManager[None]
+T = TypeVar("T")
+
+
+class Note(NamedTuple):
+    """What is known of a batch: items by which a place is counted, samples or None, a hash of what was drawn up to here."""
+
+    items: int
+    samples: int | None
+    crc: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which worker of how many."""
+
+    index: int
+    workers: int
+
+
+def is_by_item(sampler: Any, batched: bool) -> bool:
+    """Whether a sampler makes batches of items in the one way that is known, so that its items can be dealt out."""
+    return batched and type(sampler) is BatchSampler
+
+
+def noted(batch: Any, sampler: Any, batched: bool, crc: int) -> Note:
+    """What is known of a batch of indices. A list is one where no batches are made, too: the dataset is asked for all of it."""
+    several = isinstance(batch, list) or (batched and hasattr(batch, "__len__"))
+    samples = len(batch) if several else None
+    return Note(len(batch) if is_by_item(sampler, batched) else 1, samples, crc)
+
+
+def length(sampler: Any, batched: bool, part: Part) -> int:
+    """This worker's batches in an epoch.
+
+    Raises:
+        TypeError: if the sampler does not know its length.
+    """
+    if not is_by_item(sampler, batched):
+        return _share_of(len(sampler), 1, part)
+    return _share_of(len(sampler.sampler), sampler.batch_size, part, sampler.drop_last)
+
+
+def _share_of(count: int, size: int, part: Part, drop_last: bool = False) -> int:
+    full, rest = divmod(count, size * part.workers)
+    return full + (rest > part.index and not drop_last)
+
+
+class Turns:
+    """This worker's turns in one loop.
+
+    Args:
+        sampler: a loader's batch sampler, or its sampler if it makes no batches.
+        batched: whether it is a batch sampler.
+        part: whose turns.
+        taken, cuts: as in a `Place`.
+        streams: puts the streams to draw from in place.
+
+    Attributes:
+        notes: of each batch that was drawn and is not yet with the script.
+    """
+
+    def __init__(
+        self, sampler: Any, batched: bool, part: Part, taken: int, cuts: Sequence[Sequence[int]], streams: Streams
+    ) -> None:
+        self.sampler, self.batched, self.part, self.streams = sampler, batched, part, streams
+        self.taken, self.cuts = taken, [list(cut) for cut in cuts]  # a place goes on as its loop does
+        self.notes: deque[Note] = deque()
+        self._latest: Drawing | None = None
+
+    def open(self) -> Iterator[Any]:
+        """The batches of indices, from the place on; torch asks for them once or twice for a loop."""
+        self._latest = Drawing(self)
+        return self._latest
+
+    def skip(self) -> None:
+        """Draw now what lies before the place."""
+        if self._latest:
+            self._latest.skip()
+
+
+def after(units: Iterator[T], count: int) -> Iterator[T]:
+    """What comes after the first so many, which are drawn now; after none the next one is, and with it whatever was cut off."""
+    deque(islice(units, count), maxlen=0)
+    return units if count else chain(list(islice(units, 1)), units)
+
+
+class Drawing(Iterator[Any]):
+    """One iteration over a worker's turns; it draws where torch's own batch sampler would."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns, self._crc = turns, 0
+        sampler = turns.sampler
+        self._by_item = is_by_item(sampler, turns.batched)
+        self._order = sampler.sampler if self._by_item else sampler
+        self._swaps = 0 if type(self._order) in QUIET else 1 if type(self._order) in AT_ONCE else -1  # how often; -1: always
+        self._size = turns.part.workers * (sampler.batch_size if self._by_item else 1)  # of a group
+        self._drop_last = self._by_item and sampler.drop_last
+        self._units: Iterator[Any] | None = None
+        self._drawn: Iterator[Any] | None = None
+        if not self._by_item:  # some samplers draw as their iteration begins
+            with turns.streams if self._swaps else nullcontext():
+                self._drawn = iter(self._order)
+
+    def __next__(self) -> Any:
+        turns, part = self._turns, self._turns.part
+        self.skip()
+        group = self._draw(self._size)
+        if part.workers > 1:
+            self._crc = digest.of_order(group, self._crc)
+        mine = group[part.index :: part.workers]
+        if not mine or (self._drop_last and len(group) < self._size):
+            raise StopIteration
+        batch = mine if self._by_item else mine[0]
+        turns.notes.append(noted(batch, turns.sampler, turns.batched, self._crc))
+        return batch
+
+    def skip(self) -> None:
+        """Draw what lies before the place, if that is not done yet."""
+        if self._units is not None:
+            return
+        turns = self._turns
+        with turns.streams if self._swaps else nullcontext():
+            self._units = iter(left(self._drawn or iter(self._order), turns.cuts))
+        before = turns.taken * turns.part.workers
+        if before or turns.cuts:
+            with self._streams():
+                self._units = after(self._units, before)
+
+    def _draw(self, count: int) -> list[Any]:
+        assert self._units is not None
+        with self._streams():
+            return list(islice(self._units, count))
+
+    def _streams(self) -> Streams:
+        """The streams to draw from; the process's own, where the draw can move none."""
+        swaps, self._swaps = self._swaps, max(self._swaps - 1, -1) if self._swaps else 0
+        return self._turns.streams if swaps else nullcontext()
+
+
+class Dealt:
+    """Batches of indices by number, to whoever is free.
+
+    Args:
+        order: all batches of an epoch, each with what is known of it.
+        next_ticket: gives the number of the next, or None.
+        epoch: which one, for people.
+    """
+
+    def __init__(self, order: Sequence[tuple[Any, Note]], next_ticket: Callable[[], int | None], epoch: int) -> None:
+        self._order, self._next_ticket, self._epoch = order, next_ticket, epoch
+        self.notes: deque[Note] = deque()
+
+    def open(self) -> Iterator[Any]:
+        """The batches of indices, as their tickets come."""
+        return self._batches()
+
+    def _batches(self) -> Iterator[Any]:
+        while (ticket := self._next_ticket()) is not None:
+            if not 0 <= ticket < len(self._order):
+                raise IndexError(f"ticket {ticket} given; epoch {self._epoch} has {len(self._order)} batches, from 0")
+            batch, note = self._order[ticket]
+            self.notes.append(note)
+            yield batch
+
+
+def whole(sampler: Any, batched: bool, seed: Callable[[], None], compare: bool) -> list[tuple[Any, Note]] | None:
+    """All batches of an epoch, drawn at once; None if the sampler does not end where its length says, or has none.
+
+    Args:
+        sampler, batched: as for `Turns`.
+        seed: called where torch draws a seed for a loader's workers.
+        compare: whether workers compare the order.
+    """
+    try:
+        count = len(sampler)
+    except (TypeError, NotImplementedError):
+        return None
+    drawn = iter(sampler)
+    seed()
+    batches = list(islice(drawn, count + 1))
+    if len(batches) > count:
+        return None
+    crc = digest.of_order(batches, 0) if compare else 0
+    return [(batch, noted(batch, sampler, batched, crc)) for batch in batches]

@@ -190,7 +190,8 @@ class Local(Gradient):
 
     def weigh(self, samples: float) -> float:
         """See `Gradient`; with `local.weights` uniform, whoever has samples counts as much as any."""
-        return float(samples > 0) if self.config.local.weights == "uniform" else super().weigh(samples)
+        weight = super().weigh(samples)
+        return float(weight > 0) if self.config.local.weights == "uniform" else weight
 
     def compose(self, samples: float) -> tuple[float, float]:
         """Leave the contribution times its weight in the push message's body.

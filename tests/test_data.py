@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
 import os
 import pickle
 import random
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -589,8 +593,6 @@ def test_a_loader_s_attributes_are_followed() -> None:
 
 
 def test_a_loader_that_was_iterated_can_be_copied_as_before() -> None:
-    import copy
-
     given = DataLoader(Numbers(4), batch_size=2, sampler=[3, 2, 1, 0])
     assert flat(taken(share(given, 0, 2))) == [3, 1]
     for other in (copy.copy(given), copy.deepcopy(given), pickle.loads(pickle.dumps(given))):
@@ -598,16 +600,20 @@ def test_a_loader_that_was_iterated_can_be_copied_as_before() -> None:
         assert flat(taken(share(given, 1, 2))) == [2, 0]
 
 
-def test_a_loader_and_its_double_are_forgotten_together() -> None:
-    import gc
-    import weakref
-
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_loader_is_forgotten_with_its_workers_at_once(workers: int) -> None:
+    """Left to the garbage collector, persistent workers would take ten seconds to end."""
     given = DataLoader(Pid(4), batch_size=1, num_workers=1, persistent_workers=True)
-    workers = [weakref.ref(given)]
-    taken(share(given))
-    del given
-    gc.collect()
-    assert workers[0]() is None
+    (pid,) = {pid for epoch in range(2) for pid in flat(taken(share(given, 0, workers), Place(epoch)))}
+    gc.disable()
+    try:
+        alive = weakref.ref(given)
+        del given
+        assert alive() is None
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+    finally:
+        gc.enable()
 
 
 # Resume
@@ -940,8 +946,6 @@ class Late(Numbers):
 
     def __getitem__(self, i: int) -> int:
         if i < 3:
-            import time
-
             time.sleep(1)
         return i
 
@@ -1167,6 +1171,44 @@ def test_a_bar_around_a_loader_shows_this_worker_s_batches(workers: int) -> None
     next(batches)
     del batches
     assert bar.iterable is given
+
+
+class Adapter:
+    """A loader around another one that passes for it and holds one batch ready, as `accelerate` makes them."""
+
+    def __init__(self, base: DataLoader[Any]) -> None:
+        self.base_dataloader, self.iteration = base, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base_dataloader, name)
+
+    @property
+    def __class__(self) -> Any:
+        return self.base_dataloader.__class__
+
+    def __len__(self) -> int:
+        return len(self.base_dataloader)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.iteration += 1
+        batches = iter(self.base_dataloader)
+        ready = next(batches)
+        for batch in batches:
+            yield [ready]
+            ready = batch
+        yield [ready]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_loader_around_another_is_iterated_with_this_worker_s_batches_inside(stream: bool) -> None:
+    given = Adapter(DataLoader(Stream(7) if stream else Numbers(7), batch_size=2, collate_fn=lambda items: torch.tensor(items)))
+    sequel: Any = sharded(given, lambda own: (batch for batch, *_ in share(own, 1, 2).batches(Place())), 1, 2)
+    found = [(batch[0].tolist(), samples) for batch, _, samples in share(given, 1, 2).batches(Place())]
+    assert found == ([([2, 3], 2), ([6], 1)] if stream else [([1, 3], 2), ([5], 1)])
+    assert given.iteration == 1
+    if not stream:
+        assert [batch[0].tolist() for batch in sequel] == [[1, 3], [5]] and len(sequel) == 2
+    assert len(list(given)) == 4
 
 
 def test_a_bar_around_a_stream_has_no_total() -> None:

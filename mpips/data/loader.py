@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from mpips.data.samples import Counted
-from mpips.data.turns import Dealt, Part, Turns, length
+from mpips.data.turns import Dealt, Part, Streams, Turns, length
 
 OURS = "_mpips_"  # begins the names of attributes that a sharded loader has and its class does not know
 KEPT = ("_iterator", "_get_iterator")  # a double's own
@@ -41,6 +41,37 @@ def sampler_of(loader: DataLoader[Any]) -> Any:
     return loader.batch_sampler if is_batched(loader) else loader.sampler
 
 
+def base_of(loader: Any) -> DataLoader[Any]:
+    """The loader inside one of `accelerate`'s, which only look like a DataLoader; any other itself."""
+    base: DataLoader[Any] = vars(loader).get("base_dataloader", loader)
+    return base
+
+
+class Seed:
+    """Draw the seed of a loader's workers where all draw alike, as torch would; each rank's have another.
+
+    Args:
+        loader: the loader; its own generator, if it has one, is the one that is drawn from.
+        part: which worker this is.
+        streams: puts the streams to draw from in place.
+
+    Attributes:
+        generator: from which torch draws the seed.
+    """
+
+    def __init__(self, loader: DataLoader[Any], part: Part, streams: Streams) -> None:
+        self._source = torch.default_generator if loader.generator is None else loader.generator
+        self._part, self._streams, self.generator = part, streams, torch.Generator()
+
+    def draw(self) -> None:
+        """Draw it."""
+        with self._streams:
+            self.generator.set_state(self._source.get_state())  # from which torch will draw the same
+            drawn = int(torch.empty((), dtype=torch.int64).random_(generator=self._source).item())
+        if self._part.index:
+            self.generator.manual_seed((drawn + self._part.index * GOLDEN) % 2**63)
+
+
 class Index:
     """Stand in for a loader's sampler: give a worker's batches of indices, and be the sampler for whatever else is asked."""
 
@@ -50,13 +81,13 @@ class Index:
         self.part = Part(0, 1)
         self.turns: Turns | Dealt | None = None
         self.fresh = False  # whether an iterator is being made, for which torch will draw a seed
-        self.seed: Callable[[], None] | None = None
+        self.seed: Seed | None = None  # to draw then, if it is not left to torch
 
     def __iter__(self) -> Iterator[Any]:
         assert self.turns
         drawing = self.turns.open()
         if self.fresh and self.seed:
-            self.seed()
+            self.seed.draw()
         self.fresh = False
         return drawing
 
@@ -83,21 +114,20 @@ class Double:
         self.index = Index()
         self.counts: deque[int] = deque()
         self.exact = False
-        self._generator = torch.Generator()
         self._ready: Any = None
-        myself = weakref.ref(self)  # no cycle: with the last loop that runs, the loader's workers go
+        # Nothing here leads back to the given loader or to this object: a loader whose workers persist must not be left to the
+        # garbage collector, which would close their queues before they are told to end.
+        myself = weakref.ref(self)
         vars(self.loader).update(_iterator=None, _get_iterator=lambda: _alive(myself)._get_iterator())
 
-    def follow(
-        self, part: Part, turns: Turns | Dealt | None = None, seed: Callable[[], None] | None = None, seeded: bool = False
-    ) -> None:
+    def follow(self, part: Part, turns: Turns | Dealt | None = None, seed: Seed | None = None, drawn: bool = False) -> None:
         """Be as the loader is now, with this worker's turns for a sampler.
 
         Args:
             part: which worker this is.
             turns: the turns; None for a stream, or if only the length is asked for.
-            seed: called where torch draws the seed of the loader's workers, if that is to come from `draw_seed`.
-            seeded: whether `draw_seed` was called for it before.
+            seed: the seed of the loader's workers, if torch is not to draw it itself.
+            drawn: whether it is drawn already.
         """
         given, mine = self._alive(), vars(self.loader)
         self._ready = None
@@ -108,24 +138,15 @@ class Double:
         )
         if not is_stream(given):
             self.index.given, self.index.batched, self.index.part = sampler_of(given), is_batched(given), part
-            self.index.turns, self.index.seed = turns or self.index.turns, seed
+            self.index.turns, self.index.seed = turns or self.index.turns, None if drawn else seed
             mine["batch_sampler" if is_batched(given) else "sampler"] = self.index
-            if seed or seeded:
-                mine["generator"] = self._generator
+            if seed:
+                mine["generator"] = seed.generator
 
     def _alive(self) -> DataLoader[Any]:
         given = self.given()
         assert given is not None
         return given
-
-    def draw_seed(self, index: int) -> None:
-        """Draw the seed of the loader's workers from the streams in place, as torch would; other workers' get another."""
-        given = self._alive().generator
-        source = torch.default_generator if given is None else given
-        self._generator.set_state(source.get_state())  # from which torch will draw the same
-        drawn = int(torch.empty((), dtype=torch.int64).random_(generator=source).item())
-        if index:
-            self._generator.manual_seed((drawn + index * GOLDEN) % 2**63)
 
     def make_ready(self) -> None:
         """Make now the iterator that the next iteration will ask for; a loader's workers, if it has any, begin anew."""
@@ -160,6 +181,32 @@ class Double:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of the loader has a double of its own
+
+
+class Iterated:
+    """What is iterated in place of a loader: its double, for a loader of `accelerate`'s a copy of that around the double.
+
+    Args:
+        given: the loader.
+        double: that of the loader, or of the one inside it.
+
+    Attributes:
+        loader: what is iterated.
+    """
+
+    def __init__(self, given: Any, double: Double) -> None:
+        self._given, self.double, self.loader = given, double, double.loader
+        self._adapted = base_of(given) is not given
+        if self._adapted:
+            self.loader = object.__new__(class_of(given))
+            vars(self.loader).update(vars(given) | {"base_dataloader": double.loader})
+
+    def give_back(self) -> None:
+        """Give the loader what its class's `__iter__` has changed."""
+        if self._adapted:
+            vars(self._given).update(vars(self.loader) | {"base_dataloader": base_of(self._given)})
+        if class_of(base_of(self._given)).__iter__ is not DataLoader.__iter__:
+            self.double.give_back()
 
 
 def _own(name: str) -> bool:
@@ -212,6 +259,7 @@ def loader_length(loader: DataLoader[Any], part: Part) -> int:
     Raises:
         TypeError: if that is not known.
     """
+    loader = base_of(loader)
     double = double_of(loader)
     double.follow(part)
     count = len(double.loader)

@@ -10,6 +10,7 @@ is not known gives whole batches: then a group is a batch for each worker.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -39,6 +40,10 @@ class Note(NamedTuple):
     items: int
     samples: int | None
     crc: int
+
+
+Found = Iterator[tuple[Any, Note]]  # batches
+Order = list[tuple[Any, Note]]  # batches of indices
 
 
 @dataclass(frozen=True)
@@ -97,17 +102,19 @@ class Turns:
         self.sampler, self.batched, self.part, self.streams = sampler, batched, part, streams
         self.taken, self.cuts = taken, [list(cut) for cut in cuts]  # a place goes on as its loop does
         self.notes: deque[Note] = deque()
-        self._latest: Drawing | None = None
+        self._latest: weakref.ref[Drawing] | None = None
 
     def open(self) -> Iterator[Any]:
         """The batches of indices, from the place on; torch asks for them once or twice for a loop."""
-        self._latest = Drawing(self)
-        return self._latest
+        drawing = Drawing(self)
+        self._latest = weakref.ref(drawing)
+        return drawing
 
     def skip(self) -> None:
         """Draw now what lies before the place."""
-        if self._latest:
-            self._latest.skip()
+        drawing = self._latest() if self._latest else None
+        if drawing:
+            drawing.skip()
 
 
 def after(units: Iterator[T], count: int) -> Iterator[T]:
@@ -178,7 +185,7 @@ class Dealt:
         epoch: which one, for people.
     """
 
-    def __init__(self, order: Sequence[tuple[Any, Note]], next_ticket: Callable[[], int | None], epoch: int) -> None:
+    def __init__(self, order: Order, next_ticket: Callable[[], int | None], epoch: int) -> None:
         self._order, self._next_ticket, self._epoch = order, next_ticket, epoch
         self.notes: deque[Note] = deque()
 
@@ -195,7 +202,7 @@ class Dealt:
             yield batch
 
 
-def whole(sampler: Any, batched: bool, seed: Callable[[], None], compare: bool) -> list[tuple[Any, Note]] | None:
+def whole(sampler: Any, batched: bool, seed: Callable[[], None], compare: bool) -> Order | None:
     """All batches of an epoch, drawn at once; None if the sampler does not end where its length says, or has none.
 
     Args:

@@ -1,0 +1,99 @@
+"""A worker's share of a loader of a map-style dataset: the loader is iterated, and its sampler gives this worker's batches."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, chain, islice
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from mpips.data.loader import Iterated, Seed, base_of, class_of, double_of, is_batched, loader_length, sampler_of
+from mpips.data.samples import samples_in
+from mpips.data.turns import Dealt, Found, Note, Order, Part, Streams, Turns, whole
+
+
+class Loaded:
+    """One worker's share of a loader.
+
+    Args:
+        loader: the loader.
+        part: which worker of how many.
+        streams: puts the random streams that all workers draw from in place.
+    """
+
+    def __init__(self, loader: DataLoader[Any], part: Part, streams: Streams) -> None:
+        self._given, self._loader, self._part, self._streams = loader, base_of(loader), part, streams
+        self._double, self._seed = double_of(self._loader), Seed(self._loader, part, streams)
+        self._joint = part.workers > 1  # whether workers draw together, from streams that are not their own
+        self._plain = class_of(self._loader).__iter__ is DataLoader.__iter__
+
+    def __len__(self) -> int:
+        return loader_length(self._loader, self._part)
+
+    def batches(self, taken: int, cuts: Sequence[Sequence[int]]) -> Found:
+        """This worker's batches; here and now the loader begins, as a script that asks for an iterator expects.
+
+        Args:
+            taken, cuts: as in a `Place`; what lies before is drawn now, and not fetched.
+        """
+        loader, double = self._loader, self._double
+        turns = Turns(sampler_of(loader), is_batched(loader), self._part, taken, cuts, self._streams)
+        double.follow(self._part, turns, self._seed if self._joint else None)
+        if taken or cuts:
+            double.make_ready()
+            turns.skip()
+        return self._iterate(turns, taken, not self._joint)
+
+    def order(self) -> Order | None:
+        """All batches of an epoch, drawn at once, as one process would; None if the sampler does not end where it says."""
+        loader = self._loader
+        with self._streams:
+            return whole(sampler_of(loader), is_batched(loader), self._seed.draw, self._joint)
+
+    def dealt(self, order: Order, next_ticket: Callable[[], int | None], epoch: int) -> Found:
+        """The batches of an order by their tickets."""
+        turns = Dealt(order, next_ticket, epoch)
+        self._double.follow(self._part, turns, self._seed, drawn=True)
+        return self._iterate(turns, 0, False)
+
+    def _iterate(self, turns: Turns | Dealt, taken: int, alone: bool) -> Found:
+        iterated = Iterated(self._given, self._double)
+        return self._noted(iter(iterated.loader), turns.notes, taken, alone, iterated)
+
+    def _noted(self, batches: Iterator[Any], notes: deque[Note], taken: int, alone: bool, iterated: Iterated) -> Found:
+        """The batches that a loader gives, and what is known of each."""
+        counts, begun = self._double.counts, False
+        try:
+            for batch in batches:
+                if not begun and self._double.passed_by():
+                    yield from self._passed_by(chain([batch], batches), taken, alone)
+                    return
+                begun, note = True, _next_note(notes, batch, self._plain)
+                samples = counts.popleft() if counts else note.samples
+                yield batch, note._replace(samples=samples_in(batch) if samples is None else samples)
+        finally:
+            iterated.give_back()
+
+    def _passed_by(self, batches: Iterator[Any], taken: int, alone: bool) -> Found:
+        """What a class's `__iter__` gives that asks no sampler: one worker may take all of it, several cannot divide it."""
+        if not alone:
+            raise ValueError(
+                f"a {class_of(self._loader).__name__} given whose batches its sampler did not draw, so they cannot be divided"
+                " among workers; expected a loader that iterates with DataLoader.__iter__, or an iterable of batches"
+            )
+        for batch in islice(batches, taken, None):
+            yield batch, Note(1, samples_in(batch), 0)
+
+
+def _next_note(notes: deque[Note], batch: Any, plain: bool) -> Note:
+    """What is known of a batch: the next note, or several where a class's `__iter__` has joined so many batches."""
+    if not notes:
+        return Note(0, None, 0)  # part of a batch that was noted before
+    count = samples_in(batch) if not plain and len(notes) > 1 else None
+    sums = list(accumulate(note.samples or 0 for note in notes)) if count else []
+    joined = [notes.popleft() for _ in range(sums.index(count) + 1 if count in sums else 1)]
+    if len(joined) == 1:
+        return joined[0]
+    return Note(sum(note.items for note in joined), count, joined[-1].crc)

@@ -1,0 +1,83 @@
+"""A worker's share of data that can only be iterated: all workers read it in full, alike, and batch j*W + k is worker k's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from mpips.data import digest
+from mpips.data.loader import Iterated, base_of, double_of, loader_length
+from mpips.data.place import left
+from mpips.data.samples import samples_in
+from mpips.data.turns import Found, Note, Part, Streams, after
+
+
+class Streamed:
+    """One worker's share of a stream.
+
+    Args:
+        data: an iterable of batches, or a loader of an IterableDataset.
+        part: which worker of how many.
+        streams: puts the random streams that all workers draw from in place.
+    """
+
+    def __init__(self, data: Any, part: Part, streams: Streams) -> None:
+        self._data, self._part, self._streams = data, part, streams
+
+    def __len__(self) -> int:
+        if isinstance(self._data, DataLoader):
+            return loader_length(self._data, self._part)
+        return len(range(self._part.index, len(self._data), self._part.workers))
+
+    def batches(self, taken: int, cuts: Sequence[Sequence[int]]) -> Found:
+        """This worker's batches, each an item by which a place counts; the stream is begun and read up to the place now."""
+        whole = self._loaded(self._data) if isinstance(self._data, DataLoader) else self._noted(self._read(self._data))
+        units = iter(left(whole, cuts))
+        return self._mine(after(units, taken * self._part.workers) if taken or cuts else units)
+
+    def _loaded(self, loader: DataLoader[Any]) -> Found:
+        double = double_of(base_of(loader))
+        double.follow(self._part)
+        iterated = Iterated(loader, double)
+        return self._counted(self._read(iterated.loader), iterated)
+
+    def _counted(self, batches: Iterator[Any], iterated: Iterated) -> Found:
+        """Batches of a loader that says how many items are in each; some do not."""
+        try:
+            for batch in batches:
+                counts = iterated.double.counts
+                yield batch, Note(1, counts.popleft() if counts else samples_in(batch), 0)
+        finally:
+            iterated.give_back()
+
+    def _noted(self, batches: Iterator[Any]) -> Found:
+        return ((batch, Note(1, samples_in(batch), 0)) for batch in batches)
+
+    def _read(self, stream: Any) -> Iterator[Any]:
+        with self._streams:
+            batches = iter(stream)
+        return self._rest(batches)
+
+    def _rest(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            with self._streams:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+            yield batch
+
+    def _mine(self, units: Found) -> Found:
+        """Of each group, a batch for each worker, this worker's; all read the group to its end first, so all draw alike."""
+        crc, workers = 0, self._part.workers
+        while True:
+            mine = None
+            for at, (batch, note) in enumerate(islice(units, workers)):
+                crc = digest.of_batch(batch, crc) if workers > 1 else 0
+                mine = (batch, note) if at == self._part.index else mine
+            if mine is None:
+                return
+            yield mine[0], mine[1]._replace(crc=crc)

@@ -536,6 +536,7 @@ class Elsewhere(DataLoader):  # type: ignore[type-arg]
 def test_a_class_that_passes_its_sampler_by_is_for_one_worker_alone() -> None:
     assert taken(share(Elsewhere(Numbers(5)))) == [([0, 1], 1, 2), ([2, 3], 1, 2), ([4], 1, 1)]
     assert flat(taken(share(Elsewhere(Numbers(5))), Place(taken=2))) == [4]
+    assert flat(taken(share(Elsewhere(Numbers(5), num_workers=1)), Place(taken=2))) == [4]
     with pytest.raises(ValueError, match="a Elsewhere given whose batches its sampler did not draw"):
         taken(share(Elsewhere(Numbers(5)), 0, 2))
 
@@ -592,12 +593,58 @@ def test_a_loader_s_attributes_are_followed() -> None:
     assert flat([(numbers(batch), 0, 0) for batch in given]) == [10, 11, 12, 13]
 
 
+class Telling(DataLoader):  # type: ignore[type-arg]
+    """A loader that looks at itself while it is iterated."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            yield [batch, len(self), self.collate_fn]
+
+
+def test_a_class_finds_itself_as_it_was_made() -> None:
+    def collate(items: list[int]) -> str:
+        return str(items)
+
+    given = Telling(LongStream(7), batch_size=2, collate_fn=collate)
+    assert next(batch for batch, *_ in share(given).batches(Place())) == ["[0, 1]", 4, collate]
+    given = Telling(Numbers(7), batch_size=2, collate_fn=collate)
+    assert [batch for batch, *_ in share(given, 0, 2).batches(Place())] == [["[0, 2]", 2, collate], ["[4, 6]", 2, collate]]
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "long stream", "telling"])
+def test_a_length_can_be_asked_for_in_the_middle_of_a_loop(kind: str) -> None:
+    def make() -> DataLoader[Any]:
+        given = Normalised(Noisy(23), batch_size=4, shuffle=True, num_workers=1)
+        return given if kind == "telling" else (LOADERS | BY_BATCH)[kind]()
+
+    found = []
+    for ask in (True, False):
+        seed()
+        own = share(make(), 1, 2)
+        batches = own.batches(Place())
+        found.append([])
+        for _ in range(2):
+            assert not ask or len(own)
+            batch, items, samples = next(batches)
+            found[-1].append((numbers(batch), items, samples))
+    assert found[0] == found[1]
+
+
+def test_workers_that_persist_begin_anew_where_a_loop_is_resumed() -> None:
+    given = DataLoader(Numbers(7), batch_size=2, num_workers=1, persistent_workers=True)
+    assert flat(taken(share(given))) == list(range(7))
+    assert taken(share(given), Place(taken=4)) == [([4, 5], 2, 2), ([6], 1, 1)]
+    assert flat(taken(share(given))) == list(range(7))
+
+
 def test_a_loader_that_was_iterated_can_be_copied_as_before() -> None:
     given = DataLoader(Numbers(4), batch_size=2, sampler=[3, 2, 1, 0])
     assert flat(taken(share(given, 0, 2))) == [3, 1]
     for other in (copy.copy(given), copy.deepcopy(given), pickle.loads(pickle.dumps(given))):
         assert flat(taken(share(other))) == [3, 2, 1, 0]
         assert flat(taken(share(given, 1, 2))) == [2, 0]
+        other.collate_fn = lambda items: torch.tensor(items) + 10
+        assert flat(taken(share(other))) == [13, 12, 11, 10]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -1401,6 +1448,21 @@ def test_what_is_not_dealt_is_divided_as_before(kind: str, workers: int) -> None
     assert all((before[name] == after[name]).all() for name in before if name.startswith("now"))
     assert all((streams[name] == state).all() for name, state in rng.capture().items())
     assert next(own.batches(Place(EPOCH)))
+
+
+def test_what_could_not_be_dealt_goes_on_from_a_checkpoint_all_the_same() -> None:
+    def run(common: Common, epochs: range) -> list[Any]:
+        given, found = BY_BATCH["torch batches"](), []
+        for epoch in epochs:
+            own = share(given, common=common)
+            assert own.tickets(epoch) is None
+            found.append(taken(own, Place(epoch)))
+        return found
+
+    whole, common, resumed = run(Common(1), range(3)), Common(1), Common(1)
+    run(common, range(1))
+    resumed.put(common.tree())
+    assert run(resumed, range(1, 3)) == whole[1:]
 
 
 @pytest.mark.parametrize("ticket", [-1, 6])

@@ -66,7 +66,7 @@ class Common:
         if resumed:
             self._restore(_under("begin ", self._saved), own)
         self._saved = {}
-        self._generators.begin(loop[1], generators, resumed)
+        self._generators.begin(loop[1], generators, resumed, again=loop == self._loop)
         self._loop, self._begin = loop, self._now(own)
 
     def again(self) -> None:

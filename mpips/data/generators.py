@@ -101,10 +101,11 @@ class Generators:
         self._saved: dict[str, np.ndarray] = {}  # of a resumed run, until its loops have gone on from it
         self._set: list[Any] = []  # those that have: one generator may be that of several loops
 
-    def begin(self, loop: int, generators: Sequence[Any], resumed: bool) -> None:
-        """Loop number `loop` begins, or is `resumed`."""
+    def begin(self, loop: int, generators: Sequence[Any], resumed: bool, again: bool) -> None:
+        """Loop number `loop` begins, is `resumed`, or begins `again` because its order could not be dealt out."""
         for at, generator in enumerate(generators):
-            self._note_first(f"{loop} {at}", generator)
+            if not again:
+                self._note_first(f"{loop} {at}", generator)
             begin, now = (self._saved.pop(f"{kind} {at}", None) for kind in ("begin", f"now {loop}"))
             if resumed and begin is not None:
                 self._go_on(generator, begin)

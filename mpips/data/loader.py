@@ -259,8 +259,7 @@ def loader_length(loader: DataLoader[Any], part: Part) -> int:
     Raises:
         TypeError: if that is not known.
     """
-    loader = base_of(loader)
-    double = double_of(loader)
+    double = Double(base_of(loader))  # another one: that of a loop in progress is not to be touched
     double.follow(part)
     count = len(double.loader)
     return count // part.workers + (count % part.workers > part.index) if is_stream(loader) else count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,7 @@ from mpips.data import digest
 from mpips.data.loader import Iterated, base_of, double_of, loader_length
 from mpips.data.place import left
 from mpips.data.samples import samples_in
-from mpips.data.turns import Found, Note, Part, Streams, after
+from mpips.data.turns import QUIET, Found, Note, Part, Streams, after
 
 
 class Streamed:
@@ -25,7 +26,8 @@ class Streamed:
     """
 
     def __init__(self, data: Any, part: Part, streams: Streams) -> None:
-        self._data, self._part, self._streams = data, part, streams
+        self._data, self._part = data, part
+        self._streams = nullcontext() if type(data) in QUIET else streams
 
     def __len__(self) -> int:
         if isinstance(self._data, DataLoader):
@@ -34,15 +36,16 @@ class Streamed:
 
     def batches(self, taken: int, cuts: Sequence[Sequence[int]]) -> Found:
         """This worker's batches, each an item by which a place counts; the stream is begun and read up to the place now."""
-        whole = self._loaded(self._data) if isinstance(self._data, DataLoader) else self._noted(self._read(self._data))
-        units = iter(left(whole, cuts))
-        return self._mine(after(units, taken * self._part.workers) if taken or cuts else units)
+        with self._streams:
+            whole = self._loaded(self._data) if isinstance(self._data, DataLoader) else self._noted(iter(self._data))
+            units = iter(left(whole, cuts))
+            return self._mine(after(units, taken * self._part.workers) if taken or cuts else units)
 
     def _loaded(self, loader: DataLoader[Any]) -> Found:
         double = double_of(base_of(loader))
         double.follow(self._part)
         iterated = Iterated(loader, double)
-        return self._counted(self._read(iterated.loader), iterated)
+        return self._counted(iter(iterated.loader), iterated)
 
     def _counted(self, batches: Iterator[Any], iterated: Iterated) -> Found:
         """Batches of a loader that says how many items are in each; some do not."""
@@ -56,28 +59,15 @@ class Streamed:
     def _noted(self, batches: Iterator[Any]) -> Found:
         return ((batch, Note(1, samples_in(batch), 0)) for batch in batches)
 
-    def _read(self, stream: Any) -> Iterator[Any]:
-        with self._streams:
-            batches = iter(stream)
-        return self._rest(batches)
-
-    def _rest(self, batches: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            with self._streams:
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
-            yield batch
-
     def _mine(self, units: Found) -> Found:
         """Of each group, a batch for each worker, this worker's; all read the group to its end first, so all draw alike."""
         crc, workers = 0, self._part.workers
         while True:
             mine = None
-            for at, (batch, note) in enumerate(islice(units, workers)):
-                crc = digest.of_batch(batch, crc) if workers > 1 else 0
-                mine = (batch, note) if at == self._part.index else mine
+            with self._streams:  # once for a group: it takes its time
+                for at, (batch, note) in enumerate(islice(units, workers)):
+                    crc = digest.of_batch(batch, crc) if workers > 1 else 0
+                    mine = (batch, note) if at == self._part.index else mine
             if mine is None:
                 return
             yield mine[0], mine[1]._replace(crc=crc)

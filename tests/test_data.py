@@ -40,6 +40,7 @@ from torch.utils.data import (
 from mpips import rng
 from mpips.data import Place, left
 from mpips.data.common import Common
+from mpips.data.given import seeded
 from mpips.data.loader import sharded
 from mpips.data.samples import samples_in
 from mpips.data.share import Share
@@ -151,6 +152,21 @@ class Shuffled(Stream):
         yield from torch.randperm(self.n, generator=self.generator).tolist()
 
 
+class Seedling(Stream):
+    """A stream whose class has the generator."""
+
+    generator = torch.Generator()
+
+    def __iter__(self) -> Iterator[int]:
+        yield from torch.randperm(self.n, generator=self.generator).tolist()
+
+
+def seedling(n: int) -> Seedling:
+    """A script's, which defines the class as it begins."""
+    Seedling.generator = generator()
+    return Seedling(n)
+
+
 class Chance(Stream):
     """A stream that draws item by item, from all streams of the process."""
 
@@ -257,6 +273,7 @@ def by_batch(n: int) -> dict[str, Callable[[], Any]]:
         "long stream": lambda: DataLoader(LongStream(n), batch_size=4, drop_last=True),
         "shuffled stream": lambda: DataLoader(Shuffled(n), batch_size=4),
         "own stream": lambda: DataLoader(Shuffled(n, generator()), batch_size=4),
+        "class stream": lambda: DataLoader(seedling(n), batch_size=4),
         "chance stream": lambda: DataLoader(Chance(n), batch_size=4),
         "single stream": lambda: DataLoader(Shuffled(n), batch_size=None),
         "dataset": lambda: Shuffled(n),
@@ -364,6 +381,18 @@ def equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_an_order_that_a_seed_alone_decides_moves_no_stream(shuffle: bool) -> None:
+    data = (torch.arange(10), torch.arange(10))
+    before = rng.capture()
+    found = [[(numbers(batch), count) for batch, count in seeded(data, 4, shuffle, False, seed)] for seed in (1, 2, 1)]
+    assert all((before[name] == state).all() for name, state in rng.capture().items())
+    assert found[0] == found[2] and (found[0] != found[1]) == shuffle
+    assert [[count for _, count in batches] for batches in found] == [[4, 4, 2]] * 3
+    assert sorted(n for batch, _ in found[0] for n in batch) == list(range(10))
+    assert [count for _, count in seeded(data, 4, shuffle, True, 1)] == [4, 4]
+
+
 # Several workers
 
 
@@ -434,7 +463,14 @@ def test_drawing_an_order_leaves_the_gpu_s_streams_alone(monkeypatch: pytest.Mon
 
     for name in ("manual_seed_all", "set_rng_state", "manual_seed"):
         monkeypatch.setattr(torch.cuda, name, moved)
-    assert taken(share(LOADERS["lazy"](), 1, 2)) and taken(share(LOADERS["weighted"](), 1, 1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.zeros(4, dtype=torch.uint8))
+    for workers in (1, 2):
+        common, resumed = Common(workers), Common(workers)
+        assert taken(share(LOADERS["lazy"](), 0, workers, common))
+        resumed.put(common.tree())
+        assert taken(share(LOADERS["lazy"](), 0, workers, resumed))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -774,7 +810,8 @@ def test_a_checkpoint_of_a_resumed_run_that_has_taken_nothing_is_that_it_came_fr
     assert job.resume(0, place, again, streams) == (after, later)
 
 
-def test_each_loop_of_an_epoch_has_generators_of_its_own() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_each_loop_of_an_epoch_has_generators_of_its_own_or_all_share_one(shared: bool) -> None:
     def run(common: Common, loops: list[tuple[int, int]], data: list[Any], taken: int = 0) -> list[Any]:
         found = []
         for epoch, loop in loops:
@@ -784,7 +821,8 @@ def test_each_loop_of_an_epoch_has_generators_of_its_own() -> None:
         return found
 
     def make() -> list[Any]:
-        return [DataLoader(Numbers(9), 2, shuffle=True, generator=generator(k)) for k in range(2)]
+        own = [generator(0)] * 2 if shared else [generator(0), generator(1)]
+        return [DataLoader(Numbers(9), 2, shuffle=True, generator=own[k]) for k in range(2)]
 
     loops = [(epoch, loop) for epoch in range(3) for loop in range(2)]
     whole = run(Common(1), loops, make())
@@ -903,6 +941,9 @@ def accelerated(name: str, **attributes: Any) -> Any:
 SPLIT: dict[str, Callable[[], DataLoader[Any]]] = {
     "DistributedSampler": lambda: DataLoader(Numbers(8), 2, sampler=DistributedSampler(Numbers(8), 2, 0)),
     "DistributedSampler ": lambda: DataLoader(Numbers(8), None, sampler=DistributedSampler(Numbers(8), 2, 0)),
+    "DistributedSampler  ": lambda: DataLoader(
+        Numbers(8), batch_sampler=BatchSampler(DistributedSampler(Numbers(8), 2, 0), 2, False)
+    ),
     "BatchSamplerShard": lambda: DataLoader(Numbers(8), batch_sampler=accelerated("BatchSamplerShard", num_processes=2)),
     "IterableDatasetShard": lambda: DataLoader(Split(4)),
 }
@@ -1463,6 +1504,20 @@ def test_what_could_not_be_dealt_goes_on_from_a_checkpoint_all_the_same() -> Non
     run(common, range(1))
     resumed.put(common.tree())
     assert run(resumed, range(1, 3)) == whole[1:]
+
+
+def test_an_order_that_could_not_be_dealt_is_as_if_it_had_not_been_drawn() -> None:
+    """Of a sampler that says less than it gives."""
+
+    class Short(Seeded):
+        def __len__(self) -> int:
+            return 2
+
+    given = DataLoader(Numbers(40), batch_sampler=Short(40, "python"))
+    own = share(given)
+    assert own.tickets(EPOCH) is None
+    plain = DataLoader(Numbers(40), batch_sampler=Short(40, "python"))
+    assert [numbers for numbers, *_ in taken(own)] == [batch.tolist() for batch in plain]
 
 
 @pytest.mark.parametrize("ticket", [-1, 6])

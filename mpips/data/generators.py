@@ -99,7 +99,6 @@ class Generators:
         self._loop = -1
         self._first: dict[str, np.ndarray] = {}  # as each was at its very first loop; empty if the script sets it each time
         self._saved: dict[str, np.ndarray] = {}  # of a resumed run, until its loops have gone on from it
-        self._set: list[Any] = []  # those that have: one generator may be that of several loops
 
     def begin(self, loop: int, generators: Sequence[Any], resumed: bool, again: bool) -> None:
         """Loop number `loop` begins, is `resumed`, or begins `again` because its order could not be dealt out."""
@@ -108,9 +107,9 @@ class Generators:
                 self._note_first(f"{loop} {at}", generator)
             begin, now = (self._saved.pop(f"{kind} {at}", None) for kind in ("begin", f"now {loop}"))
             if resumed and begin is not None:
-                self._go_on(generator, begin)
+                set_state(generator, begin)
             elif now is not None and np.array_equal(state_of(generator), self._first[f"{loop} {at}"]):
-                self._go_on(generator, now)
+                set_state(generator, now)
         self._of[loop], self._loop = list(generators), loop
         self._begin = [state_of(generator) for generator in generators]
 
@@ -118,11 +117,6 @@ class Generators:
         state = state_of(generator)
         again = int(name.split()[0]) in self._of and np.array_equal(state, self._first.get(name, state[:0]))
         self._first[name] = state[:0] if again else self._first.get(name, state)
-
-    def _go_on(self, generator: Any, state: np.ndarray) -> None:
-        if not any(generator is one for one in self._set):
-            set_state(generator, state)
-            self._set.append(generator)
 
     def again(self) -> None:
         """Put those of the loop in progress back to where they were when it began."""

@@ -40,7 +40,6 @@ from torch.utils.data import (
 from mpips import rng
 from mpips.data import Place, left
 from mpips.data.common import Common
-from mpips.data.given import seeded
 from mpips.data.loader import sharded
 from mpips.data.samples import samples_in
 from mpips.data.share import Share
@@ -379,18 +378,6 @@ def equal(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(equal, one, other))
     return bool(one == other)
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_an_order_that_a_seed_alone_decides_moves_no_stream(shuffle: bool) -> None:
-    data = (torch.arange(10), torch.arange(10))
-    before = rng.capture()
-    found = [[(numbers(batch), count) for batch, count in seeded(data, 4, shuffle, False, seed)] for seed in (1, 2, 1)]
-    assert all((before[name] == state).all() for name, state in rng.capture().items())
-    assert found[0] == found[2] and (found[0] != found[1]) == shuffle
-    assert [[count for _, count in batches] for batches in found] == [[4, 4, 2]] * 3
-    assert sorted(n for batch, _ in found[0] for n in batch) == list(range(10))
-    assert [count for _, count in seeded(data, 4, shuffle, True, 1)] == [4, 4]
 
 
 # Several workers

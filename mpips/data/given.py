@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -45,15 +45,12 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-def as_loader(
-    data: Any, batch_size: int, shuffle: bool, drop_last: bool, generator: torch.Generator | None = None
-) -> DataLoader[Any]:
+def as_loader(data: Any, batch_size: int, shuffle: bool, drop_last: bool) -> DataLoader[Any]:
     """The loader that a script would write for data that it gives with a batch size.
 
     Args:
         data: a map-style dataset, tensors or arrays, or a list of samples.
         batch_size, shuffle, drop_last: as for a DataLoader.
-        generator: what it draws from; None for the process's streams.
 
     Raises:
         ValueError: if no loader can be made of the data.
@@ -64,14 +61,7 @@ def as_loader(
     collate = None if dataset is None else as_it_is
     whole = data if dataset is None else dataset
     shuffle = shuffle and len(whole) > 0  # torch makes no random sampler of nothing
-    return DataLoader(whole, batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=collate, generator=generator)
-
-
-def seeded(data: Any, batch_size: int, shuffle: bool, drop_last: bool, seed: int) -> Iterator[tuple[Any, int]]:
-    """Batches in an order that the seed alone decides, each with its items; no stream of the process is read or moved."""
-    loader = as_loader(data, batch_size, shuffle, drop_last, torch.Generator().manual_seed(seed))
-    for number, batch in enumerate(loader):
-        yield batch, min(batch_size, len(loader.dataset) - number * batch_size)  # type: ignore[arg-type]
+    return DataLoader(whole, batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=collate)
 
 
 def _numbered(data: Any) -> bool:

@@ -4,7 +4,7 @@
     mpips run -n 4 examples/charlm.py book.txt --epochs 50      1 server, 3 workers
     mpirun -n 4 python examples/charlm.py --accumulate 2        two batches behind each push
 
-Every worker draws random windows of its own, so an epoch is a number of rounds here. The server clips and schedules.
+Every worker draws random windows of its own, so an epoch is a number of rounds here. The server clips.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}])
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * args.rounds, pct_start=0.1)
 
-    ps = mpips.connect(model, optimizer, scheduler, schedule="round", clip=1.0, stop={"goal": "min", "patience": 3})
+    ps = mpips.connect(model, optimizer, clip=1.0, stop={"goal": "min", "patience": 3})
     for _ in ps.epochs(args.epochs):
         draws = (train[torch.randint(len(train), (args.batch_size,))] for _ in range(args.rounds * args.accumulate))
         for number, batch in enumerate(ps.batches(draws, shard=False), 1):
@@ -67,8 +67,9 @@ def main() -> None:
             (loss / args.accumulate).backward()
             if number % args.accumulate == 0:
                 ps.step(loss, samples=args.accumulate * args.batch_size)
+                scheduler.step()
         ps.validate(lambda: model.loss(test), "validation loss")
-    if ps.serves:
+    if ps.worker == 0:
         sample = test[:1]
         for _ in range(300):
             sample = torch.cat([sample, model(sample[:, -CONTEXT:])[:, -1].softmax(1).multinomial(1)], 1)

@@ -4,7 +4,8 @@
     mpips run -n 4 examples/digits.py                1 server, 3 workers
     mpirun -n 4 python examples/digits.py --clip 1   the same without our launcher
 
-Every setting of mpips is a flag: see --help.
+Rank 0 of several serves inside `connect` and ends there; every line after it runs on the workers. Every setting of mpips is a
+flag: see --help.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import mpips
 
@@ -41,16 +43,21 @@ def main() -> None:
 
     torch.manual_seed(0)
     train, test = digits()
+    loader = DataLoader(TensorDataset(*train), args.batch_size, shuffle=True)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
 
     ps = mpips.connect(model, optimizer)
+    loader = ps.shard(loader)  # this worker's part of each batch
     for _ in ps.epochs(args.epochs):
-        for x, y in ps.batches(train, args.batch_size):
+        for x, y in loader:
+            optimizer.zero_grad()
             loss = F.cross_entropy(model(x), y)
             loss.backward()
-            ps.step(loss)
-        ps.validate(lambda: accuracy(model, test), "test accuracy")
+            ps.step(loss)  # or optimizer.step(): the same round, which then says no loss to metrics.csv
+        ps.validate(lambda: accuracy(model, test), "test accuracy")  # measured on worker 0, told to all
+    if ps.worker == 0:
+        torch.save(model.state_dict(), ps.folder / "model.pt")
 
 
 if __name__ == "__main__":

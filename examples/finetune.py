@@ -68,11 +68,12 @@ def main() -> None:
             loss.backward()
             ps.step(loss)
         ps.validate(lambda: accuracy(model, test), "test accuracy")
-    if ps.serves:
+    if ps.worker == 0:
         trained, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad == wanted) for wanted in (True, False))
-        done, ranks = json.loads((ps.folder / "DONE").read_text()), ps.workers + (not ps.trains)
+        done = json.loads((ps.folder / "DONE").read_text())
         print(f"trained {trained:,} of {trained + frozen:,} parameters; test accuracy {done['value']:.3f}")
-        print(f"{done['bytes'] / done['rounds'] / ranks:,.0f} bytes a round and rank, frozen weights at the start included")
+        sent = done["bytes"] / done["rounds"] / done["ranks"]
+        print(f"{sent:,.0f} bytes a round and rank, frozen weights at the start included")
 
 
 if __name__ == "__main__":

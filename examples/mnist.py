@@ -62,13 +62,14 @@ def main() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
 
-    ps = mpips.connect(model, optimizer, scheduler, validation_data=lambda: load(args.file, "test"))
-    train = load(args.file, "train") if ps.trains else None  # a server that does not train needs none of it
+    ps = mpips.connect(model, optimizer, validation_data=lambda: load(args.file, "test"))
+    train = load(args.file, "train")  # on the workers: a server that does not train stays in connect
     for _ in ps.epochs(args.epochs):
         for x, y in ps.batches(train, args.batch_size):
             loss = F.cross_entropy(model(x.to(device) / 255), y.to(device))
             loss.backward()
             ps.step(loss)
+        scheduler.step()
         ps.validate(lambda test: accuracy(model, test), "test accuracy")
 
 

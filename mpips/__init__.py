@@ -1,11 +1,13 @@
-"""An MPI parameter server for PyTorch: rank 0 serves the weights, the other ranks train on shards of the data.
+"""An MPI parameter server for PyTorch: rank 0 serves the weights inside `connect`, the script goes on on the workers.
 
-    ps = mpips.connect(model, optimizer)
+    ps = mpips.connect(model, optimizer)  # of several ranks, rank 0 serves in here and ends
+    loader = ps.shard(loader)  # this worker's part of it
     for epoch in ps.epochs(5):
-        for x, y in ps.batches(train_set, batch_size=64):
+        for x, y in loader:
+            optimizer.zero_grad()
             loss = F.cross_entropy(model(x), y)
             loss.backward()
-            ps.step(loss)
+            optimizer.step()  # push, combine, step on the server, pull
         ps.validate(lambda: accuracy(model, test_set))
 
 Importing this package does not initialise MPI. It takes flags that begin with `--mpips.` out of `sys.argv`.

@@ -78,7 +78,7 @@ class Buffers:
         if not self.names:
             return
         for buffer, tensor in zip(self.tensors, tensors, strict=True):
-            buffer.copy_(tensor)
+            buffer.data.copy_(tensor)  # unseen by autograd, as BatchNorm's own updates are
 
     def store(self, tensors: list[Tensor]) -> None:
         """The model's travelling buffers into `tensors`."""

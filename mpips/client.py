@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from mpips.elastic import Elastic
-from mpips.message import CONTROL_BYTES, ROUNDS, Control, Row
+from mpips.exchange import share
+from mpips.message import CONTROL_BYTES, ROUNDS, Call, CallError, Control, Row
 from mpips.parameter_server.request import BATCH, BUSY, BYE, WEIGHTS
 from mpips.state import RankState
 from mpips.worker import Worker
@@ -42,6 +43,7 @@ class Client(Worker):
         if self.config.overlap:
             self._outgoing, self._incoming = push.message.clone(), pull.message.clone()
         self._waiting: Callable[[], bool] | None = None
+        self._pushed = False  # whether what it waits for is the answer to a push
         self._beside = False  # whether what it waits for is the answer to a push, while the next update is computed
         self._sent = replace(self.place)  # where it was when the last push left
         self._granted: deque[int] = deque()
@@ -61,10 +63,8 @@ class Client(Worker):
             self._pull.control = self._control
         self._sent = replace(self.place)
         self._begin_anew()
-        if self.inner and self.inner.scheduler:  # the server is at a later version than this worker had heard of
-            self._schedule(self.version - self.inner.scheduler.last_epoch)
 
-    def step(self, loss: float, samples: int, metrics: Sequence[float] = (), taken: int = 0) -> Control:
+    def step(self, loss: float, samples: float, metrics: Sequence[float] = (), taken: int = 0) -> Control:
         """See `Worker`."""
         if self._control.stop:
             self.replica.flat.clear()
@@ -72,7 +72,7 @@ class Client(Worker):
         self._ask_for_centre()
         return super().step(loss, samples, metrics, taken)
 
-    def push(self, loss: float, samples: int, metrics: Sequence[float] = (), taken: int = 0) -> None:
+    def push(self, loss: float, samples: float, metrics: Sequence[float] = (), taken: int = 0) -> None:
         """See `Worker`; `pull` takes the answer. Without `overlap` nothing may be computed before that."""
         if self._control.stop:
             self.replica.flat.clear()
@@ -99,7 +99,7 @@ class Client(Worker):
         """
         if self._waiting:  # the answer to the last push is on its way
             self._hear()
-        if not self._control.stop:
+        if not self._control.stop or self.call:
             self._post_request(weights, busy=not self.done)
             self._hear()
         return self._control
@@ -118,12 +118,12 @@ class Client(Worker):
         super().begin()
         self._begin_anew()
 
-    def finish(self) -> None:
+    def barrier(self, call: Call) -> None:
         """See `Worker`."""
         if self._waiting:
             self._before_push(self._hear)  # the request that says it is the end is still to come
-        if not self._control.stop:
-            super().finish()
+        if call != Call.LOOP or not self._control.stop:
+            super().barrier(call)
 
     def close(self) -> None:
         """Say good-bye: the server waits for this worker no more. What local steps have led to is pushed first."""
@@ -181,7 +181,7 @@ class Client(Worker):
         message, self._beside = self.replica.push.message, self.config.overlap
         if self._beside:
             message = self._outgoing.copy_(message)
-        self._sent, self._reported = replace(self.place), 0
+        self._sent, self._reported, self._pushed = replace(self.place), 0, True
         self._waiting = self.exchange.ask(message, self._landing, CONTROL_BYTES, self._beside)
 
     @property
@@ -191,6 +191,7 @@ class Client(Worker):
     def _receive(self, contributed: bool) -> None:
         if self._waiting and (not self.config.overlap or self.done):
             self._hear()
+        self.replica.flat.note_weights(moved=not self.update.apart)
         self._left = self.exchange.clock()
 
     def _hear(self) -> None:
@@ -198,9 +199,10 @@ class Client(Worker):
         while self._waiting:
             waiting, self._waiting = self._waiting, None
             self._take(waiting())
-            self.place.over = not (self._control.active or self._control.stop or self._control.again)
             if self._control.checkpoint:
                 self.save()
+            if self._control.fault:
+                raise CallError(share(self.exchange, b"").decode())
             self.replica.check_finite(self._control)
             if self._control.again:
                 self._post_request(not self._elastic, busy=False)
@@ -210,7 +212,8 @@ class Client(Worker):
         self._beside = False
 
     def _take(self, whole: bool) -> None:
-        pull, version = self._pull, self._control.version
+        pull, pushed = self._pull, self._pushed
+        self._pushed = False
         if self.config.overlap:
             length = self._incoming.numel() if whole else CONTROL_BYTES
             pull.message[:length].copy_(self._incoming[:length])
@@ -218,16 +221,11 @@ class Client(Worker):
         if whole:
             self.version = int(control.version)
             if not self._elastic:
-                self.replica.buffers.load(pull.buffers)
                 self.update.received()
-        self._schedule(control.version - version)
+        if (whole or pushed) and not self._elastic:  # what a contribution that is kept has made of the statistics is in it
+            self.replica.buffers.load(pull.buffers)
         if control.ticket >= 0:
             self._granted.append(int(control.ticket))
-
-    def _schedule(self, versions: float) -> None:
-        if self.inner and self.config.schedule == "round":
-            for _ in range(int(versions)):
-                self.inner.schedule()
 
     def state(self) -> RankState:
         """See `Worker`; while the next update is computed beside, what was known when the last push left."""

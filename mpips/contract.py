@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -25,8 +26,13 @@ class ContractError(RuntimeError):
     """Ranks that would corrupt each other's sums: names the rank and the first tensor or setting that differs."""
 
 
-def write(config: Config, replica: Replica) -> list[str]:
-    """The contract of this rank."""
+def write(config: Config, replica: Replica, optimizer: Sequence[str] = ()) -> list[str]:
+    """The contract of this rank.
+
+    Args:
+        config, replica: the settings, and the model.
+        optimizer: the lines about it, where its numbers travel; see `hyper.terms`.
+    """
     versions = {"mpips": mpips.__version__, "torch": torch.__version__, "numpy": np.__version__}
     versions |= {"python": ".".join(platform.python_version_tuple()[:2]), "byte order": sys.byteorder}
     lines = [f"protocol = {PROTOCOL}"]
@@ -37,10 +43,10 @@ def write(config: Config, replica: Replica) -> list[str]:
     lines += [f"alias {alias} = {name}" for alias, name in replica.flat.aliases.items()]
     lines += [f"frozen {name} = {p.dtype} {tuple(p.shape)}" for name, p in replica.flat.frozen.items()]
     lines += [f"buffer {name} = {b.dtype} {tuple(b.shape)}" for name, b in replica.buffers.named.items()]
-    return lines
+    return [*lines, *optimizer]
 
 
-def begin(exchange: Exchange, replica: Replica, config: Config) -> str:
+def begin(exchange: Exchange, replica: Replica, config: Config, optimizer: Sequence[str] = ()) -> str:
     """Agree, then let every rank have the server's weights, trained and frozen, and buffers.
 
     Returns:
@@ -49,7 +55,7 @@ def begin(exchange: Exchange, replica: Replica, config: Config) -> str:
     Raises:
         ContractError: on every rank, before anything has moved.
     """
-    digest = agree(exchange, write(config, replica))
+    digest = agree(exchange, write(config, replica, optimizer))
     for tensor in replica.everything:
         whole = tensor.detach().contiguous()
         exchange.publish(whole.view(-1))

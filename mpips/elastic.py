@@ -35,6 +35,7 @@ class Elastic(Local):
         rate = self.config.local.moving_rate
         self.rate = 0.9 / self.workers if rate is None else rate
         self._own: Tensor | None = None  # the worker's weights while the model holds the centre
+        self._buffers: dict[str, Tensor] = {}  # and its buffers
 
     @property
     def pending(self) -> bool:  # type: ignore[override]
@@ -64,23 +65,38 @@ class Elastic(Local):
         return True
 
     def park(self) -> None:
-        """Where the server is on this rank, the model is its memory: leave the centre there, and keep the own weights apart."""
-        if self.here and self._own is None:
+        """Leave the centre in the model, which is the server's memory where that is on this rank; keep what is the worker's."""
+        flat, buffers = self.replica.flat, self.replica.buffers
+        if self._own is None:
             self._own = self.inner.whole.clone()
-            self.replica.flat.weights.copy_(self.centre.weights)
+            self._buffers = {} if self.here else {name: buffer.clone() for name, buffer in buffers.named.items()}
+        elif self.here:
+            return  # the server may have stepped it since
+        flat.weights.copy_(self.centre.weights)
+        if not self.here:
+            buffers.load(self.centre.buffers)
 
     def unpark(self) -> None:
         """The worker goes on: its own weights back into the model."""
-        if self.here and self._own is not None:
+        if self._own is None:
+            return
+        if self.here:
             self.centre.weights.copy_(self.replica.flat.weights)
-            self.inner.whole.copy_(self._own)
-            self.replica.flat.weights.copy_(self._own)
-            self._own = None
+        self.inner.whole.copy_(self._own)
+        self.replica.flat.weights.copy_(self._own)
+        for name, buffer in self._buffers.items():
+            self.replica.buffers.named[name].data.copy_(buffer)
+        self._own, self._buffers = None, {}
 
     def write_nothing(self, row: Row, metrics: int) -> None:
         """See `Gradient`."""
         super().write_nothing(row, metrics)
-        self.park()
+        self._lend()
+
+    def _lend(self) -> None:
+        """During a round the server on this rank has its memory."""
+        if self.here:
+            self.park()
 
     def write(self, row: Row, metrics: Sequence[float], loss_scale: float) -> None:
         """See `Gradient.write`; the weight is 1, and buffers stay the worker's own."""
@@ -90,17 +106,22 @@ class Elastic(Local):
         row.weight, row.steps, self._taken = 1.0, float(self._taken), 0
         self.replica.buffers.write(push.floats, push.limbs, row.weight, self.first)
         self.seal(row, metrics)
-        self.park()
+        self._lend()
 
     def received(self) -> None:
         """The first weights are those of the server; later ones land in the centre."""
-        if self._own is None:
-            self.centre.weights.copy_(self.replica.flat.weights)
-        self.unpark()
+        if self.here and self._own is not None:
+            self.unpark()
+            return
+        self._own, self._buffers = None, {}
+        self.inner.refresh()
+        self.centre.weights.copy_(self.replica.flat.weights)
+        for buffer, served in zip(self.centre.buffers, self.replica.pull.buffers, strict=True):
+            buffer.copy_(served)
 
     def tree(self) -> dict[str, Any]:
         """The worker's optimizer, its own weights and buffers, and where it is between two pulls on the spring."""
-        own, buffers = self.inner.whole if self._own is None else self._own, dict(self.replica.buffers.named)
+        own, buffers = self.inner.whole if self._own is None else self._own, self._buffers or dict(self.replica.buffers.named)
         weights = dict(self.replica.flat.named(own))
         return {"inner": self.inner.tree(), "weights": weights, "buffers": buffers, "taken": self._taken}
 

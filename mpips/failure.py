@@ -13,19 +13,21 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 
 from mpips.config import BAD_CONFIGURATION, ConfigError
 from mpips.contract import ContractError
 from mpips.exchange import SERVER, Exchange
-from mpips.message import NonFiniteError
+from mpips.message import CallError, NonFiniteError
 from mpips.report import LOG
 
-FAILED, PREEMPTED = 1, 75  # exit statuses; 75 is EX_TEMPFAIL: start again with --resume auto
-TOGETHER = (ContractError, NonFiniteError)  # raised on all ranks at once, with one text
+FAILED, PREEMPTED = 1, 75  # exit statuses; 75 is EX_TEMPFAIL: start again with --mpips.resume auto
+TOGETHER = (CallError, ContractError, NonFiniteError)  # raised on all ranks at once, with one text
 
 
+_notes: list[Callable[[], None]] = []
 _failures: list[BaseException] = []
 
 
@@ -67,12 +69,20 @@ def _tell_launcher(rank: int, text: str) -> None:
         Path(launch, f"failure_{rank}.json").write_text(json.dumps(facts))
 
 
+def tell_left(rank: int) -> None:
+    """Tell the launcher that this rank's program has come to its end."""
+    if launch := os.environ.get("MPIPS_LAUNCH_DIR"):
+        with suppress(OSError):
+            Path(launch, f"left_{rank}").touch()
+
+
 def on_preemption(note: Callable[[], None]) -> None:
-    """Call `note` when SIGUSR1 comes, unless the script handles it itself; nothing else happens in the handler."""
+    """Call `note`, and no longer that of a run before, when SIGUSR1 comes, unless the script handles it itself."""
+    _notes[:] = [note]
     if signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL:
         return
 
     def handler(number: int, frame: FrameType | None) -> None:
-        note()
+        _notes[0]()  # nothing else happens in the handler
 
     signal.signal(signal.SIGUSR1, handler)

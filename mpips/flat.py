@@ -6,12 +6,23 @@ the same path, and give the same bits, as on parameters that were allocated one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
+
+_registered = [0]  # how many parameters and modules have been given to modules in this process
+
+
+def _count(*_: object) -> None:
+    _registered[0] += 1
+
+
+register_module_parameter_registration_hook(_count)
+register_module_module_registration_hook(_count)
 
 ALIGNMENT = 64  # bytes
 WRAPPERS = {"module", "_orig_mod", "_module"}  # DDP and DataParallel, torch.compile, Opacus
@@ -87,6 +98,7 @@ class Flat:
         aliases: further name -> first name, for tied parameters.
         slots: the places of the parameters.
         weights: `(numel,)` tensor in the model's dtype; every parameter's data is a view of it.
+        renormalised: the numbers of those that an embedding with `max_norm` changes in forward.
         dtype, device: the parameters'.
         watch: called with the number of a parameter whenever backward has left its gradient.
         grad: `(numel,)` tensor in the model's dtype; every parameter's `.grad` is a view of it from backward to `clear`.
@@ -114,7 +126,14 @@ class Flat:
         self._views: list[Tensor] = []
         self._places: list[tuple[int, nn.Parameter, int]] = []  # each parameter's number, and where it is to be
         self.watch: Callable[[int], None] | None = None
-        self._checked = False
+        self._checked = -1  # registrations when the model was last looked at whole
+        self._versions: list[int] = []
+        self._frozen_digests: dict[str, int] = {}
+        limited = [m for m in self.model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
+        tables: set[Tensor] = {m.weight for m in limited}
+        self.renormalised = {number for number, p in enumerate(self.parameters) if p in tables}
+        self.sparse = False  # whether sparse gradients stay what they are
+        self.averaged = False  # whether the gradients are those of all workers together
         for p in self.parameters:
             p.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
         if hold:
@@ -133,6 +152,12 @@ class Flat:
             p.data = view  # one by one, so that the old ones go
         self._hold(flat)
 
+    def gathered(self) -> Tensor:
+        """The weights, `(numel,)`, wherever the script has put the parameters' data."""
+        for slot, p in zip(self.slots, self.parameters, strict=True):
+            slot.view(self.weights).copy_(p.data)
+        return self.weights
+
     def rehang_weights(self, flat: Tensor) -> None:
         """The weights are in `flat` already: let the parameters become its views."""
         for slot, p in zip(self.slots, self.parameters, strict=True):
@@ -150,6 +175,17 @@ class Flat:
         if not keep:  # a gradient is known by being the very same object
             self.clear()
 
+    def apart(self, members: Collection[int]) -> dict[int, Tensor]:
+        """Copies of the gradients of all but these parameters."""
+        grads = ((number, p.grad) for number, p in enumerate(self.parameters) if number not in members)
+        return {number: grad.detach().clone() for number, grad in grads if grad is not None}
+
+    def put_back(self, gradients: Mapping[int, Tensor]) -> None:
+        """Give these parameters their gradients again."""
+        for number, gradient in gradients.items():
+            self.parameters[number].grad = self._views[number].copy_(gradient)
+            self._touched.add(number)
+
     def clear(self) -> None:
         """No parameter has a gradient. What is in `grad` stays there, so nothing is written: the next backward does that."""
         self._touched.clear()
@@ -158,8 +194,12 @@ class Flat:
 
     def _accumulated(self, p: nn.Parameter) -> None:
         """Autograd has accumulated into `p.grad`, a tensor of its own where there was none: it is still in the cache."""
+        self.averaged = False
         number = self._number[p]
         view = self._views[number]
+        if p.grad is not None and p.grad.is_sparse and self.sparse:
+            self._touched.add(number)
+            return
         if p.grad is not view:
             assert p.grad is not None
             if not _same_memory(p.grad, view):
@@ -168,6 +208,16 @@ class Flat:
         self._touched.add(number)
         if self.watch:
             self.watch(number)
+
+    def take_average(self, gradients: Tensor, present: Sequence[float]) -> None:
+        """What came of all workers' gradients, `(numel,)`, is every parameter's gradient, where any worker had one."""
+        if gradients.data_ptr() != self.grad.data_ptr():
+            self.grad.copy_(gradients)
+        for number, (p, view, seen) in enumerate(zip(self.parameters, self._views, present, strict=True)):
+            p.grad = view if seen else None
+            if seen:
+                self._touched.add(number)
+        self.averaged = True
 
     def collect(self) -> list[bool]:
         """Bring gradients that autograd or the user put elsewhere back into the flat buffer.
@@ -207,7 +257,7 @@ class Flat:
         """The model still trains the parameters it had at connect; looked at whole at the first step only."""
         for thawed in (name for name, p in self.frozen.items() if p.requires_grad):
             raise LayoutError(f"after connect {thawed} was unfrozen; freeze and unfreeze parameters before connect")
-        if self._checked:
+        if self._checked == _registered[0]:
             return
         now = [(clean(n), p) for n, p in self.model.named_parameters() if p.requires_grad]
         ours = [(slot.name, p) for slot, p in zip(self.slots, self.parameters, strict=True)]
@@ -217,7 +267,34 @@ class Flat:
                     f"after connect the model trains {other} where it trained {name}; replace, freeze and unfreeze parameters, "
                     f"and load_state_dict(assign=True), before connect"
                 )
-        self._checked = True
+        self._checked = _registered[0]
+
+    def note_frozen(self) -> None:
+        """The frozen parameters are as the server has them."""
+        self._frozen_digests = {name: _digest(p) for name, p in self.frozen.items()}
+
+    def changed_frozen(self) -> dict[str, Tensor]:
+        """Those frozen parameters that the script has changed itself, as a momentum teacher or a target network is."""
+        return {name: p.data for name, p in self.frozen.items() if _digest(p) != self._frozen_digests.get(name)}
+
+    def note_weights(self, moved: bool, members: Collection[int] | None = None) -> None:
+        """The weights are as the server has them; if others `moved` them, autograd is told, as after any change in place.
+
+        Args:
+            moved: see above.
+            members: the numbers of those that were stepped, if not all.
+        """
+        if moved:
+            stepped = self.parameters if members is None else [self.parameters[number] for number in members]
+            torch.autograd.graph.increment_version(stepped)
+        self._versions = [p._version for p in self.parameters]
+
+    def changed_weights(self) -> list[int]:
+        """The numbers of the parameters that the script has changed in place since `note_weights`."""
+        now = [p._version for p in self.parameters]
+        if now == self._versions or not self._versions:
+            return []
+        return [n for n, (a, b) in enumerate(zip(now, self._versions, strict=True)) if a != b]
 
     def resume(self, gradients: Mapping[str, Tensor]) -> None:
         """Put back gradients, by name, that were accumulated and not pushed."""
@@ -235,6 +312,19 @@ class Flat:
         """Whether backward has left gradients here that have not been pushed."""
         return bool(self._touched)
 
+    def gradients(self) -> list[Tensor]:
+        """Those that there are."""
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def holds(self, gradient: Tensor) -> bool:
+        """Whether this gradient lies here."""
+        return any(gradient is view for view in self._views)
+
+    def any_gradient(self) -> bool:
+        """Whether backward has left a gradient, not pushed, that the script has not thrown away since."""
+        grads = (self.parameters[number].grad for number in self._touched)
+        return any(grad is not None and bool(grad.any()) for grad in grads)
+
     def first_nonfinite(self, flat: Tensor) -> int | None:
         """The index of the first slot of `flat` that holds a NaN or Inf, or None."""
         if torch.isfinite(torch.dot(flat, flat)):  # one pass; overflows only far beyond any useful gradient
@@ -244,6 +334,13 @@ class Flat:
     def named(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Name -> view of `flat`, slot by slot."""
         return ((slot.name, slot.view(flat)) for slot in self.slots)
+
+
+def _digest(tensor: Tensor) -> int:
+    """A sum of a tensor's bits: another one, all but certainly, where they are others."""
+    words = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    whole = len(words) // 4 * 4
+    return int(words[:whole].view(torch.int32).sum(dtype=torch.int64)) + int(words[whole:].sum())
 
 
 def _same_memory(tensor: Tensor, view: Tensor) -> bool:

@@ -144,7 +144,7 @@ class ByClient(Push):
     """A push message as `combine.py` sees it on `Lanes`: the same memory, and a row for each client."""
 
     def __init__(self, push: Push, lanes: Lanes) -> None:
-        self.columns, self.span, self.clients = push.columns, push.span, push.clients
+        self.columns, self.span, self.clients, self.ranks = push.columns, push.span, push.clients, push.ranks
         self._lay_out(push.message, push.lengths)
         self.rows = push.message.new_zeros((lanes.size, len(push.columns)))
         self.rows[:, [SAMPLES, WEIGHT, BAD]] = lanes.said.to(self.rows)

@@ -1,7 +1,4 @@
-"""The `batches` loops of one rank: which of them a resumed run skips, where the script is in one, what each step has used up.
-
-A rank that trains draws its batches; one that only serves answers the others until every worker's shard is exhausted.
-"""
+"""The script's loops over data on one worker: which of them a resumed run skips, what each step has used up."""
 
 from __future__ import annotations
 
@@ -14,16 +11,14 @@ from torch import Tensor
 from mpips import rng
 from mpips.client import Client
 from mpips.clients import Clients, Hosting
-from mpips.data import Shard, samples_in
+from mpips.data import Common, Share
 from mpips.federated import FedAvg
 from mpips.message import Stop
-from mpips.parameter_server import ParameterServer
-from mpips.server import Server
 from mpips.worker import Worker
 
 
 class Where(Enum):
-    """Where the script is on a rank that trains: a `batches` loop is at its end, running, or was broken out of."""
+    """Where the script is: a loop over its shard is at its end, running, or was broken out of."""
 
     OUTSIDE = 0
     INSIDE = 1
@@ -34,7 +29,8 @@ class Loop:
     """The loop in progress, and those before it in the epoch.
 
     Args:
-        half: what this rank does in a loop: a worker if it trains, else a server.
+        worker: takes the steps.
+        common: the random streams that the order of the data is drawn from, alike on all workers.
         streams: a resumed run's random streams, to go on with where the loop does.
         preempted: called when the run ends because a rank was told to.
 
@@ -42,24 +38,27 @@ class Loop:
         cut: whether a stop ended the epoch before its end.
     """
 
-    def __init__(
-        self, half: Worker | Server | ParameterServer, streams: rng.State | None, preempted: Callable[[], NoReturn]
-    ) -> None:
-        self._half, self._streams, self._preempted = half, streams, preempted
+    def __init__(self, worker: Worker, common: Common, streams: rng.State | None, preempted: Callable[[], NoReturn]) -> None:
+        self.worker, self._common, self._streams, self._preempted = worker, common, streams, preempted
         self._where = Where.OUTSIDE
         self._begun = 0  # loops in this epoch, those included that a resumed run has behind it
         self._taken = 0  # items yielded since the last step
-        self._samples = half.place.samples  # samples behind what has not been pushed
-        self._steps = 0  # on the batch at hand
-        self._several = False  # the script takes several steps on one batch
+        self._samples: float | None = worker.place.samples  # behind what has not been pushed; None if nobody knows
+        self._latest: float | None = 1  # the samples of the last step: a second step on a batch is about as many
         self.cut = False
 
+    @property
+    def inside(self) -> bool:
+        """Whether the script is in a loop over its shard."""
+        return self._where is Where.INSIDE
+
     def next_epoch(self) -> None:
-        """An epoch begins."""
-        self._begun = 0
+        """An epoch begins; a resumed run that begins it anew draws as it did."""
+        self._begun, place = 0, self.worker.place
+        self._rewind(not place.loop and not place.begun)
 
     def batches(self, data: Any, how: tuple[int | None, bool, bool], own: bool) -> Iterator[Any]:
-        """The next loop, on a worker: its batches. On a server: none, once all workers are through.
+        """The next loop: this worker's batches.
 
         Args:
             data: all of it, or what is this worker's `own`.
@@ -67,69 +66,74 @@ class Loop:
             own: see `data`.
         """
         self.drain()
-        if self._where is Where.INSIDE:
-            raise RuntimeError("a ps.batches loop inside another; one loop at a time can be resumed")
-        half, place = self._half, self._half.place
+        if self.inside:
+            raise RuntimeError("a loop over a shard inside another; one loop at a time can be resumed")
+        worker, place = self.worker, self.worker.place
         loop, self._begun = self._begun, self._begun + 1
-        if half.control.stop:
+        if worker.control.stop:
             return
         if loop < place.loop:
             self._rewind(loop == place.loop - 1 and not place.begun)
             return
         if place.over:
             self._rewind(True)
-        elif isinstance(half, Worker):
-            yield from self._work(half, self._share(half, data, loop, how, own))
         else:
-            self._enter()
-            half.start_server()
-            self._obey()
+            yield from self._work(self._share(data, loop, how, own))
         if place.over:
             place.next_loop()
 
-    def _share(self, worker: Worker, data: Any, loop: int, how: tuple[int | None, bool, bool], own: bool) -> Shard | Hosting:
+    def _share(self, data: Any, loop: int, how: tuple[int | None, bool, bool], own: bool) -> Share | Hosting:
         """What of the data is this worker's."""
+        worker = self.worker
         update, config = worker.update, worker.config
         if isinstance(update, FedAvg):
             return Hosting(update, data, *how, own, config.seed + (loop << 53), self._forget)
-        seed = config.seed * 1_000_003 + loop * 1_009  # the epoch is added: neighbours must not share orders
         data = data.together() if isinstance(data, Clients) else data
-        return Shard(data, *how, worker.index, worker.workers, seed, own)
+        return Share(data, *how, worker.index, worker.workers, self._common, own)
 
     def _forget(self) -> None:
         self._samples = 0
 
-    def _work(self, worker: Worker, shard: Shard | Hosting) -> Iterator[Any]:
+    def _work(self, shard: Share | Hosting) -> Iterator[Any]:
+        worker = self.worker
         worker.begin()
         self._where = Where.INSIDE
         batches = _deal(worker, shard)
         self._enter()
-        for batch, count, last in batches:
+        for batch, count, samples in batches:
             worker.settle()
             self._obey()
             if worker.control.stop:
                 return
-            self._taken += count
-            self._samples += samples_in(batch)
-            self._steps, worker.done = 0, last and not self._several
+            self._draw(count, samples)
+            worker.digest, worker.drawn = shard.digest if isinstance(shard, Share) else 0, worker.drawn + 1
             worker.used += 1
             try:
                 yield batch
             except GeneratorExit:
                 worker.settle()  # whoever breaks out may look at the weights
-                if self._where is Where.INSIDE:
+                if self.inside:
                     self._where = Where.BROKE
                 raise
+            worker.pay()
             if worker.control.stop:
+                self._obey()
                 return
         worker.settle()
         self._obey()
         if not worker.control.stop:
-            self._exhausted(worker)
+            self._exhausted()
+
+    def _draw(self, count: int, samples: float | None) -> None:
+        """A batch is drawn; those before it are forgotten if nothing is left of them."""
+        if self._samples and not self.worker.replica.flat.any_gradient():
+            self._samples = 0
+        self._taken += count
+        self._samples = None if samples is None or self._samples is None else self._samples + samples
 
     def _enter(self) -> None:
         """What the script draws from now on is drawn in the loop, and what a checkpoint then holds was captured there."""
-        place = self._half.place
+        place = self.worker.place
         self._rewind(place.begun)
         place.inside = True
 
@@ -139,85 +143,113 @@ class Loop:
             rng.restore(self._streams)
         self._streams = None if here else self._streams
 
-    def _exhausted(self, worker: Worker) -> None:
+    def _exhausted(self) -> None:
         """Wait with the others until every worker's shard is."""
-        worker.place.taken += self._taken
-        self._taken, worker.place.samples = 0, self._samples
+        place = self.worker.place
+        place.taken, self.worker.digest = place.taken + self._taken, 0
+        self._taken, place.samples = 0, self._samples or 0
         self._where = Where.OUTSIDE
-        worker.finish()
+        self.worker.finish()
+        control = self.worker.control
+        place.over = not (control.active or (control.stop and isinstance(self.worker, Client)))
         self._obey()
 
     def drain(self) -> None:
         """End a loop that the script broke out of: for this rank its shard is exhausted."""
-        if self._where is Where.BROKE and isinstance(self._half, Worker):
-            self._exhausted(self._half)
-            if self._half.place.over:
-                self._half.place.next_loop()
+        self.obey()
+        if self._where is Where.BROKE:
+            self._where = Where.OUTSIDE
+            if not self.worker.control.stop:
+                self._exhausted()
+            if self.worker.place.over:
+                self.worker.place.next_loop()
 
-    def check_outside(self, call: str) -> None:
-        """Raise RuntimeError if the script makes, in the middle of a loop, a call that belongs between loops."""
+    def check_between(self, call: str) -> None:
+        """Raise RuntimeError for a call of all workers in the middle of a loop that has no common moment there."""
         self.drain()
-        if self._where is Where.INSIDE:
+        if self.inside and isinstance(self.worker, Client):
             raise RuntimeError(
-                f"{call} inside a ps.batches loop, where a server that does not train never comes; call it after the loop"
-                f" (checkpoints inside: the setting checkpoint.every)"
+                f"{call} inside a loop in mode {self.worker.config.mode}, where workers are never at the same batch; call it "
+                f"after the loop (checkpoints inside: the setting checkpoint.every)"
             )
 
     def backward(self, loss: Tensor, samples: int | None) -> None:
         """The last backward before a step; see `Run.backward`."""
-        worker = self._half
-        if not isinstance(worker, Worker) or self._where is not Where.INSIDE:
-            raise RuntimeError(
-                "backward() outside a ps.batches loop, where the server does not wait for it; call it in the loop"
-            )
-        worker.backward(loss, self._samples if samples is None else samples)
+        self.drain()
+        self.worker.backward(loss, self._count() if samples is None else samples)
 
-    def step(self, loss: Tensor | float, samples: int | None, metrics: Mapping[str, float]) -> None:
+    def step(self, loss: Tensor | float | None, samples: float | None, metrics: Mapping[str, float]) -> None:
         """The script has computed a gradient; see `Run.step`."""
-        worker = self._half
-        if not isinstance(worker, Worker) or self._where is not Where.INSIDE:
-            raise RuntimeError("step() outside a ps.batches loop, where the server does not wait for it; call it in the loop")
+        self.drain()
+        worker = self.worker
         named = worker.config.metrics
-        if metrics.keys() != set(named):
+        if metrics.keys() != set(named) and (metrics or loss is not None):
             raise ValueError(f"step() was given the metrics {sorted(metrics)}, the `metrics` setting names {named}")
-        count = self._samples if samples is None else samples
-        taken, self._taken, self._samples, worker.place.samples = self._taken, 0, 0, 0
+        count = self._count() if samples is None else samples
         if count < 0:
             raise ValueError(f"step() was given samples={count}; expected 0 or more")
-        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        taken, self._taken, self._samples, worker.place.samples = self._taken, 0, 0, 0.0
+        self._latest = count
+        value = float("nan") if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
         if isinstance(worker.update, FedAvg) and worker.update.measuring:
             worker.update.measure(value, count)
             return
-        self._steps += 1
-        self._several = self._several or self._steps > 1
-        if self._steps > 1 and worker.done:
-            raise RuntimeError(
-                "a first second step() on one batch, at a shard's last batch: the server has been told it is the end"
-            )
-        worker.step(value, count, [float(metrics[name]) for name in named], taken)
-        self._obey()
+        worker.step(value, count, [float(metrics.get(name, float("nan"))) for name in named], taken)
+        self._obey(later=self.inside)
 
-    def _obey(self) -> None:
-        """Do what the control says about ending."""
-        stop = self._half.control.stop
-        if stop:
+    def average(self, loss: Tensor | float | None) -> float:
+        """Bring the gradients of all workers together without a step; see `Worker.average`."""
+        self.drain()
+        value = 0.0 if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
+        return self.worker.average(value, self._count())
+
+    def adopt(self, weights: Tensor, loss: float) -> None:
+        """The script has taken a step by itself: the server takes the weights."""
+        self.drain()
+        count, taken = self._count(), self._taken
+        self._taken, self._samples, self.worker.place.samples, self._latest = 0, 0, 0.0, count
+        self.worker.adopt(weights, loss, count, taken)
+        self._obey(later=self.inside)
+
+    def _count(self) -> float:
+        """The samples behind the gradient: of what was drawn since the last step; without a loop all steps count alike.
+
+        Raises:
+            ValueError: nobody knows.
+        """
+        samples = self._latest if self._samples == 0 and not self._taken else self._samples
+        if samples is None:
+            raise ValueError(
+                "the samples of this step are not known: the batches are of a kind whose items cannot be counted; say "
+                "ps.step(loss, samples=n)"
+            )
+        return samples
+
+    def _obey(self, later: bool = False) -> None:
+        """Do what the control says about ending; `later` if the script is to do first what follows a step in its loop."""
+        if self.worker.control.stop:
             self.cut = True
             self._where = Where.OUTSIDE
-        if stop == Stop.PREEMPTED:
+        if not later:
+            self.obey()
+
+    def obey(self) -> None:
+        """End here if the run does because a rank was told to."""
+        if self.worker.control.stop == Stop.PREEMPTED:
+            self.worker.settle()
             self._preempted()
 
     def leave(self) -> None:
         """The script ends: say so to the others if that is in the middle of a loop."""
-        if self._where is not Where.OUTSIDE and isinstance(self._half, Worker):
+        if self._where is not Where.OUTSIDE:
             self._where = Where.OUTSIDE
-            self._half.stop = 2
-            self._half.idle()
+            self.worker.stop = 2
 
 
-def _deal(worker: Worker, shard: Shard | Hosting) -> Iterator[Any]:
+def _deal(worker: Worker, shard: Share | Hosting) -> Iterator[tuple[Any, int, float | None]]:
     """This worker's own batches; or, of a server that answers requests, those that it deals out."""
     place = worker.place
-    total = shard.tickets(place.epoch) if isinstance(worker, Client) and isinstance(shard, Shard) else None
+    total = shard.tickets(place.epoch, place.loop) if isinstance(worker, Client) and isinstance(shard, Share) else None
     if total is None or isinstance(shard, Hosting):
         return shard.batches(place)
 

@@ -28,7 +28,7 @@ from mpips.config import Config, ConfigError
 from mpips.elastic import Elastic, ElasticMomentum
 from mpips.federated import FedAvg, FedNova, FedProx, QFedAvg, Scaffold
 from mpips.message import Replica
-from mpips.optimizer import FlatOptimizer, MakeOptimizer, MakeScheduler, Scheduler
+from mpips.optimizer import FlatOptimizer, MakeOptimizer
 from mpips.outer import Adopt, FedAdagrad, FedAdam, FedYogi, SlowMo
 from mpips.streaming import Streaming, cycle
 from mpips.update import Gradient, Local
@@ -217,16 +217,15 @@ def server_optimizer(
     workers: int,
     replica: Replica,
     optimizer: Optimizer | MakeOptimizer,
-    scheduler: Scheduler | MakeScheduler | None,
     masters: bool = True,
 ) -> FlatOptimizer:
     """What the server steps with; without `masters` what another rank steps its slices with, see `FlatOptimizer`."""
     step = mode.step
     if step is None:
-        return FlatOptimizer(replica, optimizer, scheduler, masters)
+        return FlatOptimizer(replica, optimizer, masters)
     if takes_weights(mode, config, workers):
-        return FlatOptimizer(replica, Adopt, None, masters)
-    return FlatOptimizer(replica, lambda params: step(config, params), None, masters)
+        return FlatOptimizer(replica, Adopt, masters)
+    return FlatOptimizer(replica, lambda params: step(config, params), masters)
 
 
 def make_update(

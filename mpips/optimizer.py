@@ -1,12 +1,12 @@
-"""An optimizer, its LR scheduler and the weights they step on: the server's, and each worker's in modes with local steps.
+"""An optimizer and the weights it steps on: the server's, and each worker's in modes with local steps.
 
 A model in float32 or float64 is stepped in place. One in float16 or bfloat16 has float32 master weights here, whose gradients
-are the push message itself.
+are the push message itself. The script's own object stays the script's: what steps is a twin of it, wherever it can be made.
 """
 
 from __future__ import annotations
 
-import warnings
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,16 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mpips import snapshot
 from mpips.config import ConfigError
+from mpips.flat import unwrap
+from mpips.joint import Joint
 from mpips.message import Replica
 
-Scheduler = LRScheduler | ReduceLROnPlateau
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
-MakeScheduler = Callable[[Optimizer], Scheduler]
+HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")  # run where the script calls step
+
+
+def kind(optimizer: Optimizer) -> type[Optimizer]:
+    """The class that the script gave it; after `connect` the script's object has one derived from that."""
+    return getattr(type(optimizer), "given_class", type(optimizer))
+
+
+def made(optimizer: Optimizer | MakeOptimizer, model: nn.Module) -> Optimizer:
+    """The optimizer, made of the model's trained parameters if a function was given."""
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    return optimizer([p for p in unwrap(model).parameters() if p.requires_grad])
 
 
 class FlatOptimizer:
@@ -34,23 +45,19 @@ class FlatOptimizer:
         replica: the model's flat buffers.
         optimizer: an optimizer of the model's own parameters, with groups as the user likes, or a function from a list of
             parameters to one.
-        scheduler: a scheduler of that optimizer, or a function from an optimizer to one.
         masters: whether it steps float32 masters of a model of 16 bits; without, it is there to be taken to pieces.
         own: whether it is a worker's own: it steps the model's weights, where they are not those in the pull message.
 
     Attributes:
+        torch: what steps. Of a class of torch's a twin of the optimizer given, else that itself.
         weights: the parameters that are stepped: the model's, or their float32 masters.
         saved: masters of a checkpoint that has been put back.
+
+    Raises:
+        ConfigError: an optimizer of other parameters than the model's, or that cannot step here.
     """
 
-    def __init__(
-        self,
-        replica: Replica,
-        optimizer: Optimizer | MakeOptimizer,
-        scheduler: Scheduler | MakeScheduler | None,
-        masters: bool = True,
-        own: bool = False,
-    ) -> None:
+    def __init__(self, replica: Replica, optimizer: Optimizer | MakeOptimizer, masters: bool = True, own: bool = False) -> None:
         self.replica, self._own = replica, own
         self.saved: dict[str, Tensor] = {}
         self.weights = replica.flat.parameters if replica.wire_is_grad or not masters else self._masters()
@@ -58,13 +65,6 @@ class FlatOptimizer:
         self.rebind()
         self.torch = self._adopt(optimizer) if isinstance(optimizer, Optimizer) else optimizer(list(self.weights))
         self._check_own()
-        if isinstance(self.torch, torch.optim.LBFGS):
-            raise ConfigError("optimizer: given LBFGS, allowed: optimizers that step without evaluating the loss again")
-        if scheduler is not None and not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
-            scheduler = scheduler(self.torch)
-        self.scheduler: Scheduler | None = scheduler
-        if self.scheduler is not None and self.scheduler.optimizer is not self.torch:
-            raise ConfigError("scheduler: given one of another optimizer, allowed: one built from the optimizer given here")
 
     def give_up(self) -> None:
         """It has been taken to pieces, which have the masters now."""
@@ -86,18 +86,34 @@ class FlatOptimizer:
         return [nn.Parameter(view) for _, view in flat.named(self._whole)]
 
     def _adopt(self, given: Optimizer) -> Optimizer:
-        """The user's optimizer, on the masters where there are any."""
+        """A twin of the script's optimizer, on the masters where there are any."""
+        if isinstance(given, Joint):
+            return Joint([self._adopt(part) for part in given.parts], step_once)
         ours = dict(zip(self.replica.flat.parameters, self.weights, strict=True))
         frozen = set(self.replica.flat.frozen.values())
-        for group in given.param_groups:
-            group["params"] = [ours.get(p, p) for p in group["params"] if p not in frozen]
-        for p, master in ours.items():
-            if p is not master and p in given.state:
-                given.state[master] = {k: _in_dtype(v, master.dtype) for k, v in given.state.pop(p).items()}
-        return given
+        in_place = self.weights is self.replica.flat.parameters
+        if in_place and not _is_torchs(given):  # it may hold its parameters, or another optimizer, in ways of its own
+            for group in given.param_groups:
+                group["params"] = [p for p in group["params"] if p not in frozen]
+            return given
+        groups = [{**g, "params": [ours.get(p, p) for p in g["params"] if p not in frozen]} for g in given.param_groups]
+        twin = object.__new__(kind(given))
+        vars(twin).update({k: v for k, v in vars(given).items() if k != "step"})  # which a scheduler may have put there
+        twin.param_groups = groups
+        for name in HOOKS:
+            setattr(twin, name, OrderedDict())
+        if isinstance(given, (torch.optim.LBFGS, torch.optim.SparseAdam)):  # which steps on the workers
+            twin.state = defaultdict(dict)
+        elif not in_place:
+            twin.state = defaultdict(dict)
+            for p, master in ours.items():
+                if p in given.state:
+                    twin.state[master] = {k: _in_dtype(v, master.dtype) for k, v in given.state.pop(p).items()}
+        return twin
 
     def _check_own(self) -> None:
-        strangers = [p for group in self.torch.param_groups for p in group["params"] if p not in self.names]
+        known = {*self.names, *self.replica.flat.frozen.values()}
+        strangers = [p for group in self.torch.param_groups for p in group["params"] if p not in known]
         if strangers:
             raise ConfigError(
                 f"optimizer: given one with {len(strangers)} parameter(s) that are not the model's, allowed: an optimizer of "
@@ -109,10 +125,12 @@ class FlatOptimizer:
         """The weights that are stepped, `(numel,)`: the model's, or their float32 masters."""
         return self.replica.flat.weights if self.replica.wire_is_grad else self._whole
 
-    def refresh(self) -> None:
-        """The model's weights have been changed by others: take them as they are."""
+    def refresh(self, numbers: Sequence[int] | None = None) -> None:
+        """The model's weights, or those of these parameters, have been changed by others: take them as they are."""
+        flat = self.replica.flat
         if not self.replica.wire_is_grad:
-            self._whole.copy_(self.replica.flat.weights)
+            for slot in flat.slots if numbers is None else [flat.slots[number] for number in numbers]:
+                self._whole[slot.span].copy_(flat.weights[slot.span])
 
     def step(self, present: Sequence[float], clip: float | None, scale: float = 1.0) -> None:
         """One step with the gradients in the push message.
@@ -133,16 +151,22 @@ class FlatOptimizer:
         if not self.replica.wire_is_grad:
             (self.replica.flat if self._own else self.replica.pull).weights.copy_(self._whole)
 
+    def adopt(self) -> None:
+        """Take what is in the push message for the new weights."""
+        self.whole.copy_(self.replica.push.gradients)
+        if not self.replica.wire_is_grad:
+            self.replica.pull.weights.copy_(self._whole)
+
     def skip(self) -> None:
         """No step is taken in this round."""
 
     def move(self, scale: float) -> None:
         """One step of the script's optimizer, the learning rates times `scale`."""
         if scale == 1:
-            _step(self.torch)
+            step_once(self.torch)
             return
         with self._scaled(scale):
-            _step(self.torch)
+            step_once(self.torch)
 
     @contextmanager
     def _scaled(self, scale: float) -> Iterator[None]:
@@ -154,38 +178,14 @@ class FlatOptimizer:
         for group, rate in zip(self.torch.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    def schedule(self, value: float | None = None) -> None:
-        """One step of the scheduler; `value` is what ReduceLROnPlateau watches."""
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            if value is not None:
-                self.scheduler.step(value)
-        elif self.scheduler is not None:
-            with warnings.catch_warnings():  # a server beside workers with steps of their own keeps their rate and never steps
-                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-                self.scheduler.step()
-
     def tree(self) -> dict[str, Any]:
-        """Optimizer, scheduler and master weights for a checkpoint."""
+        """Optimizer and master weights for a checkpoint."""
         masters = {} if self.replica.wire_is_grad else dict(self.replica.flat.named(self._whole))
-        return self.wrap(snapshot.take_optimizer(self.torch, self.names), masters)
-
-    def wrap(self, optimizer: dict[str, Any], masters: dict[str, Tensor]) -> dict[str, Any]:
-        """`tree`, with the optimizer's part and the masters given."""
-        return {"optimizer": optimizer, "scheduler": self._scheduler_tree(), "masters": masters}
-
-    def _scheduler_tree(self) -> dict[str, str]:
-        if self.scheduler is None:
-            return {}
-        return {"class": type(self.scheduler).__name__, "state": snapshot.to_json(self.scheduler.state_dict())}
+        return {"optimizer": snapshot.take_optimizer(self.torch, kind(self.torch).__name__, self.names), "masters": masters}
 
     def put(self, tree: dict[str, Any]) -> None:
         """Take back what `tree` gave; the model's weights have been put back before."""
-        snapshot.put_optimizer(tree["optimizer"], self.torch, self.names)
-        saved, ours = tree["scheduler"].get("class", "none"), self._scheduler_tree().get("class", "none")
-        if saved != ours:
-            raise snapshot.SnapshotError(f"the checkpoint has scheduler {saved}, this run {ours}; give the one of that run")
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(snapshot.from_json(tree["scheduler"]["state"]))
+        snapshot.put_optimizer(tree["optimizer"], self.torch, kind(self.torch).__name__, self.names)
         self.saved = tree["masters"]
         if not self.replica.wire_is_grad:
             self._whole.copy_(self.replica.flat.weights)
@@ -193,19 +193,43 @@ class FlatOptimizer:
                 master.copy_(tree["masters"].get(name, master))
 
 
-def _step(optimizer: Optimizer) -> None:
-    """One step; if it is torch's own and nobody looks on, without what is there for those who do: half of a small one."""
-    bare = _unwrapped(type(optimizer).step)
-    hooked = (
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
-    )
-    counted = "step" in vars(optimizer)  # by a scheduler
+def nested(optimizer: Optimizer) -> dict[str, Optimizer]:
+    """The optimizers that this one wraps, by the names of its attributes, as SAM and Lookahead do."""
+    return {name: value for name, value in vars(optimizer).items() if isinstance(value, Optimizer)}
+
+
+def unhooked(optimizer: Optimizer) -> Callable[..., Any]:
+    """The class's own step, without the hooks that are run where the script calls `step`."""
+    step: Any = kind(optimizer).step
+    torchs = getattr(step, "__globals__", {}).get("__name__") == "torch.optim.optimizer"  # not somebody's around it
+    bare: Callable[..., Any] = getattr(step, "__wrapped__", step) if torchs and getattr(step, "hooked", False) else step
+    return bare
+
+
+def evaluates(optimizer: Optimizer, closure: bool) -> bool:
+    """Whether every worker takes its step, alike, and the server takes the weights.
+
+    So it is where the loss may be evaluated several times, and where an optimizer's state lies in others that it wraps.
+    """
+    if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
+        return True  # whose gradients are what backward left, and of no other kind
+    return not _is_torchs(optimizer) and (closure or bool(nested(optimizer)))
+
+
+def _is_torchs(optimizer: Optimizer) -> bool:
+    return kind(optimizer).__module__.startswith(("torch.optim.", "mpips."))
+
+
+def step_once(optimizer: Optimizer) -> None:
+    """One step; if it is torch's own and nobody looks on, without what is there for those who do: half of a small one.
+
+    Hooks are run where the script calls `step`, not here.
+    """
+    step = kind(optimizer).step
+    bare = _unwrapped(step)
     profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-    if bare is None or hooked or counted or profiled or optimizer.defaults.get("differentiable"):
-        optimizer.step()
+    if bare is None or profiled or optimizer.defaults.get("differentiable"):
+        _step_alone(optimizer)
         return
     graded = torch.is_grad_enabled()
     torch._C._set_grad_enabled(False)  # what no_grad calls, at a tenth of its time
@@ -213,6 +237,22 @@ def _step(optimizer: Optimizer) -> None:
         bare(optimizer)
     finally:
         torch._C._set_grad_enabled(graded)
+
+
+def _step_alone(optimizer: Optimizer) -> None:
+    """A step without a closure, of a class that may need one.
+
+    Raises:
+        ConfigError: it does.
+    """
+    try:
+        unhooked(optimizer)(optimizer)
+    except (AssertionError, TypeError) as error:
+        why = str(error) or type(error).__name__
+        raise ConfigError(
+            f"optimizer: given a {kind(optimizer).__name__}, whose step fails without a closure ({why}); allowed: "
+            f"optimizer.step(closure) in the place of optimizer.step() and ps.step()"
+        ) from error
 
 
 @cache

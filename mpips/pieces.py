@@ -5,6 +5,7 @@ Elementwise optimizers give the same bits on pieces of a tensor as on all of it;
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from typing import Any
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from mpips import snapshot
 from mpips.exchange import Exchange, share
 from mpips.flat import Slot
-from mpips.optimizer import FlatOptimizer
+from mpips.optimizer import FlatOptimizer, kind
 from mpips.outer import Adopt, FedAdagrad, FedAdam, FedYogi, SlowMo
 from mpips.plan import piece, pieces
 
@@ -37,12 +38,10 @@ class Cut(IntEnum):
 
 
 def where(optimizer: Optimizer) -> Cut:
-    """What is known of this optimizer: of its class itself, as a class derived from it may do anything, and so may hooks."""
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        return Cut.NOWHERE
-    if type(optimizer) in ELEMENTWISE:
+    """What is known of this optimizer: of its class itself, as a class derived from it may do anything."""
+    if kind(optimizer) in ELEMENTWISE:
         return Cut.ELEMENTS
-    return Cut.TENSORS if type(optimizer) in BY_TENSOR else Cut.NOWHERE
+    return Cut.TENSORS if kind(optimizer) in BY_TENSOR else Cut.NOWHERE
 
 
 class Pieces:
@@ -75,6 +74,7 @@ class Pieces:
         self._groups = [[number[p] for p in group["params"]] for group in self.torch.param_groups]
         self._kept = {number[p]: state for p, state in self.torch.state.items()}
         self.torch.state.clear()
+        self.torch.state = defaultdict(dict)  # no longer the script's optimizer's, whose parameters are whole
         if masters:
             for n, slot in enumerate(self._slots):
                 if slot.name in whole.saved:
@@ -107,10 +107,6 @@ class Pieces:
         """The first group's learning rate."""
         return float(self.torch.param_groups[0]["lr"])
 
-    def schedule(self, value: float | None = None) -> None:
-        """See `FlatOptimizer`."""
-        self._whole.schedule(value)
-
     def step(self, present: Sequence[float], factor: float, scale: float) -> None:
         """One step.
 
@@ -124,24 +120,11 @@ class Pieces:
                 p.grad = gradient.mul_(factor) if factor != 1 and present[n] else gradient if present[n] else None
         self._whole.move(scale)
 
-    def settings(self) -> list[float]:
-        """The groups' numbers, such as learning rates, NaN for what is none: as long on every rank with the same optimizer."""
-        return self.settings_of(self.torch)
-
-    @staticmethod
-    def settings_of(optimizer: Optimizer) -> list[float]:
-        """See `settings`."""
-        keys = _keys(optimizer)
-        return [number for group in optimizer.param_groups for key in keys for number in _numbers(group.get(key))]
-
-    def set(self, numbers: Sequence[float]) -> None:
-        """Take over another rank's `settings`."""
-        rest = iter(numbers)
-        for group in self.torch.param_groups:
-            for key in _keys(self.torch):
-                new = [next(rest) for _ in _numbers(group.get(key))]
-                if new != _numbers(group.get(key)) and not any(n != n for n in new):
-                    group[key] = _like(group[key], new)
+    def adopt(self) -> None:
+        """Take what is combined for the new weights."""
+        for cut in self._pieces.values():
+            for p, gradient, _ in cut:
+                p.data.copy_(gradient)
 
     def spread(self, exchange: Exchange, leads: bool) -> None:
         """Every rank takes its pieces of the state that the optimizer of the one that `leads` had as a whole."""
@@ -205,28 +188,8 @@ class Pieces:
                     masters[slot.name] = whole.pop(MASTER)
                 if whole:
                     state[slot.name] = whole
-        return self._whole.wrap(snapshot.optimizer_tree(self.torch, members, state), masters)
-
-
-def _keys(optimizer: Optimizer) -> list[str]:
-    """The names of its settings, but for one that torch adds to an optimizer that has been put back."""
-    return sorted(optimizer.defaults.keys() - {"differentiable"})
-
-
-def _numbers(value: Any) -> list[float]:
-    if isinstance(value, (tuple, list)):
-        return [number for one in value for number in _numbers(one)]
-    if isinstance(value, Tensor):
-        return [float(value)]
-    return [float(value)] if isinstance(value, (bool, int, float)) else [float("nan")]
-
-
-def _like(own: Any, new: list[float]) -> Any:
-    if isinstance(own, (tuple, list)):
-        return type(own)(type(o)(n) for o, n in zip(own, new, strict=True))
-    if isinstance(own, Tensor):
-        return own.fill_(new[0])
-    return new[0] if own is None else type(own)(new[0])
+        name = kind(self.torch).__name__
+        return {"optimizer": snapshot.optimizer_tree(self.torch, name, members, state), "masters": masters}
 
 
 def _kind(value: Any) -> list[Any]:

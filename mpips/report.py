@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -66,7 +67,9 @@ class Report:
         self.folder = folder
         self.columns = FIXED + tuple(metrics)
         self._line = "%d,%d,%d,%d" + ",%r" * (len(self.columns) - 4) + "\n"
-        self.rows: list[tuple[float, ...]] = []  # as in metrics.csv
+        self.count = 0  # rows of metrics.csv
+        self._before: Path | None = None  # a resumed run's, to go on from
+        self._loss = float("nan")  # the last that was said
         self.values: list[tuple[float, float, float]] = []  # round, epoch, validation value
         self.epochs: int | None = None
         self.begun = time.time()
@@ -79,9 +82,9 @@ class Report:
             self._tell_launcher(folder)
         self._metrics: TextIO | None = None  # opened when the run begins: a resume that is refused costs nothing
 
-    def restore(self, rows: Sequence[Sequence[float]], values: Sequence[Sequence[float]]) -> None:
-        """Begin with what a checkpoint held."""
-        self.rows = [tuple(row) for row in rows]
+    def restore(self, count: int, table: Path, values: Sequence[Sequence[float]]) -> None:
+        """Begin with what was there at a checkpoint: the first `count` rows of `table`, and the validated values."""
+        self.count, self._before = count, table
         self.values = [(v[0], v[1], v[2]) for v in values]
 
     def start(self, config_yaml: str, environment: dict[str, Any], **facts: Any) -> None:
@@ -104,7 +107,9 @@ class Report:
         """
         if self.folder is not None:
             self._table(self.folder).write(self._line % tuple(row))
-        self.rows.append(tuple(row))
+        self.count += 1
+        if row[3]:
+            self._loss = row[4]
         now = time.time()
         if self.folder is not None and now - self._last_event >= 1 / EVENTS_A_SECOND:
             self._last_event = now
@@ -118,8 +123,7 @@ class Report:
         self.name = name
         self.values.append((number, epoch, value))
         self.event("validate", epoch=epoch, round=number, value=value, best=best, name=name)
-        loss = next((row[4] for row in reversed(self.rows) if row[3]), float("nan"))
-        self.line(f"epoch {epoch}  round {number}  loss {loss:.4f}  {name} {value:.4f}", always=True)
+        self.line(f"epoch {epoch}  round {number}  loss {self._loss:.4f}  {name} {value:.4f}", always=True)
 
     def stopped(self, reason: str, number: int, ranks: Sequence[int]) -> None:
         """Why, when and by whom the run is ended before its last epoch."""
@@ -164,15 +168,31 @@ class Report:
     def preempted(self, path: Path | None) -> None:
         """The run ends early and can go on from the checkpoint."""
         self.flush()
-        self.line(f"preempted: checkpoint {path}; start again with --resume auto", always=True)
+        self.line(f"preempted: checkpoint {path}; start again with --mpips.resume auto", always=True)
 
     def _table(self, folder: Path) -> TextIO:
         """metrics.csv, begun anew with the rows so far when it is first needed."""
         if self._metrics is None:
             (folder / "DONE").unlink(missing_ok=True)
+            rows = self._rows_before()
             self._metrics = (folder / "metrics.csv").open("w", buffering=1 << 16)
-            self._metrics.write(",".join(self.columns) + "\n" + "".join(self._line % row for row in self.rows))
+            self._metrics.write(",".join(self.columns) + "\n" + "".join(rows))
         return self._metrics
+
+    def _rows_before(self) -> list[str]:
+        """The rows of the run that is resumed, as far as its checkpoint goes."""
+        if self._before is None:
+            return []
+        try:
+            with self._before.open() as file:
+                rows = list(islice(file, 1, 1 + self.count))
+        except OSError:
+            rows = []
+        if len(rows) < self.count:
+            message = f"{self._before} has {len(rows)} of the {self.count} rows before this checkpoint: the table lacks them"
+            self.event("warning", message=message)
+            self.count = len(rows)
+        return rows
 
     def _tell_launcher(self, folder: Path) -> None:
         if launch := os.environ.get("MPIPS_LAUNCH_DIR"):

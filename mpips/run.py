@@ -1,15 +1,12 @@
-"""A run, as the user's script sees it: one object, the same calls on every rank.
-
-This is the only place that asks whether this rank is the server. A server that does not train gets no batches: its `batches`
-loop serves until every worker's shard is exhausted.
-"""
+"""A run, as the user's script sees it on a worker; on a rank that only serves, `connect` does not come back."""
 
 from __future__ import annotations
 
 import atexit
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,70 +14,201 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
-from mpips import failure, folder, report, rng
+from mpips import blueprint, clipping, failure, folder, report, rng, wrapped
 from mpips.client import Client
-from mpips.config import Config
+from mpips.config import Config, ConfigError
 from mpips.data import Place
+from mpips.data.loader import sharded
 from mpips.environment import environment
 from mpips.exchange import SERVER, Exchange, share
+from mpips.exchange.simulated import SimulatedExchange
+from mpips.joint import Joint
+from mpips.keeping import Keeping
 from mpips.loop import Loop
-from mpips.message import Control, Stop
+from mpips.message import Call, CallError, Control, Stop
 from mpips.mode import choose_mode
-from mpips.optimizer import MakeOptimizer, MakeScheduler, Scheduler
+from mpips.optimizer import MakeOptimizer, evaluates, unhooked
 from mpips.parameter_server import ParameterServer
 from mpips.server import Server
-from mpips.start import check_rule, choose_trainable, configure, join
+from mpips.service import measured
+from mpips.start import check_optimizer, check_rule, choose_trainable, configure, join, one_module, one_optimizer
+from mpips.state import RankState
 from mpips.trainable import Trainable
 from mpips.worker import Worker, place_of
 
+Models = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
+Optimizers = Optimizer | MakeOptimizer | Sequence[Optimizer] | Mapping[str, Optimizer]
+
 
 def connect(
-    model: nn.Module,
-    optimizer: Optimizer | MakeOptimizer,
-    scheduler: Scheduler | MakeScheduler | None = None,
+    model: Models,
+    optimizer: Optimizers,
     *,
     trainable: Trainable | None = None,
+    validate: Callable[..., Any] | None = None,
     validation_data: Callable[[], Any] | None = None,
     exchange: Exchange | None = None,
     **settings: Any,
 ) -> Run:
-    """Join the other ranks and begin a run; every rank calls this with the same model and settings.
+    """Join the other ranks and begin a run; every rank calls this with the same model, optimizer and settings.
+
+    A rank that only serves, rank 0 with others beside it, serves in here until every worker has left, and then ends the
+    process with the run's status: no line of the script after `connect` is executed there but its `atexit` handlers. On a
+    worker the optimizer is the same object afterwards, whose `step` is push, combine, step on the server, pull.
 
     Args:
-        model: the model, on its device. Its trainable parameters become views of one flat tensor.
-        optimizer: any `torch.optim` optimizer of the model's parameters, or a function from a list of parameters to one. It
-            steps on the server, which on one node may be all ranks, each on its slice of the weights; in modes with local steps
-            it is the workers'.
-        scheduler: a learning-rate scheduler of that optimizer, or a function from an optimizer to one.
+        model: the model, on its device; or several, in a list or a dict. Their trainable parameters become views of one flat
+            tensor.
+        optimizer: any `torch.optim` optimizer of the model's parameters, or a function from a list of parameters to one. In
+            modes with local steps it steps on the worker. Or several, in a list or a dict: each `step` is a round about its
+            parameters alone, and all workers step them in the same order.
         trainable: which parameters to train, the others being frozen: a name pattern ("head.*"), several, or a predicate of
             name and parameter. Only these travel, and only they have optimizer state. Those with requires_grad if None.
-        validation_data: makes the data for `validate`, called on the server alone.
-        exchange: one end of an exchange to use in place of MPI; for tests and simulations.
-        settings: any field of `mpips.Config`; nested ones as dicts: `checkpoint={"every": 100}`. Flags (`--clip 1.0`,
-            `--checkpoint.every 100`), `MPIPS_*` variables and a YAML file (`--config`) come before these.
+        validate: measures the model on the server at the end of each epoch of `ps.epochs`, and where a worker calls
+            `ps.validate()` without a function: called as its `measure` is.
+        validation_data: makes the data for `validate`, once, where it is measured.
+        exchange: one end of an exchange to use in place of MPI; for tests and simulations. A rank that only serves then
+            raises SystemExit when it has served.
+        settings: any field of `mpips.Config`; nested ones as dicts: `checkpoint={"every": 100}`. Flags, `MPIPS_*` variables
+            and a YAML file come before these.
 
     Raises:
         SystemExit: with status 2 and one line on the screen, for a setting that is not allowed, or if the launcher started
             several separate jobs of one rank.
         ContractError: the ranks do not have the same model, settings or versions; names the first difference.
     """
-    config = configure(**settings)
+    config, model = configure(**settings), one_module(model)
     if trainable is not None:
         choose_trainable(model, trainable)
+    given = one_optimizer(optimizer, model, config)
     if exchange is not None:
-        return Run(exchange, config, model, optimizer, scheduler, validation_data)
-    exchange = join(config)
-    run = Run(exchange, config, model, optimizer, scheduler, validation_data)
+        run = _begin(Start(exchange, config, model, given, validate, validation_data))
+        if isinstance(exchange, SimulatedExchange):
+            exchange.at_end(run.close)
+        return run
+    return _connect(config, model, given, validate, validation_data)
+
+
+class _Process:
+    """What this process has of mpips: one exchange for all its runs, and the run in progress.
+
+    Attributes:
+        exchange: this rank's end, once it has joined.
+        run: the last run.
+        count: runs begun.
+    """
+
+    exchange: Exchange | None = None
+    run: Run | None = None
+    count = 0
+
+
+def _connect(
+    config: Config,
+    model: nn.Module,
+    optimizer: Optimizer,
+    validate: Callable[..., Any] | None,
+    validation_data: Callable[[], Any] | None,
+) -> Run:
+    """The run of a script; a rank that only serves ends the process in here."""
+    exchange, again = _Process.exchange, _Process.count > 0
+    if exchange is None:
+        exchange = _Process.exchange = join(config)
+        atexit.register(_leave, exchange)
+    elif _Process.run:
+        _Process.run.end_before_another()
+    _Process.count += 1
+    config = folder.of_run(config, _Process.count)
+    serves = exchange.rank == SERVER and exchange.size > 1 and not config.server_trains
+    if again and exchange.size > 1:
+        _meet_again(exchange, blueprint.describe(config, model, optimizer))
+    try:
+        start = Start(exchange, config, model, optimizer, validate, validation_data)
+        while serves:
+            start = _serve(start)
+    except BaseException:
+        if not serves:
+            raise
+        _end_process(exchange)
+    run = _Process.run = _begin(start)
     failure.on_preemption(run.preempt)
-    atexit.register(_leave, run, exchange)
     return run
 
 
-def _leave(run: Run, exchange: Exchange) -> None:
-    try:
-        run.close()
+def _serve(start: Start) -> Start:
+    """Serve a run, and begin the next one if the workers do; else SystemExit."""
+    server = start.server
+    assert server
+    failure.on_preemption(partial(setattr, server, "signalled", True))
+    server.serve()
+    if server.control.stop == Stop.PREEMPTED:
+        _preempted(server)
+    blob = _meet_again(start.exchange, b"")
+    if not blob:
+        raise SystemExit(0)
+    _Process.count += 1
+    return Start(start.exchange, *blueprint.build(blob), None, None)
+
+
+def _meet_again(exchange: Exchange, own: bytes) -> bytes:
+    """Where a run has ended all ranks say whether the script begins another, or ends.
+
+    Returns:
+        What the first worker says of it; empty at the script's end.
+
+    Raises:
+        CallError: some begin another, some do not.
+    """
+    blobs = exchange.collect(own)
+    said = [bool(blob) for blob in blobs[1 if exchange.size > 1 and not blobs[0] else 0 :]] if blobs else []
+    word = b"apart" if len(set(said)) > 1 else b""
+    if share(exchange, word):
+        raise CallError("the workers do not make the same calls: some connect again, some are at the end of their script")
+    return next((blob for blob in blobs if blob), b"")
+
+
+def _begin(start: Start) -> Run:
+    """A worker's run; with an exchange of the caller's a rank that only serves does so, then raises SystemExit."""
+    if start.worker is None:
+        assert start.server
+        start.server.serve()
+        if start.server.control.stop == Stop.PREEMPTED:
+            _preempted(start.server)
+        raise SystemExit(0)
+    return Run(start)
+
+
+def _end_process(exchange: Exchange) -> NoReturn:
+    """End this rank, which has served or failed: the script's `atexit` handlers run, and no other line of it."""
+    kind, error, trace = sys.exc_info()
+    atexit.unregister(_leave)
+    status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+    if not isinstance(error, SystemExit):
+        assert kind
+        assert error
+        sys.excepthook(kind, error, trace)
+    elif status in (0, failure.PREEMPTED):
         exchange.wait(patience=None)
+        failure.tell_left(exchange.rank)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    exchange.finalize()
+    os._exit(status)
+
+
+def _leave(exchange: Exchange) -> None:
+    try:
+        run = _Process.run
+        if run:
+            run.close()
+        if not failure.happened():
+            if run and not run.preempted:
+                _meet_again(exchange, b"")
+            exchange.wait(patience=None)
+            failure.tell_left(exchange.rank)
     except Exception:  # at exit nobody else would end the other ranks
         sys.excepthook(*sys.exc_info())
 
@@ -91,14 +219,16 @@ def _preempted(server: Server | ParameterServer | None) -> NoReturn:
     raise SystemExit(failure.PREEMPTED)
 
 
-class Run:
-    """One rank's part in a run. `connect` makes it.
+class Start:
+    """How a run begins on one rank: its halves, with the server's weights in the model.
 
     Attributes:
-        config: the resolved settings.
+        config, exchange, optimizer: as given.
         folder: the run's folder, the same on all ranks.
-        serves, trains: what this rank does.
-        worker, workers: this worker's number, from 0 (-1 on a rank that only serves), and how many there are.
+        resumed: what the server says of the run that is gone on with: the values validated; empty if the run is new.
+        kept: what the script kept.
+        streams: the random streams to go on with.
+        server, worker: this rank's halves.
     """
 
     def __init__(
@@ -106,54 +236,63 @@ class Run:
         exchange: Exchange,
         config: Config,
         model: nn.Module,
-        optimizer: Optimizer | MakeOptimizer,
-        scheduler: Scheduler | MakeScheduler | None,
+        optimizer: Optimizer,
+        validate: Callable[..., Any] | None,
         validation_data: Callable[[], Any] | None,
     ) -> None:
-        self.config, self._exchange = config, exchange
-        self.worker, self.workers = place_of(exchange, config)
-        self.serves, self.trains = exchange.rank == SERVER, self.worker >= 0
+        self.exchange, self.config, self.optimizer, self.model = exchange, config, optimizer, model
+        self.validation_data = validation_data
+        index, self.workers = place_of(exchange, config)
         check_rule(config, self.workers)
-        self._mode = choose_mode(config)
-        self._server: Server | ParameterServer | None = None
-        self._worker: Worker | None = None
+        check_optimizer(optimizer, self.workers)
+        self._requests = choose_mode(config).requests
+        self.server: Server | ParameterServer | None = None
+        self.worker: Worker | None = None
         self.folder, resume = self._agree_on_folder()
-        report.log_to(self.folder, exchange.rank)
-        if self.serves:
-            self._serve(model, optimizer, scheduler, validation_data, resume)
-        if self.trains:
-            self._train(model, optimizer, scheduler)
-        self._loop = Loop(self._half, rng.capture() if resume else None, partial(_preempted, self._server))
-        self._validations = 0  # in this epoch, those included that a resumed run has behind it
-        self._begun = self._ended = False  # whether `epochs` has begun, and the run has been finished
+        try:
+            report.log_to(self.folder, exchange.rank)
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir: given {str(self.folder)!r}, which cannot be written ({error.strerror}), allowed: a folder that "
+                f"can be made, by --mpips.run_dir"
+            ) from error
+        if exchange.rank == SERVER:
+            self._serve(validate, resume)
+        if index >= 0:
+            self._train()
+        self.resumed: dict[str, Any] = json.loads(share(exchange, json.dumps(self._past()).encode())) if resume else {}
+        self.kept: dict[str, Any] = self._share_kept() if resume else {}
+        self.streams = rng.capture() if resume else None
+
+    def _past(self) -> dict[str, Any]:
+        server = self.server
+        return {"values": server.values} if server else {}
+
+    def _share_kept(self) -> dict[str, Any]:
+        blob = RankState(-1, Place(), {}, own=self.server.kept).pack() if self.server else b""
+        return RankState.unpack(share(self.exchange, blob)).own
 
     def _agree_on_folder(self) -> tuple[Path, Path | None]:
         """The run folder and the checkpoint to go on from: the server looks, all ranks take its word."""
         said = b""
-        if self.serves:
-            where, start = folder.folders(self.config.run_dir, self.config.resume)
+        if self.exchange.rank == SERVER:
+            where, start = folder.folders(self.config.run_dir, self.config.resume, max(1, _Process.count))
             said = json.dumps([str(where), start and str(start)]).encode()
-        where, start = json.loads(share(self._exchange, said))
+        where, start = json.loads(share(self.exchange, said))
         return Path(where), start and Path(start)
 
-    def _serve(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | MakeOptimizer,
-        scheduler: Scheduler | MakeScheduler | None,
-        validation_data: Callable[[], Any] | None,
-        resume: Path | None,
-    ) -> None:
-        kind = ParameterServer if self._mode.requests else Server
-        server = self._server = kind(
-            self._exchange,
-            model,
-            optimizer,
-            scheduler,
+    def _serve(self, validate: Callable[..., Any] | None, resume: Path | None) -> None:
+        kind = ParameterServer if self._requests else Server
+        server = self.server = kind(
+            self.exchange,
+            self.model,
+            self.optimizer,
             config=self.config,
             folder=self.folder / "checkpoints",
             report=report.Report(self.folder, self.config.metrics),
-            validation_data=validation_data,
+            validation_data=self.validation_data,
+            validate=validate,
+            follows=True,
         )
         server.create_model()
         if resume is not None:
@@ -161,39 +300,85 @@ class Run:
         server.report.start(
             self.config.yaml(),
             environment(),
-            size=self._exchange.size,
+            size=self.exchange.size,
             workers=self.workers,
-            server_trains=self.trains,
+            server_trains=server.trains,
             script=report.script_name(),
-            mpi=self._exchange.name,
+            mpi=self.exchange.name,
             torch=str(torch.__version__),
             device=str(server.replica.flat.weights.device),
             parameters=sum(slot.numel for slot in server.replica.flat.slots),
         )
         server.broadcast_initial_weights()
 
-    def _train(
-        self, model: nn.Module, optimizer: Optimizer | MakeOptimizer, scheduler: Scheduler | MakeScheduler | None
-    ) -> None:
-        server = self._server
-        kind = Client if self._mode.requests and not server else Worker
-        self._worker = kind(self._exchange, model, self.config, server, optimizer, scheduler)
-        self._worker.receive_initial_weights()
+    def _train(self) -> None:
+        kind = Client if self._requests and not self.server else Worker
+        self.worker = kind(self.exchange, self.model, self.config, self.server, self.optimizer, tells=True)
+        self.worker.receive_initial_weights()
+
+
+class Seat:
+    """The place of one optimizer in a run: what it calls where the script calls it.
+
+    Args:
+        run: the run.
+        which: the optimizer's number among those given to `connect`.
+    """
+
+    def __init__(self, run: Run, which: int) -> None:
+        self._run, self._which = run, which
+
+    def optimizer_step(self, closure: Callable[[], Any] | None, overflow: bool | None = None) -> Any:
+        """See `wrapped.Stepping`."""
+        if evaluates(self._run.optimizers[self._which], closure is not None):
+            return self._run.evaluate(self._which, closure)
+        return self._run.step_once(self._which, closure, overflow)
 
     @property
-    def _half(self) -> Worker | Server | ParameterServer:
-        """What this rank does in a loop: the worker's half if it trains."""
-        half = self._worker or self._server
-        assert half
-        return half
+    def skipped(self) -> bool:
+        """See `wrapped.Stepping`."""
+        return self._run.skipped
+
+    def optimizer_state(self) -> dict[int, Any] | None:
+        """See `wrapped.Stepping`."""
+        return self._run.state_of(self._which)
+
+
+class Run:
+    """One worker's part in a run. `connect` makes it.
+
+    Attributes:
+        config: the resolved settings.
+        folder: the run's folder, the same on all ranks.
+        worker, workers: this worker's number, from 0, and how many there are.
+        optimizers: the script's.
+    """
+
+    def __init__(self, start: Start) -> None:
+        assert start.worker
+        self.config, self.folder, self._start = start.config, start.folder, start
+        self.optimizers = start.optimizer.parts if isinstance(start.optimizer, Joint) else [start.optimizer]
+        self._exchange, self._server, self._worker = start.exchange, start.server, start.worker
+        self.worker, self.workers = self._worker.index, start.workers
+        self._keeping = Keeping(start.kept, self.optimizers)
+        self._worker.kept = self._keeping.tree
+        self._values: dict[str, float] = start.resumed.get("values", {})
+        self._worker.replica.flat.sparse = any(isinstance(o, torch.optim.SparseAdam) for o in self.optimizers)
+        for which, optimizer in enumerate(self.optimizers):
+            wrapped.wrap(optimizer, Seat(self, which))
+        clipping.watch(self._worker.replica.flat, self.average)
+        self._loop = Loop(self._worker, self._worker.common, start.streams, partial(_preempted, self._server))
+        self._validations = 0  # in this epoch, those included that a resumed run has behind it
+        self._ended = -1.0  # the round at the end of `epochs`
+        self._data: Any = None  # to validate with
 
     @property
     def _place(self) -> Place:
-        return self._half.place
+        return self._worker.place
 
     @property
     def _control(self) -> Control:
-        return self._half.control
+        return self._worker.control
 
     @property
     def round(self) -> int:
@@ -213,28 +398,55 @@ class Run:
 
     def epochs(self, count: int) -> Iterator[int]:
         """Epoch numbers from where the run is to `count`, fewer if it stops; with checkpoints at their ends."""
-        place = self._place
-        if self._server:
-            self._server.report.epochs = count
-        self._begun = True
+        place, self._worker.epochs = self._place, count
+        self._catch_up()
         while place.epoch < count and not self.stopping:
             self._loop.next_epoch()
             self._validations = 0
             yield place.epoch
             self._end_epoch(count)
-        if not self._left:
-            self._finish()
+        self._finish()
+
+    def _catch_up(self) -> None:
+        """The script is where a resumed run goes on: schedulers made since `connect` and what it keeps are put back."""
+        self._keeping.catch_up()
+
+    def shard(self, loader: Any) -> Any:
+        """This worker's share of a DataLoader: the same loader, of which a loop gets this worker's batches only.
+
+        Args:
+            loader: a DataLoader. It keeps its class, workers, collation, sampler and every other property.
+        """
+        if not isinstance(loader, DataLoader):
+            raise TypeError(
+                f"ps.shard() given a {type(loader).__name__}; expected a DataLoader; for a dataset, tensors or an iterable of "
+                f"batches loop over ps.batches(...)"
+            )
+        return sharded(loader, lambda own: self._loop.batches(own, (None, True, False), own=False), self.worker, self.workers)
+
+    def keep(self, **objects: Any) -> None:
+        """Keep objects of the script's in the checkpoint: averages, teachers, trackers, schedulers that are not torch's.
+
+        A resumed run gives each its state back here.
+
+        Args:
+            objects: name=object; each has `state_dict` and `load_state_dict`.
+
+        Raises:
+            TypeError: one has not, or its state holds what a checkpoint cannot.
+        """
+        self._keeping.keep(objects)
 
     def batches(
         self, data: Any, batch_size: int | None = None, *, shuffle: bool = True, drop_last: bool = False, shard: bool = True
     ) -> Iterator[Any]:
-        """This worker's share of the data, batch by batch; nothing on a rank that only serves, which serves meanwhile.
+        """This worker's share of the data, batch by batch.
 
         Args:
-            data: a map-style dataset, a tuple of tensors, a DataLoader (which then decides batch size and order), an
-                iterable of batches, or `Clients`. A rank that only serves does not look at it.
-            batch_size: items in a worker's batch.
-            shuffle: draw a new order, from the seed, in each epoch.
+            data: a map-style dataset, tensors or arrays (one, or a tuple or dict of them), a list of samples, a DataLoader (which
+                then decides batch size and order), an iterable of batches, or `Clients`.
+            batch_size: items in a worker's batch; None for data that is in batches already.
+            shuffle: draw a new order in each epoch, from torch's random stream, as a DataLoader does.
             drop_last: leave out a worker's last batch if it is not full.
             shard: False for data that is this rank's own already.
 
@@ -260,8 +472,8 @@ class Run:
         """
         self._loop.backward(loss, samples)
 
-    def step(self, loss: Tensor | float, samples: int | None = None, **metrics: float) -> None:
-        """Push the gradient that backward left, let the server step, and pull the new weights; gradients are then None.
+    def step(self, loss: Tensor | float, samples: float | None = None, **metrics: float) -> None:
+        """The round of `optimizer.step()`, with more said of it; gradients are then None, so that no `zero_grad` is needed.
 
         Args:
             loss: the mean loss over the samples, unscaled.
@@ -271,91 +483,200 @@ class Run:
         Raises:
             NonFiniteError: on all ranks, if some rank's gradient holds a NaN or Inf and `nonfinite` is "raise".
         """
-        self._loop.step(loss, samples, metrics)
+        if len(self.optimizers) > 1:
+            raise RuntimeError("ps.step() in a run of several optimizers: call the step of the one that is meant")
+        self.optimizers[0]._opt_called = True  # type: ignore[attr-defined]  # see Wrapped.step
+        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        self.take_step(0, lambda: self._loop.step(value, samples, metrics), value)
+        self._worker.replica.flat.clear()
+
+    def take_step(self, which: int, step: Callable[[], None], loss: float = float("nan")) -> None:
+        """A round about one of the optimizers, which does not evaluate the loss itself."""
+        self.turn_to(which)
+        if evaluates(self.optimizers[which], closure=False):
+            self.evaluate(which, None, loss)
+        else:
+            step()
+
+    def turn_to(self, which: int) -> None:
+        """What follows is about this optimizer."""
+        self._catch_up()
+        self._worker.which = which
+        if len(self.optimizers) > 1:
+            number = {p: n for n, p in enumerate(self._worker.replica.flat.parameters)}
+            groups = self.optimizers[which].param_groups
+            self._worker.update.members = frozenset(number[p] for group in groups for p in group["params"] if p in number)
+
+    def step_once(self, which: int, closure: Callable[[], Any] | None, overflow: bool | None) -> Any:
+        """What `optimizer.step()` does, of an optimizer that evaluates the loss at most once."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if overflow is not None and not self._worker.mode.gradients:
+            raise ConfigError(f"GradScaler: given one with mode {self.config.mode}, allowed: mode sync; bfloat16 needs none")
+        self._worker.overflow = bool(overflow)
+        self.take_step(which, lambda: self._loop.step(loss, None, {}))
+        self._worker.overflow = False
+        return loss
+
+    def evaluate(self, which: int, closure: Callable[[], Any] | None, loss: float = float("nan")) -> Any:
+        """A step that may evaluate the loss several times: every worker takes it, alike, on weights of its own."""
+        optimizer = self.optimizers[which]
+        name = type(optimizer).__name__
+        if not self._worker.mode.gradients:
+            raise ConfigError(
+                f"optimizer: given {name}, which steps on the workers, with mode {self.config.mode}, allowed: mode sync"
+            )
+        if closure is None and isinstance(optimizer, torch.optim.LBFGS):
+            raise ConfigError("optimizer: given LBFGS, whose step needs a closure, allowed: optimizer.step(closure)")
+        self.turn_to(which)
+        self._keeping.own_state.add(which)
+        flat, pulled = self._worker.replica.flat, self._worker.replica.flat.weights
+        losses: list[float] = []
+
+        def together() -> Any:
+            assert closure
+            with torch.enable_grad():
+                loss = closure()
+            losses.append(self._loop.average(loss))
+            return loss if self.workers == 1 else loss.detach().new_tensor(losses[-1])
+
+        if closure is None:
+            self._loop.average(None)
+        flat.rehang_weights(pulled.clone())
+        try:
+            result = unhooked(optimizer)(optimizer, *([together] if closure else []))
+            weights = flat.gathered()
+        finally:
+            flat.rehang_weights(pulled)
+        self._loop.adopt(weights, losses[0] if losses else loss)
+        return result
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last round took no step, because a GradScaler had found an Inf or NaN."""
+        return bool(self._control.skipped)
+
+    def average(self) -> None:
+        """Let `p.grad` be the gradient of all workers together, for whoever does the rest by hand; the next step takes it.
+
+        Every worker calls this between backward and `optimizer.step()`. Torch's clipping functions do it themselves.
+        """
+        self._loop.average(None)
+
+    def state_of(self, which: int) -> dict[int, Any] | None:
+        """The state of an optimizer as its `state_dict` has it; None where it is its own already."""
+        worker = self._worker
+        if which in self._keeping.own_state:
+            return None
+        if worker.inner:
+            return None if worker.replica.wire_is_grad else self._numbered(which, worker.inner.tree())
+        if self._server and not self._server.slices and worker.replica.wire_is_grad:
+            return None
+        if isinstance(worker, Client):
+            raise RuntimeError(
+                f"optimizer.state_dict() in mode {self.config.mode}, where the server answers one worker at a time; the state "
+                f"is in the checkpoints (ps.save())"
+            )
+        tree = worker.optimizer_state()
+        self._loop.obey()
+        return self._numbered(which, tree)
+
+    def _numbered(self, which: int, tree: dict[str, Any]) -> dict[int, Any]:
+        flat = self._worker.replica.flat
+        names: dict[Tensor, str] = {p: slot.name for p, slot in zip(flat.parameters, flat.slots, strict=True)}
+        return wrapped.by_number(tree["optimizer"]["state"], self.optimizers[which], names)
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call backward on in fp16 training: times the loss scale that the server decided."""
         return loss * self._control.loss_scale if self.config.loss_scale else loss
 
-    def validate(self, measure: Callable[..., Any], name: str = "validation") -> float:
-        """Measure the model on the server and decide there whether to stop; every rank calls this.
+    def validate(self, measure: Callable[..., Any] | None = None, name: str = "validation") -> Any:
+        """Measure the model on worker 0, with the server's weights, and decide on the server whether to stop.
+
+        Every worker calls this.
 
         Args:
-            measure: called on the server alone, in eval mode and without grad, with the validation data if `connect` was
-                given any. Returns a number.
-            name: what the number is, for people.
+            measure: called on worker 0 alone, in eval mode and without grad, with the validation data if `connect` was given
+                any. Returns a number, or a dict of several by name. None: the server measures, as `connect` said.
+            name: what the number is. Numbers of different names are judged apart; which stops the run `stop.monitor` says.
 
         Returns:
-            The number, on every rank; the last one if a resumed run has this validation behind it, or a rank has left.
+            The number, or the dict, the same on every worker; that of before if a resumed run has this validation behind it,
+            or workers have left in the middle of a loop.
+
+        Raises:
+            TypeError: it returned anything else.
+            CallError: the other workers do not make this call.
         """
-        self._loop.check_outside("validate()")
+        self._loop.check_between("validate()")
         self._validations += 1
-        if self._left or self._validations <= self._place.validations:
-            return self._control.value
-        self._place.validations = self._validations
-        if self._server:
-            self._server.validate(measure, name)
-            self._server.send_stop_signal()
-        if self._worker:
-            self._worker.hear()
-        return self._control.value
+        if self._validations > self._place.validations and self._control.stop not in (Stop.LEFT, Stop.ENDED):
+            before = self._values
+            reply = self._worker.call_for(Call.VALIDATE, lambda: self._measured(measure, name))
+            self._loop.obey()
+            self._place.validations = self._validations
+            self._values = before | reply["values"]
+            return {k: self._values[k] for k in reply["told"]} if reply["several"] else self._values[name]
+        return self._values.get(name, self._values or float("nan"))
+
+    def _measured(self, measure: Callable[..., Any] | None, name: str) -> dict[str, Any]:
+        if self.worker or measure is None:
+            return {"name": name}
+        if self._data is None and self._start.validation_data is not None:
+            self._data = self._start.validation_data()
+        return {"name": name, "values": measured(self._start.model, measure, self._data, name)}
 
     def stop(self) -> None:
-        """End the run on all ranks, in the same round: the next one, or at the validation in progress."""
-        if self._worker:
-            self._worker.stop = 1
-        if self._server:
-            self._server.stop_server()
+        """End the run on all ranks, in the same round: the next one."""
+        self._worker.stop = 1
 
     def save(self) -> None:
-        """Write a checkpoint now; every rank calls this at the same place, outside a `batches` loop."""
-        self._loop.check_outside("save()")
-        if not self._left:
-            self._save()
-
-    def _save(self) -> None:
-        if self._worker:
-            self._worker.save()
-        elif self._server:
-            self._server.save_model()
-
-    @property
-    def _left(self) -> bool:
-        """Whether ranks have left their loops, so that the others can call nothing together but `close`."""
-        return self._control.stop in (Stop.LEFT, Stop.ENDED)
+        """Write a checkpoint now; every worker calls this at the same place."""
+        self._loop.check_between("save()")
+        self._worker.call_for(Call.SAVE)
+        self._loop.obey()
 
     def preempt(self) -> None:
         """Write a checkpoint at the next round and end with status 75; SIGUSR1 does this."""
-        if self._worker:
-            self._worker.signalled = True
-        elif self._server:
-            self._server.signalled = True
+        self._worker.signalled = True
 
     def print(self, *words: object) -> None:
-        """Print on the server alone."""
-        if self.serves:
+        """Print on worker 0 alone."""
+        if self.worker == 0:
             print(*words, flush=True)
 
     def _end_epoch(self, count: int) -> None:
         self._loop.drain()
-        if self._left:
-            return
-        if not self._loop.cut:
+        cut = self._loop.cut
+        if not cut:
             self._place.next_epoch()
-            if self._server:
-                self._server.end_epoch()
-            if self._worker:
-                self._worker.end_epoch()
-        every, done = self.config.checkpoint.epochs, self._place.epoch
-        if self.stopping or done >= count or (every and done % every == 0):
-            self._save()
+        self._worker.call_for(Call.EPOCH, {"cut": cut, "count": count})
+        self._loop.obey()
 
     def _finish(self) -> None:
-        self._ended = True
-        if self._server:
-            self._server.write_results([value for _, _, value in self._server.report.values])
-        elif self._worker:
-            self._worker.give_performance()
+        self._worker.call_for(Call.FINISH)
+        self._loop.obey()
+        self._ended = self._control.round
+
+    @property
+    def preempted(self) -> bool:
+        """Whether the run ends because a rank was told to."""
+        return self._control.stop == Stop.PREEMPTED
+
+    def end_before_another(self) -> None:
+        """The script connects again: this run ends here, if it is at its end.
+
+        Raises:
+            RuntimeError: it is not.
+        """
+        if isinstance(self.optimizers[0], wrapped.Wrapped) and self._ended != self._control.round:
+            raise RuntimeError(
+                "mpips.connect() while a run goes on; end that by ps.close() first, or give several models and optimizers to "
+                "one connect([a, b], [opt_a, opt_b])"
+            )
+        self.close()
 
     def close(self) -> None:
         """Leave; called when Python ends. A worker that left a loop early ends the run for all.
@@ -363,13 +684,14 @@ class Run:
         What is not saved yet is saved here, and DONE written unless only some of the workers left: so ends a script that has
         its own loop over epochs, or returns from the middle of one.
         """
-        if failure.happened() or self._ended:
+        if failure.happened() or not isinstance(self.optimizers[0], wrapped.Wrapped):
             return
+        for optimizer in self.optimizers:
+            wrapped.unwrap(optimizer)
+        clipping.unwatch(self._worker.replica.flat)
         self._loop.leave()
-        if self._control.stop == Stop.PREEMPTED:
+        if self.preempted:
+            self._worker.settle()
             return
-        together = self._left or not self._begun
-        self._exchange.wait(patience=300.0 if together else 5.0)
-        self._save()
-        if self._control.stop != Stop.LEFT:
-            self._finish()
+        self._worker.call_for(Call.LEAVE, {"ended": self._ended == self._control.round})
+        self._worker.replica.flat.attach_weights(self._worker.replica.flat.room())

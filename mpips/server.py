@@ -17,7 +17,28 @@ from torch import Tensor
 from mpips import lanes
 from mpips.combine import Combined, combine, left_out
 from mpips.exchange import ExchangeError
-from mpips.message import BAD, COLUMNS, DONE, LOSS, ROUND, ROUNDS, SAMPLES, SIGNAL, STEPS, STOP, WEIGHT, Control, Stop
+from mpips.joint import Joint
+from mpips.message import (
+    ADOPT,
+    BAD,
+    CALL,
+    COLUMNS,
+    DONE,
+    EPOCHS,
+    LOSS,
+    OVERFLOW,
+    ROUND,
+    ROUNDS,
+    SAMPLES,
+    SIGNAL,
+    STEPS,
+    STOP,
+    WEIGHT,
+    WHICH,
+    Call,
+    Control,
+    Stop,
+)
 from mpips.mode import judges_clients
 from mpips.report import rank_states
 from mpips.service import Service
@@ -70,8 +91,17 @@ class Updates:
 class Server(Service):
     """The synchronous server; see `Service` for its arguments."""
 
+    _at: float = 0  # the round in progress, or the last
+
+    def serve(self) -> None:
+        """Serve until every worker has left: rounds, and between them what all workers call for."""
+        while True:
+            self.start_server()
+            if self.control.stop == Stop.PREEMPTED or (not self.control.active and self.take_part()):
+                return
+
     def start_server(self) -> None:
-        """Serve rounds until every worker's shard is exhausted or the run is to stop."""
+        """Serve rounds until every worker waits, as at the end of its shard, or the run is to stop."""
         while True:
             control = self.round()
             if not control.active or control.stop:
@@ -95,10 +125,14 @@ class Server(Service):
         self.update_weights(updates)
         self.note(updates)
         self.send_updates()
+        if self.fault:
+            self.complain()
         self.replica.check_finite(self.control)
+        if self.control.call == Call.STATE:
+            self.told_state = self.tell_state(self.slices.own() if self.slices else {})
         if contributed or self.control.version > version:
             self.replica.buffers.load(self.replica.pull.buffers)
-        if self.control.checkpoint:
+        if self.control.checkpoint and self.worker_state is None:  # else the worker here says when
             self.save_model()
         return self.control
 
@@ -111,7 +145,8 @@ class Server(Service):
         push = self.replica.push
         if not self.trains:
             push.forget()
-        push = self.replica.push_for(self.control.round)
+        self._at = self.control.round
+        push = self.replica.push_for(self._at)
         if self.slices:
             self.slices.combine()
             self.combined = Combined(sorted(left_out(push.heard.rows, self.rule)))
@@ -124,25 +159,46 @@ class Server(Service):
         for rank, row in enumerate(rows, self.first):
             if row[ROUND] != expected:
                 raise ExchangeError(f"rank {rank} is in round {row[ROUND]:.0f}, the server in {self.control.round:.0f}")
+        stepping = [k for k, row in enumerate(rows) if row[WEIGHT] > 0]
+        self.follow(rows, push.heard.hyper[self.first :], stepping)
         return Updates(rows, self._columns, self.first)
 
     def update_weights(self, updates: Updates) -> None:
         """One server update with the combined gradient, unless there is none or it is not to be taken."""
         if self.combined.faulty or self.combined.refused:
             self._say_what_was_left_out()
-        bad, found = updates.bad, self._found()
+        bad, found, skipped = updates.bad, self._found(), bool(updates.totals[OVERFLOW])
+        self.control.skipped = skipped
+        if skipped:
+            bad, found = {}, {}
+        adopting = {bool(row[ADOPT]) for row in updates.rows if row[WEIGHT]}
+        if len(adopting) > 1:
+            self.fault = "the workers do not step alike: some by optimizer.step(closure), some without"
         if bad or found:
             bad |= found
             updates.leave_out(bad)
-        take = updates.totals[WEIGHT] and not self.combined.refused and not found
+        self._choose({int(row[WHICH]) for row in updates.rows if row[WEIGHT]})
+        take = updates.totals[WEIGHT] and not (self.combined.refused or found or self.fault or skipped)
         if take and not (bad and (self.config.loss_scale or self.config.nonfinite != "drop")):
-            self.step_with(updates.totals[STEPS] / updates.totals[WEIGHT] if self.mode.normalised else 1.0)
+            scale = updates.totals[STEPS] / updates.totals[WEIGHT] if self.mode.normalised else 1.0
+            self.step_with(scale, adopt=True in adopting)
         else:
             self.optimizer.skip()
         if bad:
             self.judge(bad)
         if self.config.buffers == "server":
             self.replica.buffers.store(self.replica.pull.buffers)
+
+    def _choose(self, stepping: set[int]) -> None:
+        """Which of several optimizers this round is about."""
+        joint = self.optimizer.torch
+        if len(stepping) > 1:
+            self.fault = (
+                f"the workers do not step alike: some with the optimizer number {min(stepping)}, some with number "
+                f"{max(stepping)} of those given to connect; every worker must step them in the same order"
+            )
+        elif stepping and isinstance(joint, Joint):
+            (joint.which,) = stepping
 
     def _say_what_was_left_out(self) -> None:
         whose = "client" if judges_clients(self.mode, self.config) else "rank"
@@ -158,25 +214,53 @@ class Server(Service):
             return {} if overflow is None else {self.exchange.rank: overflow}
         return self.slices.guilty()
 
+    def average(self) -> None:
+        """See `Service`."""
+        push = self.replica.push
+        push.message.zero_()
+        combine(self.exchange, push, self.rule, self.last, self.first)
+        self.exchange.publish(push.message)
+
     def note(self, updates: Updates) -> None:
         """What this round means for the next: the control, and the report."""
         totals, control = updates.totals, self.control
         samples = totals[SAMPLES]
         means = [totals[column] / samples if samples else math.nan for column in self._averaged]
-        control.round += 1
+        counts = bool(totals[WEIGHT] or totals[BAD]) or any(not row[CALL] for row in updates.rows)  # else all only wait
+        control.round += counts
         control.active = len(updates.rows) - totals[DONE]
-        self.place.over = not control.active
-        control.loss, control.lr, control.loss_scale = means[0], self.lr, self.loss_scale.scale
+        control.call = Call.NONE
+        if totals[CALL]:
+            self._hear_calls(updates)
+            if self.trains and control.call == Call.LOOP:  # a checkpoint of this round is one of the loop's end
+                self.place.over = True
+        control.lr, control.loss_scale = self.lr, self.loss_scale.scale
+        if counts:
+            control.loss = means[0]
         if totals[SIGNAL] or totals[STOP] or self.signalled or self.stop_asked:
             self.obey_ranks(updates.results)
         every = self.config.checkpoint.every
         control.checkpoint = bool(self.folder) and (
-            control.stop == Stop.PREEMPTED or (every > 0 and control.round % every == 0)
+            control.stop == Stop.PREEMPTED or (every > 0 and counts and control.round % every == 0)
         )
+        control.fault = bool(self.fault)
+        if not counts:
+            return
         now = self.exchange.clock()
         speed, self._last = samples / max(now - self._last, 1e-9), now
         row = (control.round, self.place.epoch, control.version, samples, means[0], control.lr, *means[1:])
         self.report.round(row, speed, lambda: rank_states(updates.results, self.trains))
+
+    def _hear_calls(self, updates: Updates) -> None:
+        """Some worker waits: see whether all do, for the same."""
+        rows = updates.results
+        if Call.STATE in {row["call"] for row in rows.values()}:
+            self.control.call = Call.STATE
+        elif not self.control.active:
+            self.control.call = self.agree_on_call(rows)
+        else:
+            self.find_apart(rows)
+        self.report.epochs = int(max(row[EPOCHS] for row in updates.rows)) or None
 
     def send_updates(self, weights: Tensor | None = None) -> None:
         """Send the weights, or these ones (`(numel,)`, the flat layout), and the control to all ranks; `note` has come before.
@@ -189,5 +273,5 @@ class Server(Service):
         if weights is not None:
             self.replica.pull.weights.copy_(weights)
         self.replica.pull.control = self.control
-        for part in self.replica.pull_for(self.control.round - 1):
+        for part in self.replica.pull_for(self._at):
             self.exchange.publish(part)

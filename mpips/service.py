@@ -8,26 +8,28 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 import mpips
-from mpips import checkpoint, contract, rng, snapshot
+from mpips import checkpoint, contract, hyper, rng, snapshot
 from mpips.config import Config
 from mpips.data import Place
 from mpips.exchange import Exchange, share
-from mpips.message import COLUMNS, LOSS, Control, Stop, replicate
+from mpips.message import BEGUN, COLUMNS, DIGEST, DRAWN, LOSS, Call, CallError, Control, Stop, replicate
 from mpips.mode import Mode, choose_mode, server_optimizer, summed
-from mpips.optimizer import FlatOptimizer, MakeOptimizer, MakeScheduler, Scheduler
+from mpips.optimizer import FlatOptimizer, MakeOptimizer, made
 from mpips.report import Report
 from mpips.rule import choose
 from mpips.slices import Slices, settle
-from mpips.state import RankState, pack_all
+from mpips.state import RankState, pack_all, told_streams
 from mpips.stopping import LossScale, Patience
 
 
@@ -39,17 +41,19 @@ class Service:
         model: the model to serve; its parameters are rank 0's copy of the weights.
         optimizer: an optimizer of the model's parameters, or a function from a list of parameters to one. In modes with steps
             of the workers' own it is theirs.
-        scheduler: a learning-rate scheduler of that optimizer, or a function from an optimizer to one.
         config: the settings.
         folder: where checkpoints go; None writes none.
         report: where metrics and events go.
         validation_data: makes the validation data, called on the server alone.
+        validate: measures the model on the server at the end of each epoch; called as the `measure` of `validate` is.
+        follows: whether the workers tell their optimizer's hyperparameters with each push, and the server's takes them.
 
     Attributes:
         mode: the row of MODES that this run is.
         replica: the model's flat buffers and messages.
         optimizer: the server's own step.
         inner: the workers' optimizer, where they take steps of their own: for its learning rate, and for a worker here.
+        fault: why no rank can go on, to be said with the next message to all; else "".
         control: what is said to all ranks next.
         place: the place in the data of a worker on this rank, else the epoch alone.
         signalled: set to write a checkpoint and end the run at the next round.
@@ -65,12 +69,13 @@ class Service:
         exchange: Exchange,
         model: nn.Module,
         optimizer: Optimizer | MakeOptimizer,
-        scheduler: Scheduler | MakeScheduler | None = None,
         *,
         config: Config | None = None,
         folder: Path | None = None,
         report: Report | None = None,
         validation_data: Callable[[], Any] | None = None,
+        validate: Callable[..., Any] | None = None,
+        follows: bool = False,
     ) -> None:
         self.exchange, self.model, self.config, self.folder = exchange, model, config or Config(), folder
         self.mode: Mode = choose_mode(self.config)
@@ -80,7 +85,8 @@ class Service:
         self.first = 0 if self.trains else 1  # rank of the first worker
         self.workers = exchange.size - self.first
         self.control = Control(loss_scale=self.config.loss_scale or 1.0)
-        self.patience = Patience()
+        self.patience: dict[str, Patience] = {}  # by the name of what is validated, the first one first
+        self.values: dict[str, float] = {}  # the last of each
         self.loss_scale = LossScale(self.control.loss_scale)
         self.place = Place()
         self.worker_state: Callable[[], RankState] | None = None
@@ -88,8 +94,12 @@ class Service:
         self.performances: dict[int, dict[str, int]] = {}
         self.last_checkpoint: Path | None = None
         self.signalled = self.stop_asked = False
-        self._make = (optimizer, scheduler, validation_data)
+        self._given, self._make_data, self._measure, self._follows = optimizer, validation_data, validate, follows
+        self._limbs: Any = None  # the hyperparameters that were followed last
+        self.fault = ""
         self.states = b""
+        self.kept: dict[str, Any] = {}
+        self.told_state: dict[str, Any] = {}
         self.slices: Slices | None = None
         self.optimizer: FlatOptimizer | Slices
         self._columns = COLUMNS + self.config.metrics
@@ -98,17 +108,20 @@ class Service:
 
     def create_model(self) -> None:
         """Lay the model out flat and make the master weights, the optimizers and the scheduler."""
-        optimizer, scheduler, _ = self._make
+        given = made(self._given, self.model)
         rows = 1 if self.mode.requests else self.exchange.size
-        self.replica = replicate(self.model, self.config, rows, self.exchange.allocate, self.mode.vectors)
-        self.inner = FlatOptimizer(self.replica, optimizer, scheduler, own=True) if self.mode.local else None
-        self.optimizer = server_optimizer(self.mode, self.config, self.workers, self.replica, optimizer, scheduler)
+        self._numbers = hyper.read(given)  # with which the run began
+        numbers = len(self._numbers) if self._follows else 0
+        self._terms = hyper.terms(given) if self._follows else []
+        self.replica = replicate(self.model, self.config, rows, self.exchange.allocate, self.mode.vectors, numbers)
+        self.inner = FlatOptimizer(self.replica, given, own=True) if self.mode.local else None
+        self.optimizer = server_optimizer(self.mode, self.config, self.workers, self.replica, given)
         self.control.lr = self.lr
         self.check_requires_grad()
 
     @property
     def lr(self) -> float:
-        """The learning rate that the script's scheduler sets."""
+        """The learning rate of the script's optimizer, as its workers said it last."""
         return (self.inner or self.optimizer).lr
 
     def check_requires_grad(self) -> None:
@@ -120,16 +133,15 @@ class Service:
 
     def load_validation_data(self) -> None:
         """Load the validation data, once, on the server alone."""
-        make = self._make[2]
-        if make is not None and self.validation_data is None:
-            self.validation_data = make()
+        if self._make_data is not None and self.validation_data is None:
+            self.validation_data = self._make_data()
 
     def broadcast_initial_weights(self) -> None:
         """Agree with all ranks on the contract, then give them the weights and, if resumed, their own states."""
         if not hasattr(self, "replica"):
             self.create_model()
         self.replica.pull.control = self.control
-        self.digest = contract.begin(self.exchange, self.replica, self.config)
+        self.digest = contract.begin(self.exchange, self.replica, self.config, self._terms)
         share(self.exchange, self.states)
         optimizer = None if isinstance(self.optimizer, Slices) else self.optimizer
         update = summed(self.mode, self.config)
@@ -138,6 +150,8 @@ class Service:
             self.optimizer = self.slices
         if self.inner:
             self.inner.rebind()
+        if not self.trains:
+            told_streams(self.exchange, rng.capture())
         if self.exchange.size > 1 and not self.mode.requests:
             self._say_plan()
         self._last = self.exchange.clock()
@@ -151,23 +165,67 @@ class Service:
                 "warning", message=f"wire: {self.config.wire} is for plan sharded on several nodes; not used here"
             )
 
-    def step_with(self, scale: float = 1.0) -> None:
-        """One server update with what is combined in the push message, the learning rate times `scale`."""
+    def step_with(self, scale: float = 1.0, adopt: bool = False) -> None:
+        """One server update with what is combined in the push message, the learning rate times `scale`.
+
+        Args:
+            scale: see above.
+            adopt: the message holds new weights: take them as they are.
+        """
         push, pull = self.replica.push, self.replica.pull
         clip = None if self.mode.local else self.config.clip  # there each worker clips its own steps
         if self.inner and self.optimizer.torch:
             for group in self.optimizer.torch.param_groups:
                 if "inner_lr" in group:  # SlowMo's gamma
                     group["inner_lr"] = self.inner.lr
-        self.optimizer.step(push.heard.present(), clip, scale)
+        if adopt:
+            self.optimizer.adopt()
+        else:
+            self.optimizer.step(push.heard.present(), clip, scale)
         self.replica.buffers.combine(push.floats, push.heard.limbs, pull.buffers)
         if push.second is not None and pull.second is not None:
             pull.second.add_(push.second)
         self.control.version += 1
         if self.config.loss_scale:
             self.loss_scale.fine()
-        if self.config.schedule == "round":
-            (self.inner or self.optimizer).schedule()
+
+    def follow(self, rows: Sequence[Sequence[float]], limbs: Any, stepping: Sequence[int]) -> None:
+        """Take over the hyperparameters that the workers tell, where they are others than before.
+
+        Args:
+            rows: the workers' rows of the tail.
+            limbs: `(workers, width)`, their numbers.
+            stepping: which of the workers contribute.
+        """
+        if not stepping:
+            return
+        seen: dict[tuple[float, float], dict[int, float]] = {}  # of workers at the same batch of the same loop
+        for k in stepping:
+            if rows[k][DIGEST]:
+                seen.setdefault((rows[k][BEGUN], rows[k][DRAWN]), {})[k] = rows[k][DIGEST]
+        for digests in seen.values():
+            if len(set(digests.values())) > 1:
+                self.fault = self._other_data(digests)
+        if not self._follows:
+            return
+        first, *others = stepping
+        own = limbs[first].cpu().numpy()
+        optimizer = (self.inner or self.optimizer).torch
+        if not self.mode.local:  # there each worker's are its own
+            for other in others:
+                differ = (limbs[other].cpu().numpy() != own).nonzero()[0]
+                if len(differ):
+                    at = int(differ[0]) // hyper.LIMBS
+                    mine, its = (next(hyper.decode(limbs[k : k + 1]))[at] for k in (first, other))
+                    self.fault = (
+                        f"the workers do not agree: worker {first} (rank {first + self.first}) has "
+                        f"{hyper.names(optimizer)[at]} = {mine:g}, worker {other} (rank {other + self.first}) has {its:g}; "
+                        f"set the optimizer's hyperparameters alike on all workers"
+                    )
+                    return
+        if self._limbs is None or (own != self._limbs).any():
+            self._limbs = own.copy()
+            hyper.write(optimizer, next(hyper.decode(limbs[first : first + 1])))
 
     def judge(self, bad: dict[int, int]) -> None:
         """Updates that are not finite, rank -> slot: end the run, or only take note."""
@@ -182,12 +240,14 @@ class Service:
 
     def obey_ranks(self, rows: Mapping[int, Mapping[str, float]]) -> None:
         """A rank that was told to end, has left, or asks to stop, ends the run for all in this round."""
+        if self.control.stop == Stop.PREEMPTED:
+            return
         told = [rank for rank, row in rows.items() if row["signal"]] + [0] * self.signalled
         left = [rank for rank, row in rows.items() if row["stop"] == 2]
         asked = [rank for rank, row in rows.items() if row["stop"] == 1] + [0] * self.stop_asked
         gone = Stop.ENDED if len(left) == self.workers else Stop.LEFT
         for stop, ranks in ((Stop.PREEMPTED, told), (gone, left), (Stop.REQUESTED, asked)):
-            if ranks:
+            if ranks and (stop == Stop.PREEMPTED or not self.control.stop):
                 self.end(stop, ranks)
                 return
 
@@ -196,8 +256,18 @@ class Service:
         self.control.stop = why
         self.report.stopped(why.name.lower(), int(self.control.round), ranks)
 
+    def _other_data(self, digests: Mapping[int, float]) -> str:
+        first = next(iter(digests))
+        other = next(k for k in digests if digests[k] != digests[first])
+        return (
+            f"the workers do not have the same data: worker {first} (rank {first + self.first}) and worker {other} (rank "
+            f"{other + self.first}) have drawn other items, or from other data. Seed what makes the data and their order alike "
+            f"on all workers before connect (torch.manual_seed, random_split(..., generator=...)); or, for data that are each "
+            f"worker's own, say shard=False"
+        )
+
     def send_stop_signal(self) -> None:
-        """Tell all ranks, between rounds, what the control says: whether to stop, and the validation's value."""
+        """Tell all ranks, between rounds, what the control says: whether to stop."""
         if self.stop_asked and not self.control.stop:
             self.end(Stop.REQUESTED, [0])
         if self.slices:
@@ -206,41 +276,163 @@ class Service:
         self.replica.pull.control = self.control
         self.exchange.publish(self.replica.pull.control_message)
 
-    def validate(self, measure: Callable[..., Any], name: str = "value") -> float:
-        """Measure the model and decide whether to stop; the workers wait for the value.
+    def agree_on_call(self, rows: Mapping[int, Mapping[str, float]]) -> Call:
+        """What all workers wait in, by rank, those apart that are at the end of their script; a fault if it differs."""
+        calls = {rank: Call(int(row["call"])) for rank, row in rows.items()}
+        present = {call for call in calls.values() if call != Call.LEAVE}
+        if present == {Call.AVERAGE, Call.LOOP}:  # who has no batch left has no part in it
+            return Call.AVERAGE
+        measures = calls.get(self.first) != Call.LEAVE or self._measure is not None  # whoever does, is there
+        if len(present) > 1 or (Call.VALIDATE in present and not measures):
+            self.fault = self._apart(calls)
+            return Call.NONE
+        return present.pop() if present else Call.LEAVE
+
+    def find_apart(self, rows: Mapping[int, Mapping[str, float]]) -> None:
+        """A fault if a worker waits in a call while another has begun a later loop, and so has passed it."""
+        for row in rows.values():
+            call = Call(int(row["call"]))
+            if call in (Call.NONE, Call.LOOP, Call.LEAVE, Call.STATE):
+                continue
+            if any(self._has_passed(call, row, other) for other in rows.values() if not other["call"]):
+                self.fault = self._apart({rank: Call(int(other["call"])) for rank, other in rows.items()})
+                return
+
+    @staticmethod
+    def _has_passed(call: Call, row: Mapping[str, float], other: Mapping[str, float]) -> bool:
+        """Whether a worker that steps, with the row `other`, can no longer make the call that another waits in."""
+        return other["begun"] > row["begun"] or (call == Call.AVERAGE and other["weight"] > 0)
+
+    def _apart(self, calls: Mapping[int, Call]) -> str:
+        """Who is where."""
+        where: dict[Call, list[str]] = {}
+        for rank, call in calls.items():
+            where.setdefault(call, []).append(f"{rank - self.first} (rank {rank})")
+        there = "; ".join(f"worker{'s' * (len(who) > 1)} {', '.join(who)} at {call.text}" for call, who in where.items())
+        return f"the workers do not make the same calls: {there}. Every worker must make each of these calls, in the same order"
+
+    def complain(self) -> None:
+        """Say to all ranks, which listen, why none can go on.
+
+        Raises:
+            CallError: always.
+        """
+        raise CallError(share(self.exchange, self.fault.encode()).decode())
+
+    def take_part(self) -> bool:
+        """Do what all workers have called for; whether they have all left."""
+        call = Call(int(self.control.call))
+        if call == Call.AVERAGE:
+            self.average()
+        elif call != Call.LOOP:
+            self.act(self.converse(b""))
+        return call == Call.LEAVE
+
+    def average(self) -> None:
+        """Bring the workers' gradients together and give every rank what comes of it, without a step."""
+        raise CallError("gradients are averaged in modes with rounds only")
+
+    def converse(self, given: bytes) -> dict[str, Any]:
+        """Hear what every rank has to say to the call, and tell all what comes of it; `given` is what this rank says."""
+        reply: dict[str, Any] = json.loads(share(self.exchange, self.answer(self.exchange.collect(given))))
+        return reply
+
+    def act(self, reply: Mapping[str, Any]) -> None:
+        """Do what the reply to all ranks says."""
+        if reply["save"]:
+            self.save_model()
+        if reply["finish"]:
+            self.write_results([value for _, _, value in self.report.values])
+            share(self.exchange, b"")  # no worker goes on before DONE is there
+
+    def tell_state(self, slices: dict[str, Any]) -> dict[str, Any]:
+        """Put the optimizer's state together, and tell it to all ranks, one of which has asked.
+
+        Args:
+            slices: the state of those that this rank serves.
+
+        Returns:
+            As `FlatOptimizer.tree`.
+        """
+        blobs = self.exchange.collect(RankState(-1, Place(), {}, slices=slices).pack())
+        tree = self._optimizer_tree([RankState.unpack(blob) for blob in blobs])
+        share(self.exchange, RankState(-1, Place(), {}, own=tree).pack())
+        return tree
+
+    def answer(self, blobs: Sequence[bytes]) -> bytes:
+        """What all workers called for has come, by rank: do the server's part of it, and say what comes of it."""
+        said = [json.loads(blob) for blob in blobs if blob]
+        call = Call(int(self.control.call))
+        left = self.control.stop == Stop.LEFT
+        reply: dict[str, Any] = {"save": call == Call.SAVE, "finish": call == Call.FINISH and not left}
+        if call == Call.LEAVE:  # what came after the last epoch, or without any, is neither saved nor told
+            reply["save"] = not all(words["ended"] for words in said)
+            reply["finish"] = reply["save"] and not left
+        if call == Call.VALIDATE:
+            name = next(words["name"] for words in said if words)
+            given = next((words["values"] for words in said if words.get("values")), None) or self.measure(name)
+            self.take_values(given)
+            reply |= {"told": list(given), "several": list(given) != [name]}
+        elif call == Call.EPOCH:
+            self._end_epoch(next(words for words in said if words), reply)
+        return json.dumps(reply | {"values": self.values, "stop": int(self.control.stop)}).encode()
+
+    def _end_epoch(self, words: Mapping[str, Any], reply: dict[str, Any]) -> None:
+        if not words["cut"]:
+            if not self.trains:  # else the place is the worker's here, who is there already
+                self.place.next_epoch()
+            if self._measure:
+                self.take_values(self.measure("validation"), epoch=self.place.epoch - 1)
+        every, done = self.config.checkpoint.epochs, self.place.epoch
+        reply["save"] = bool(self.control.stop or done >= words["count"] or (every and done % every == 0))
+
+    def measure(self, name: str) -> dict[str, float]:
+        """Measure the model here, with what `connect` was given for that.
+
+        Raises:
+            CallError: it was given nothing.
+        """
+        if self._measure is None:
+            raise CallError(
+                "ps.validate() without a function: given none to connect either; expected ps.validate(measure) or "
+                "mpips.connect(..., validate=measure)"
+            )
+        self.load_validation_data()
+        return measured(self.model, self._measure, self.validation_data, name)
+
+    def take_values(self, values: Mapping[str, float], epoch: int | None = None) -> None:
+        """Take note of validated values, of the epoch in progress if no other is said, and decide whether to stop."""
+        epoch = self.place.epoch if epoch is None else epoch
+        for name, value in values.items():
+            self.values[name] = value
+            self.check_improvement(value, name)
+            self.report.validated(epoch, int(self.control.round), value, self.patience[name].best, name)
+
+    def validate(self, measure: Callable[..., Any], name: str = "validation") -> float:
+        """Measure the model on this rank and decide whether to stop.
 
         Args:
             measure: called with the validation data, if there are any, else without arguments; in eval mode, without grad.
             name: what the value is, for people.
         """
         self.load_validation_data()
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        with torch.no_grad():
-            value = float(measure() if self.validation_data is None else measure(self.validation_data))
-        for module, training in modes.items():  # one by one: a script may keep a frozen part in eval mode
-            module.training = training
-        self.control.value = value
-        self.check_improvement(value)
-        self.report.validated(self.place.epoch, int(self.control.round), value, self.patience.best, name)
-        return value
+        values = measured(self.model, measure, self.validation_data, name)
+        self.take_values(values)
+        return next(iter(values.values()))
 
-    def check_improvement(self, accuracy: float) -> bool:
+    def check_improvement(self, accuracy: float, name: str = "validation") -> bool:
         """Take note of a validation's value.
 
         Returns:
-            True to stop: the target is reached, or there was no gain for `stop.patience` validations. False to go on.
+            True to stop: the target is reached, or there was no gain for `stop.patience` validations. False to go on, and for
+            a value of another name than that which `stop.monitor` says, or which was validated first.
         """
-        verdict = self.patience.judge(accuracy, self.config.stop)
+        verdict = self.patience.setdefault(name, Patience()).judge(accuracy, self.config.stop)
+        if name != (self.config.stop.monitor or next(iter(self.patience))):
+            return False
         if verdict and not self.control.stop:
             self.end(verdict, [0])
         return verdict != Stop.NO
-
-    def end_epoch(self) -> None:
-        """All ranks have ended an epoch: step the scheduler."""
-        if self.config.schedule == "epoch":
-            (self.inner or self.optimizer).schedule(None if math.isnan(self.control.value) else self.control.value)
-        self.control.lr = self.lr
 
     def get_queue(self) -> Exchange:
         """Where the server receives: its end of the exchange."""
@@ -283,14 +475,21 @@ class Service:
             "contract": self.digest,
             "versions": {"mpips": mpips.__version__, "torch": str(torch.__version__)},
             "world": {"size": self.exchange.size, "workers": self.workers},
-            **snapshot.take_model(self.replica),
+            **snapshot.take_model(self.replica, next((state.frozen for state in states if state.index == 0), {})),
             **self._optimizer_tree(states),
             "inner": self.inner.tree() | {"masters": {}} if self.inner else {},
             "rule": {"name": self.config.rule, **self.rule.tree()},
             "mode": {"name": self.config.mode, **self.own_tree()},
-            "stopping": {"best": self.patience.best, "waited": self.patience.waited, "value": self.control.value},
+            "stopping": {
+                "names": json.dumps(list(self.values)),
+                "value": torch.tensor(list(self.values.values()), dtype=torch.float64),
+                "best": torch.tensor([self.patience[name].best for name in self.values], dtype=torch.float64),
+                "waited": torch.tensor([self.patience[name].waited for name in self.values], dtype=torch.int64),
+            },
+            "given": torch.tensor(self._numbers, dtype=torch.float64),
+            "kept": next((state.kept for state in states if state.index == 0), {}),
             "loss_scale": {"scale": self.loss_scale.scale, "good": self.loss_scale.good},
-            "metrics": snapshot.columns(report.columns, report.rows),
+            "metrics": {"rows": report.count},
             "validation": snapshot.columns(("round", "epoch", "value"), report.values),
             "ranks": {str(rank): state.tree() for rank, state in enumerate(states)},
         }
@@ -326,27 +525,42 @@ class Service:
                 f"the checkpoint is of mode {saved}, this run of {self.config.mode}; give --mode {saved}"
             )
         snapshot.put_model(tree, self.replica)
-        if "optimizer" in tree:
-            self.optimizer.put(tree)
+        self.optimizer.put(tree)
+        self._say_what_changed(tree["given"].tolist())
         if self.inner:
             self.inner.put(tree["inner"])
         if tree["rule"].pop("name") == self.config.rule:
             self.rule.put(tree["rule"])
         if tree["mode"].pop("name") == self.config.mode:
             self.put_own(tree["mode"])
-        self.patience = Patience(tree["stopping"]["best"], tree["stopping"]["waited"])
+        stopping = tree["stopping"]
+        numbers = [stopping[key].tolist() for key in ("value", "best", "waited")]
+        for name, value, best, waited in zip(json.loads(stopping["names"]), *numbers, strict=True):
+            self.values[name], self.patience[name] = value, Patience(best, waited)
+        self.kept = tree["kept"]
         if self.config.loss_scale and json.loads(tree["config"])["loss_scale"]:
             self.loss_scale = LossScale(**tree["loss_scale"])
         states = [RankState.from_tree(tree["ranks"][str(rank)]) for rank in range(len(tree["ranks"]))]
         self.states = pack_all(states)
-        first, taken = states[0].place, max(state.place.taken for state in states)
+        first, taken = states[-1].place, max(state.place.taken for state in states)  # the last is a worker's
         self.place = Place(first.epoch, first.loop, taken, first.over, validations=first.validations, inside=first.inside)
         rng.restore(states[0].streams)
-        self.control = Control(tree["round"], tree["version"], active=0 if first.over else self.workers, lr=self.lr)
-        self.control.loss_scale, self.control.value = self.loss_scale.scale, tree["stopping"]["value"]
-        self.report.restore(snapshot.rows(tree["metrics"]), snapshot.rows(tree["validation"]))
+        self.control = Control(tree["round"], tree["version"], active=self.workers, lr=self.lr)
+        self.control.loss_scale = self.loss_scale.scale
+        table = path.parent.parent / "metrics.csv"
+        self.report.restore(tree["metrics"]["rows"], table, snapshot.rows(tree["validation"]))
         self.report.event("resume", round=self.control.round, path=str(path))
         self.last_checkpoint = path
+
+    def _say_what_changed(self, before: list[float]) -> None:
+        """Say where the script gives its optimizer other numbers than the run began with: those of the checkpoint count."""
+        optimizer = (self.inner or self.optimizer).torch
+        for name, old, new in zip(hyper.names(optimizer), before, self._numbers, strict=False):
+            if old != new and old == old:
+                message = f"resume: the script gives {name} = {new:g}, the run began with {old:g}; the checkpoint's is used"
+                self.report.event("warning", message=message)
+                self.report.line(message, always=True)
+        self._numbers = before
 
     def receive_performances_from_nodes(self) -> tuple[int, int]:
         """Every rank's traffic, once, at the end of the run.
@@ -369,6 +583,7 @@ class Service:
         self.report.done(
             {
                 "seconds": round(time.time() - self.report.begun, 3),
+                "ranks": self.exchange.size,
                 "rounds": self.get_server_iterations(),
                 "versions": int(self.control.version),
                 "name": self.report.name,
@@ -385,3 +600,33 @@ class Service:
     def summary(self) -> dict[str, Any]:
         """What this kind of server has to say of the run at its end."""
         return {}
+
+
+def measured(model: nn.Module, measure: Callable[..., Any], data: Any, name: str) -> dict[str, float]:
+    """What `measure` says of the model, in eval mode and without grad: numbers by name.
+
+    Args:
+        model: the model; each module is in its own mode again afterwards.
+        measure: called with `data`, or without arguments if that is None.
+        data: the validation data.
+        name: of a single number; several come in a dict, by names of their own.
+
+    Raises:
+        TypeError: it returned something else.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    with torch.no_grad():
+        value = measure() if data is None else measure(data)
+    for module, training in modes.items():  # one by one: a script may keep a frozen part in eval mode
+        module.training = training
+    return {k: _number(v, k) for k, v in value.items()} if isinstance(value, Mapping) else {name: _number(value, name)}
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, (Number, np.generic)) and not isinstance(value, (complex, np.complexfloating)):
+        return float(value)  # type: ignore[arg-type]
+    if isinstance(value, (torch.Tensor, np.ndarray)) and math.prod(value.shape) == 1:
+        return _number(value.item(), name)
+    given = f"a {type(value).__name__} of shape {tuple(value.shape)}" if hasattr(value, "shape") else repr(value)
+    raise TypeError(f"validate(): the function returned {given} for {name!r}; expected a number, or a dict of numbers by name")

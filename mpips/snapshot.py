@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -40,7 +41,7 @@ def _encode(value: Any) -> Any:
         return {kind: [[_encode(k), _encode(v)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
         return [_encode(v) for v in value]
-    return value.item() if isinstance(value, Tensor) else value
+    return value.item() if isinstance(value, (Tensor, np.generic)) else value
 
 
 def _decode(value: Any) -> Any:
@@ -51,11 +52,11 @@ def _decode(value: Any) -> Any:
     return [_decode(v) for v in value] if isinstance(value, list) else value
 
 
-def take_model(replica: Replica) -> Tree:
-    """All parameters, trained, frozen and tied, and all buffers, by name."""
+def take_model(replica: Replica, changed: Mapping[str, Tensor] | None = None) -> Tree:
+    """All parameters, trained, frozen and tied, and all buffers, by name; frozen ones that have `changed` as they are there."""
     flat = replica.flat
     parameters: dict[str, Tensor] = dict(flat.named(replica.pull.weights))  # a worker here may be on its way from them
-    parameters |= {name: p.data for name, p in flat.frozen.items()}
+    parameters |= {name: p.data for name, p in flat.frozen.items()} | dict(changed or {})
     parameters |= {alias: parameters[name] for alias, name in flat.aliases.items()}
     return {"parameters": parameters, "buffers": dict(replica.buffers.named)}
 
@@ -83,33 +84,33 @@ def _check_same(kind: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Any]
             raise SnapshotError(f"{kind[:-1]} {name}: the checkpoint has {saved}, the model {mine}; give the model it is of")
 
 
-def take_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> Tree:
+def take_optimizer(optimizer: Optimizer, kind: str, names: Mapping[Tensor, str]) -> Tree:
     """Class, parameter groups and state of an optimizer, by parameter name."""
-    members = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    members = [[names[p] for p in group["params"] if p in names] for group in optimizer.param_groups]
     state = {names[p]: {str(k): v for k, v in kept.items()} for p, kept in optimizer.state.items() if p in names}
-    return optimizer_tree(optimizer, members, state)
+    return optimizer_tree(optimizer, kind, members, state)
 
 
-def optimizer_tree(optimizer: Optimizer, members: Sequence[Sequence[str]], state: Tree) -> Tree:
+def optimizer_tree(optimizer: Optimizer, kind: str, members: Sequence[Sequence[str]], state: Tree) -> Tree:
     """The same, given the names of each group's parameters and the state by name."""
     groups = [{**group, "params": list(names)} for group, names in zip(optimizer.param_groups, members, strict=True)]
-    return {"class": type(optimizer).__name__, "groups": to_json(groups), "state": state}
+    return {"class": kind, "groups": to_json(groups), "state": state}
 
 
-def put_optimizer(tree: Tree, optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
+def put_optimizer(tree: Tree, optimizer: Optimizer, kind: str, names: Mapping[Tensor, str]) -> None:
     """Put `take_optimizer`'s state back.
 
     Raises:
         SnapshotError: the optimizer is of another class or has other groups.
     """
-    if tree["class"] != type(optimizer).__name__:
-        raise SnapshotError(f"the checkpoint has optimizer {tree['class']}, this run {type(optimizer).__name__}")
+    if tree["class"] != kind:
+        raise SnapshotError(f"the checkpoint has optimizer {tree['class']}, this run {kind}")
     saved_groups = from_json(tree["groups"])
-    ours = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    ours = [[names[p] for p in group["params"] if p in names] for group in optimizer.param_groups]
     if [group["params"] for group in saved_groups] != ours:
         raise SnapshotError("the checkpoint's optimizer has other parameter groups; build the optimizer as in that run")
     order = [name for group in ours for name in group]
-    groups = [_as_now(saved, now) for saved, now in zip(saved_groups, optimizer.param_groups, strict=True)]
+    groups = [as_now(saved, now) for saved, now in zip(saved_groups, optimizer.param_groups, strict=True)]
     start = 0
     for group, members in zip(groups, ours, strict=True):
         group["params"] = list(range(start, start := start + len(members)))
@@ -121,15 +122,15 @@ def put_optimizer(tree: Tree, optimizer: Optimizer, names: Mapping[Tensor, str])
                 kept[key] = value.to(tree["state"][names[p]][key].dtype)
 
 
-def _as_now(saved: Tree, now: Mapping[str, Any]) -> Tree:
+def as_now(saved: Tree, now: Mapping[str, Any]) -> Tree:
     """A saved group with tuples and tensors where the optimizer has them: JSON knows neither."""
 
-    def as_now(value: Any, own: Any) -> Any:
+    def alike(value: Any, own: Any) -> Any:
         if isinstance(own, tuple):
-            return tuple(map(as_now, value, own))
+            return tuple(map(alike, value, own))
         return torch.tensor(value, dtype=own.dtype, device=own.device) if isinstance(own, Tensor) else value
 
-    return {k: as_now(v, now.get(k)) for k, v in saved.items()}
+    return {k: alike(v, now.get(k)) for k, v in saved.items()}
 
 
 def columns(names: Sequence[str], rows: Sequence[tuple[float, ...]]) -> Tree:

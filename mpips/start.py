@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer, SparseAdam
 
 from mpips import failure, folder
 from mpips.config import BAD_CONFIGURATION, Config, ConfigError, show, trace
 from mpips.exchange import Exchange, mpi, proof
 from mpips.exchange.simulated import World
+from mpips.joint import Joint
 from mpips.mode import choose_mode
+from mpips.optimizer import MakeOptimizer, made, step_once
 from mpips.rule import RuleError, choose
 from mpips.trainable import Trainable, freeze
 
@@ -65,6 +69,42 @@ def check_rule(config: Config, workers: int) -> None:
             choose(config)[0].check(workers)
         except RuleError as error:
             raise refused(ConfigError(f"rule: {error}")) from None
+
+
+def one_module(model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]) -> nn.Module:
+    """The models of a run as one module, whose parts they are, by number or name."""
+    if isinstance(model, nn.Module):
+        return model
+    return nn.ModuleDict(model) if isinstance(model, Mapping) else nn.ModuleList(model)
+
+
+def one_optimizer(
+    optimizer: Optimizer | MakeOptimizer | Sequence[Optimizer] | Mapping[str, Optimizer], model: nn.Module, config: Config
+) -> Optimizer:
+    """The optimizers of a run as one.
+
+    Raises:
+        SystemExit: with status 2 and one line on the screen: several in a mode in which each worker steps with its own.
+    """
+    if isinstance(optimizer, Optimizer) or callable(optimizer):
+        return made(optimizer, model)
+    parts = list(optimizer.values() if isinstance(optimizer, Mapping) else optimizer)
+    if len(parts) == 1:
+        return parts[0]
+    if not choose_mode(config).gradients:
+        raise refused(ConfigError(f"optimizer: given {len(parts)} with mode {config.mode}, allowed: one, or mode sync"))
+    return Joint(parts, step_once)
+
+
+def check_optimizer(optimizer: Optimizer, workers: int) -> None:
+    """The optimizer can step with so many workers.
+
+    Raises:
+        SystemExit: with status 2 and one line on the screen.
+    """
+    if workers > 1 and isinstance(optimizer, SparseAdam):
+        allowed = "torch.optim.Adam with nn.Embedding(sparse=False), as gradients are brought together dense"
+        raise refused(ConfigError(f"optimizer: given SparseAdam with {workers} workers, allowed: {allowed}"))
 
 
 def join(config: Config) -> Exchange:

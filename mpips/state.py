@@ -18,8 +18,10 @@ from torch import Tensor
 
 from mpips import rng
 from mpips.data import Place
+from mpips.exchange import Exchange, share
 
 Arrays = dict[str, np.ndarray]
+STREAMS = ("streams", "orders")
 
 
 @dataclass
@@ -33,6 +35,9 @@ class RankState:
         buffers: its own buffers by name, where the policy is `local`.
         gradients: gradients by name that it has accumulated and not yet pushed.
         own: what else the mode's update remembers: the worker's optimizer, clients' states.
+        orders: the random streams that orders of data are drawn from.
+        frozen: parameters that are not trained, by name, where the script has changed them itself; of worker 0.
+        kept: what the script keeps in the checkpoint by `ps.keep`, of worker 0.
         slices: the server's optimizer's state of the slices that it serves, on its way to the server, which puts it together.
     """
 
@@ -43,6 +48,9 @@ class RankState:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
     slices: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
+    orders: rng.State = field(default_factory=dict)
+    frozen: dict[str, Tensor] = field(default_factory=dict)
 
     def tree(self) -> dict[str, Any]:
         """As nested dicts of scalars, lists and tensors, for a checkpoint."""
@@ -50,6 +58,7 @@ class RankState:
             "index": self.index,
             "place": dataclasses.asdict(self.place),
             "streams": self.streams,
+            "orders": self.orders,
             "buffers": self.buffers,
             "gradients": self.gradients,
             "own": self.own,
@@ -59,14 +68,22 @@ class RankState:
     def from_tree(cls, tree: dict[str, Any]) -> RankState:
         """What `tree` gave."""
         place = Place(**tree["place"])
-        named = {key: tree[key] for key in ("streams", "buffers", "gradients", "own")}
-        return cls(tree["index"], place, **named, slices=tree.get("slices", {}))
+        named = {key: tree[key] for key in ("streams", "orders", "buffers", "gradients", "own")}
+        return cls(
+            tree["index"],
+            place,
+            **named,
+            slices=tree.get("slices", {}),
+            kept=tree.get("kept", {}),
+            frozen=tree.get("frozen", {}),
+        )
 
     def pack(self) -> bytes:
         """As bytes for the wire."""
         arrays: Arrays = {}
-        tree = self.tree() | {"slices": self.slices}
-        arrays |= {f"stream {name}": value for name, value in tree.pop("streams").items()}
+        tree = self.tree() | {"slices": self.slices, "kept": self.kept, "frozen": self.frozen}
+        for kind in STREAMS:
+            arrays |= {f"{kind} {name}": value for name, value in tree.pop(kind).items()}
         arrays["words"] = np.frombuffer(json.dumps(_strip(tree, arrays)).encode(), dtype=np.uint8)
         file = io.BytesIO()
         np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -77,7 +94,8 @@ class RankState:
         """What `pack` gave."""
         with np.load(io.BytesIO(blob), allow_pickle=False) as arrays:
             tree = _dress(json.loads(arrays["words"].tobytes()), arrays)
-            tree["streams"] = {n.removeprefix("stream "): arrays[n] for n in arrays.files if n.startswith("stream ")}
+            for kind in STREAMS:
+                tree[kind] = {n.removeprefix(f"{kind} "): arrays[n] for n in arrays.files if n.startswith(f"{kind} ")}
         return cls.from_tree(tree)
 
 
@@ -137,11 +155,16 @@ def for_worker(states: list[RankState], index: int, workers: int) -> RankState |
     clients = _clients(states, index, workers)
     if mine is None:  # begins with another's optimizer, whose scheduler has come as far; not with its elastic weights
         known = {key: kept for key, kept in saved[old[0]].own.items() if key == "inner"}
-        return RankState(index, place, {}, own=known | clients)
-    return RankState(index, place, mine.streams, mine.buffers, mine.gradients, mine.own | clients)
+        return RankState(index, place, {}, own=known | clients, orders=saved[old[0]].orders)
+    return RankState(index, place, mine.streams, mine.buffers, mine.gradients, mine.own | clients, orders=saved[old[0]].orders)
 
 
 def _clients(states: list[RankState], index: int, workers: int) -> dict[str, Any]:
     """The states of those clients that worker `index` of `workers` hosts from now on."""
     saved = {k: state for s in states for k, state in s.own.get("clients", {}).items()}
     return {"clients": {k: state for k, state in saved.items() if int(k) % workers == index}} if saved else {}
+
+
+def told_streams(exchange: Exchange, own: rng.State) -> rng.State:
+    """The server's random streams, at every rank."""
+    return RankState.unpack(share(exchange, RankState(-1, Place(), own).pack())).streams

@@ -7,6 +7,7 @@ and their momentum, as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,7 @@ class Streaming(Local):
         self._own = torch.zeros_like(self.replica.push.gradients)
         self._parked = False
         self._due: dict[int, int] = {}  # fragment -> local steps until what came of it is taken up
+        self._at = math.inf  # the round that this worker takes part in
         self._samples = [0.0] * len(self.replica.fragments)  # behind what each of them would send now
 
     def step(self, *given: Any) -> bool:
@@ -92,9 +94,16 @@ class Streaming(Local):
             self._show(self.replica.push.span)
             self._parked = False
 
-    def _next(self) -> int:
+    def _begin(self) -> int:
         """The fragment that the round to come is about."""
-        return int(self.replica.pull.control.round) % len(self.replica.fragments)
+        self._at = self.replica.pull.control.round
+        return int(self._at) % len(self.replica.fragments)
+
+    def _end(self) -> None:
+        """What came of the round is to be taken up; a round is not counted, and brings nothing, in which all only wait."""
+        if self.replica.pull.control.round > self._at:
+            self._due.setdefault(int(self._at) % len(self.replica.fragments), self.config.local.delay)
+            self._at = math.inf
 
     def write(self, row: Row, metrics: Sequence[float], loss_scale: float) -> None:
         """See `Gradient.write`; a worker that is not finite goes on from the server's weights."""
@@ -104,11 +113,10 @@ class Streaming(Local):
             self._own.copy_(self.anchor)
             self._due.clear()
             self._samples = [0.0] * len(self._samples)
-        self._due.setdefault(self._next(), self.config.local.delay)
 
     def compose(self, samples: float) -> tuple[float, float]:
         """See `Local`; the weight is the samples since this fragment was last sent."""
-        fragment = self._next()
+        fragment = self._begin()
         samples, self._samples[fragment] = self._samples[fragment], 0.0
         self._own.copy_(self.inner.whole)
         self._parked = True
@@ -118,11 +126,12 @@ class Streaming(Local):
         """See `Gradient`; what the others make of the fragment is taken up here, too."""
         self.park()
         super().write_nothing(row, metrics)
-        self._due.setdefault(self._next(), self.config.local.delay)
+        self._begin()
 
     def received(self) -> None:
         """The first weights are the server's; later a fragment of them has landed among the others."""
         super().received()
+        self._end()
         if self._parked:
             self._take_up()
             if not self.replica.pull.control.stop:
@@ -130,6 +139,7 @@ class Streaming(Local):
 
     def tree(self) -> dict[str, Any]:
         """The worker's optimizer, its own weights, and what it is yet to take up and to send."""
+        self._end()
         own = self._own if self._parked else self.inner.whole
         return super().tree() | {
             "weights": dict(self.replica.flat.named(own)),
@@ -149,5 +159,3 @@ class Streaming(Local):
             self._due = {int(fragment): int(steps) for fragment, steps in tree["due"].items()}
             self._samples = [float(tree["samples"][str(fragment)]) for fragment in range(len(self._samples))]
         self._take_up()
-        if not self.here:
-            self.unpark()

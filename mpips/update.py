@@ -37,6 +37,8 @@ class Gradient:
     pulls_first: ClassVar[bool] = False  # whether the server's weights are needed before a push that is due
     wants_weights: ClassVar[bool] = True  # whether they are, in answer to a push
     apart: ClassVar[bool] = False  # whether the model is not at the server's weights all the time
+    members: frozenset[int] | None = None  # the parameters that the round is about, if not all
+    lead: bool | None = None  # of a contribution that all workers have alike: whether it is this one's that counts
     raw: ClassVar[bool] = True  # whether a push is one contribution, that may be weighted where it is combined
 
     def __init__(
@@ -67,6 +69,8 @@ class Gradient:
         """
         flat, push = self.replica.flat, self.replica.push
         present = flat.collect()
+        if self.members is not None:  # of several optimizers one steps
+            present = [seen and number in self.members for number, seen in enumerate(present)]
         if not self.replica.wire_is_grad and not self.replica.handed:
             push.gradients.copy_(flat.grad)
         self.replica.handed = False
@@ -86,6 +90,8 @@ class Gradient:
 
     def weigh(self, samples: float) -> float:
         """The contribution's weight; may scale what is in the push message."""
+        if self.lead is not None:
+            return float(self.lead)
         return float(samples > 0) if self.alone else samples
 
     def _look(self, row: Row, metrics: Sequence[float]) -> Sequence[float]:
@@ -93,6 +99,8 @@ class Gradient:
 
         Where ranks share memory the sum tells, at no further cost, unless this contribution is to be left out of it, or cut.
         """
+        if row.overflow:  # no rank steps
+            return metrics
         told = self.replica.push.shared and self.config.rule == "mean"
         if told and self.config.nonfinite != "drop" and self.config.loss_scale is None:
             return metrics
@@ -118,7 +126,7 @@ class Gradient:
         """The server's weights have landed in the model."""
 
     def park(self) -> None:
-        """The loop is over: leave the server's weights in the model if the server is on this rank."""
+        """The loop is over: leave the server's weights in the model."""
 
     def unpark(self) -> None:
         """A loop begins."""

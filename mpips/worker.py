@@ -9,25 +9,24 @@ The weights land where the model's parameters are; there is nothing to copy.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mpips import contract, lanes, rng
-from mpips.combine import contribute
+from mpips import contract, hyper, lanes, rng
+from mpips.combine import combine, contribute
 from mpips.config import Config, ConfigError
-from mpips.data import Place
+from mpips.data import Common, Place
 from mpips.exchange import Exchange, share
-from mpips.message import ROUNDS, Control, Replica, Row, replicate
+from mpips.message import LOSS, ROUNDS, SAMPLES, WEIGHT, Call, CallError, Control, Replica, Row, Stop, replicate
 from mpips.mode import choose_mode, judges_clients, make_update, server_optimizer, summed
-from mpips.optimizer import FlatOptimizer, MakeOptimizer, MakeScheduler, Scheduler
+from mpips.optimizer import FlatOptimizer, MakeOptimizer, made
 from mpips.rule import choose
 from mpips.slices import Slices, settle
-from mpips.state import RankState, for_worker, unpack_all
+from mpips.state import RankState, for_worker, told_streams, unpack_all
 
 
 @dataclass
@@ -51,16 +50,24 @@ class Serving(Protocol):
 
     replica: Replica
     inner: FlatOptimizer | None
+    optimizer: Any
     slices: Slices | None
     states: bytes
     place: Place
     worker_state: Callable[[], RankState] | None
+    told_state: dict[str, Any]
 
     def round(self, contributed: bool = True) -> Control:
         """One whole round, with this rank's push message as it stands."""
 
     def save_model(self) -> object:
         """Write a checkpoint together with all other ranks."""
+
+    def converse(self, given: bytes) -> dict[str, Any]:
+        """Hear what every rank has to say to a call, and tell all what comes of it."""
+
+    def act(self, reply: Mapping[str, Any]) -> None:
+        """Do what the reply to all ranks says."""
 
 
 def place_of(exchange: Exchange, config: Config) -> tuple[int, int]:
@@ -77,7 +84,8 @@ class Worker:
         model: the model to train.
         config: the settings.
         server: the server on the same rank, if any, which has begun; it then does the rounds.
-        optimizer, scheduler: as the server's; used in modes where a worker takes steps of its own.
+        optimizer: as the server's; used in modes where a worker takes steps of its own, and where it serves slices.
+        tells: whether the optimizer's hyperparameters go to the server with each push.
 
     Attributes:
         replica: the model's flat buffers and messages.
@@ -86,6 +94,15 @@ class Worker:
         index, workers: its number, from 0, and how many there are.
         done: whether its shard is exhausted; the server is told with the next round.
         used: batches used up since the last push.
+        call: what this worker waits in, if it does.
+        begun: loops over data that it has begun.
+        drawn: batches drawn in the loop in progress.
+        digest: of the data that all workers must have alike; 0 if there is nothing to compare.
+        epochs: how many epochs the script's loop has; 0 if it has not said.
+        which: the optimizer that steps, of several.
+        overflow: whether the script's GradScaler has found an Inf or NaN; then no rank steps.
+        common: the random streams that orders of data are drawn from, alike on all workers.
+        kept: gives what the script keeps in the checkpoint.
         signalled: set to have the server write a checkpoint and end the run at the next round.
         stop: 1 to ask the server to end the run, 2 when the script has left its loop.
     """
@@ -97,34 +114,46 @@ class Worker:
         config: Config | None = None,
         server: Serving | None = None,
         optimizer: Optimizer | MakeOptimizer | None = None,
-        scheduler: Scheduler | MakeScheduler | None = None,
+        tells: bool = False,
     ) -> None:
         self.exchange, self.config = exchange, config or Config()
         self.index, self.workers = place_of(exchange, self.config)
         self.mode = mode = choose_mode(self.config)
         rows = 1 if mode.requests else exchange.size
-        self.replica = server.replica if server else replicate(model, self.config, rows, exchange.allocate, mode.vectors)
+        given = None if optimizer is None else made(optimizer, model)
+        self.told = hyper.Told(given) if given and tells else None
+        numbers = len(self.told.numbers) if self.told else 0
+        self._terms = hyper.terms(given) if given and tells else []
+        self.replica = (
+            server.replica if server else replicate(model, self.config, rows, exchange.allocate, mode.vectors, numbers)
+        )
         self._rule, self._last = choose(self.config)
         self._server = server
         self.slices: Slices | None = None  # where there is a server here, it has them
         self.inner = server.inner if server else None
         if mode.local and not server:
-            if optimizer is None:
+            if given is None:
                 raise ConfigError(f"optimizer: given none with mode {self.config.mode}, allowed: the workers' optimizer")
-            self.inner = FlatOptimizer(self.replica, optimizer, scheduler, own=True)
+            self.inner = FlatOptimizer(self.replica, given, own=True)
         self._optimizer: FlatOptimizer | None = None  # of slices of the server's weights, perhaps
-        if optimizer is not None and not server and not mode.requests:
-            self._optimizer = server_optimizer(mode, self.config, self.workers, self.replica, optimizer, None, masters=False)
+        if given is not None and not server and not mode.requests:
+            self._optimizer = server_optimizer(mode, self.config, self.workers, self.replica, given, masters=False)
         self.update = make_update(mode, self.config, self.replica, exchange.rank, self.index, self.workers, self.inner)
         self.update.here = server is not None
         self.tally = Tally()
         self.place = Place()
         self.signalled = False
         self.stop = self.used = 0
-        self.done = self._told = False
+        self.done = self._told = self._parked = False
+        self.call, self.begun, self.digest, self.drawn, self.epochs = Call.NONE, 0, 0, 0, 0
+        self.kept: Callable[[], dict[str, Any]] = dict
+        self.overflow, self.which = False, 0
+        self._averaging = (0.0, 0.0)
+        self._leads = True  # whether, of what all workers have alike, it is this one's that counts
         self._control = Control()
         self._kept: Tensor | None = None  # gradients that an idle round must not push
         self._rest: Callable[[], None] | None = None  # of a round that goes on beside the script
+        self._owes = False  # its part of a checkpoint
         self._streams: rng.State | None = None
         if self.config.overlap and mode.gradients:
             model.register_forward_pre_hook(lambda *_: self.settle())  # no function that deepcopy would follow
@@ -140,13 +169,14 @@ class Worker:
         if self._server:
             states = self._server.states
         else:
-            contract.begin(self.exchange, self.replica, self.config)
+            contract.begin(self.exchange, self.replica, self.config, self._terms)
             states = share(self.exchange, b"")
             update = summed(self.mode, self.config)
             self.slices = settle(self.exchange, self.replica, self.config, self._rule, self._optimizer, update, trains=True)
             self._optimizer = None  # what steps here, if anything, is in the slices
             if self.inner:
                 self.inner.rebind()
+        self.common = _common(self.exchange, self.workers)
         rng.diverge(self.index)
         mine = for_worker(unpack_all(states), self.index, self.workers) if states else None
         if mine is not None:
@@ -155,14 +185,21 @@ class Worker:
         self._control = self.replica.pull.control
         self.replica.clear()
         self.update.received()
+        self.replica.flat.note_weights(moved=False)
+        self.replica.flat.note_frozen()
         if mine is not None:
             self.replica.flat.resume(mine.gradients)
             self.update.put(mine.own)
+            if tally := mine.own.get("tally"):  # of local steps that are not pushed
+                self.tally = Tally(float(tally["samples"]), float(tally["loss"]), [float(m) for m in tally["metrics"]])
+            self._park()  # until the loop goes on
         if self._server:
             self._server.place, self._server.worker_state = self.place, self.state
 
     def _restore(self, mine: RankState) -> None:
         self.place = mine.place
+        if mine.orders:
+            self.common.put(mine.orders)
         if mine.streams:
             rng.restore(mine.streams)
         for name, tensor in mine.buffers.items():
@@ -191,12 +228,17 @@ class Worker:
         for number in ready.rest():
             there(number)
 
-    def step(self, loss: float, samples: int, metrics: Sequence[float] = (), taken: int = 0) -> Control:
+    def step(self, loss: float, samples: float, metrics: Sequence[float] = (), taken: int = 0) -> Control:
         """The script has taken a step: push and pull, see both, if the update says that it is time.
 
         With `overlap` in rounds that goes on while the script does, until `settle`.
         """
         self.settle()
+        self._unpark()  # a step outside of loops is taken from this worker's own weights, as any
+        self.look_at_hyper()
+        self._look_at_weights()
+        members, flat = self.update.members, self.replica.flat
+        others = flat.apart(members) if members is not None else {}
         self._note(loss, samples, metrics, taken)
         if not self.update.step(loss, samples, self._control) and not (self.done and self.update.pending):
             return self._control
@@ -207,7 +249,50 @@ class Worker:
             self._rest = self.exchange.beside(self._send_and_receive)
             return self._control
         self._push()
-        return self.pull()
+        self.pull()
+        flat.put_back(others)
+        return self._control
+
+    def _tell_hyper(self) -> None:
+        if self.told:
+            self.replica.push.write_hyper(self.exchange.rank, self.told.limbs)
+
+    def look_at_hyper(self) -> None:
+        """Take what the script has set in its optimizer's groups since the last step.
+
+        Raises:
+            RuntimeError: it has other groups than at `connect`.
+        """
+        told = self.told
+        if told is None or not told.changed():
+            return
+        if len(told.limbs) != self.replica.push.hyper.shape[1]:
+            raise RuntimeError(
+                "the optimizer has other param_groups than it had at connect; add and remove groups before connect"
+            )
+        if self.inner:
+            hyper.write(self.inner.torch, told.numbers)
+
+    def _look_at_weights(self) -> None:
+        """Take over what the script has written into the weights itself, where that can be exact.
+
+        Raises:
+            RuntimeError: it cannot: other ranks have other copies, or the same memory.
+        """
+        flat = self.replica.flat
+        changed = flat.changed_weights()
+        if not changed:
+            return
+        own = self.inner if self.update.apart else self._server.optimizer if self._server and self.exchange.size == 1 else None
+        if own is None:
+            changed = [number for number in changed if number not in flat.renormalised]  # whatever that led to: ours is pulled
+            if not changed:
+                return
+            raise RuntimeError(
+                f"the script has changed {flat.slots[changed[0]].name} in place, outside optimizer.step(), after connect; with "
+                f"several ranks load, reset and clamp weights before connect"
+            )
+        own.refresh(changed)
 
     @property
     def _overlapping(self) -> Slices | None:
@@ -228,9 +313,16 @@ class Worker:
         rest, self._rest = self._rest, None
         if rest:
             rest()
-            self._streams = None
+        self.pay()
+        self._streams = None
 
-    def push(self, loss: float, samples: int, metrics: Sequence[float] = (), taken: int = 0) -> None:
+    def pay(self) -> None:
+        """Take part in the checkpoint that came due with the last round, now that the script has done what follows a step."""
+        if self._owes:
+            self._owes = False
+            self.save()
+
+    def push(self, loss: float, samples: float, metrics: Sequence[float] = (), taken: int = 0) -> None:
         """Send the gradient that backward left, or what the mode pushes in its place, and this rank's row.
 
         Args:
@@ -244,7 +336,7 @@ class Worker:
         self.update.step(loss, samples, self._control)
         self._push()
 
-    def _note(self, loss: float, samples: int, metrics: Sequence[float], taken: int) -> None:
+    def _note(self, loss: float, samples: float, metrics: Sequence[float], taken: int) -> None:
         self.place.taken += taken
         self.tally.add(loss, samples, metrics or [0.0] * len(self.config.metrics))
 
@@ -256,8 +348,11 @@ class Worker:
         """Fill the push message with what has been noted since the last one."""
         tally, self.tally = self.tally, Tally()
         row = self._row(samples=tally.samples, loss=tally.loss)
+        self.update.lead = self._leads if self.replica.flat.averaged and self.config.rule == "mean" else None
         self.update.write(row, tally.metrics or [0.0] * len(self.config.metrics), self._control.loss_scale)
+        self._tell_hyper()
         self.replica.flat.pushed()
+        self.replica.flat.averaged, self.update.lead = False, None
         if slices := self._overlapping:
             slices.end()
 
@@ -268,8 +363,21 @@ class Worker:
             NonFiniteError: on all ranks, when a rank's update is not finite and `nonfinite` is "raise".
         """
         self._receive(contributed=True)
-        self.replica.flat.clear()
+        if self._keeps_gradients:
+            self.replica.flat.pushed()
+        else:
+            self.replica.flat.clear()
         return self._control
+
+    @property
+    def _keeps_gradients(self) -> bool:
+        """Whether the gradients of a step are still what backward left: in no memory that was multiplied or added to."""
+        push = self.replica.push
+        if self.update.apart or self.exchange.size == 1 or not self.replica.wire_is_grad:
+            return not self.update.apart
+        if not push.shared:
+            return self.update.alone and self.config.rule == "mean"
+        return push.raw and self.slices is not None and self.slices.room.board.place > 0
 
     def idle(self) -> Control:
         """Take part in a round without a new step: with what has not been pushed yet, gradients apart, or with nothing."""
@@ -293,16 +401,175 @@ class Worker:
 
     def begin(self) -> None:
         """A new loop over the shard begins."""
-        self.update.unpark()
+        self._unpark()
+        self.begun, self.drawn = self.begun + 1, 0
         self.done = self._told = False
 
     def finish(self) -> None:
-        """The shard is exhausted: take part until every worker's is."""
+        """The shard is exhausted: take part until every worker's is. The model then has the server's weights."""
+        self.barrier(Call.LOOP)
+
+    def call_for(self, call: Call, said: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None) -> dict[str, Any]:
+        """Call for something together with all workers, and do what the server makes of it.
+
+        Args:
+            call: what for.
+            said: what this worker has to say to it; a function is called when all are there, with the server's weights in
+                the model.
+
+        Returns:
+            The server's reply.
+
+        Raises:
+            CallError: the other workers do not make this call.
+        """
+        parked = self._parked
+        self.barrier(call)
+        reply: dict[str, Any] = {}
+        if self._control.stop != Stop.PREEMPTED:
+            reply = self._take_part(said() if callable(said) else said or {})
+        if not parked and not self._control.stop:
+            self._unpark()
+        return reply
+
+    def barrier(self, call: Call) -> None:
+        """Wait until all workers make this call: take part in the rounds of those that do not yet.
+
+        Raises:
+            CallError: they never will.
+        """
         self.settle()
-        self.done = True
-        while not self._told or (self._control.active and not self._control.stop):
+        self._look_at_weights()
+        self.call, self.done, self._told = call, True, False
+        while True:
             self.idle()
+            stop = self._control.stop
+            if stop == Stop.PREEMPTED or (stop and call == Call.LOOP) or self._met():
+                break
+        self.call, self.done = Call.NONE, False
+        self.pay()
+        self._park()
+
+    def _met(self) -> bool:
+        """Whether all wait for what this worker does; in another call it takes part where it is at the script's end."""
+        if self._control.active or self._control.call in (Call.NONE, Call.STATE):
+            return False
+        if self._control.call == Call.AVERAGE:
+            self._take_average(counts=self.call == Call.AVERAGE)
+        elif self._control.call not in (self.call, Call.LOOP):
+            self._take_part({})
+        return self._control.call == self.call
+
+    def _take_part(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        given = json.dumps(said).encode() if said else b""
+        if self._server:
+            heard = self._server.converse(given)
+            self._server.act(heard)
+            return heard
+        self.exchange.collect(given)
+        reply: dict[str, Any] = json.loads(share(self.exchange, b""))
+        self._control.stop = reply["stop"]
+        if reply["save"]:
+            self.save()
+        if reply["finish"]:
+            self.give_performance()
+            share(self.exchange, b"")
+        return reply
+
+    def average(self, loss: float = 0.0, samples: float = 1) -> float:
+        """Let every worker's gradients be those of all workers together, without a step.
+
+        Nothing is to be done where there is one worker, or where each takes steps of its own.
+
+        Args:
+            loss: the mean loss over the samples.
+            samples: how many samples the gradient is the mean of.
+
+        Returns:
+            The mean loss over all workers' samples.
+        """
+        if self.workers == 1 or not self.mode.gradients or self.replica.flat.averaged:
+            return loss
+        self.look_at_hyper()
+        self._averaging = (loss * samples, samples)
+        self.barrier(Call.AVERAGE)
+        return self._averaging[0] / self._averaging[1]
+
+    def _take_average(self, counts: bool) -> None:
+        """This rank's part in bringing gradients together; where its own do not count, it only hears."""
+        replica, push = self.replica, self.replica.push
+        loss, samples = self._averaging if counts else (0.0, 0.0)
+        row, metrics = self._row(samples=samples, loss=loss), [0.0] * len(self.config.metrics)
+        if counts:
+            self.update.write(row, metrics, 1.0)
+            if push.raw and row.weight != 1:
+                push.gradients.mul_(row.weight)
+        else:
+            push.message.zero_()
+            push.write(self.exchange.rank, row, metrics)
+        if self._server:
+            combine(self.exchange, push, self._rule, self._last, first=self.exchange.rank)
+        else:
+            contribute(self.exchange, push, self._rule, self._last)
+        self.exchange.publish(push.message)
+        if not counts:
+            return
+        rows = push.table()
+        self._averaging = (sum(row[LOSS] for row in rows), sum(row[SAMPLES] for row in rows))
+        replica.flat.take_average(push.gradients, push.present())
+        if self.config.buffers == "mean":
+            replica.buffers.combine(push.floats, push.limbs, [buffer.data for buffer in replica.buffers.tensors])
+        self._leads = next(rank for rank, row in enumerate(rows) if row[WEIGHT]) == self.exchange.rank
+
+    def adopt(self, weights: Tensor, loss: float, samples: float, taken: int = 0) -> Control:
+        """A round in which the server takes `weights`, `(numel,)`, which all workers have alike, as they are."""
+        self.settle()
+        self.look_at_hyper()
+        self._note(loss, samples, (), taken)
+        tally, self.tally = self.tally, Tally()
+        row, push, replica = self._row(samples=tally.samples, loss=tally.loss), self.replica.push, self.replica
+        row.adopt, row.weight = 1.0, float(self._leads)
+        row.steps = row.weight
+        push.clear_behind()
+        replica.buffers.write(push.floats, push.limbs, row.weight, self.update.first)
+        push.gradients.copy_(weights)
+        if row.weight:
+            push.presence.fill_(1)
+        elif not push.shared:
+            push.body.zero_()
+        push.write(self.exchange.rank, row, [0.0] * len(self.config.metrics))
+        self._tell_hyper()
+        self._send()
+        self._receive(contributed=True)
+        replica.flat.clear()
+        return self._control
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The whole state of the server's optimizer, as `FlatOptimizer.tree` gives it; the other workers need not ask."""
+        self.settle()
+        self.call = Call.STATE
+        self._state: dict[str, Any] = {}
+        while not self._state and self._control.stop != Stop.PREEMPTED:
+            self.idle()
+        self.call = Call.NONE
+        return self._state
+
+    def _take_state(self) -> None:
+        if self._server:
+            self._state = self._server.told_state
+            return
+        slices = self.slices.own() if self.slices else {}
+        self.exchange.collect(RankState(-1, Place(), {}, slices=slices).pack())
+        self._state = RankState.unpack(share(self.exchange, b"")).own
+
+    def _park(self) -> None:
+        self._parked = True
         self.update.park()
+
+    def _unpark(self) -> None:
+        if self._parked:
+            self._parked = False
+            self.update.unpark()
 
     def hear(self) -> None:
         """Take what the server says between rounds."""
@@ -325,25 +592,38 @@ class Worker:
         waiting = self._kept if self._kept is not None else flat.grad
         pending = dict(flat.named(waiting)) if flat.pending else {}
         slices = self.slices.own() if self.slices else {}
-        return RankState(self.index, self.place, self._streams or rng.capture(), own, pending, self.update.tree(), slices)
-
-    def end_epoch(self) -> None:
-        """All ranks have ended an epoch: step the scheduler of the worker's own optimizer, as the server did if it is here."""
-        if self.inner and not self._server and self.config.schedule == "epoch":
-            self.inner.schedule(None if math.isnan(self._control.value) else self._control.value)
+        first = self.index == 0
+        return RankState(
+            self.index,
+            self.place,
+            self._streams or rng.capture(),
+            own,
+            pending,
+            self.update.tree() | ({"tally": vars(self.tally)} if self.tally.samples else {}),
+            slices,
+            kept=self.kept() if first else {},
+            orders=self.common.tree(),
+            frozen=flat.changed_frozen() if first and self.exchange.size > 1 else {},
+        )
 
     def save(self) -> None:
         """This rank's part of a checkpoint, together with all other ranks."""
-        if self._server:
-            self._server.save_model()
-        else:
+        if not self._server:
             self.exchange.collect(self.state().pack())
+            return
+        self.update.park()  # what the server writes are the weights in the model
+        self._server.save_model()
+        if not self._parked:
+            self.update.unpark()
 
     def _row(self, samples: float = 0, loss: float = 0) -> Row:
         now = self.exchange.clock()
         row = Row(samples=samples, loss=loss, done=self.done, stop=self.stop, signal=self.signalled)
         row.round = self._control.round % ROUNDS
         row.train, row.wait = now - self._left, self._left - self._begun
+        row.overflow, row.which = self.overflow, self.which
+        row.call, row.begun, row.epochs = self.call, self.begun, self.epochs
+        row.digest, row.drawn = self.digest, self.drawn
         return row
 
     def _send(self) -> None:
@@ -362,7 +642,15 @@ class Worker:
 
     def _receive(self, contributed: bool) -> None:
         self._control = self._server.round(contributed) if self._server else self._pull_message(contributed)
+        self._owes = bool(self._control.checkpoint)
+        if self._control.call == Call.STATE:
+            self._take_state()
         self.update.received()
+        if self._parked or self._control.stop:
+            self._park()
+        self.replica.flat.note_weights(
+            self.exchange.size > 1 and not self.update.apart, self.update.members if contributed else None
+        )
         self._left = self.exchange.clock()
 
     def _pull_message(self, contributed: bool) -> Control:
@@ -373,12 +661,21 @@ class Worker:
             for part in self.replica.pull_for(self._control.round):
                 self.exchange.publish(part)
         self._control = self.replica.pull.control
-        self.place.over = not self._control.active
+        if self.call == Call.LOOP:  # a checkpoint of this round is one of the loop's end
+            self.place.over = not self._control.active
+        if self._control.fault:
+            raise CallError(share(self.exchange, b"").decode())
         self.replica.check_finite(self._control)
-        if self.inner and self.config.schedule == "round" and self._control.version > version:
-            self.inner.schedule()
         if contributed or self._control.version > version:
             self.replica.buffers.load(self.replica.pull.buffers)
-        if self._control.checkpoint:
-            self.save()
         return self._control
+
+
+def _common(exchange: Exchange, workers: int) -> Common:
+    """The streams that orders are drawn from: as the server's are now, whatever this worker has drawn before."""
+    own = rng.capture()
+    if exchange.size > 1:
+        rng.restore({name: value for name, value in told_streams(exchange, own).items() if name != "cuda"})
+    common = Common(workers)
+    rng.restore(own)
+    return common

@@ -164,7 +164,7 @@ def _settings_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def once(**settings: Any) -> Any:
         variables = sorted(pair for pair in os.environ.items() if pair[0].startswith("MPIPS_"))
-        if "MPIPS_CONFIG" in os.environ or any(word.startswith("--config") for word in sys.argv):
+        if "MPIPS_CONFIG" in os.environ or any(word.startswith(("--config", "--mpips.config")) for word in sys.argv):
             return configure(**settings)
         key = repr(settings), repr(variables), repr(sys.argv)
         if key not in PARSED:

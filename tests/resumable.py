@@ -30,12 +30,13 @@ optimizer = OPTIMIZERS[args.optimizer](model.parameters())
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
 rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
 
-ps = mpips.connect(model, optimizer, scheduler, schedule="round", checkpoint={"every": 4})
+ps = mpips.connect(model, optimizer, checkpoint={"every": 4})
 for _ in ps.epochs(args.epochs):
     for x, y in ps.batches(data(args.samples), 16):
         loss = F.cross_entropy(model(x), y)
         loss.backward()
         ps.step(loss)
+        scheduler.step()
         if ps.round == args.die_at and rank == args.die_rank:
             os.kill(os.getpid(), signal.SIGKILL)
         if 0 <= args.preempt_at <= ps.round and rank == args.die_rank:

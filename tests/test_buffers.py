@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -52,18 +54,32 @@ class Counting(nn.Module):
         return self.weight * x.mean()
 
 
-def step_once(exchange: Exchange, samples: list[int], **settings: Any) -> dict[str, Tensor]:
-    """One round in which worker k has so many samples; what this rank's buffers hold afterwards."""
-    net = Counting()
-    ps = mpips.connect(net, OPTIMIZERS["sgd"](net.parameters()), exchange=exchange, run_dir="run", **settings)
-    net.worker = ps.worker
-    own = (torch.ones(samples[ps.worker] if ps.trains else 0, 1),)
-    for _ in ps.epochs(1):
-        for (x,) in ps.batches(own, max(samples), shard=False):
-            loss = net(x)
-            loss.backward()
-            ps.step(loss)
-    return {name: b.clone() for name, b in net.named_buffers()}
+def on_all_ranks(size: int, model: Callable[[], nn.Module], work: Callable[[Exchange, nn.Module], None]) -> list[nn.Module]:
+    """Each rank's model, made by `model`, after `work`; that of rank 0, which only serves, after all of it."""
+    models: dict[int, nn.Module] = {}
+
+    def program(exchange: Exchange) -> nn.Module:
+        models[exchange.rank] = net = model()
+        work(exchange, net)
+        return copy.deepcopy(net)
+
+    workers = World(size).run(program)
+    return [models[0], *workers]
+
+
+def step_once(samples: list[int], **settings: Any) -> list[dict[str, Tensor]]:
+    """One round in which worker k has so many samples; what each rank's buffers hold afterwards."""
+
+    def work(exchange: Exchange, net: nn.Module) -> None:
+        ps = mpips.connect(net, OPTIMIZERS["sgd"](net.parameters()), exchange=exchange, run_dir="run", **settings)
+        net.worker = ps.worker
+        for _ in ps.epochs(1):
+            for (x,) in ps.batches((torch.ones(samples[ps.worker], 1),), max(samples), shard=False):
+                loss = net(x)
+                loss.backward()
+                ps.step(loss)
+
+    return [dict(net.named_buffers()) for net in on_all_ranks(1 + len(samples), Counting, work)]
 
 
 def expected(policy: str, rank: int, dtype: torch.dtype, samples: list[int]) -> Tensor:
@@ -84,8 +100,7 @@ def expected(policy: str, rank: int, dtype: torch.dtype, samples: list[int]) -> 
 @pytest.mark.parametrize("samples", [[1], [2, 3], [2, 0, 1]], ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_each_dtype_under_each_policy(policy: str, samples: list[int], settings: dict[str, Any]) -> None:
-    results = World(1 + len(samples)).run(lambda e: step_once(e, samples, buffers=policy, **settings))
-    for rank, buffers in enumerate(results):
+    for rank, buffers in enumerate(step_once(samples, buffers=policy, **settings)):
         idle = rank > 0 and not samples[rank - 1]  # it has filled no buffer
         for dtype in NUMBERS:
             if idle and (policy == "local" or dtype == torch.bool):
@@ -96,7 +111,7 @@ def test_each_dtype_under_each_policy(policy: str, samples: list[int], settings:
 
 
 def test_scalars_and_empty_ones_travel_too_and_hidden_ones_do_not() -> None:
-    server, first, second = World(3).run(lambda e: step_once(e, [1, 1]))
+    server, first, second = step_once([1, 1])
     assert server["scalar"].item() == first["scalar"].item() == second["scalar"].item() == 7
     assert server["nothing"].shape == (0, 3)
     assert [b["hidden"].tolist() for b in (server, first, second)] == [[0, 0], [0, 0], [1, 1]]
@@ -131,13 +146,11 @@ def test_every_integer_survives_the_float32_tail(value: int) -> None:
 def batch_norm(policy: str, batches: int) -> list[dict[str, Tensor]]:
     """Each rank's BatchNorm state after a run of two workers, unshuffled, 8 samples each a round."""
 
-    def program(exchange: Exchange) -> dict[str, Tensor]:
-        net = cnn()
+    def work(exchange: Exchange, net: nn.Module) -> None:
         ps = train(exchange, net, lambda p: torch.optim.SGD(p, lr=0.0), data(16 * batches), 8, buffers=policy)
-        assert ps.round >= batches
-        return {n: b.clone() for n, b in net[2].named_buffers()}
+        assert ps.round == batches
 
-    return World(3).run(program)
+    return [dict(net[2].named_buffers()) for net in on_all_ranks(3, cnn, work)]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -61,7 +61,7 @@ def numpy_bits(data, dtype, shape):
 # ---------------------------------------------------------------- round trip
 
 RESERVED = {".", "format", "format_version"}
-KEYS = st.text(min_size=1, max_size=8).filter(lambda key: not set(key) & {"/", "\0"} and key not in RESERVED)
+KEYS = st.text(min_size=1, max_size=8).filter(lambda key: "\0" not in key and key not in RESERVED)
 KEYS |= st.sampled_from(["fc.weight", "..", "x.json", "x", "$int", " ", "é"])
 TEXT = st.text(st.characters(exclude_categories=()), max_size=8)  # NUL and lone surrogates too
 SCALARS = st.none() | st.booleans() | st.integers() | st.integers(-(2**80), 2**80) | st.floats() | TEXT
@@ -195,7 +195,7 @@ def test_plain_h5py_reads_the_file(tmp_path):
     path = save(tmp_path, 42, tree | {"mask": torch.tensor([True, False]), "empty": {}, "betas": (0.9, float("inf"))})
     assert path == tmp_path / "round_00000042.h5"
     with h5py.File(path, "r") as file:
-        assert (file.attrs["format"], file.attrs["format_version"]) == ("mpips-checkpoint", 1)
+        assert (file.attrs["format"], file.attrs["format_version"]) == ("mpips-checkpoint", 2)
         assert (file.attrs["round"], file.attrs["lr"], file.attrs["mode"]) == (3, 0.5, "sync")
         assert file.attrs["nesterov"] and file.attrs["nesterov"].dtype == bool
         assert file.attrs["none.json"] == "null"
@@ -271,11 +271,18 @@ def test_saving_takes_the_memory_of_one_tensor(tmp_path):
 # ---------------------------------------------------------------- what cannot be stored
 
 
-@pytest.mark.parametrize("key", ["", ".", "a/b", "a\0", "\udc80", 1, None])
+@pytest.mark.parametrize("key", ["", ".", "a\0", "\udc80", 1, None])
 def test_a_key_that_hdf5_cannot_name(key, tmp_path):
     with pytest.raises(ValueError, match=r"/deep: key "):
         save(tmp_path, 1, {"deep": {key: 1}})
     assert os.listdir(tmp_path) == []
+
+
+def test_a_slash_in_a_name_is_a_slash_again(tmp_path):
+    tree = {"user/buys/item.weight": torch.ones(2), "a%2Fb": 1, "a/b": 2, "100%": {"/": None}}
+    assert load(save(tmp_path, 1, tree)).keys() == tree.keys()
+    assert load(save(tmp_path, 2, tree))["100%"] == {"/": None}
+    assert load(save(tmp_path, 3, tree))["a/b"] == 2
 
 
 class Opaque:

@@ -191,7 +191,7 @@ REACHING_OUT += [soft_link, soft_link_to_an_external_one]
 
 def build(path, make, *args, libver="latest", **options):
     with h5py.File(path, "w", libver=libver, **options) as file:
-        file.attrs["format"], file.attrs["format_version"] = "mpips-checkpoint", 1
+        file.attrs["format"], file.attrs["format_version"] = "mpips-checkpoint", 2
         make(file, *args)
     sign(path)
 
@@ -397,7 +397,7 @@ NEVER_WRITTEN += [
     mark("format", None),
     mark("format", "keras"),
     mark("format_version", None),
-    mark("format_version", 2),
+    mark("format_version", 1),
 ]
 NEVER_WRITTEN += [mark("format_version", "1")]
 

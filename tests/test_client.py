@@ -36,7 +36,7 @@ def test_two_calls() -> None:
         client.close()
         return seen
 
-    assert World(2).run(serve_and(work, run_and_stop))[1] == [1, 0.5, 0, 2, 0.5, 0, 3, 0.5, 0]
+    assert World(2).run(serve_and(work, run_and_stop))[1] == [1, 0.5, 1, 2, 0.5, 1, 3, 0.5, 1]
 
 
 def test_with_overlap_the_answer_is_heard_with_the_next_push() -> None:

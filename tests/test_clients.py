@@ -17,7 +17,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from mpips import rng
 from mpips.clients import Clients, chosen, hosts
-from mpips.data import Place, Shard
+from mpips.data import Common, Place, Share
 
 
 class Numbers(Dataset):  # type: ignore[type-arg]
@@ -217,7 +217,7 @@ def test_a_client_s_batches_are_fetched_as_torch_does() -> None:
 
 
 def test_a_shard_of_all_clients_together_is_fetched_by_rows() -> None:
-    whole = Shard(Clients.split((torch.arange(30),), 3).together(), 4, True, False, 0, 1, 5).batches(Place())
+    whole = Share(Clients.split((torch.arange(30),), 3).together(), 4, True, False, 0, 1, Common(1)).batches(Place())
     assert sorted(n for batch, _, _ in whole for n in batch[0].tolist()) == list(range(30))
 
 

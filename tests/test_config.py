@@ -163,7 +163,6 @@ def test_the_saved_configuration_read_again_is_the_same(chosen: dict[str, Any]) 
 WRONG = [
     ("buffers", "Mean", "mean, server, local"),
     ("nonfinite", "", "raise, drop, skip"),
-    ("schedule", "null", "epoch, round"),
     ("deterministic", "maybe", "true or false"),
     ("deterministic", "1", "true or false"),
     ("server_trains", "null", "true or false"),

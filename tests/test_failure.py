@@ -111,7 +111,7 @@ MISMATCHES = {
         "model = mlp(); model.register_buffer('scale', torch.ones(1 + (rank == 1)))",
         "buffer scale = torch.float32 (1,)",
     ),
-    "setting": ("model = mlp(); sys.argv += ['--clip', '2'] if rank == 1 else []", "setting clip = None"),
+    "setting": ("model = mlp(); sys.argv += ['--mpips.clip', '2'] if rank == 1 else []", "setting clip = None"),
     "version": ("model = mlp()\nif rank == 1: mpips.__version__ = '9.9'", "version of mpips = "),
 }
 
@@ -128,9 +128,9 @@ def test_a_mismatch_names_rank_and_first_difference(what: str, mpirun: Any, tmp_
 
 def test_bad_configuration_is_one_line_and_status_2(mpirun: Any, solo: Any, tmp_path: Path) -> None:
     path = script(tmp_path, LOOP.format(trouble="pass"))
-    alone = solo(path, "--clip", "-1")
+    alone = solo(path, "--mpips.clip", "-1")
     assert (alone.returncode, alone.stderr) == (2, "mpips: clip: given -1.0, allowed: a number above 0\n")
-    many = mpirun(3, path, "--rule", "krumm")
+    many = mpirun(3, path, "--mpips.rule", "krumm")
     assert many.returncode == 2
     assert many.stderr.count("mpips: rule: given 'krumm', allowed: mean, median, ") == 1
     assert not (tmp_path / "run").exists()
@@ -182,6 +182,6 @@ def test_usr1_in_one_process_checkpoints_and_says_75(tmp_path: Path) -> None:
     path = script(tmp_path, trouble(line))
     done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=60, env={**os.environ})
     assert done.returncode == 75
-    assert "start again with --resume auto" in done.stdout
+    assert "start again with --mpips.resume auto" in done.stdout
     assert (tmp_path / "run" / "checkpoints" / "round_00000008.h5").exists()
     assert not (tmp_path / "run" / "DONE").exists()

@@ -399,7 +399,7 @@ def bytes_moved(net: nn.Module, steps: int) -> int:
         ps_loop(exchange, model, OPTIMIZERS["sgd"](model.parameters()), simple_ps, steps)
         return sum(n for call, n in exchange.traffic.items() if call.endswith("bytes"))
 
-    return World(2).run(program)[1]
+    return World(2).run(program)[0]
 
 
 def test_frozen_parameters_travel_once() -> None:

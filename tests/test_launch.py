@@ -163,6 +163,7 @@ def planned(folder, source):
         ("fail(0, 'boom'); sys.exit(75)", 1),  # MPICH joins the statuses of all ranks bit by bit
         ("fail(0, 'boom')", 1),
         ("run_dir(); done()", 0),
+        ("run_dir(); done(); sys.exit(3)", 3),  # after its run the script failed by itself
         ("run_dir()", 1),
         ("run_dir(); sys.exit(75)", 75),
         ("run_dir(); fail(2, 'died, the others went on'); done(); sys.exit(1)", 0),
@@ -186,7 +187,7 @@ def test_outcome_tells_how_far_the_run_came(fake, tmp_path):
 def test_a_hang_after_done_is_ended_and_is_success(fake, monkeypatch):
     monkeypatch.setattr(job, "AFTER_DONE", 0.4)
     began = time.monotonic()
-    assert fake("run_dir(); done(); time.sleep(60)").exit == 0
+    assert fake("run_dir(); done(); (launch / 'left_0').touch(); time.sleep(60)").exit == 0
     assert 0.4 < time.monotonic() - began < 10
 
 
@@ -311,7 +312,7 @@ def test_a_killed_rank_comes_before_the_reports_of_those_who_noticed():
 
 
 def test_a_damaged_failure_report_is_passed_over(tmp_path):
-    watch = Watch(tmp_path)
+    watch = Watch(tmp_path, 1)
     (tmp_path / "failure_0.json").write_text('{"time": 1')
     (tmp_path / "failure_1.json").write_text('{"rank": "one", "time": 1}')
     (tmp_path / "failure_2.json").write_text('{"rank": 2, "time": 5.0, "traceback": "t"}')
@@ -324,7 +325,7 @@ def test_events_of_an_earlier_run_are_not_this_run(tmp_path):
     old, new = time.time() - CLOCKS - 5, time.time()
     lines = [{"event": "done", "time": old}, {"event": "start", "time": new}, {"event": "timeless"}]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert [event["event"] for event in Watch(tmp_path).events()] == ["start", "timeless"]
+    assert [event["event"] for event in Watch(tmp_path, 1).events()] == ["start", "timeless"]
 
 
 # Signals, with the launcher as a process of its own

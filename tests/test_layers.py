@@ -15,10 +15,10 @@ PACKAGE = Path(mpips.__file__).parent
 LAYERS = [
     {"cli"},
     {"bench", "cost"},
-    {"launch"},
+    {"launch", "frameworks"},
     {"screen", "run"},
-    {"start", "loop"},
-    {"failure", "folder"},
+    {"start", "loop", "blueprint", "wrapped", "clipping"},
+    {"failure", "folder", "keeping"},
     {"client"},
     {"server", "parameter_server", "worker"},
     {"service"},
@@ -27,13 +27,13 @@ LAYERS = [
     {"slices"},
     {"update", "pieces"},
     {"optimizer", "lanes"},
-    {"snapshot", "contract", "combine"},
+    {"snapshot", "contract", "combine", "state"},
     {"exchange", "checkpoint", "report", "environment"},
-    {"state", "stopping", "staleness"},
+    {"stopping", "staleness"},
     {"message", "rule", "clients"},
-    {"data", "rng"},
-    {"buffers", "trainable", "plan", "ready"},
-    {"flat", "config", "outer"},
+    {"data"},
+    {"buffers", "trainable", "plan", "ready", "rng"},
+    {"flat", "config", "outer", "hyper", "joint"},
 ]
 HEIGHT = {noun: -depth for depth, nouns in enumerate(LAYERS) for noun in nouns}
 HOMES = {"mpi4py": {"exchange", "bench"}, "h5py": {"checkpoint", "bench"}, "rich": {"screen", "launch", "cli"}}

@@ -55,7 +55,7 @@ def test_local_sgd_of_one_worker_is_plain_pytorch(model: str, optimizer: str, si
     net = MODELS[model]()
     expected = sha(plain(net, OPTIMIZERS[optimizer](net.parameters()), in_order(data(107), BATCH, EPOCHS)))
     settings = {"mode": "local_sgd", "local": {"steps": 3}}
-    assert World(size).run(lambda e: one(e, optimizer, model, **settings)) == [expected] * size
+    assert World(size).run(lambda e: one(e, optimizer, model, **settings)) == [expected]
 
 
 def outer_by_hand(make: Make, mode: str, lr: float, beta: float) -> nn.Module:
@@ -110,7 +110,7 @@ def test_the_outer_step_of_one_worker_is_the_paper_s(
         train(exchange, net, make(net.parameters()), data(107), BATCH, EPOCHS, **settings)
         return sha(net)
 
-    assert World(size).run(program) == [sha(outer_by_hand(make, mode, lr, beta))] * size
+    assert World(size).run(program) == [sha(outer_by_hand(make, mode, lr, beta))]
 
 
 # Several workers.
@@ -250,50 +250,38 @@ def test_clipping_is_of_each_local_step() -> None:
     assert sha(other) == sha(net)
 
 
-@pytest.mark.parametrize("schedule", ["epoch", "round"])
-def test_the_scheduler_is_the_workers(schedule: str) -> None:
-    """Of all workers alike, and of the one beside the server no more often than of the others."""
-
-    def halving(optimizer: torch.optim.Optimizer) -> Any:
-        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+@pytest.mark.parametrize("every", ["epoch", "step"])
+def test_a_scheduler_is_the_workers(every: str) -> None:
+    def trained(net: nn.Module, optimizer: torch.optim.Optimizer, epochs: Any, batches: Any, step: Any) -> None:
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        for _ in epochs:
+            for x, y in batches():
+                optimizer.zero_grad()
+                loss = F.cross_entropy(net(x), y)
+                loss.backward()
+                step(loss)
+                if every == "step":
+                    scheduler.step()
+            if every == "epoch":
+                scheduler.step()
 
     net = mlp()
     optimizer = sgd(net.parameters())
-    scheduler = halving(optimizer)
-    for _ in range(EPOCHS):
-        batches = list(in_order(data(107), BATCH, 1))  # 7
-        for number, (x, y) in enumerate(batches, 1):
-            optimizer.zero_grad()
-            F.cross_entropy(net(x), y).backward()
-            optimizer.step()
-            if schedule == "round" and (number % 3 == 0 or number == 7):
-                scheduler.step()
-        if schedule == "epoch":
-            scheduler.step()
+    trained(net, optimizer, range(EPOCHS), lambda: in_order(data(107), BATCH, 1), lambda loss: optimizer.step())  # 7 batches
 
-    def program(exchange: Exchange) -> tuple[str, float]:
+    def program(exchange: Exchange, plainly: bool) -> tuple[str, float]:
         net = mlp()
-        ps = mpips.connect(
-            net,
-            sgd,
-            halving,
-            exchange=exchange,
-            run_dir="run",
-            mode="local_sgd",
-            local={"steps": 3},
-            schedule=schedule,
-        )
-        for _ in ps.epochs(EPOCHS):
-            for x, y in ps.batches(data(107), BATCH, shuffle=False):
-                loss = F.cross_entropy(net(x), y)
-                loss.backward()
-                ps.step(loss)
+        optimizer = sgd(net.parameters())
+        ps = mpips.connect(net, optimizer, exchange=exchange, run_dir="run", mode="local_sgd", local={"steps": 3})
+        step = (lambda loss: optimizer.step()) if plainly else ps.step
+        trained(net, optimizer, ps.epochs(EPOCHS), lambda: ps.batches(data(107), BATCH, shuffle=False), step)
         return sha(net), metrics(Path("run"))[-1]["lr"]
 
     for size in (1, 2):
-        results = World(size).run(program)
-        assert {weights for weights, _ in results} == {sha(net)}
-        assert results[0][1] == LR * 0.5 ** (EPOCHS - 1 if schedule == "epoch" else 3 * EPOCHS)
+        for plainly in (False, True):
+            ((found, lr),) = World(size).run(lambda e, plainly=plainly: program(e, plainly))
+            assert found == sha(net)
+            assert lr == pytest.approx(LR * 0.9 ** (EPOCHS - 1 if every == "epoch" else 7 * EPOCHS - 1))
 
 
 # Checkpoints.
@@ -439,4 +427,4 @@ def test_local_steps_before_a_break_are_pushed() -> None:
         return sha(net)
 
     for size in (1, 2):
-        assert World(size).run(program) == [expected] * size
+        assert World(size).run(program) == [expected]

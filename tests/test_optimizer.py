@@ -1,4 +1,4 @@
-"""Any torch optimizer and scheduler on the server, against the same one in plain PyTorch, also across a checkpoint."""
+"""Any torch optimizer on the server and any scheduler in the script, against plain PyTorch, also across a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mpips import checkpoint
 from mpips.config import Config, ConfigError
 from mpips.exchange import Exchange
 from mpips.exchange.simulated import World
-from mpips.message import Replica, replicate
+from mpips.message import CallError, Replica, replicate
 from mpips.optimizer import FlatOptimizer
 from mpips.snapshot import SnapshotError, put_model, take_model
 
@@ -71,8 +71,8 @@ def replica(net: nn.Module) -> Replica:
     return replicate(net, Config(), 1, World(1).ends[0].allocate)
 
 
-def server(net: nn.Module, optimizer: Any, scheduler: Any = None) -> FlatOptimizer:
-    return FlatOptimizer(replica(net), optimizer, scheduler)
+def server(net: nn.Module, optimizer: Any) -> FlatOptimizer:
+    return FlatOptimizer(replica(net), optimizer)
 
 
 def ones(own: FlatOptimizer, present: list[float] | None = None, clip: float | None = None) -> None:
@@ -88,34 +88,33 @@ def gradients(number: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for shape in ((33, 12), (33,), (5, 33), (5,))]
 
 
-def push(own: FlatOptimizer, numbers: range, value: Callable[[int], float] = float) -> list[float]:
-    """Server steps; the learning rates they were taken with."""
-    rates = []
+def push(own: FlatOptimizer, numbers: range) -> None:
+    """Server steps."""
     for number in numbers:
         views = own.replica.flat.named(own.replica.push.gradients)
         for (_, grad), new in zip(views, gradients(number), strict=True):
             grad.copy_(new)
-        rates.append(own.lr)
         own.step([1.0] * 4, clip=None)
-        own.schedule(value(number))
-    return rates
+
+
+def script(net: nn.Module, optimizer: torch.optim.Optimizer, number: int, scheduler: Any = None) -> float:
+    """One step as a script takes it, with mpips or without; the learning rate that it was taken with."""
+    for p, grad in zip(net.parameters(), gradients(number), strict=True):
+        p.grad = grad
+    rate = float(optimizer.param_groups[0]["lr"])
+    optimizer.step()
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        scheduler.step(float(number))
+    elif scheduler:
+        scheduler.step()
+    return rate
 
 
 def plainly(net: nn.Module, make: MakeOptimizer, numbers: range, scheduler: Any = None) -> list[float]:
     """The oracle: the same steps without mpips."""
     optimizer = make(list(net.parameters()))
     made = scheduler(optimizer) if scheduler else None
-    rates = []
-    for number in numbers:
-        for p, grad in zip(net.parameters(), gradients(number), strict=True):
-            p.grad = grad
-        rates.append(float(optimizer.param_groups[0]["lr"]))
-        optimizer.step()
-        if isinstance(made, lr_scheduler.ReduceLROnPlateau):
-            made.step(float(number))
-        elif made:
-            made.step()
-    return rates
+    return [script(net, optimizer, number, made) for number in numbers]
 
 
 def through_a_file(own: FlatOptimizer) -> dict[str, Any]:
@@ -123,8 +122,8 @@ def through_a_file(own: FlatOptimizer) -> dict[str, Any]:
     return checkpoint.load(path)
 
 
-def restored(tree: dict[str, Any], net: nn.Module, make: Any, scheduler: Any = None) -> FlatOptimizer:
-    own = server(net, make, scheduler)
+def restored(tree: dict[str, Any], net: nn.Module, make: Any) -> FlatOptimizer:
+    own = server(net, make)
     put_model(tree, own.replica)
     own.put(tree)
     return own
@@ -160,42 +159,87 @@ def test_every_optimizer_goes_on_exactly_after_a_checkpoint(optimizer: str, dtyp
     assert_same(second, whole)
 
 
+@pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("optimizer", ["nesterov", "adam", "groups"])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_every_scheduler_goes_on_exactly_after_a_checkpoint(scheduler: str, optimizer: str) -> None:
+def test_every_scheduler_goes_on_exactly_after_a_checkpoint(scheduler: str, optimizer: str, size: int) -> None:
     make, schedule = OPTIMIZERS[optimizer], SCHEDULERS[scheduler]
     if scheduler in ("one cycle", "cyclic") and optimizer == "groups":
         make = OPTIMIZERS["nesterov"]  # these cycle the momentum, too, which all groups must have
-    plain, first, second = mlp(), mlp(), mlp()
+
+    def program(exchange: Exchange, steps: int, **settings: Any) -> tuple[list[float], nn.Module]:
+        net = mlp()
+        own = make(list(net.parameters()))
+        made = schedule(own)
+        ps = mpips.connect(net, own, exchange=exchange, run_dir="run", checkpoint={"epochs": 0}, **settings)  # but at the end
+        return [script(net, own, number, made) for number in ps.epochs(steps)], net
+
+    plain = mlp()
     expected = plainly(plain, make, range(12), schedule)
-    own = server(first, make, schedule)
-    rates = push(own, range(5))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        again = restored(through_a_file(own), second, make, schedule)
-        rates += push(again, range(5, 12))
-    assert rates == expected
-    assert len(set(rates)) > 1
-    assert_same(second, plain)
+        warnings.simplefilter("error", UserWarning)
+        ((rates, _),) = World(size).run(lambda e: program(e, 5))
+        ((more, net),) = World(size).run(lambda e: program(e, 12, resume="auto"))
+    assert rates + more == expected
+    assert len(set(expected)) > 1
+    assert_same(net, plain)
 
 
-def test_a_scheduler_may_be_an_instance_of_the_given_optimizer_alone() -> None:
-    net = mlp()
-    optimizer = OPTIMIZERS["adam"](net.parameters())
-    scheduler = lr_scheduler.StepLR(optimizer, 1, 0.5)
-    own = server(net, optimizer, scheduler)
-    ones(own)
-    own.schedule()
-    assert own.lr == 0.005
-    with pytest.raises(ConfigError, match="scheduler: given one of another optimizer"):
-        server(mlp(), OPTIMIZERS["adam"], scheduler)
+def test_a_scheduler_made_after_connect_goes_on_too() -> None:
+    def program(steps: int, **settings: Any) -> list[float]:
+        net = mlp()
+        own = OPTIMIZERS["adam"](net.parameters())
+        ps = mpips.connect(net, own, exchange=World(1).ends[0], run_dir="run", **settings)
+        made = lr_scheduler.OneCycleLR(own, max_lr=0.1, total_steps=20)
+        return [script(net, own, number, made) for number in ps.epochs(steps)]
+
+    expected = plainly(mlp(), OPTIMIZERS["adam"], range(12), SCHEDULERS["one cycle"])
+    assert program(5) + program(12, resume="auto") == expected
 
 
-def test_a_plateau_without_a_value_waits() -> None:
-    own = server(mlp(), OPTIMIZERS["sgd"], lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5))
-    for value in (None, 1.0, None, None, 2.0):
-        own.schedule(value)
-    assert own.lr == 0.025
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_the_script_sets_in_its_groups_is_what_the_server_steps_with(dtype: torch.dtype, size: int) -> None:
+    def made(net: nn.Module) -> torch.optim.Optimizer:
+        return OPTIM.AdamW([{"params": net[0].parameters()}, {"params": net[2].parameters(), "lr": 0.02}], lr=0.01)
+
+    def work(net: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        for number in range(6):
+            first, second = optimizer.param_groups
+            first["lr"], second["weight_decay"] = 0.1 / (number + 1), 0.01 * number
+            second["betas"] = (0.5, 0.9 + 0.01 * number)
+            for p, grad in zip(net.parameters(), gradients(number), strict=True):
+                p.grad = grad.to(dtype).to(p.dtype)
+            optimizer.step()
+        return net
+
+    def program(exchange: Exchange) -> nn.Module:
+        net = mlp().to(dtype)
+        optimizer = made(net)
+        mpips.connect(net, optimizer, exchange=exchange, run_dir="run")
+        return work(net, optimizer)
+
+    plain = mlp().to(dtype).float()  # the master weights
+    work(plain, made(plain))
+    for net in World(size).run(program):
+        assert_same(net, plain.to(dtype))
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_workers_that_set_other_numbers_are_told_so(mode: str) -> None:
+    def program(exchange: Exchange) -> None:
+        net = mlp()
+        optimizer = OPTIMIZERS["adam"](net.parameters())
+        ps = mpips.connect(net, optimizer, exchange=exchange, run_dir="run", mode=mode)
+        optimizer.param_groups[0]["lr"] = 0.5 if ps.worker else 0.25
+        script(net, optimizer, 0)
+
+    if mode == "async":  # whoever steps, steps with its own
+        World(3).run(program)
+        return
+    words = r"do not agree: worker 0 \(rank 1\) has param_groups\[0\]\['lr'\] = 0\.25, worker 1 \(rank 2\) has 0\.5;"
+    with pytest.raises(CallError, match=words):
+        World(3).run(program)
 
 
 def test_groups_of_an_instance_keep_their_settings_and_lose_frozen_parameters() -> None:
@@ -282,7 +326,6 @@ def test_clip_is_plain_pytorch_s_clipping(clip: float) -> None:
 
 
 @pytest.mark.parametrize(("optimizer", "words"), [
-    (lambda p: OPTIM.LBFGS(p), "given LBFGS, allowed: optimizers that step without evaluating the loss again"),
     (lambda p: OPTIM.SGD(mlp().parameters(), lr=1), r"4 parameter\(s\) that are not the model's"),
     (OPTIM.SGD(mlp().parameters(), lr=1), r"4 parameter\(s\) that are not the model's"),
 ])  # fmt: skip
@@ -297,23 +340,16 @@ def test_a_function_must_use_the_masters_it_is_given() -> None:
         server(net, lambda p: OPTIM.SGD(net.parameters(), lr=1))
 
 
-@pytest.mark.parametrize(("make", "scheduler", "words"), [
-    (OPTIMIZERS["nesterov"], SCHEDULERS["step"], "has optimizer Adam, this run SGD"),
-    (lambda p: OPTIM.Adam([{"params": p[:1]}, {"params": p[1:]}]), SCHEDULERS["step"], "other parameter groups"),
-    (lambda p: OPTIM.Adam(p[::-1]), SCHEDULERS["step"], "other parameter groups"),
-    (OPTIMIZERS["adam"], None, "has scheduler StepLR, this run none"),
+@pytest.mark.parametrize(("make", "words"), [
+    (OPTIMIZERS["nesterov"], "has optimizer Adam, this run SGD"),
+    (lambda p: OPTIM.Adam([{"params": p[:1]}, {"params": p[1:]}]), "other parameter groups"),
+    (lambda p: OPTIM.Adam(p[::-1]), "other parameter groups"),
 ])  # fmt: skip
-def test_a_checkpoint_of_another_optimizer_is_refused(make: Any, scheduler: Any, words: str) -> None:
-    own = server(mlp(), OPTIMIZERS["adam"], SCHEDULERS["step"])
+def test_a_checkpoint_of_another_optimizer_is_refused(make: Any, words: str) -> None:
+    own = server(mlp(), OPTIMIZERS["adam"])
     push(own, range(2))
     with pytest.raises(SnapshotError, match=words):
-        restored(through_a_file(own), mlp(), make, scheduler)
-
-
-def test_a_missing_scheduler_is_missed() -> None:
-    own = server(mlp(), OPTIMIZERS["adam"])
-    with pytest.raises(SnapshotError, match="has scheduler none, this run StepLR"):
-        restored(through_a_file(own), mlp(), OPTIMIZERS["adam"], SCHEDULERS["step"])
+        restored(through_a_file(own), mlp(), make)
 
 
 def test_the_masters_are_exact_in_a_checkpoint() -> None:
@@ -324,27 +360,6 @@ def test_the_masters_are_exact_in_a_checkpoint() -> None:
     assert net.weight.item() == 1
     again = restored(through_a_file(own), nn.Linear(1, 1, bias=False).bfloat16(), lambda p: OPTIM.SGD(p, lr=2**-12))
     assert again.weights[0].item() == 1 - 2**-12
-
-
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("schedule", ["epoch", "round"])
-def test_schedules_step_after_each_epoch_or_round(schedule: str, size: int) -> None:
-    def program(exchange: Exchange) -> list[float]:
-        net = nn.Linear(1, 1)
-        settings = {"schedule": schedule, "run_dir": "run", "exchange": exchange}
-        ps = mpips.connect(net, lambda p: OPTIM.SGD(p, lr=1.0), lambda o: lr_scheduler.ExponentialLR(o, 0.5), **settings)
-        for _ in ps.epochs(2):
-            for (x,) in ps.batches((torch.zeros(6, 1),), 6 // (3 * ps.workers) or 1):
-                loss = net(x).sum()
-                loss.backward()
-                ps.step(loss)
-        return []
-
-    World(size).run(program)
-    rows = [line.split(",") for line in Path("run/metrics.csv").read_text().splitlines()]
-    rates = [float(row[rows[0].index("lr")]) for row in rows[1:] if float(row[rows[0].index("samples")])]
-    expected = [1, 1, 1, 0.5, 0.5, 0.5] if schedule == "epoch" else [0.5, 0.25, 0.125, 2**-4, 2**-5, 2**-6]
-    assert rates == expected
 
 
 class Own(OPTIM.SGD):
@@ -365,15 +380,11 @@ def test_whoever_looks_on_sees_every_step(who: str, monkeypatch: pytest.MonkeyPa
 
     seen: list[object] = []
     net = mlp()
-    replica = replicate(net, Config(), 1, World(1).ends[0].allocate)
     Own.seen = 0
     made: Any = (Own if who == "class" else OPTIM.SGD)(net.parameters(), lr=0.1)
-    ours = FlatOptimizer(replica, made, None)
     held: Any = None
     if who == "pre hook":
         made.register_step_pre_hook(lambda *_: seen.append(1))
-    elif who == "post hook":
-        made.register_step_post_hook(lambda *_: seen.append(1))
     elif who == "global pre hook":
         held = hooks.register_optimizer_step_pre_hook(lambda *_: seen.append(1))
     elif who == "global post hook":
@@ -384,11 +395,13 @@ def test_whoever_looks_on_sees_every_step(who: str, monkeypatch: pytest.MonkeyPa
         genuine = OPTIM.SGD.step
         wrapper = functools.wraps(genuine)(lambda *given: seen.append(1) or genuine(*given))
         monkeypatch.setattr(OPTIM.SGD, "step", wrapper)
-    present = [1.0] * len(replica.flat.slots)
+    mpips.connect(net, made, exchange=World(1).ends[0], run_dir="run")
+    if who == "post hook":  # it may come after connect as well
+        made.register_step_post_hook(lambda *_: seen.append(1))
     try:
         with torch.profiler.profile() if who == "profiler" else warnings.catch_warnings() as found:
-            for _ in range(3):
-                ours.step(present, None)
+            for number in range(3):
+                script(net, made, number)
     finally:
         if held is not None:
             held.remove()

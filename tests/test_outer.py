@@ -290,10 +290,10 @@ def test_an_optimizer_goes_on_with_the_same_bits_after_a_checkpoint(name: str, d
         steps(first, range(n, n + 1))
     again = [nn.Parameter(p.detach().clone()) for p in cut]
     second = MAKE[name](again)
-    tree = snapshot.take_optimizer(first, {p: f"p{i}" for i, p in enumerate(cut)})
-    snapshot.put_optimizer(
-        checkpoint.load(checkpoint.save(tmp_path, 1, tree)), second, {p: f"p{i}" for i, p in enumerate(again)}
-    )
+    kind = type(first).__name__
+    tree = snapshot.take_optimizer(first, kind, {p: f"p{i}" for i, p in enumerate(cut)})
+    saved = checkpoint.load(checkpoint.save(tmp_path, 1, tree))
+    snapshot.put_optimizer(saved, second, kind, {p: f"p{i}" for i, p in enumerate(again)})
     assert [{k: v for k, v in g.items() if k != "params"} for g in second.param_groups] == [
         {k: v for k, v in g.items() if k != "params"} for g in first.param_groups
     ]
@@ -309,9 +309,9 @@ def test_an_optimizer_goes_on_with_the_same_bits_after_a_checkpoint(name: str, d
 
 def test_the_fedopt_family_is_not_mixed_up_in_a_checkpoint() -> None:
     (p,) = parameters((2,))
-    tree = snapshot.take_optimizer(FedAdam([p], 1), {p: "p"})
+    tree = snapshot.take_optimizer(FedAdam([p], 1), "FedAdam", {p: "p"})
     with pytest.raises(snapshot.SnapshotError, match="has optimizer FedAdam, this run FedYogi"):
-        snapshot.put_optimizer(tree, FedYogi([p], 1), {p: "p"})
+        snapshot.put_optimizer(tree, FedYogi([p], 1), "FedYogi", {p: "p"})
 
 
 @pytest.mark.parametrize(("make", "words"), [

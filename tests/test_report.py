@@ -22,10 +22,19 @@ def test_metrics_are_exact_and_a_restored_report_rewrites_them(tmp_path: Path) -
     assert [float(line.split(",")[4]) for line in text.splitlines()[1:]] == [1 / (n + 1) for n in range(1, 6)]
 
     again = Report(tmp_path)
-    again.restore(report.rows[:3], [])
+    again.restore(3, tmp_path / "metrics.csv", [])
     rows(again, range(4, 6))
     again.flush()
     assert (tmp_path / "metrics.csv").read_text() == text
+
+
+def test_a_table_that_is_gone_is_said_and_the_rows_after_it_are_kept(tmp_path: Path) -> None:
+    report = Report(tmp_path)
+    report.restore(3, tmp_path / "elsewhere.csv", [])
+    rows(report, range(4, 6))
+    report.flush()
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 3
+    assert "has 0 of the 3 rows" in (tmp_path / "events.jsonl").read_text()
 
 
 def test_events_of_rounds_are_few_and_all_others_are_kept(tmp_path: Path) -> None:
@@ -81,7 +90,7 @@ def test_a_report_without_a_folder_writes_nothing(tmp_path: Path, capsys: pytest
     report.validated(0, 3, 0.5, 0.5, "accuracy")
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
-    assert len(report.rows) == 3
+    assert report.count == 3
 
 
 def test_rank_states_are_rates_and_shares() -> None:

@@ -211,7 +211,7 @@ def test_an_optimizer_that_may_look_at_everything_is_the_server_s(bucket: int) -
         net = mlp()
         return is_shared(train(e, net, make(net), data(20), 5, plan="sharded"))
 
-    assert on_nodes([2, 1, 2]).run(program) == [True] * 5
+    assert on_nodes([2, 1, 2]).run(program) == [True] * 4
     found = uneven(on_nodes([2, 1, 2], 3, bucket), Odd, make, plan="root", **settings)
     assert_close(found, expected, 1e-6)
 
@@ -274,7 +274,7 @@ def test_a_rank_that_dies_anywhere_ends_the_others_and_the_run_resumes() -> None
 
     whole = on_nodes([2, 2], 3)
     expected = run(whole, "whole")
-    assert expected == expected[:1] * 4
+    assert expected == expected[:1] * 3
     for number, call in enumerate(range(40, min(whole.calls), 53)):
         world = on_nodes([2, 2], call)
         world.kill(number % 4, call)
@@ -302,7 +302,7 @@ class Spy(Leaders):
 
 @pytest.mark.parametrize(("bucket", "merges"), [(1 << 24, 1), (700, 4 + 1)])
 def test_a_round_is_a_reduce_and_a_bcast_of_the_leaders(bucket: int, merges: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a small model one of each; a word between rounds is without the weights. Who does not lead sends nothing."""
+    """Of a small model one of each, also where all wait. Who does not lead sends nothing."""
     monkeypatch.setattr(simulated, "Leaders", Spy)
     monkeypatch.setattr(Spy, "calls", Counter())
 
@@ -323,10 +323,11 @@ def test_a_round_is_a_reduce_and_a_bcast_of_the_leaders(bucket: int, merges: int
 
     done, numel, push, pull = on_nodes([2, 1, 2], bucket=bucket).run(program)[0]
     assert -(-4 * numel // 700) == 4
-    assert Spy.calls["sum"] == 3 * merges * done
-    assert Spy.calls["sum bytes"] == 3 * push * done
-    assert Spy.calls["tell"] == 3 * (done + 2 * 1)
-    assert Spy.calls["tell bytes"] == 3 * (pull * done + pull - 4 * numel)
+    waits = 3  # rounds in which all wait: at the end of the loop, to validate, at the end of the script
+    assert Spy.calls["sum"] == 3 * merges * (done + waits)
+    assert Spy.calls["sum bytes"] == 3 * push * (done + waits)
+    assert Spy.calls["tell"] == 3 * (done + waits)
+    assert Spy.calls["tell bytes"] == 3 * pull * (done + waits)
 
 
 # Over MPI

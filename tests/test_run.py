@@ -14,6 +14,7 @@ from programs import data, metrics, mlp
 from torch import nn
 
 import mpips
+import mpips.message
 from mpips.exchange import Exchange
 from mpips.exchange.simulated import World
 
@@ -22,8 +23,16 @@ def sgd(params: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.1)
 
 
-def loop(e: Exchange, body: Any = None, epochs: int = 3, value: Any = lambda: 0.5, n: int = 96, **settings: Any) -> mpips.Run:
-    """The documented loop; `body(ps, batch number)` may return True to break."""
+def loop(
+    e: Exchange,
+    body: Any = None,
+    epochs: int = 3,
+    value: Any = lambda: 0.5,
+    n: int = 96,
+    told: list[float] | None = None,
+    **settings: Any,
+) -> mpips.Run:
+    """The documented loop; `body(ps, batch number)` may return True to break, `told` gets what validate returns."""
     model = mlp()
     ps = mpips.connect(model, sgd, exchange=e, **{"run_dir": "run", **settings})
     for _ in ps.epochs(epochs):
@@ -33,7 +42,9 @@ def loop(e: Exchange, body: Any = None, epochs: int = 3, value: Any = lambda: 0.
             loss = F.cross_entropy(model(x), y)
             loss.backward()
             ps.step(loss)
-        ps.validate(value)
+        number = ps.validate(value)
+        if told is not None:
+            told.append(number)
     return ps
 
 
@@ -42,8 +53,8 @@ def test_every_rank_does_the_same_rounds(size: int) -> None:
     runs = World(size).run(loop)
     workers = max(1, size - 1)
     assert {run.round for run in runs} == {3 * 12 // workers}
-    assert [run.trains for run in runs] == [size == 1] + [True] * (size - 1)
-    assert [run.worker for run in runs] == ([0] if size == 1 else list(range(-1, size - 1)))
+    assert [run.worker for run in runs] == list(range(workers))
+    assert {run.workers for run in runs} == {workers}
 
 
 def test_a_break_ends_this_workers_shard_only() -> None:
@@ -60,31 +71,66 @@ def test_stop_ends_all_ranks_in_the_same_round() -> None:
 
 @pytest.mark.parametrize("server_trains", [False, True])
 def test_early_stopping_is_obeyed_by_all_ranks_in_the_same_round(server_trains: bool) -> None:
-    def program(e: Exchange) -> tuple[int, str, float]:
+    def program(e: Exchange) -> tuple[Any, ...]:
         values = iter([0.1, 0.5, 0.4, 0.5, 0.3, 0.9])
+        told: list[float] = []
         stop = {"patience": 3}
-        run = loop(e, epochs=9, value=lambda: next(values), server_trains=server_trains, stop=stop)
-        return run.round, run.stopping, run._control.value
+        run = loop(e, epochs=9, value=lambda: next(values), told=told, server_trains=server_trains, stop=stop)
+        return run.round, run.stopping, *told
 
-    results = set(World(4).run(program))
-    assert len(results) == 1
-    rounds, why, value = results.pop()
-    assert (why, value) == ("patience", 0.3)
-    assert rounds == 5 * (3 if server_trains else 4)
+    results = World(4).run(program)
+    rounds = 5 * (3 if server_trains else 4)
+    assert results == [(rounds, "patience", 0.1, 0.5, 0.4, 0.5, 0.3)] * (4 if server_trains else 3)
 
 
-def test_validate_returns_the_servers_number_on_every_rank() -> None:
-    def program(e: Exchange) -> float:
-        ps = mpips.connect(mlp(), sgd, exchange=e, run_dir="run")
-        return ps.validate(lambda: 40.0 + e.rank)
+def test_validate_returns_worker_0_s_number_on_every_worker() -> None:
+    def program(e: Exchange, **settings: Any) -> float:
+        ps = mpips.connect(mlp(), sgd, exchange=e, run_dir="run", **settings)
+        return ps.validate(lambda: 40.0 + ps.worker)
 
-    assert World(3).run(program) == [40.0] * 3
+    assert World(1).run(program) == [40.0]
+    assert World(3).run(program) == [40.0] * 2
+    assert World(3).run(lambda e: program(e, server_trains=True)) == [40.0] * 3
+
+
+def test_without_a_function_the_server_measures_as_connect_said() -> None:
+    loaded: list[int] = []
+
+    def program(e: Exchange) -> tuple[float, float]:
+        given = {"validation_data": lambda: loaded.append(e.rank) or [7.0], "validate": lambda numbers: numbers[0] + e.rank}
+        ps = mpips.connect(mlp(), sgd, exchange=e, run_dir="run", **given)
+        return ps.validate(), ps.validate()
+
+    assert World(3).run(program) == [(7.0, 7.0)] * 2
+    assert loaded == [0]
+
+
+def test_several_numbers_are_a_dict_and_the_monitored_one_stops() -> None:
+    def program(e: Exchange) -> tuple[Any, ...]:
+        ps = mpips.connect(mlp(), sgd, exchange=e, run_dir="run", stop={"patience": 2, "monitor": "f1"})
+        told = [ps.validate(lambda: {"loss": 1.0, "f1": 0.5}), ps.validate(lambda: 0.25, "other"), ps.stopping]
+        return *told, ps.validate(lambda: {"loss": 1.0, "f1": 0.5}), ps.validate(lambda: {"f1": 0.5}), ps.stopping
+
+    both = {"loss": 1.0, "f1": 0.5}
+    assert World(3).run(program) == [(both, 0.25, "", both, {"f1": 0.5}, "patience")] * 2
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(None, "None"), ("0.5", "'0.5'"), (torch.ones(2), r"a Tensor of shape \(2,\)"), ({"f1": None}, "'f1'")]
+)
+@pytest.mark.parametrize("size", [1, 3])
+def test_validate_takes_numbers_alone(size: int, value: Any, words: str) -> None:
+    def program(e: Exchange) -> None:
+        mpips.connect(mlp(), sgd, exchange=e, run_dir="run").validate(lambda: value)
+
+    with pytest.raises(TypeError, match=rf"validate\(\).*{words}.*expected a number"):
+        World(size).run(program)
 
 
 def test_uneven_and_empty_shards_do_not_hang() -> None:
     for n in (0, 1, 2, 9, 17):
         runs = World(4).run(lambda e, n=n: loop(e, epochs=2, n=n))
-        assert {run.round for run in runs} == {2 * max(1, math.ceil(math.ceil(n / 3) / 8))}
+        assert {run.round for run in runs} == {2 * math.ceil(math.ceil(n / 3) / 8)}
         assert sum(row["samples"] for row in metrics(Path("run"))) == 2 * n
 
 
@@ -115,7 +161,7 @@ def test_metrics_of_every_rank_come_without_a_further_message() -> None:
     events = [json.loads(line) for line in Path("run", "events.jsonl").read_text().splitlines()]
     table = next(event["ranks"] for event in events if event["event"] == "round")
     assert [entry["rank"] for entry in table] == [0, 1, 2]
-    assert first["combine calls"] == 6, "one Reduce a round"
+    assert first["combine calls"] == 6 + 4, "one Reduce a round, one for each call of all workers"
 
 
 def test_gradient_accumulation_is_the_larger_batch() -> None:
@@ -137,8 +183,6 @@ def test_gradient_accumulation_is_the_larger_batch() -> None:
 
 def test_step_says_what_is_wrong_with_its_arguments() -> None:
     ps = mpips.connect(mlp(), sgd, exchange=World(1).ends[0], run_dir="run", metrics=["accuracy"])
-    with pytest.raises(RuntimeError, match=r"outside a ps\.batches loop"):
-        ps.step(1.0, 4, accuracy=0.5)
     for _ in ps.batches(data(8), 4):
         with pytest.raises(ValueError, match=r"given the metrics \['acc'\].*names \('accuracy',\)"):
             ps.step(1.0, 4, acc=0.5)
@@ -175,35 +219,37 @@ def test_the_run_folder_has_what_is_promised(tmp_path: Path) -> None:
     assert len(metrics(folder)) == 18
 
 
-def test_the_saved_configuration_gives_the_same_run_again(tmp_path: Path) -> None:
-    import sys
-
+def test_the_saved_configuration_gives_the_same_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     World(2).run(lambda e: loop(e, clip=0.5, seed=3, stop={"patience": 7}))
-    sys.argv += ["--config", str(tmp_path / "run" / "config.yaml"), "--run_dir", "again"]
+    monkeypatch.setenv("MPIPS_CONFIG", str(tmp_path / "run" / "config.yaml"))
+    monkeypatch.setenv("MPIPS_RUN_DIR", "again")
     World(2).run(loop)
     saved = (tmp_path / "run" / "config.yaml").read_text()
     assert (tmp_path / "again" / "config.yaml").read_text() == saved.replace("run_dir: run", "run_dir: again")
     assert (tmp_path / "again" / "metrics.csv").read_text() == (tmp_path / "run" / "metrics.csv").read_text()
 
 
-def test_a_scheduler_steps_on_the_server_once_an_epoch_or_a_round() -> None:
-    def rates(schedule: str) -> list[float]:
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_scheduler_is_the_scripts_and_its_rate_the_servers(size: int) -> None:
+    def rates(each: str) -> list[float]:
         def program(e: Exchange) -> None:
             model = mlp()
             optimizer = sgd(model.parameters())
             scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-            ps = mpips.connect(model, optimizer, scheduler, exchange=e, run_dir="run", schedule=schedule)
+            ps = mpips.connect(model, optimizer, exchange=e, run_dir="run")
             for _ in ps.epochs(2):
-                for x, y in ps.batches(data(32), 8):
+                for x, y in ps.batches(data(16 * ps.workers), 8):
                     loss = F.cross_entropy(model(x), y)
                     loss.backward()
                     ps.step(loss)
+                    scheduler.step() if each == "round" else None
+                scheduler.step() if each == "epoch" else None
 
-        World(3).run(program)
+        World(size).run(program)
         return [row["lr"] for row in metrics(Path("run"))]
 
     assert rates("epoch") == [0.1, 0.1, 0.05, 0.05]
-    assert rates("round") == [0.05, 0.025, 0.0125, 0.00625]
+    assert rates("round") == [0.1, 0.05, 0.025, 0.0125]
 
 
 def test_two_loops_in_an_epoch_and_a_loop_of_ones_own_over_epochs() -> None:
@@ -227,10 +273,64 @@ def test_two_loops_in_an_epoch_and_a_loop_of_ones_own_over_epochs() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_validating_or_saving_inside_a_loop_is_an_error_and_not_a_hang(size: int) -> None:
-    for call in (lambda ps, number: ps.validate(lambda: 1.0), lambda ps, number: ps.save()):
-        with pytest.raises(RuntimeError, match=r"inside a ps\.batches loop"):
-            World(size).run(lambda e, call=call: loop(e, call))
+def test_all_workers_may_validate_and_save_inside_a_loop(size: int) -> None:
+    def program(e: Exchange) -> list[float]:
+        told = []
+
+        def body(ps: mpips.Run, number: int) -> None:
+            if number == 2:
+                told.append(ps.validate(lambda: float(ps.round)))
+                ps.save()
+
+        loop(e, body, told=told)
+        return told
+
+    rounds = 12 // max(1, size - 1)
+    expected = [number for epoch in range(3) for number in (rounds * epoch + 2.0, 0.5)]
+    assert World(size).run(program) == [expected] * max(1, size - 1)
+    assert len(metrics(Path("run"))) == 3 * rounds, "the others do not step meanwhile"
+
+
+@pytest.mark.parametrize("call", ["validate", "save"])
+def test_a_call_that_one_worker_alone_makes_is_an_error_on_all_and_not_a_hang(call: str) -> None:
+    said = []
+
+    def program(e: Exchange) -> None:
+        def body(ps: mpips.Run, number: int) -> None:
+            if ps.worker == 1 and number == 2:
+                ps.validate(lambda: 1.0) if call == "validate" else ps.save()
+
+        try:
+            loop(e, body)
+        except mpips.message.CallError as error:
+            said.append(str(error))
+            raise
+
+    words = rf"do not make the same calls: worker 0 \(rank 1\) .*; worker 1 \(rank 2\) at ps\.{call}\(\)"
+    with pytest.raises(mpips.message.CallError, match=words):
+        World(3).run(program)
+    assert len(said) == 3
+    assert len(set(said)) == 1
+
+
+def test_a_worker_that_has_ended_validates_no_more() -> None:
+    def program(e: Exchange) -> None:
+        ps = mpips.connect(mlp(), sgd, exchange=e, run_dir="run")
+        if ps.worker == 1:
+            ps.validate(lambda: 1.0)
+
+    words = r"worker 0 \(rank 1\) at the end of its script; worker 1 \(rank 2\) at ps\.validate\(\)"
+    with pytest.raises(mpips.message.CallError, match=words):
+        World(3).run(program)
+
+
+@pytest.mark.parametrize("call", ["validate", "save"])
+def test_where_requests_are_answered_calls_inside_a_loop_are_refused(call: str) -> None:
+    def body(ps: mpips.Run, number: int) -> None:
+        ps.validate(lambda: 1.0) if call == "validate" else ps.save()
+
+    with pytest.raises(RuntimeError, match=rf"{call}\(\) inside a loop in mode async"):
+        World(3).run(lambda e: loop(e, body, mode="async"))
 
 
 def test_streamed_batches_count_their_samples() -> None:
@@ -243,7 +343,7 @@ def test_streamed_batches_count_their_samples() -> None:
             ps.step(loss)
 
     World(3).run(program)
-    assert [row["samples"] for row in metrics(Path("run"))] == [16, 16, 12, 0]
+    assert [row["samples"] for row in metrics(Path("run"))] == [16, 16, 12]
 
 
 @pytest.mark.parametrize(
@@ -295,7 +395,7 @@ def test_breaking_out_because_the_run_stops_is_fine(size: int) -> None:
             ps.validate(lambda: 0.5)
         return ps.round, ps.stopping
 
-    assert World(size).run(program) == [(4, "requested")] * size
+    assert World(size).run(program) == [(4, "requested")] * max(1, size - 1)
 
 
 @SIZES
@@ -315,8 +415,8 @@ def test_stop_outside_a_loop_ends_all_ranks(size: int, inside: bool) -> None:
                 ps.stop()
         return ps.round, ps.stopping
 
-    rounds = 2 * 6 // max(1, size - 1) + (not inside)
-    assert World(size).run(program) == [(rounds, "requested")] * size
+    workers = max(1, size - 1)
+    assert World(size).run(program) == [(2 * 6 // workers, "requested")] * workers
     assert json.loads(Path("run", "DONE").read_text())["stop"] == "requested"
 
 
@@ -343,7 +443,7 @@ def test_a_loop_inside_another_is_refused() -> None:
 
 
 def leaving(e: Exchange, leavers: set[int], where: str) -> mpips.Run:
-    """The loop in a function that the leavers return from; then what Python's end does."""
+    """The loop in a function that the leavers return from; then the world does what Python's end does."""
     model = mlp()
     ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
 
@@ -360,7 +460,6 @@ def leaving(e: Exchange, leavers: set[int], where: str) -> mpips.Run:
                 ps.save()
 
     work()
-    ps.close()
     return ps
 
 
@@ -373,7 +472,7 @@ def test_returning_from_the_loop_loses_nothing(size: int, leavers: set[int], why
     assert {run.stopping for run in runs} == {why}
     newest = checkpoint.newest(Path("run", "checkpoints"))
     assert newest is not None
-    assert checkpoint.load(newest)["round"] == runs[0].round == 5
+    assert checkpoint.load(newest)["round"] == runs[0].round == (5 if why == "left" else 4)  # whoever stays has stepped
     assert Path("run", "DONE").exists() == (why == "ended")
 
 
@@ -389,7 +488,6 @@ def test_preemption_while_a_rank_leaves() -> None:
             loss = F.cross_entropy(model(x), y)
             loss.backward()
             ps.step(loss)
-        ps.close()
 
     with pytest.raises(SystemExit, match="75"):
         World(3).run(program)

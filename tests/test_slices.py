@@ -18,9 +18,10 @@ from torch import Tensor, nn, optim
 
 import mpips
 from mpips import plan
+from mpips.contract import ContractError
 from mpips.exchange import Exchange
 from mpips.exchange.simulated import World
-from mpips.message import NonFiniteError
+from mpips.message import CallError, NonFiniteError
 
 Make = Callable[[Any], optim.Optimizer]
 SAMPLES = (5, 11, 7, 3)  # of each worker's batches: weights that are no powers of two
@@ -250,22 +251,10 @@ class Derived(optim.SGD):
     """A class of the script's own, which may do anything."""
 
 
-def hooked(model: nn.Module) -> optim.Optimizer:
-    """Looks at all weights after each step."""
-    made = optim.SGD(model.parameters(), lr=0.1)
-
-    def halve(*_: Any) -> None:
-        with torch.no_grad():
-            model.get_parameter("wide.bias").mul_(0.5)
-
-    made.register_step_post_hook(halve)
-    return made
-
-
 @pytest.mark.parametrize(
     "make",
-    [lambda m: GlobalNorm(m.parameters()), lambda m: Derived(m.parameters(), lr=0.1), hooked],
-    ids=["global norm", "derived", "hooked"],
+    [lambda m: GlobalNorm(m.parameters()), lambda m: Derived(m.parameters(), lr=0.1)],
+    ids=["global norm", "derived"],
 )
 def test_an_optimizer_that_may_look_at_everything_is_served_by_rank_0(make: Any) -> None:
     expected, tree = odd(World(3), make, torch.float32, deterministic=True)
@@ -273,6 +262,29 @@ def test_an_optimizer_that_may_look_at_everything_is_served_by_rank_0(make: Any)
     ours, own = odd(sharing(3), make, torch.float32, (True, False), **settings)
     assert_alike(ours, expected)
     assert_same(own, tree)
+
+
+def test_hooks_of_the_script_s_optimizer_run_where_it_steps_and_hinder_no_plan() -> None:
+    """They look at all weights after each step, on every worker; what serves slices has none."""
+
+    def program(exchange: Exchange, **settings: Any) -> list[list[Tensor]]:
+        net, seen = mlp(), list[list[Tensor]]()
+        made = optim.SGD(net.parameters(), lr=0.1)
+        made.register_step_post_hook(lambda *_: seen.append([p.detach().clone() for p in net.parameters()]))
+        ps = mpips.connect(net, made, exchange=exchange, run_dir="run", deterministic=True, **settings)
+        assert is_sharded(ps) == ("plan" in settings)
+        for x, y in ps.batches(data(60), 7, shuffle=False):
+            made.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            made.step()
+        assert ps.round == len(seen) == 5
+        return seen
+
+    expected = World(3).run(program)
+    ours = sharing(3).run(lambda e: program(e, plan="sharded"))
+    for own, other in zip(ours, expected, strict=True):
+        assert not any(differ(a, b) for a, b in zip(own, other, strict=True))
+    assert differ(ours[0][0], ours[0][-1])
 
 
 def matrices(m: nn.Module) -> Any:
@@ -323,21 +335,28 @@ def test_one_worker_is_plain_pytorch(optimizer: str, clip: float | None) -> None
             assert (is_shared(ps), is_sharded(ps)) == (True, settings["plan"] == "sharded")
             return sha(net)
 
-        assert sharing(2).run(program) == [sha(reference)] * 2
+        assert sharing(2).run(program) == [sha(reference)]
 
 
-def learnt(exchange: Exchange, make: Any, scheduler: Any, values: list[float], **settings: Any) -> list[Tensor]:
-    """A model's weights after three epochs with a scheduler."""
+def learnt(
+    exchange: Exchange, make: Any, scheduler: Any, values: list[float], every: str = "epoch", **settings: Any
+) -> list[Tensor]:
+    """A model's weights after three epochs with a scheduler of the script's."""
     model = Odd()
     made = make(model.parameters())
-    ps = mpips.connect(model, made, scheduler(made), exchange=exchange, **{"run_dir": "run", "deterministic": True, **settings})
+    of_lr = scheduler(made)
+    ps = mpips.connect(model, made, exchange=exchange, **{"run_dir": "run", "deterministic": True, **settings})
     assert "plan" not in settings or is_sharded(ps)
     for epoch in ps.epochs(3):
         for x, y in ps.batches(data(47), 8):
             loss = F.cross_entropy(model(x), y)
             loss.backward()
             ps.step(loss)
-        ps.validate(lambda epoch=epoch: values[epoch])
+            if every == "round" and of_lr:
+                of_lr.step()
+        value = ps.validate(lambda epoch=epoch: values[epoch])
+        if every == "epoch" and of_lr:
+            of_lr.step(*[value] * isinstance(of_lr, optim.lr_scheduler.ReduceLROnPlateau))
     return [p.detach().clone() for p in model.parameters()]
 
 
@@ -348,12 +367,12 @@ def learnt(exchange: Exchange, make: Any, scheduler: Any, values: list[float], *
         (
             lambda p: optim.SGD(p, lr=0.1, momentum=0.9),
             lambda o: optim.lr_scheduler.OneCycleLR(o, 0.2, total_steps=30),
-            {"schedule": "round"},
+            {"every": "round"},
         ),
         (
             lambda p: optim.Adam(p, lr=0.1),
             lambda o: optim.lr_scheduler.OneCycleLR(o, 0.02, total_steps=30),
-            {"schedule": "round", "clip": 0.1},
+            {"every": "round", "clip": 0.1},
         ),
         (lambda p: optim.SGD(p, lr=0.1), lambda o: optim.lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.1), {}),
     ],
@@ -367,7 +386,8 @@ def test_a_scheduler_reaches_all_slices(make: Any, scheduler: Any, settings: dic
     steady = World(3).run(lambda e: learnt(e, make, lambda o: None, values, run_dir="steady"))
     assert differ(steady[0], expected), "the scheduler does something"
     one, other = last(Path("run")), last(Path("other"))
-    assert_same(other["scheduler"], one["scheduler"])
+    assert len(one["kept"].keys() - {"param_groups"}) == 1, "torch's schedulers are kept unasked"
+    assert_same(other["kept"], one["kept"])
 
 
 RESUMED: dict[str, Any] = {
@@ -453,10 +473,28 @@ def test_killed_anywhere_and_resumed() -> None:
 PLANS = pytest.mark.parametrize("chosen", ["root", "sharded"])
 
 
-def poisoned(world: World, nonfinite: str, guilty: int, value: float = math.nan, **settings: Any) -> list[Any]:
-    """Rank `guilty` has a NaN in round 3 of 5: its weights, the versions and the metrics."""
+def run_until_nonfinite(world: World, program: Callable[[Exchange], None]) -> None:
+    """Whichever rank raises NonFiniteError, all do, the server included, in the same words."""
+    said: list[str] = []
 
-    def program(e: Exchange) -> Any:
+    def noted(e: Exchange) -> None:
+        try:
+            program(e)
+        except NonFiniteError as error:
+            said.append(str(error))
+            raise
+
+    try:
+        world.run(noted)
+    except NonFiniteError:
+        assert said == said[:1] * world.size
+
+
+def poisoned(world: World, nonfinite: str, guilty: int, value: float = math.nan, **settings: Any) -> list[Any]:
+    """Rank `guilty` has a NaN in round 3 of 5: of each worker its weights, or what is raised, and the version."""
+    found: dict[int, Any] = {}
+
+    def program(e: Exchange) -> None:
         model = mlp()
         ps = mpips.connect(model, OPTIMIZERS["momentum"](model.parameters()), exchange=e, nonfinite=nonfinite, **settings)
         before: list[Tensor] = []
@@ -472,10 +510,12 @@ def poisoned(world: World, nonfinite: str, guilty: int, value: float = math.nan,
         except NonFiniteError as error:
             after = [p.detach().clone() for p in model.parameters()]
             assert not before or all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "a weight has moved"
-            return str(error), ps._control.version
-        return [p.detach().clone() for p in model.parameters()], ps._control.version
+            found[e.rank] = str(error), ps._control.version
+            raise
+        found[e.rank] = [p.detach().clone() for p in model.parameters()], ps._control.version
 
-    return world.run(program)
+    run_until_nonfinite(world, program)
+    return [found[rank] for rank in sorted(found)]
 
 
 @PLANS
@@ -493,7 +533,7 @@ def test_nonfinite_raise_names_rank_and_tensor_and_moves_nothing(chosen: str, va
 def test_nonfinite_skip_and_drop_are_as_without_shared_memory(chosen: str, nonfinite: str) -> None:
     expected = poisoned(World(4), nonfinite, 2, run_dir="mpi", deterministic=True)
     ours = poisoned(sharing(4), nonfinite, 2, run_dir="shared", deterministic=True, plan=chosen)
-    assert [version for _, version in ours] == [version for _, version in expected] == [4 + (nonfinite == "drop")] * 4
+    assert [version for _, version in ours] == [version for _, version in expected] == [4 + (nonfinite == "drop")] * 3
     assert_alike([weights for weights, _ in ours], [expected[0][0]])
     for a, b in zip(metrics(Path("shared")), metrics(Path("mpi")), strict=True):
         assert a == b or any(value != value for value in a.values())
@@ -505,7 +545,9 @@ def test_a_sum_that_overflows_is_the_servers(chosen: str, nonfinite: str) -> Non
     """In shared memory and deterministic mode it is seen which rank's gradient, times its samples, overflowed."""
 
     def run(world: World, **settings: Any) -> list[Any]:
-        def program(e: Exchange) -> Any:
+        found: dict[int, Any] = {}
+
+        def program(e: Exchange) -> None:
             model = mlp()
             ps = mpips.connect(model, OPTIMIZERS["sgd"](model.parameters()), exchange=e, nonfinite=nonfinite, **settings)
             try:
@@ -515,10 +557,12 @@ def test_a_sum_that_overflows_is_the_servers(chosen: str, nonfinite: str) -> Non
                         model[0].weight.grad[2, 5] = 3e38  # times 8 samples
                     ps.step(0.0)
             except NonFiniteError as error:
-                return str(error), ps._control.version
-            return [p.detach().clone() for p in model.parameters()], ps._control.version
+                found[e.rank] = str(error), ps._control.version
+                raise
+            found[e.rank] = [p.detach().clone() for p in model.parameters()], ps._control.version
 
-        return world.run(program)
+        run_until_nonfinite(world, program)
+        return [found[rank] for rank in sorted(found)]
 
     expected, ours = (
         run(World(3), run_dir="mpi", deterministic=True),
@@ -620,7 +664,7 @@ def test_the_server_s_word_ends_a_run(chosen: str) -> None:
         ("patience", {"stop": {"patience": 1}}, 18, "patience"),
     ):
         results = sharing(3, 5).run(lambda e, how=how, settings=settings: program(e, how, **settings))
-        assert results == [(rounds, why, results[0][2])] * 3
+        assert results == [(rounds, why, results[0][2])] * 2
         assert Path(how, "DONE").exists()
         assert last(Path(how))["round"] == rounds
     with pytest.raises(SystemExit, match="75"):
@@ -679,7 +723,7 @@ def test_other_modes_and_settings_are_not_shared() -> None:
             net = mlp()
             return is_shared(train(e, net, OPTIMIZERS["sgd"](net.parameters()), data(60), 7, **settings))
 
-        assert sharing(4).run(program) == [False] * 4
+        assert sharing(4).run(program) == [False] * 3
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -703,28 +747,53 @@ def test_normclip_does_not_hide_a_nan(chosen: str) -> None:
         assert version == 2
 
 
-def test_ranks_with_optimizers_of_different_classes() -> None:
-    """The server's counts, as ever, and it steps alone: the others' would do something else."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_ranks_with_optimizers_of_different_classes_are_refused(shared: bool) -> None:
+    def program(e: Exchange) -> None:
+        net = mlp()
+        train(e, net, OPTIMIZERS["adam" if e.rank == 0 else "momentum"](net.parameters()), data(60), 7, plan="sharded")
+
+    with pytest.raises(ContractError, match="rank 0 has `optimizer = Adam`, rank 1 has `optimizer = SGD`"):
+        World(3, shares=shared).run(program)
+
+
+def test_the_settings_of_the_workers_optimizers_reach_all_slices() -> None:
+    """Those of the server's own do not count once the workers have told theirs."""
 
     def program(e: Exchange, **settings: Any) -> str:
         net = mlp()
-        made = OPTIMIZERS["adam" if e.rank == 0 else "momentum"](net.parameters())
-        ps = train(e, net, made, data(60), 7, deterministic=True, **settings)
-        assert not is_sharded(ps)
-        return sha(net)
-
-    assert sharing(3).run(lambda e: program(e, plan="sharded")) == World(3).run(program)
-
-
-def test_ranks_with_settings_of_their_own_follow_the_server_s() -> None:
-    def program(e: Exchange, **settings: Any) -> str:
-        net = mlp()
-        own = e.rank and "plan" in settings
+        own = e.rank == 0 and "plan" in settings
         made = optim.SGD(net.parameters(), lr=0.5 if own else 0.1, momentum=0.1 if own else 0.9, nesterov=not own)
         train(e, net, made, data(60), 7, deterministic=True, **settings)
         return sha(net)
 
     assert sharing(3).run(lambda e: program(e, plan="sharded")) == World(3).run(program)
+
+
+@PLANS
+def test_workers_that_do_not_agree_on_a_setting_end_the_run(chosen: str) -> None:
+    said: list[str] = []
+
+    def program(e: Exchange) -> None:
+        net = mlp()
+        made = OPTIMIZERS["momentum"](net.parameters())
+        try:
+            ps = mpips.connect(net, made, exchange=e, run_dir="run", plan=chosen)
+            for x, y in ps.batches(data(60), 7):
+                loss = F.cross_entropy(net(x), y)
+                loss.backward()
+                if ps.round == 2 and ps.worker == 1:
+                    made.param_groups[0]["lr"] *= 2
+                ps.step(loss)
+        except CallError as error:
+            said.append(str(error))
+            raise
+
+    with pytest.raises(
+        CallError, match=r"worker 0 \(rank 1\) has param_groups\[0\]\['lr'\] = 0.05, worker 1 \(rank 2\) has 0.1"
+    ):
+        sharing(3).run(program)
+    assert said == said[:1] * 3
 
 
 @PLANS
@@ -738,7 +807,6 @@ def test_a_round_sends_nothing(chosen: str, size: int) -> None:
             loss = F.cross_entropy(model(x), y)
             loss.backward()
             ps.step(loss)
-        ps.validate(lambda: 0.5)
         return {call: e.traffic[call] - before.get(call, 0) for call in e.traffic}
 
     for traffic in sharing(size).run(program):

@@ -45,8 +45,8 @@ LOCAL: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", LOCAL)
 def test_modes_with_local_steps_have_the_bits_of_a_run_by_messages(name: str, trains: bool, chosen: str) -> None:
     settings = {"mode": name, "deterministic": True, "server_trains": trains, **LOCAL[name]}
-    make = ELEMENTWISE["sgd" if settings["mode"] == "scaffold" else "momentum"]
-    if settings["mode"] == "scaffold":  # one rate for all
+    make = ELEMENTWISE["momentum"]
+    if settings["mode"] in ("scaffold", "qfedavg"):  # one rate for all
         make = lambda model: optim.SGD(model.parameters(), lr=0.05)  # noqa: E731
     expected, tree = odd(World(3), make, torch.float32, (False, False), rounds=7, **settings)
     ours, own = odd(

@@ -308,4 +308,4 @@ def test_where_scontrol_is_missing_the_job_says_how_to_go_on(tmp_path: Path, sta
     bash = [str(shutil.which("bash")), str(ROOT / "slurm" / "cpu.sbatch")]
     done = subprocess.run(bash, env=variables, capture_output=True, text=True, timeout=30)
     assert done.returncode == status
-    assert ("submit it again with the flag --run_dir runs/mpips-7" in done.stderr) == says
+    assert ("submit it again with the flag --mpips.run_dir runs/mpips-7" in done.stderr) == says

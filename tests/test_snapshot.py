@@ -103,14 +103,14 @@ def test_optimizer_state_is_found_by_name_and_not_by_place() -> None:
     net(torch.ones(1, 12)).sum().backward()
     net[0].bias.grad = None  # no state for this one
     optimizer.step()
-    tree = snapshot.take_optimizer(optimizer, names)
+    tree = snapshot.take_optimizer(optimizer, "Adam", names)
     assert tree["class"] == "Adam"
     assert tree["state"].keys() == {"0.weight", "2.weight", "2.bias"}
     assert torch.equal(tree["state"]["2.bias"]["exp_avg"], optimizer.state[net[2].bias]["exp_avg"])
     other = mlp()
     fresh = torch.optim.Adam(other.parameters())
     tree["state"] = dict(reversed(tree["state"].items()))
-    snapshot.put_optimizer(tree, fresh, {p: name for name, p in other.named_parameters()})
+    snapshot.put_optimizer(tree, fresh, "Adam", {p: name for name, p in other.named_parameters()})
     assert fresh.param_groups[0]["betas"] == (0.8, 0.7)
     assert other[0].bias not in fresh.state
     for name, p in other.named_parameters():
@@ -122,9 +122,9 @@ def test_optimizer_state_is_found_by_name_and_not_by_place() -> None:
 def test_tensors_in_groups_stay_tensors_of_their_dtype(lr: torch.Tensor) -> None:
     net = mlp()
     names = {p: name for name, p in net.named_parameters()}
-    tree = snapshot.take_optimizer(torch.optim.Adam(net.parameters(), lr=lr), names)
+    tree = snapshot.take_optimizer(torch.optim.Adam(net.parameters(), lr=lr), "Adam", names)
     fresh = torch.optim.Adam(net.parameters(), lr=torch.zeros_like(lr))
-    snapshot.put_optimizer(tree, fresh, names)
+    snapshot.put_optimizer(tree, fresh, "Adam", names)
     assert fresh.param_groups[0]["lr"].dtype == lr.dtype
     assert torch.equal(fresh.param_groups[0]["lr"], lr)
 

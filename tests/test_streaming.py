@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from programs import MODELS, Data, cnn, data, metrics, mlp, sha, train
-from test_exchange_mpi import on_mpi
+from test_exchange_mpi import as_simulated, on_mpi
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
@@ -60,7 +60,7 @@ def test_one_fragment_taken_up_at_once_is_the_mode_itself(
         net = cnn()
         given = settings(**more) | {"mode": kind}
         ps = train(exchange, net, momentum(net.parameters()), data(107), 8, EPOCHS, **given)
-        assert ps._worker is None or isinstance(ps._worker.update, Streaming) == streams
+        assert isinstance(ps._worker.update, Streaming) == streams
         return sha(net)
 
     streams = False
@@ -165,16 +165,16 @@ class Seen:
         net = mlp().to(dtype)
         ps = mpips.connect(net, make, exchange=exchange, **{"run_dir": "run", **given})
         worker, start = ps._worker, 0
-        if worker is not None:
-            update = worker.update
-            assert isinstance(update, Streaming)
-            received = update.received
+        update = worker.update
+        assert isinstance(update, Streaming)
+        received = update.received
 
-            def note() -> None:
-                received()
+        def note() -> None:
+            received()
+            if update.replica.pull.control.round > len(self.anchors):  # not where all only wait
                 self.anchors.append(flat(update.replica, update.anchor))
 
-            update.received = note  # type: ignore[method-assign]
+        update.received = note  # type: ignore[method-assign]
         for _ in ps.epochs(EPOCHS):
             for x, y in ps.batches(data(n, dtype), BATCH, shuffle=False):
                 loss = F.cross_entropy(net(x), y)
@@ -183,10 +183,9 @@ class Seen:
             assert ps.round > start
             start = ps.round
             self.outside = weights(net)  # of the server, on all ranks
-        if worker is not None:
-            worker.begin()
-            self.own = weights(net)
-            update.park()
+        worker.begin()
+        self.own = weights(net)
+        update.park()
         self.final = weights(net)
 
 
@@ -248,8 +247,45 @@ def test_several_workers_over_mpi_are_the_algorithm(trains: bool, fragments: int
     def program(exchange: Exchange) -> Seen:
         return Seen(exchange, momentum, 194, torch.float64, **settings(fragments, delay, mix, server_trains=trains))
 
-    results = on_mpi(program)
-    assert_several(results, len(results) - (not trains), 194, fragments, delay, mix)
+    results = [seen for seen in on_mpi(as_simulated(program)) if seen is not None]
+    assert_several(results, len(results), 194, fragments, delay, mix)
+
+
+@pytest.mark.parametrize(("size", "trains"), [(1, False), (2, False), (3, True), (4, False)])
+@pytest.mark.parametrize(("fragments", "delay", "mix"), [(2, 1, 0.0), (3, 2, 0.5), (1, 2, 0.0)])
+def test_between_loops_all_ranks_have_the_server_s_weights(
+    fragments: int, delay: int, mix: float, size: int, trains: bool
+) -> None:
+    """What is measured and seen is these, and however often all wait, each worker goes on from its own."""
+
+    def program(exchange: Exchange, calls: int) -> list[Tensor]:
+        net, between = mlp(), list[Tensor]()
+        given = settings(fragments, delay, mix, server_trains=trains)
+        ps = mpips.connect(net, momentum, exchange=exchange, run_dir="run", **given)
+
+        def measure() -> float:
+            between.append(weights(net))
+            return 0.0
+
+        for _ in ps.epochs(EPOCHS):
+            for x, y in ps.batches(data(97), BATCH, shuffle=False):
+                F.cross_entropy(net(x), y).backward()
+                ps.step(0.0)
+            seen = weights(net)
+            for _ in range(calls):
+                ps.validate(measure)
+                ps.save()
+                assert torch.equal(weights(net), seen)
+            assert all(torch.equal(measured, seen) for measured in between[-calls:])
+        ps._worker.begin()
+        own = weights(net)
+        ps._worker.update.park()
+        return [own, seen]
+
+    plainly = World(size).run(lambda e: program(e, 0))
+    for ours, expected in zip(World(size, seed=1).run(lambda e: program(e, 3)), plainly, strict=True):
+        assert torch.equal(ours[0], expected[0])
+        assert torch.equal(ours[1], plainly[0][1])
 
 
 @pytest.mark.parametrize("rule", ["median", "krum", "trimmed", "normclip"])
@@ -276,7 +312,7 @@ def wide() -> nn.Module:
     )
 
 
-def moved(exchange: Exchange, **given: Any) -> tuple[list[Counter[str]], Replica | None]:
+def moved(exchange: Exchange, **given: Any) -> tuple[list[Counter[str]], Replica]:
     """This rank's bytes by call in each round."""
     net, rounds = wide(), []
     ps = mpips.connect(net, momentum, exchange=exchange, **{"run_dir": "run", **given})
@@ -289,13 +325,12 @@ def moved(exchange: Exchange, **given: Any) -> tuple[list[Counter[str]], Replica
             if ps.round > round:
                 rounds.append(exchange.traffic - before)
                 before = exchange.traffic.copy()
-    return rounds, ps._worker and ps._worker.replica
+    return rounds, ps._worker.replica
 
 
 def test_a_round_moves_a_fragment() -> None:
-    whole, _ = World(2).run(lambda e: moved(e, **settings(steps=2)))[1]
-    rounds, replica = World(2).run(lambda e: moved(e, **settings(2, steps=4)))[1]
-    assert replica is not None
+    ((whole, _),) = World(2).run(lambda e: moved(e, **settings(steps=2)))
+    ((rounds, replica),) = World(2).run(lambda e: moved(e, **settings(2, steps=4)))
     assert len(rounds) == len(whole) == 6
     behind = replica.push.message.numel() - replica.flat.numel
     for number, (now, then) in enumerate(zip(rounds, whole, strict=True)):
@@ -357,8 +392,6 @@ def resumable(exchange: Exchange, given: dict[str, Any], **more: Any) -> tuple[s
     net = cnn()
     ps = train(exchange, net, momentum(net.parameters()), data(107), 8, EPOCHS, True, **given, **more)
     worker = ps._worker
-    if worker is None:
-        return sha(net), torch.zeros(0)
     worker.begin()
     own = weights(net)
     worker.update.park()
@@ -444,7 +477,6 @@ def test_a_script_that_leaves_its_loop_leaves_the_server_s_weights() -> None:
     newest = checkpoint.newest(Path("run/checkpoints"))
     assert newest is not None
     saved = checkpoint.load(newest)["parameters"]
-    assert ps._worker is not None
     update = ps._worker.update
     assert isinstance(update, Streaming)
     for name, view in update.replica.flat.named(update.anchor):
@@ -501,7 +533,6 @@ def test_a_16_bit_model_is_always_its_worker_s_own(size: int, mix: float) -> Non
             for x, y in ps.batches(data(107, torch.bfloat16), BATCH):
                 F.cross_entropy(net(x), y).backward()
                 ps.step(0.0)
-                assert ps._worker is not None
                 update = ps._worker.update
                 assert isinstance(update, Streaming)
                 if not ps._worker.done:
@@ -552,8 +583,7 @@ def poisoned(exchange: Exchange, at: int, **more: Any) -> tuple[Tensor, Tensor]:
             ps.step(loss)
             step += 1
     final = weights(net)
-    if ps._worker:
-        ps._worker.begin()
+    ps._worker.begin()
     return final, weights(net)
 
 
@@ -587,8 +617,7 @@ def test_a_worker_whose_weights_are_not_finite_begins_at_the_server_s(mix: float
                         next(net.parameters()).fill_(float("inf"))
                 ps.step(loss)
         final = weights(net)
-        if ps._worker:
-            ps._worker.begin()
+        ps._worker.begin()
         return torch.cat([final, weights(net)])
 
     results = World(4).run(program)

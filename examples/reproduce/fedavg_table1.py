@@ -42,7 +42,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = two_layers()
-    settings = {"clients": {"fraction": 0.1}, "stop": {"target": 0.97}, "checkpoint": {"epochs": 0}}
+    settings = {"clients": {"fraction": 0.1}, "stop": {"target": 0.97}, "checkpoint": {"epochs": 0}, "seed": args.seed}
     ps = mpips.connect(model, lambda params: torch.optim.SGD(params, lr=args.lr), mode="fedavg", **settings)
     (x, y), (test_x, test_y) = load(args.file, "train"), load(args.file, "test")
     middle = 0.5 if args.centred else 0.0

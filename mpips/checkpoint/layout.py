@@ -10,6 +10,8 @@ where HDF5 has no such number the array holds the bits and `dtype` names what th
 | a tensor a second time   | hard link to the first dataset                                     |
 | int, float, bool, str    | attribute of the group                                             |
 | None, list, tuple        | attribute `<key>.json`, see `text`                                 |
+
+A key's "/" is written %2F, as HDF5 would make groups of it, and its "%" therefore %25.
 """
 
 from typing import Any, TypeAlias
@@ -22,7 +24,7 @@ Leaf: TypeAlias = "torch.Tensor | Array | int | float | bool | str | list[Any] |
 # dict[str, Tree | Leaf]; a union of that depth cannot be indexed without a cast at every level.
 Tree: TypeAlias = dict[str, Any]
 
-MARKS = {"format": "mpips-checkpoint", "format_version": 1}  # attributes of the root, no keys of the tree
+MARKS = {"format": "mpips-checkpoint", "format_version": 2}  # attributes of the root, no keys of the tree
 JSON = ".json"
 DEEPEST = 100  # groups within groups; a cycle in the tree or in the file ends here
 
@@ -34,9 +36,19 @@ def check_key(key: object, where: str) -> str:
     """Return `key` if it can name an HDF5 object; otherwise ValueError."""
     if not isinstance(key, str):
         raise ValueError(f"{where}: key {key!r} is a {type(key).__name__}; keys must be str, such as {str(key)!r}")
-    if key in ("", ".") or "/" in key or "\0" in key or not is_text(key):
-        raise ValueError(f"{where}: key {key!r} must be non-empty text, not '.', without '/' and NUL; rename it")
+    if key in ("", ".") or "\0" in key or not is_text(key):
+        raise ValueError(f"{where}: key {key!r} must be non-empty text, not '.', without NUL; rename it")
     return str(key)
+
+
+def escaped(key: str) -> str:
+    """The name in the file of a tree's key."""
+    return key.replace("%", "%25").replace("/", "%2F")
+
+
+def unescaped(name: str) -> str:
+    """The tree's key of a name in the file."""
+    return name.replace("%2F", "/").replace("%25", "%")
 
 
 def is_text(value: str) -> bool:

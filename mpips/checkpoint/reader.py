@@ -14,7 +14,7 @@ from h5py import h5d, h5g, h5l, h5o, h5s, h5t
 
 from mpips.checkpoint import sidecar, text
 from mpips.checkpoint.error import CheckpointError
-from mpips.checkpoint.layout import DEEPEST, JSON, MARKS, NATIVE, Array, Tree, check_key, is_text, unpack
+from mpips.checkpoint.layout import DEEPEST, JSON, MARKS, NATIVE, Array, Tree, check_key, is_text, unescaped, unpack
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _ARRAYS = [h5t.py_create(np.dtype(name).newbyteorder(order)) for name in sorted(NATIVE) for order in ("<", ">")]
@@ -75,7 +75,10 @@ class _Reader:
 
     def _key(self, raw: bytes, name: str) -> str:
         try:
-            return check_key(raw.decode(), name)
+            key = unescaped(check_key(raw.decode(), name))
+            if b"/" in raw:
+                raise ValueError("'/' is written %2F")
+            return key
         except ValueError as error:
             raise self._refused(name, f"holds the name {raw!r}", "expected a key of a tree") from error
 
@@ -148,9 +151,10 @@ class _Reader:
                     value = text.loads(value)
                 except ValueError as error:
                     raise self._refused(f"{name}@{stored_name}", f"is malformed ({error})", "expected JSON") from error
-            if key in tree:
+            own = self._key(key.encode("utf-8", "surrogateescape"), name)
+            if own in tree:
                 raise self._refused(f"{name}@{stored_name}", "gives a key a second value", "expected one")
-            tree[self._key(key.encode("utf-8", "surrogateescape"), name)] = value
+            tree[own] = value
         return tree
 
     def _read_attribute(self, owner: Any, key: str, name: str) -> Any:

@@ -11,7 +11,7 @@ import torch
 
 from mpips.checkpoint import text
 from mpips.checkpoint.latch import LatchingFile
-from mpips.checkpoint.layout import DEEPEST, JSON, MARKS, Array, Tree, check_key, is_text, pack
+from mpips.checkpoint.layout import DEEPEST, JSON, MARKS, Array, Tree, check_key, escaped, is_text, pack
 
 # What every HDF5 since 1.10 can read. The newer object headers carry a checksum and attributes above 64 KiB.
 _LIBVER = ("v110", "v110")
@@ -38,13 +38,13 @@ class _Writer:
         if depth == 0:
             raise ValueError(f"{group.name[:80]}..: more than {DEEPEST} dicts within dicts; does one contain itself?")
         for key, value in tree.items():
-            check_key(key, group.name)
+            name = escaped(check_key(key, group.name))
             if isinstance(value, dict):
-                self.write_group(group.create_group(key, track_order=True), value, depth - 1)
+                self.write_group(group.create_group(name, track_order=True), value, depth - 1)
             elif isinstance(value, (torch.Tensor, np.ndarray)):
-                self._write_array(group, key, value)
+                self._write_array(group, name, value)
             else:
-                _set_attributes(group, {key: value})
+                _set_attributes(group, {name: value})
 
     def _write_array(self, group: h5py.Group, key: str, leaf: "torch.Tensor | Array") -> None:
         self._file.raise_latched()  # a full disk ends the work here, not after the last tensor

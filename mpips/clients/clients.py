@@ -8,11 +8,12 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from mpips.clients import partition
 from mpips.clients.draw import counted, seed_of
-from mpips.data import Place, Shard, as_dataset, is_map
+from mpips.data import as_dataset, is_map
+from mpips.data.source import is_tensors, rows
 
 Numbers = Sequence[int] | np.ndarray | torch.Tensor
 
@@ -181,8 +182,17 @@ def _local(data: Any, seeds: list[int], size: int, shuffle: bool, drop_last: boo
     if not size:
         return
     for epoch, seed in enumerate(seeds, 1):
-        for batch, count, last in Shard(data, size, shuffle, drop_last, 0, 1, seed).batches(Place()):
-            yield batch, count, last and epoch == len(seeds)
+        own = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(data), generator=own).tolist() if shuffle else list(range(len(data)))
+        batches = [order[at : at + size] for at in range(0, len(order) - (size - 1) * drop_last, size)]
+        fetched = (rows(data, items) for items in batches) if is_tensors(data) else _collated(data, batches, seed)
+        for number, (items, batch) in enumerate(zip(batches, fetched, strict=True), 1):
+            yield batch, len(items), epoch == len(seeds) and number == len(batches)
+
+
+def _collated(data: Any, batches: list[list[int]], seed: int) -> DataLoader[Any]:
+    own = torch.Generator().manual_seed(seed)  # else each new iterator would draw from the script's stream
+    return DataLoader(data, batch_sampler=batches, generator=own)
 
 
 def _map_style(data: Any, whose: str = "") -> Any:

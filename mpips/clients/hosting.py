@@ -78,7 +78,7 @@ class Hosting:
             self.clients = data if isinstance(data, Clients) else Clients.split(data, update.workers, update.config.seed)
 
     def batches(self, place: Place) -> Iterator[tuple[Any, int, bool]]:
-        """As `Shard.batches`; no items are counted, as no checkpoint lies inside a round.
+        """As `Share.batches`; no items are counted, as no checkpoint lies inside a round.
 
         Raises:
             ConfigError: there are too few clients for the rule.

@@ -21,7 +21,7 @@ TAKEN = (  # names that a metric cannot have: other columns of the messages and 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every setting of a run. `--help` of any script that connects lists them."""
+    """Every setting of a run; `mpips.add_arguments` lists them among a script's own flags."""
 
     mode: str = field(default="sync", metadata={"help": "how workers and server take turns: sync, async, local_sgd ..."})
     backup_workers: int = field(default=0, metadata={"help": "sync: do not wait for the last so many; late ones are left out"})
@@ -46,9 +46,8 @@ class Config:
     loss_scale: float | None = field(
         default=None, metadata={"help": "fp16: the first loss scale; it is then halved and doubled as needed"}
     )
-    schedule: Literal["epoch", "round"] = field(default="epoch", metadata={"help": "when the LR scheduler steps"})
     metrics: tuple[str, ...] = field(default=(), metadata={"help": "names of the extra metrics given to step()"})
-    seed: int = field(default=0, metadata={"help": "order of the data; the random streams are the script's own"})
+    seed: int = field(default=0, metadata={"help": "which clients train in a round, and their orders"})
     bucket_mb: float = field(default=16.0, metadata={"help": "largest single message, in MB (10^6 bytes)"})
     shared_memory: bool = field(default=True, metadata={"help": "ranks of a node share weights and gradients in memory"})
     ranks_per_node: int = field(
@@ -93,7 +92,6 @@ class Config:
         return yaml.safe_dump(tree, sort_keys=False)
 
 
-# flags that begin so are ours
 GROUPS = tuple(f.name for f in dataclasses.fields(Config) if f.default_factory is not dataclasses.MISSING)
 
 

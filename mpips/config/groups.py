@@ -30,6 +30,7 @@ class Stopping:
     patience: int = field(default=0, metadata={"help": "stop after so many validations without a gain; 0: never"})
     min_gain: float = field(default=0.0, metadata={"help": "a smaller gain over the best value does not count"})
     target: float | None = field(default=None, metadata={"help": "stop once the value is at least this good"})
+    monitor: str | None = field(default=None, metadata={"help": "the name of the value that decides; the first validated"})
     goal: Literal["max", "min"] = field(default="max", metadata={"help": "whether a larger or a smaller value is better"})
 
     def __post_init__(self) -> None:

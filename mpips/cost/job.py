@@ -12,6 +12,7 @@ import torch
 from mpips.exchange.room import Contents
 from mpips.exchange.sharded import length
 from mpips.flat import ALIGNMENT, Slot, lay_out
+from mpips.hyper import LIMBS
 from mpips.message.words import COLUMNS, CONTROL_BYTES
 from mpips.plan import SMALL, buckets
 from mpips.slices import SETTINGS
@@ -48,6 +49,7 @@ class Job:
         plan, wire: as in the configuration.
         bucket: bytes that a node sends at a time.
         state: floats that the optimizer keeps of each parameter.
+        numbers: its hyperparameters, of all groups together; Adam has 11 in one.
     """
 
     nodes: int
@@ -58,6 +60,7 @@ class Job:
     wire: Literal["full", "bfloat16"] = "full"
     bucket: int = 16_000_000
     state: float = 2
+    numbers: int = 11
 
     @classmethod
     def of(cls, nodes: int, ranks: int, size: float, **others: object) -> Job:
@@ -113,7 +116,7 @@ class Job:
         """What `mpips.slices.settle` asks of a room, for a model without buffers and a run without further metrics."""
         weights = self.numel * MODEL.itemsize
         return Contents(
-            numel=self.numel + len(self.slots) + self.size * len(COLUMNS),
+            numel=self.numel + len(self.slots) + self.size * (len(COLUMNS) + LIMBS * self.numbers),
             dtype=MODEL,
             tail=self.numel,
             pull=CONTROL_BYTES + -(-weights // ALIGNMENT) * ALIGNMENT,
@@ -133,6 +136,6 @@ class Job:
 
     @property
     def tail(self) -> int:
-        """The bytes of a push message's tail: a row for each rank."""
+        """The bytes of a push message's tail: a row for each rank, and what its optimizer's numbers are."""
         contents = self.contents
         return (contents.numel - contents.tail) * MODEL.itemsize

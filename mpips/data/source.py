@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
-
-
-def samples_in(batch: Any) -> int:
-    """The length of the first tensor in a batch; 1 if there is none to tell."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else 1
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    return next((samples_in(part) for part in parts if isinstance(part, (Tensor, Mapping, tuple, list))), 1)
 
 
 def as_dataset(data: Any) -> Any:

@@ -137,6 +137,9 @@ class Exchange(Protocol):
     def clock(self) -> float:
         """Seconds since some moment; virtual ones where the time is simulated."""
 
+    def finalize(self) -> None:
+        """Nothing more is said: let go of MPI. All ranks have waited for each other."""
+
     def abort(self, status: int) -> None:
         """End every rank now, with this exit status."""
 

@@ -282,6 +282,10 @@ class MpiExchange:
         """See `Exchange`."""
         return time.perf_counter()
 
+    def finalize(self) -> None:
+        """See `Exchange`."""
+        self._mpi.Finalize()
+
     def abort(self, status: int) -> None:
         """See `Exchange`."""
         sys.stdout.flush()

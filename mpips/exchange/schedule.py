@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+import torch
+
 from mpips import rng
 from mpips.exchange import ExchangeError
 
@@ -44,13 +46,18 @@ class Schedule(Generic[E]):
         self._turn, self._back = [_closed() for _ in ends], _closed()
         self._threaded = False
         self._threads: dict[int, threading.Thread] = {}
+        self._leaving: dict[int, list[Callable[[], None]]] = {}  # what ranks do when their program has ended
 
     def kill(self, rank: int, call: int) -> None:
         """Let `rank` die when it makes its call number `call` (from 0); to take an answer is a call, too."""
         self._kill[rank] = call
 
+    def at_end(self, rank: int, leave: Callable[[], None]) -> None:
+        """Call `leave` when the program of `rank` has ended, as `atexit` does."""
+        self._leaving.setdefault(rank, []).append(leave)
+
     def run(self, program: Callable[[E], T]) -> list[T]:
-        """Run `program` on every rank and return what each returns, by rank.
+        """Run `program` on every rank and return what each returns, by rank; one that ends by SystemExit(0) returns nothing.
 
         Raises:
             The first exception that a rank raised; the others are then ended with an ExchangeError.
@@ -60,8 +67,14 @@ class Schedule(Generic[E]):
 
         def body(rank: int) -> None:
             self._turn[rank].acquire()
+            torch.get_num_threads()  # a thread has torch.set_num_threads' number only once something has asked for it
             try:
                 results[rank] = program(self.ends[rank])
+                for leave in self._leaving.pop(rank, []):
+                    leave()
+            except SystemExit as end:
+                if end.code:
+                    errors.append(end)
             except BaseException as error:
                 errors.append(error)
             self._alive.discard(rank)
@@ -76,7 +89,7 @@ class Schedule(Generic[E]):
         self._threaded = False
         if errors:
             raise errors[0]
-        return [results[rank] for rank in range(len(self.ends))]
+        return [results[rank] for rank in sorted(results)]
 
     def _take_turns(self) -> None:
         """Let one rank after the other run, each until its next call, with its own random streams."""

@@ -282,6 +282,13 @@ class SimulatedExchange:
         """See `Exchange`."""
         return self.world.real_clock() if self.world.real_clock else self.world.time[self.rank]
 
+    def at_end(self, leave: Callable[[], None]) -> None:
+        """Call `leave` when this rank's program has ended."""
+        self.world.at_end(self.rank, leave)
+
+    def finalize(self) -> None:
+        """See `Exchange`."""
+
     def abort(self, status: int) -> None:
         """See `Exchange`."""
         raise SystemExit(status)

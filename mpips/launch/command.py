@@ -42,6 +42,7 @@ class Plan:
 
     command: tuple[str, ...]
     variables: Mapping[str, str]
+    ranks: int = 0
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -70,7 +71,7 @@ def plan(
         if mpiexec.family == "Open MPI":  # it hands only its own variables to ranks on other nodes
             mpi_args = ("-x", SET, *mpi_args)
     command = (mpiexec.path, "-n", str(size), *mpi_args, sys.executable, *script)
-    return Plan(command, chosen, _crowded(size, here))
+    return Plan(command, chosen, size, _crowded(size, here))
 
 
 def _variables(mpiexec: Mpiexec, size: int, nodes: int | None) -> dict[str, str]:

@@ -25,7 +25,8 @@ from mpips.launch.watch import Failure, Stderr, Watch, first_failure
 from mpips.screen import Progress, View
 
 TICK = 0.1  # seconds between two looks at the run
-AFTER_DONE = 10.0  # seconds that mpiexec may take to end once DONE is written; Open MPI sometimes never does (ULFM)
+AFTER_DONE = 10.0  # seconds that mpiexec may take to end once all programs have; Open MPI sometimes never does (ULFM)
+DIED = 128  # statuses from here on are signals
 AFTER_EXIT = 1.0  # seconds to wait for the last output once mpiexec has ended
 GRACE = {signal.SIGINT: 10.0, signal.SIGTERM: 30.0, signal.SIGHUP: 30.0}  # seconds for a checkpoint before all is ended
 FORWARDED = (*GRACE, signal.SIGUSR1)
@@ -128,13 +129,13 @@ def run(plan: Plan, view: View, *, timeout: float | None = None) -> Outcome:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mpips-") as name:
         folder = Path(name)
-        watch, progress, stderr = Watch(folder), Progress(), Stderr()
+        watch, progress, stderr = Watch(folder, plan.ranks), Progress(), Stderr()
         with kept(folder), started(plan, folder, timeout) as job:
             follow(job, watch, view, progress, stderr)
         reports = watch.failures(until=job.ended_at)
         failure = first_failure(reports, stderr)
         status = exit_status(job, run_dir=watch.run_dir(), done=watch.done(), failed=bool(reports))
-        if status == 1:
+        if status not in (0, PREEMPTED):
             explain(view, job, watch.run_dir(), failure)
         if status == 0 and watch.run_dir():
             view.tell(f"run folder {watch.run_dir()}")
@@ -148,7 +149,7 @@ def run(plan: Plan, view: View, *, timeout: float | None = None) -> Outcome:
         run_dir=str(run_dir) if run_dir else None,
         seconds=round(time.monotonic() - began, 3),
         **progress.result(),
-        failed_rank=failure.rank if status == 1 else None,
+        failed_rank=failure.rank if status not in (0, PREEMPTED) else None,
         command=plan.command,
     )
 
@@ -195,7 +196,7 @@ def follow(job: Job, watch: Watch, view: View, progress: Progress, stderr: Stder
         job.forward(view)
         take(watch, view, progress)
         view.show(progress)
-        job.mind(watch.done())
+        job.mind(watch.done() and watch.left() >= watch.ranks)
     take(watch, view, progress)
     view.close(progress)
 
@@ -209,10 +210,17 @@ def take(watch: Watch, view: View, progress: Progress) -> None:
 
 
 def exit_status(job: Job, *, run_dir: Path | None, done: bool, failed: bool) -> int:
-    """0, 1 or 75. DONE decides: mpiexec's status may lie both ways once ranks have died."""
+    """0, 1, 75, or the status that the script has ended with after its run.
+
+    Args:
+        run_dir: the run folder, if there is one.
+        done: whether DONE is written: the run is complete, though mpiexec's status may lie once MPI's finalisation has failed.
+        failed: whether a rank has reported a failure.
+    """
     code = job.process.returncode
     if done:
-        return 0
+        own = 0 < code < DIED and not failed and not job.ended_by  # MPI's finalisation, after it, dies or hangs
+        return code if own else 0
     if code == PREEMPTED and not failed:
         return PREEMPTED
     return 0 if code == 0 and run_dir is None and not failed and not job.ended_by else 1

@@ -85,8 +85,8 @@ class Stderr:
 class Watch:
     """What rank 0 and the failing ranks leave in the launcher's folder and in the run folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, ranks: int) -> None:
+        self.folder, self.ranks = folder, ranks
         self.since = time.time() - CLOCKS
         self.tail: Tail | None = None
 
@@ -110,6 +110,10 @@ class Watch:
         with suppress(OSError):
             return bool(folder) and (Path(str(folder)) / "DONE").stat().st_mtime >= self.since
         return False
+
+    def left(self) -> int:
+        """How many ranks have come to the end of their program; only MPI's own finalisation is still before them."""
+        return len(list(self.folder.glob("left_*")))
 
     def failures(self, until: float) -> list[dict[str, object]]:
         """The ranks' own failure reports of up to that moment, first failure first."""

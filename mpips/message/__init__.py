@@ -1,6 +1,6 @@
 """The two messages of a round, each one tensor that is allocated once: Push to the server, Pull back.
 
-    Push  float32 or float64   | gradients | float buffers | second || integer buffers | presence | one row per rank |
+    Push  float32 or float64   | gradients | float buffers | second || integer buffers | presence | numbers, rows |
     Pull  bytes                | control   | weights (the model's dtype)     | second | buffers                        |
 
 Modes with local steps push the new weights, or their change, in the gradients' place. `second` is a further vector of that
@@ -13,13 +13,20 @@ With `local.fragments` a round is about some of the parameters: theirs of the gr
 
 from mpips.message.pull import Pull
 from mpips.message.push import LIMBS, Allocate, Contribution, Fragment, Heard, Push, wire_dtype
-from mpips.message.replica import NonFiniteError, Replica, replicate
+from mpips.message.replica import CallError, NonFiniteError, Replica, replicate
 from mpips.message.words import (
+    ADOPT,
     BAD,
+    BEGUN,
+    CALL,
     COLUMNS,
     CONTROL_BYTES,
+    DIGEST,
     DONE,
+    DRAWN,
+    EPOCHS,
     LOSS,
+    OVERFLOW,
     ROUND,
     ROUNDS,
     SAMPLES,
@@ -27,18 +34,27 @@ from mpips.message.words import (
     STEPS,
     STOP,
     WEIGHT,
+    WHICH,
+    Call,
     Control,
     Row,
     Stop,
 )
 
 __all__ = [
+    "ADOPT",
     "BAD",
+    "BEGUN",
+    "CALL",
     "COLUMNS",
     "CONTROL_BYTES",
+    "DIGEST",
     "DONE",
+    "DRAWN",
+    "EPOCHS",
     "LIMBS",
     "LOSS",
+    "OVERFLOW",
     "ROUND",
     "ROUNDS",
     "SAMPLES",
@@ -46,7 +62,10 @@ __all__ = [
     "STEPS",
     "STOP",
     "WEIGHT",
+    "WHICH",
     "Allocate",
+    "Call",
+    "CallError",
     "Contribution",
     "Control",
     "Fragment",

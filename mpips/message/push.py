@@ -49,6 +49,7 @@ class Push:
         behind: the message but for the gradients.
         gradients, floats, limbs, presence: views of its parts.
         second: a further view of the gradients' length; None where the mode has none.
+        hyper: `(size, width)` view, each rank's optimizer's numbers in limbs, see `mpips.hyper`.
         rows: `(size, columns)` view, one row per rank.
         heard: where the sum of the tails arrives: `limbs`, `presence` and `rows`; the message itself, unless others read it.
         shared: whether others read it where it is: of weight 0, its gradients may be anything.
@@ -58,16 +59,25 @@ class Push:
     """
 
     def __init__(
-        self, flat: Flat, buffers: Buffers, size: int, metrics: Sequence[str], allocate: Allocate, vectors: int = 1
+        self,
+        flat: Flat,
+        buffers: Buffers,
+        size: int,
+        metrics: Sequence[str],
+        allocate: Allocate,
+        vectors: int = 1,
+        numbers: int = 0,
     ) -> None:
         dtype = wire_dtype(flat.dtype)
         self.columns = COLUMNS + tuple(metrics)
+        self.ranks = size
         lengths = [
             flat.numel,
             buffers.float_numel,
             (vectors - 1) * flat.numel,
             LIMBS * buffers.integer_numel,
             len(flat.slots),
+            size * LIMBS * numbers,
             size * len(self.columns),
         ]
         self.span = slice(0, flat.numel)
@@ -77,9 +87,9 @@ class Push:
 
     def _lay_out(self, room: Tensor, lengths: list[int]) -> None:
         self.lengths, self.message = lengths, room[: sum(lengths)]
-        self.gradients, self.floats, second, self.limbs, self.presence, rows = torch.split(self.message, lengths)
+        self.gradients, self.floats, second, self.limbs, self.presence, hyper, rows = torch.split(self.message, lengths)
         self.second = second if lengths[2] else None
-        self.rows = rows.view(-1, len(self.columns))
+        self.rows, self.hyper = rows.view(-1, len(self.columns)), hyper.view(self.ranks, -1)
         self.tail_at = sum(lengths[:3])
         self.behind = self.message[lengths[0] :]
         self._numbers = None if room.is_cuda else self.rows.numpy()  # to write a few numbers at less cost
@@ -89,7 +99,7 @@ class Push:
     def move(self, room: Tensor, raw: bool) -> None:
         """From now on the message lies in `room`, where other ranks see it."""
         self._lay_out(room, self.lengths)
-        self.heard = Heard(torch.zeros_like(room[self.tail_at :]), self.lengths[3:], len(self.columns))
+        self.heard = Heard(torch.zeros_like(room[self.tail_at :]), self.lengths[3:], self.ranks, len(self.columns))
         self.shared, self.raw = True, raw
 
     def forget(self) -> None:
@@ -153,6 +163,14 @@ class Push:
         else:
             self._numbers[place] = values
 
+    def write_hyper(self, rank: int, limbs: Any) -> None:
+        """Say this rank's optimizer's numbers, an array of `mpips.hyper.encode`."""
+        own = self.hyper[rank if self.ranks > 1 else 0]
+        if own.is_cuda:
+            own.copy_(torch.from_numpy(limbs))
+        else:
+            own.numpy()[:] = limbs
+
     def write_presence(self, present: Sequence[bool]) -> None:
         """Say which parameters have a gradient."""
         if self._around is not None:
@@ -166,13 +184,13 @@ class Heard:
 
     Attributes:
         message: all of it.
-        limbs, presence, rows: as in `Push`.
+        limbs, presence, hyper, rows: as in `Push`.
     """
 
-    def __init__(self, message: Tensor, lengths: list[int], columns: int) -> None:
+    def __init__(self, message: Tensor, lengths: list[int], ranks: int, columns: int) -> None:
         self.message = message
-        self.limbs, self.presence, rows = torch.split(message, lengths)
-        self.rows = rows.view(-1, columns)
+        self.limbs, self.presence, hyper, rows = torch.split(message, lengths)
+        self.rows, self.hyper = rows.view(-1, columns), hyper.view(ranks, -1)
         self._numbers = None if rows.is_cuda else self.rows.numpy()
         self._present = None if rows.is_cuda else self.presence.numpy()
 
@@ -201,6 +219,7 @@ class Fragment(Push):
 
     def __init__(self, whole: Push, slots: slice, span: slice, room: Tensor) -> None:
         self.whole, self.slots, self.span, self.columns = whole, slots, span, whole.columns
+        self.ranks = whole.ranks
         self.clients, self.shared, self.raw = whole.clients, False, False
         self._lay_out(room, [span.stop - span.start, *whole.lengths[1:]])
 

@@ -15,6 +15,10 @@ from mpips.message.push import Allocate, Fragment, Push, wire_dtype
 from mpips.message.words import Control
 
 
+class CallError(RuntimeError):
+    """Workers that do not make the same calls, or do not say the same: names the calls, the workers and their ranks."""
+
+
 class NonFiniteError(RuntimeError):
     """An update that holds a NaN or Inf: names the rank, the tensor and the round."""
 
@@ -35,10 +39,17 @@ class Replica:
     """
 
     def __init__(
-        self, flat: Flat, buffers: Buffers, size: int, metrics: Sequence[str], allocate: Allocate, vectors: int = 1
+        self,
+        flat: Flat,
+        buffers: Buffers,
+        size: int,
+        metrics: Sequence[str],
+        allocate: Allocate,
+        vectors: int = 1,
+        numbers: int = 0,
     ) -> None:
         self.flat, self.buffers = flat, buffers
-        self.push = Push(flat, buffers, size, metrics, allocate, vectors)
+        self.push = Push(flat, buffers, size, metrics, allocate, vectors, numbers)
         self.fragments = [self.push]
         self.pull = Pull(flat, buffers, allocate, vectors)
         flat.attach_weights(self.pull.weights)
@@ -131,11 +142,11 @@ class Replica:
             )
 
 
-def replicate(model: nn.Module, config: Config, size: int, allocate: Allocate, vectors: int = 1) -> Replica:
-    """Lay `model` out flat, in messages with `size` rows and `vectors` of the weights' length."""
+def replicate(model: nn.Module, config: Config, size: int, allocate: Allocate, vectors: int = 1, numbers: int = 0) -> Replica:
+    """Lay `model` out flat, in messages with `size` rows, `vectors` of the weights' length and `numbers` of an optimizer."""
     flat = Flat(model, hold=False)
     buffers = Buffers(flat.model, config.buffers, wire_dtype(flat.dtype))
-    replica = Replica(flat, buffers, size, config.metrics, allocate, vectors)
+    replica = Replica(flat, buffers, size, config.metrics, allocate, vectors, numbers)
     if config.local.fragments > 1:
         replica.cut(config.local.fragments, allocate)
     buffers.store(replica.pull.buffers)

@@ -27,6 +27,14 @@ class Row:
         steps: local steps behind the contribution, times its weight.
         tickets: dealt batches that are used up with this step.
         want: what the answer to this request is to bring, see `parameter_server/request.py`.
+        call: the `Call` that this worker waits in; 0 while it steps.
+        begun: loops over data that this worker has begun.
+        digest: of the data that all workers must have alike, 24 bits; 0 when there is nothing to compare.
+        drawn: batches drawn in the loop in progress.
+        epochs: how many epochs the script's loop has; 0 when it has not said.
+        which: the number of the optimizer that steps, of several.
+        adopt: 1 when the contribution is new weights, to be taken as they are.
+        overflow: 1 when the script's GradScaler has found an Inf or NaN: no rank is to step.
     """
 
     samples: float = 0
@@ -42,10 +50,48 @@ class Row:
     steps: float = 0
     tickets: float = 0
     want: float = 0
+    call: float = 0
+    begun: float = 0
+    digest: float = 0
+    drawn: float = 0
+    epochs: float = 0
+    which: float = 0
+    adopt: float = 0
+    overflow: float = 0
 
 
 COLUMNS = tuple(vars(Row()))
-SAMPLES, WEIGHT, LOSS, BAD, DONE, STOP, SIGNAL, ROUND, TRAIN, WAIT, STEPS, TICKETS, WANT = range(len(COLUMNS))  # their places
+SAMPLES, WEIGHT, LOSS, BAD, DONE, STOP, SIGNAL, ROUND, TRAIN, WAIT, STEPS, TICKETS, WANT = range(13)  # their places
+CALL, BEGUN, DIGEST, DRAWN, EPOCHS, WHICH, ADOPT, OVERFLOW = range(13, len(COLUMNS))
+
+
+class Call(IntEnum):
+    """What a worker waits in, until all workers do."""
+
+    NONE = 0
+    LOOP = 1  # the end of a loop over data
+    VALIDATE = 2
+    SAVE = 3
+    EPOCH = 4  # the end of an epoch of `ps.epochs`
+    FINISH = 5  # the end of the last one
+    LEAVE = 6  # the end of the script
+    STATE = 7  # the optimizer's state, for whoever asks: the others need not wait for it
+    AVERAGE = 8  # the gradient of all workers, without a step
+
+    @property
+    def text(self) -> str:
+        """As the script wrote it."""
+        return {
+            Call.NONE: "a step",
+            Call.LOOP: "the end of a loop over its shard",
+            Call.VALIDATE: "ps.validate()",
+            Call.SAVE: "ps.save()",
+            Call.EPOCH: "the end of an epoch of ps.epochs()",
+            Call.FINISH: "the end of ps.epochs()",
+            Call.LEAVE: "the end of its script",
+            Call.STATE: "optimizer.state_dict()",
+            Call.AVERAGE: "ps.average() or the clipping of gradients",
+        }[self]
 
 
 class Stop(IntEnum):
@@ -75,7 +121,9 @@ class Control:
         loss: mean loss over the round's samples.
         culprit: the rank whose update is not finite and ends the run, else -1.
         slot: the index of its first such tensor.
-        value: the last validation's value.
+        call: the `Call` that all workers have made, and that is answered now.
+        fault: 1 when the server has to say why no rank can go on, to all ranks at once.
+        skipped: 1 when no step was taken in this round, because a GradScaler has found an Inf or NaN.
         ticket: the batch dealt to this worker; -1 when there is none left.
         again: 1 when this worker is to ask again, having given its state for the checkpoint.
     """
@@ -90,7 +138,9 @@ class Control:
     loss: float = 0
     culprit: float = -1
     slot: float = 0
-    value: float = float("nan")
+    call: float = 0
+    fault: float = 0
+    skipped: float = 0
     ticket: float = -1
     again: float = 0
 

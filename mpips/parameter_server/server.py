@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpips.config import ConfigError
-from mpips.message import ROUNDS, Control, Stop
+from mpips.message import ROUNDS, Call, Control, Stop
 from mpips.parameter_server.dealing import Dealing
 from mpips.parameter_server.intake import Intake
 from mpips.parameter_server.request import BATCH, WEIGHTS
@@ -85,6 +85,13 @@ class ParameterServer(Service):
 
     start_server = run
 
+    def serve(self) -> None:
+        """Serve until every worker has left: loop after loop, and between them what all workers call for."""
+        while True:
+            self.run()
+            if self.control.stop == Stop.PREEMPTED or (self.control.call and self.take_part()):
+                return
+
     def _serve(self) -> None:
         push = self.replica.push
         with self._turn:
@@ -92,6 +99,8 @@ class ParameterServer(Service):
                 rank, whole = self.exchange.receive(push.message, push.tail_at)
                 self.action_listener(rank, whole)
         self._end_loop()
+        if self.fault:
+            self.complain()
         self.replica.check_finite(self.control)
 
     def stop(self) -> int:
@@ -121,7 +130,7 @@ class ParameterServer(Service):
         """Only note the wish to end the run for all ranks."""
         self.stop_asked = True
 
-    def validate(self, measure: Callable[..., Any], name: str = "value") -> float:
+    def validate(self, measure: Callable[..., Any], name: str = "validation") -> float:
         """See `Service`."""
         with self._turn:
             return super().validate(measure, name)
@@ -154,6 +163,7 @@ class ParameterServer(Service):
         if row["done"] or row["stop"] >= 2:
             self.dealing.give_back(rank)
         if whole:
+            self.follow([[*row.values()]], self.replica.push.hyper, [0] if row["weight"] > 0 else [])
             self.update_parameters(rank, row)
         self._obey({rank: row})
         self._answer()
@@ -197,13 +207,15 @@ class ParameterServer(Service):
 
     @property
     def _ending(self) -> bool:
-        return bool(self.control.stop or not self.control.active or self.control.culprit >= 0)
+        return bool(self.control.stop or not self.control.active or self.control.culprit >= 0 or self.fault)
 
     def _answer(self) -> None:
         """Answer every rank that waits and may go on; write a checkpoint when all have been told to."""
         while True:
             training = self.roll.training
             self.control.active = len(training)
+            self.control.call = self._called(training)
+            self.control.fault = bool(self.fault)
             self.intake.step_if_enough(training)
             self._conclude()
             going = [rank for rank in sorted(self.roll.held) if self._may_go(rank)]
@@ -212,6 +224,13 @@ class ParameterServer(Service):
                 self.get_parameters(rank)
             if not self._saved():
                 return
+
+    def _called(self, training: set[int]) -> Call:
+        """What all workers wait in, if they all do."""
+        rows = {rank: self.roll.row(rank) for rank in sorted(self.roll.present)}
+        if training or not rows or not all("call" in row for row in rows.values()):
+            return Call.NONE
+        return self.agree_on_call(rows)
 
     def _conclude(self) -> None:
         """The loop ends and ranks have left it: they can take part in nothing further, so that the run ends, too."""
@@ -271,8 +290,7 @@ class ParameterServer(Service):
     def _end_loop(self) -> None:
         self.roll.end_loop(level=not self.control.stop)
         self.replica.buffers.load(self.replica.pull.buffers)
-        self.place.over = not self.control.stop
-        self.dealing.end_loop(self.place.over)
+        self.dealing.end_loop(over=not self.control.stop)
 
     def summary(self) -> dict[str, Any]:
         """The staleness of all contributions; see `Service`."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpips import hyper
 from mpips.combine import prepare
 from mpips.config import Config
 from mpips.exchange import Exchange
@@ -25,6 +26,7 @@ from mpips.rule import Rule
 from mpips.slices.kernel import Terms, add_up, divide, is_finite
 
 TAKE, FACTOR, SCALE, SETTINGS = range(4)  # of the verdict
+ADOPT = 2.0  # as TAKE: not a step, but the weights themselves
 
 
 class Slices:
@@ -72,7 +74,7 @@ class Slices:
         self._active: slice | None = None  # what of the body a round is about, if that is not all of it
         self._faulty = False
         self.faults = torch.full((room.contents.lines,), math.inf, dtype=torch.float64)
-        own = optimizer.settings() if isinstance(optimizer, Pieces) else []
+        own = hyper.read(optimizer.torch) if isinstance(optimizer, Pieces) else []
         self._verdict = torch.zeros(SETTINGS + len(own), dtype=torch.float64)
 
     @property
@@ -237,6 +239,14 @@ class Slices:
             self._tell(1.0, scale, factor)
         self._optimizer.step(present, factor, scale)
 
+    def adopt(self) -> None:
+        """At the server: take what is combined for the new weights, and have the others do so."""
+        self._moved = True
+        assert self._optimizer
+        if isinstance(self._optimizer, Pieces):
+            self._tell(ADOPT, 1.0)
+        self._optimizer.adopt()
+
     def skip(self) -> None:
         """At the server: no step is taken in this round."""
         if isinstance(self._optimizer, Pieces):
@@ -244,7 +254,7 @@ class Slices:
 
     def _tell(self, take: float, scale: float, factor: float = 1.0) -> None:
         assert isinstance(self._optimizer, Pieces)
-        self._verdict.copy_(torch.tensor([take, factor, scale, *self._optimizer.settings()], dtype=torch.float64))
+        self._verdict.copy_(torch.tensor([take, factor, scale, *hyper.read(self._optimizer.torch)], dtype=torch.float64))
         self.room.verdict(self._verdict)
 
     def follow(self) -> None:
@@ -255,12 +265,16 @@ class Slices:
         self.room.verdict(self._verdict)
         if not self._verdict[TAKE]:
             return
+        if self._verdict[TAKE] == ADOPT:
+            self._optimizer.adopt()
+            self._moved = True
+            return
         present = self._push.heard.present()
         if self._clip is not None:
             self.room.report(self._measure(present), "sum")
             self.room.verdict(self._verdict)
-        _, factor, scale, *settings = self._verdict.tolist()
-        self._optimizer.set(settings)
+        _, factor, scale, *numbers = self._verdict.tolist()
+        hyper.write(self._optimizer.torch, numbers)
         self._optimizer.step(present, factor, scale)
         self._moved = True
 
@@ -307,11 +321,6 @@ class Slices:
         """The script's optimizer."""
         assert self._optimizer
         return self._optimizer.torch
-
-    def schedule(self, value: float | None = None) -> None:
-        """See `FlatOptimizer`."""
-        assert self._optimizer
-        self._optimizer.schedule(value)
 
     def own(self) -> dict[str, Any]:
         """The optimizer's state on this rank, for the server's checkpoint."""

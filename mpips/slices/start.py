@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
+from mpips import hyper
 from mpips.config import Config
 from mpips.exchange import Exchange
 from mpips.exchange.room import Contents, Room
@@ -51,7 +52,7 @@ def settle(
     cut = _agreed(exchange, replica, type(rule) in (Mean, NormClip) and _shareable(replica, apart), optimizer)
     if cut is None:
         return None
-    settings = len(Pieces.settings_of(optimizer.torch)) if cut and optimizer else 0
+    settings = len(hyper.read(optimizer.torch)) if cut and optimizer else 0
     contents = _contents(exchange.size, replica, config, cut, SETTINGS + settings)
     room = exchange.room(contents)
     if room is None:

@@ -66,6 +66,7 @@ class Client(Worker):
 
     def step(self, loss: float, samples: float, metrics: Sequence[float] = (), taken: int = 0) -> Control:
         """See `Worker`."""
+        self.pay()
         if self._control.stop:
             self.replica.flat.clear()
             return self._control
@@ -74,6 +75,7 @@ class Client(Worker):
 
     def push(self, loss: float, samples: float, metrics: Sequence[float] = (), taken: int = 0) -> None:
         """See `Worker`; `pull` takes the answer. Without `overlap` nothing may be computed before that."""
+        self.pay()
         if self._control.stop:
             self.replica.flat.clear()
             return
@@ -97,6 +99,7 @@ class Client(Worker):
         Args:
             weights: False if they are not needed.
         """
+        self.pay()
         if self._waiting:  # the answer to the last push is on its way
             self._hear()
         if not self._control.stop or self.call:
@@ -106,6 +109,7 @@ class Client(Worker):
 
     def next_ticket(self) -> int | None:
         """The number of the next batch for this worker; None when the run is to stop."""
+        self.pay()
         self._draws = True
         if self._waiting and not self._granted:
             self._hear()
@@ -118,8 +122,16 @@ class Client(Worker):
         super().begin()
         self._begin_anew()
 
+    def pay(self) -> None:
+        """See `Worker`; then this worker asks again, for it may not go on before the checkpoint is written."""
+        if self._owes:
+            super().pay()
+            self._post_request(not self._elastic, busy=False)
+            self._hear()
+
     def barrier(self, call: Call) -> None:
         """See `Worker`."""
+        self.pay()
         if self._waiting:
             self._before_push(self._hear)  # the request that says it is the end is still to come
         if call != Call.LOOP or not self._control.stop:
@@ -127,6 +139,7 @@ class Client(Worker):
 
     def close(self) -> None:
         """Say good-bye: the server waits for this worker no more. What local steps have led to is pushed first."""
+        self.pay()
         if self._waiting:
             self._hear()
         if self._control.stop or self.stop == BYE:
@@ -136,6 +149,7 @@ class Client(Worker):
 
     def idle(self) -> Control:
         """See `Worker`; without anything to push it is a pull."""
+        self.pay()
         if self.update.pending and not self._control.stop:
             self._push()
             return self.pull()
@@ -190,21 +204,27 @@ class Client(Worker):
 
     def _receive(self, contributed: bool) -> None:
         if self._waiting and (not self.config.overlap or self.done):
-            self._hear()
+            self._hear(later=not (self.config.overlap or self.call))  # in a step, of which the script has not done all
         self.replica.flat.note_weights(moved=not self.update.apart)
         self._left = self.exchange.clock()
 
-    def _hear(self) -> None:
-        """Take the answer. A checkpoint is written if it says so; then this worker asks again, for it may not go on yet."""
+    def _hear(self, later: bool = False) -> None:
+        """Take the answer. A checkpoint is written if it says so; then this worker asks again, for it may not go on yet.
+
+        Args:
+            later: give its part of the checkpoint when the script has done what follows a step.
+        """
         while self._waiting:
             waiting, self._waiting = self._waiting, None
             self._take(waiting())
-            if self._control.checkpoint:
+            if self._control.checkpoint and later:
+                self._owes = True
+            elif self._control.checkpoint:
                 self.save()
             if self._control.fault:
                 raise CallError(share(self.exchange, b"").decode())
             self.replica.check_finite(self._control)
-            if self._control.again:
+            if self._control.again and not self._owes:
                 self._post_request(not self._elastic, busy=False)
         if self._beside and self._control.stop:  # what has been computed beside will be again
             self.place.taken, self.place.samples = self._sent.taken, self._sent.samples

@@ -69,14 +69,14 @@ def unpack(tree: Tree) -> Any:
     return dress(json.loads(tree["text"]))
 
 
-def schedulers(optimizer: Optimizer) -> dict[str, LRScheduler]:
-    """Torch's schedulers of this optimizer, by class; those that are parts of another are not told apart from it."""
+def schedulers(optimizer: Optimizer) -> list[LRScheduler]:
+    """Torch's schedulers of this optimizer, but for those that are parts of another."""
     holders = gc.get_referrers(optimizer)
     if attributes := [holder for holder in holders if type(holder) is dict and "_last_lr" in holder]:
         holders += gc.get_referrers(*attributes)
     found = [o for o in holders if issubclass(type(o), LRScheduler) and vars(o).get("optimizer") is optimizer]
     parts = {id(part) for o in found for part in vars(o).get("_schedulers", ())}
-    return {type(o).__name__: o for o in found if id(o) not in parts}
+    return [o for o in found if id(o) not in parts]
 
 
 class Stepping:
@@ -141,10 +141,23 @@ class Keeping:
                 group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
 
     def _schedulers(self) -> dict[str, Any]:
-        """Those of torch's that the script does not keep itself."""
-        found = [schedulers(optimizer) for optimizer in self._optimizers]
-        named = {f"{name} {which}" if which else name: o for which, own in enumerate(found) for name, o in own.items()}
-        return {name: scheduler for name, scheduler in named.items() if scheduler not in self._objects.values()}
+        """Those of torch's that the script does not keep itself, by class.
+
+        Raises:
+            TypeError: there are two of a class, which nobody could tell apart at a resume.
+        """
+        kept, named = {id(thing) for thing in self._objects.values()}, dict[str, Any]()
+        for which, optimizer in enumerate(self._optimizers):
+            for scheduler in schedulers(optimizer):
+                name = f"{type(scheduler).__name__} {which}" if which else type(scheduler).__name__
+                if id(scheduler) in kept:
+                    continue
+                if named.setdefault(name, scheduler) is not scheduler:
+                    raise TypeError(
+                        f"two {type(scheduler).__name__} of one optimizer: a resumed run could not tell them apart; keep them by "
+                        f"names, ps.keep(first=..., second=...)"
+                    )
+        return named
 
     def catch_up(self) -> bool:
         """Give torch's schedulers back what they had, once, where a resumed run goes on; whether it was done now."""

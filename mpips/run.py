@@ -443,8 +443,8 @@ class Run:
         """This worker's share of the data, batch by batch.
 
         Args:
-            data: a map-style dataset, tensors or arrays (one, or a tuple or dict of them), a list of samples, a DataLoader (which
-                then decides batch size and order), an iterable of batches, or `Clients`.
+            data: a map-style dataset, tensors or arrays (one, or a tuple or dict of them), a list of samples, a DataLoader
+                (which then decides batch size and order), an iterable of batches, or `Clients`.
             batch_size: items in a worker's batch; None for data that is in batches already.
             shuffle: draw a new order in each epoch, from torch's random stream, as a DataLoader does.
             drop_last: leave out a worker's last batch if it is not full.

@@ -282,6 +282,17 @@ def test_what_cannot_be_kept_is_refused_where_it_is_said() -> None:
         ps.keep(odd=Odd())
 
 
+def test_two_schedulers_of_a_class_are_kept_by_names_or_refused() -> None:
+    model = mlp()
+    optimizer = sgd(model.parameters())
+    both = [torch.optim.lr_scheduler.StepLR(optimizer, n, 0.5) for n in (2, 3)]
+    ps = mpips.connect(model, optimizer, exchange=World(1).ends[0], run_dir="run")
+    with pytest.raises(TypeError, match="two StepLR of one optimizer"):
+        ps.save()
+    ps.keep(first=both[0], second=both[1])
+    ps.save()
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_teacher_that_the_script_moves_is_saved_and_resumed(size: int) -> None:
     class Pair(nn.Module):

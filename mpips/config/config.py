@@ -15,6 +15,7 @@ from mpips.config.groups import Checkpointing, Clients, Local, Outer, Robust, St
 
 TAKEN = (  # names that a metric cannot have: other columns of the messages and of the report
     *("samples", "weight", "loss", "bad", "done", "stop", "signal", "round", "train", "wait", "steps", "tickets", "want"),
+    *("call", "begun", "digest", "drawn", "which", "adopt", "overflow"),
     *("epoch", "version", "lr", "time", "event", "rank", "ranks", "epochs", "samples_per_s", "self"),
 )
 

@@ -47,6 +47,7 @@ class ParameterServer(Service):
         ranks = range(self.first, self.first + self.workers)
         self.roll, self.dealing = Roll(ranks), Dealing(ranks)
         self._here = Control()  # the answer to a worker on this rank
+        self._owed = False  # a checkpoint, which that worker says when to write
         self._started = False
         self._turn = Turn()
 
@@ -145,6 +146,7 @@ class ParameterServer(Service):
         while self._here.again:
             self.roll.held.add(rank)
             self._answer()
+        self._here.checkpoint, self._owed = float(self._owed), False
         if not self.roll.open:
             self._end_loop()
         self.replica.check_finite(self._here)
@@ -269,7 +271,7 @@ class ParameterServer(Service):
         dealt = want & BATCH and not told and not ends
         control.ticket = self.dealing.deal(rank) if dealt else -1
         pull.control = control
-        whole = bool(want & WEIGHTS) and not told and row["round"] != control.version % ROUNDS
+        whole = bool(want & WEIGHTS) and row["round"] != control.version % ROUNDS
         if whole or rank == self.exchange.rank:
             self.intake.sent.remember(rank, int(control.version), pull.weights)
         if rank == self.exchange.rank:
@@ -281,8 +283,11 @@ class ParameterServer(Service):
         """Write the checkpoint that is due, if every rank has been told; whether one was written."""
         if not self.control.checkpoint or self.roll.told != self.roll.present:
             return False
-        self.replica.buffers.load(self.replica.pull.buffers)
-        self.save_model()
+        if self.worker_state is None:
+            self.replica.buffers.load(self.replica.pull.buffers)
+            self.save_model()
+        else:
+            self._owed = True
         self.control.checkpoint = 0
         self.roll.told.clear()
         return True

@@ -154,8 +154,8 @@ class Keeping:
                     continue
                 if named.setdefault(name, scheduler) is not scheduler:
                     raise TypeError(
-                        f"two {type(scheduler).__name__} of one optimizer: a resumed run could not tell them apart; keep them by "
-                        f"names, ps.keep(first=..., second=...)"
+                        f"two {type(scheduler).__name__} of one optimizer: a resumed run could not tell them apart; keep them "
+                        f"by names, ps.keep(first=..., second=...)"
                     )
         return named
 

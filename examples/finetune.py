@@ -60,7 +60,6 @@ def main() -> None:
     (low, high), (_, test) = ([(x[m], y[m] % 5) for m in (y < 5, y >= 5)] for x, y in digits())
     model = pretrained(*low)
     model.one, model.two, model.head = LoRALinear(model.one), LoRALinear(model.two), nn.Linear(256, 5)
-
     ps = mpips.connect(model, torch.optim.Adam(model.parameters(), lr=3e-3), trainable=["*.lora_*", "head.*"])
     for _ in ps.epochs(args.epochs):
         for x, y in ps.batches(high, 16):

@@ -163,6 +163,8 @@ class Keeping:
         """Give torch's schedulers back what they had, once, where a resumed run goes on; whether it was done now."""
         behind, self._behind = self._behind, False
         if behind:
+            for optimizer in self._optimizers:
+                optimizer._opt_called = True  # type: ignore[attr-defined]  # in the run that went before
             stepping = {f"{OWN}{which}": self._stepping[which] for which in self.own_state}
             for name, thing in (self._schedulers() | stepping).items():
                 if name in self._saved:

@@ -23,7 +23,6 @@ from mpips.data import Place
 from mpips.data.loader import sharded
 from mpips.environment import environment
 from mpips.exchange import SERVER, Exchange, share
-from mpips.exchange.simulated import SimulatedExchange
 from mpips.joint import Joint
 from mpips.keeping import Keeping
 from mpips.loop import Loop
@@ -85,8 +84,8 @@ def connect(
     given = one_optimizer(optimizer, model, config)
     if exchange is not None:
         run = _begin(Start(exchange, config, model, given, validate, validation_data))
-        if isinstance(exchange, SimulatedExchange):
-            exchange.at_end(run.close)
+        if callable(at_end := getattr(exchange, "at_end", None)):  # of a simulated rank
+            at_end(run.close)
         return run
     return _connect(config, model, given, validate, validation_data)
 

@@ -470,6 +470,54 @@ def test_easgd_conserves_the_sum_of_all_weights(seed: int) -> None:
     assert results[0][-2] != 2
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("mode", ["easgd", "eamsgd"])
+def test_between_loops_elastic_workers_have_the_centre(mode: str, size: int) -> None:
+    """The server's weights and statistics are measured, seen and saved; a worker goes on from its own, however often."""
+    settings: dict[str, Any] = {"mode": mode, "local": {"steps": 3}}
+
+    def program(e: Exchange, calls: int) -> list[Any]:
+        net, between = MODELS["cnn"](), []
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9 * (mode == "eamsgd"), nesterov=mode == "eamsgd")
+        ps = mpips.connect(net, optimizer, exchange=e, run_dir=f"run-{calls}", **settings)
+
+        def measure() -> float:
+            between.append(sha(net))
+            return 0.0
+
+        for _ in ps.epochs(3):
+            x, y = (part[ps.worker :: ps.workers] for part in data(96))
+            for a, b in ps.batches((x, y), 4, shard=False):
+                loss = F.cross_entropy(net(a), b)
+                loss.backward()
+                ps.step(loss)
+                inside = sha(net)
+            seen = sha(net)
+            assert seen != inside
+            for _ in range(calls):
+                ps.validate(measure)
+                ps.save()
+                assert sha(net) == seen
+            assert all(measured == seen for measured in between)
+            between.clear()
+        served = {name: value.clone() for name, value in net.state_dict().items()}
+        ps._worker.begin()
+        return [served, sha(net)]
+
+    first: list[str] = []
+    for calls in (0, 2):
+        world = World(size, seed=calls)
+        results = world.run(lambda e, calls=calls: program(e, calls))
+        newest = checkpoint.newest(Path(f"run-{calls}/checkpoints"))
+        assert newest is not None
+        tree = checkpoint.load(newest)
+        for served, _ in results:
+            assert all(torch.equal(value, (tree["parameters"] | tree["buffers"])[name]) for name, value in served.items())
+        assert len({own for _, own in results}) == max(1, size - 1)
+        first.append(results[0][1])
+    assert size > 2 or first[0] == first[1]  # of several the order of arrival is the schedule's
+
+
 # ------------------------------------------------------------------------------------------------------ resume and death
 
 
@@ -551,28 +599,33 @@ def test_interrupted_and_resumed_uses_each_batch_once(settings: dict[str, Any], 
             assert sorted(used) == list(range(64))
 
 
+@pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("mode", ["async", "dc-adaptive", "fedbuff", "easgd"])
-def test_resume_of_one_worker_is_exact(mode: str) -> None:
-    """Nothing is under way when a checkpoint is written, so that one worker goes on with the same bits."""
+def test_resume_of_one_worker_is_exact(mode: str, size: int) -> None:
+    """Nothing is under way when a checkpoint is written, and what follows a step is done, with the weights that came of it."""
     settings = {**ONE_WORKER, "easgd": {"mode": "easgd", "local": {"steps": 3}}}[mode]
 
     def run(folder: str, **more: Any) -> list[str]:
         def program(e: Exchange) -> str:
             net = MODELS["cnn"]()
+            averaged = torch.optim.swa_utils.AveragedModel(net)
             optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
             ps = mpips.connect(net, optimizer, exchange=e, run_dir=folder, **settings, **more)
+            ps.keep(averaged=averaged)
             for _ in ps.epochs(2):
                 for x, y in ps.batches(data(80), 8):
                     loss = F.cross_entropy(net(x), y)
                     loss.backward()
                     ps.step(loss)
                     scheduler.step()
-            return sha(net)
+                    averaged.update_parameters(net)
+            return sha(net) + sha(averaged)
 
-        return World(2).run(program)
+        return World(size).run(program)
 
     expected = run("whole", checkpoint={"every": 1, "keep": 99})
+    assert run("seldom") == expected
     files = sorted(Path("whole/checkpoints").glob("*.h5"))
     assert len(files) >= 5
     for file in files[:: max(1, len(files) // 6)]:

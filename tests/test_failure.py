@@ -69,10 +69,10 @@ def test_an_exception_ends_all_ranks_with_its_traceback(rank: int, mpirun: Any, 
     assert "ZeroDivisionError: on purpose" in (tmp_path / "run" / "logs" / f"rank_{rank:04d}.log").read_text()
 
 
-def test_an_exception_on_the_server_ends_all_ranks(mpirun: Any, tmp_path: Path) -> None:
+def test_an_exception_in_a_measure_ends_all_ranks(mpirun: Any, tmp_path: Path) -> None:
     body = LOOP.format(trouble="pass").replace("lambda: 1.0", "lambda: 1 / 0 if open('trouble', 'w') else 0")
     done = failing(mpirun, tmp_path, body)
-    assert "rank 0 on" in done.stderr
+    assert "rank 1 on" in done.stderr  # worker 0, which measures
     assert "ZeroDivisionError" in done.stderr
 
 
@@ -88,7 +88,7 @@ def test_sys_exit_between_loops_ends_all_ranks(mpirun: Any, tmp_path: Path) -> N
         "    ps.validate", "    if rank == 1: open('trouble', 'w').close(); sys.exit(3)\n    ps.validate"
     )
     done = failing(mpirun, tmp_path, body, seconds=9)
-    assert "rank 1 left its training loop" in done.stderr
+    assert "worker 0 (rank 1) at the end of its script; worker 1 (rank 2) at ps.validate()" in done.stderr
 
 
 def test_a_nan_is_named_by_rank_tensor_and_round_on_one_screen(mpirun: Any, tmp_path: Path) -> None:

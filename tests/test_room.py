@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 from programs import OPTIMIZERS, cnn, data, sha, train
-from test_exchange_mpi import on_mpi
+from test_exchange_mpi import as_simulated, on_mpi
 from torch import Tensor
 
 from mpips.exchange import ExchangeError, memory, node, simulated
@@ -347,6 +347,12 @@ def trained(e: Any, **settings: Any) -> tuple[str, bool, dict[str, int]]:
     return sha(net), half.slices is not None, dict(e.traffic)
 
 
+def workers(**settings: Any) -> list[tuple[str, bool, dict[str, int]]]:
+    """`trained` over MPI, of each worker."""
+    results = on_mpi(as_simulated(lambda e: trained(e, **settings)))
+    return [result for result in results if result is not None]
+
+
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("plan", ["root", "sharded"])
 @pytest.mark.parametrize("server_trains", [False, True])
@@ -356,11 +362,11 @@ def test_over_mpi_the_bits_are_those_of_the_simulated_run(plan: str, server_trai
     size, rank = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
     settings: dict[str, Any] = {"server_trains": server_trains}
     expected = [weights for weights, *_ in World(size).run(lambda e: trained(e, run_dir=f"simulated-{rank}", **settings))]
-    results = on_mpi(lambda e: trained(e, run_dir="mpi", plan=plan, **settings))
+    results = workers(run_dir="mpi", plan=plan, **settings)
     assert [weights for weights, *_ in results] == expected
     assert all(shared for _, shared, _ in results)
     assert not any(traffic.get("combine calls", 0) for *_, traffic in results)
-    by_messages = on_mpi(lambda e: trained(e, run_dir="messages", shared_memory=False, **settings))
+    by_messages = workers(run_dir="messages", shared_memory=False, **settings)
     assert [weights for weights, *_ in by_messages] == expected
     weights = 4 * sum(p.numel() for p in cnn().parameters())
     for (*_, ours), (*_, theirs) in zip(results, by_messages, strict=True):
@@ -380,7 +386,7 @@ def test_without_room_a_run_goes_on_over_mpi(monkeypatch: pytest.MonkeyPatch) ->
 
     if rank == 0:
         monkeypatch.setattr(os, "posix_fallocate", full)
-    results = on_mpi(lambda e: trained(e, run_dir="mpi"))
+    results = workers(run_dir="mpi")
     assert [weights for weights, *_ in results] == expected
     assert not any(shared for _, shared, _ in results)
     assert all(traffic["combine calls"] for *_, traffic in results)

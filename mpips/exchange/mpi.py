@@ -41,6 +41,9 @@ COUNTERS = {call: (f"{call} calls", f"{call} bytes") for call in ("combine", "pu
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")  # set by launchers
 
 
+MPICH_PATIENCE = 0.5  # seconds for other ranks to finalize
+
+
 class LaunchError(RuntimeError):
     """A launch that started several jobs of one rank each instead of one job: says how to start it."""
 
@@ -285,6 +288,8 @@ class MpiExchange:
     def finalize(self) -> None:
         """See `Exchange`."""
         self._mpi.Finalize()
+        if "MPICH" in self.name:  # whose mpiexec kills ranks that are still at it when another has ended
+            time.sleep(MPICH_PATIENCE)
 
     def abort(self, status: int) -> None:
         """See `Exchange`."""

@@ -166,7 +166,10 @@ def planned(folder, source):
         ("run_dir(); done(); sys.exit(3)", 3),  # after its run the script failed by itself
         ("run_dir()", 1),
         ("run_dir(); sys.exit(75)", 75),
-        ("run_dir(); fail(2, 'died, the others went on'); done(); sys.exit(1)", 0),
+        ("run_dir(); done(); fail(1, 'the final test'); sys.exit(1)", 1),
+        ("run_dir(); done(); fail(1, 'the final test')", 1),
+        ("run_dir(); done(); os.kill(os.getpid(), 11)", 1),
+        ("run_dir(); done(); (launch / 'left_0').touch(); os.kill(os.getpid(), 11)", 0),  # in MPI's finalisation
         ("run_dir(); done(); os.utime(folder / 'DONE', (1, 1))", 1),  # an earlier run's
         ("os.kill(os.getpid(), 11)", 1),
     ],

@@ -63,12 +63,12 @@ time.sleep(0 if "SLURM_RESTART_COUNT" in os.environ else 60)
 """
     + SCRIPT
 )
-NOTES_ITS_PLACE = (
-    SCRIPT
-    + """
+NOTES_ITS_PLACE = (  # before connect, in which the server stays
+    """
 import os
 print("place", os.environ["SLURM_PROCID"], os.environ["SLURMD_NODENAME"], os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
 """
+    + SCRIPT
 )
 
 

@@ -32,6 +32,7 @@ GRACE = {signal.SIGINT: 10.0, signal.SIGTERM: 30.0, signal.SIGHUP: 30.0}  # seco
 FORWARDED = (*GRACE, signal.SIGUSR1)
 PREEMPTED = 75
 TIMEOUT = "by --timeout"
+AFTER_END = "after DONE"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Job:
         now = time.monotonic()
         self.done_at = min(self.done_at, now) if done else float("inf")
         if not self.ended_by and now > self.done_at + AFTER_DONE:
-            self._end("after DONE")
+            self._end(AFTER_END)
         if not self.ended_by and now > self.limit + AFTER_TERM:
             self._end(TIMEOUT)
         if now > self.kill_at:
@@ -134,7 +135,7 @@ def run(plan: Plan, view: View, *, timeout: float | None = None) -> Outcome:
             follow(job, watch, view, progress, stderr)
         reports = watch.failures(until=job.ended_at)
         failure = first_failure(reports, stderr)
-        status = exit_status(job, run_dir=watch.run_dir(), done=watch.done(), failed=bool(reports))
+        status = exit_status(job, watch, failed=bool(reports))
         if status not in (0, PREEMPTED):
             explain(view, job, watch.run_dir(), failure)
         if status == 0 and watch.run_dir():
@@ -209,21 +210,23 @@ def take(watch: Watch, view: View, progress: Progress) -> None:
             view.note(event)
 
 
-def exit_status(job: Job, *, run_dir: Path | None, done: bool, failed: bool) -> int:
+def exit_status(job: Job, watch: Watch, *, failed: bool) -> int:
     """0, 1, 75, or the status that the script has ended with after its run.
 
+    DONE says that the run is complete. Of what comes after it DONE excuses MPI's own finalisation alone, which may die or hang.
+
     Args:
-        run_dir: the run folder, if there is one.
-        done: whether DONE is written: the run is complete, though mpiexec's status may lie once MPI's finalisation has failed.
         failed: whether a rank has reported a failure.
     """
     code = job.process.returncode
-    if done:
-        own = 0 < code < DIED and not failed and not job.ended_by  # MPI's finalisation, after it, dies or hangs
-        return code if own else 0
-    if code == PREEMPTED and not failed:
+    if failed:
+        return 1
+    if code == PREEMPTED:
         return PREEMPTED
-    return 0 if code == 0 and run_dir is None and not failed and not job.ended_by else 1
+    if watch.done():
+        excused = job.ended_by == AFTER_END or (code >= DIED and watch.left() >= watch.ranks and not job.ended_by)
+        return 0 if excused else code if 0 <= code < DIED else 1
+    return 0 if code == 0 and watch.run_dir() is None and not job.ended_by else 1
 
 
 def explain(view: View, job: Job, run_dir: Path | None, failure: Failure) -> None:

@@ -175,6 +175,10 @@ class Flat:
         if not keep:  # a gradient is known by being the very same object
             self.clear()
 
+    def views_of(self, flat: Tensor) -> list[Tensor]:
+        """The parameters' parts of `flat`; of the flat gradient the very objects that are in `p.grad`."""
+        return self._views if flat.data_ptr() == self.grad.data_ptr() else [slot.view(flat) for slot in self.slots]
+
     def apart(self, members: Collection[int]) -> dict[int, Tensor]:
         """Copies of the gradients of all but these parameters."""
         grads = ((number, p.grad) for number, p in enumerate(self.parameters) if number not in members)

@@ -6,7 +6,7 @@ four limbs of 16 bits, as integers do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from numbers import Number
 from typing import Any
 
@@ -28,7 +28,7 @@ def keys(optimizer: Optimizer) -> list[str]:
 def values(optimizer: Optimizer) -> list[Any]:
     """What the groups have, group by group, as it is: to see whether anything has changed."""
     names = keys(optimizer)
-    return [group.get(key) for group in optimizer.param_groups for key in names]
+    return [value for group in optimizer.param_groups for value in map(group.get, names)]
 
 
 def read(optimizer: Optimizer) -> list[float]:
@@ -72,18 +72,18 @@ class Told:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._values: list[Any] = []
+        self._seen: list[Any] = []
+        self._in_place = False  # whether a value may change without another in its place
         self.numbers: list[float] = []
         self.limbs: Limbs = None
         self.changed()
 
     def changed(self) -> bool:
-        """Look again; whether there are other numbers than before. A tensor may have been changed in place."""
+        """Look again; whether there are other numbers than before."""
         now = values(self.optimizer)
-        if not any(isinstance(value, (Tensor, np.ndarray)) for value in now):
-            if now == self._values:
-                return False
-            self._values = now
+        if not self._in_place and now == self._seen:
+            return False
+        self._seen, self._in_place = now, any(isinstance(value, (Tensor, np.ndarray)) for value in now)
         numbers = [number for value in now for number in numbers_in(value)]
         limbs = encode(numbers)
         if self.limbs is not None and np.array_equal(limbs, self.limbs):
@@ -97,10 +97,10 @@ def encode(numbers: Sequence[float]) -> Limbs:
     return np.array(numbers, dtype=np.float64).view(np.uint16)
 
 
-def decode(limbs: Tensor) -> Iterator[list[float]]:
-    """The numbers of each rank, of `(ranks, width)` limbs in a message's dtype."""
-    for row in limbs.cpu().numpy():
-        yield row.astype(np.uint16).view(np.float64).tolist()
+def decode(limbs: Limbs) -> list[float]:
+    """The numbers, of limbs in a message's dtype."""
+    numbers: list[float] = limbs.astype(np.uint16).view(np.float64).tolist()
+    return numbers
 
 
 def numbers_in(value: Any) -> list[float]:

@@ -73,7 +73,7 @@ class FlatOptimizer:
 
     def rebind(self) -> None:
         """The push message lies elsewhere now."""
-        self._grads = [grad for _, grad in self.replica.flat.named(self.replica.push.gradients)]
+        self._grads = self.replica.flat.views_of(self.replica.push.gradients)
 
     @property
     def lr(self) -> float:
@@ -141,15 +141,20 @@ class FlatOptimizer:
             scale: what the learning rates are multiplied by, in this step alone.
         """
         before = [p.grad for p in self.weights]  # not always views: the script calls zero_grad on this rank, too
-        for p, grad, seen in zip(self.weights, self._grads, present, strict=True):
-            p.grad = grad if seen else None
+        combined = [grad if seen else None for grad, seen in zip(self._grads, present, strict=True)]
+        self._hang(before, combined)
         if clip is not None:
             nn.utils.clip_grad_norm_(self.weights, clip)
         self.move(scale)
-        for p, own in zip(self.weights, before, strict=True):
-            p.grad = own
+        self._hang(combined, before)
         if not self.replica.wire_is_grad:
             (self.replica.flat if self._own else self.replica.pull).weights.copy_(self._whole)
+
+    def _hang(self, now: Sequence[Tensor | None], then: Sequence[Tensor | None]) -> None:
+        """Put other gradients in the place of those there are `now`; mostly they are the same, which takes less."""
+        for p, old, new in zip(self.weights, now, then, strict=True):
+            if old is not new:
+                p.grad = new
 
     def adopt(self) -> None:
         """Take what is in the push message for the new weights."""

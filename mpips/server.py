@@ -60,7 +60,7 @@ class Updates:
 
     def __init__(self, rows: list[list[float]], columns: tuple[str, ...], first: int) -> None:
         self.rows, self._columns, self._first = rows, columns, first
-        self.totals = [sum(column) for column in zip(*rows, strict=True)]
+        self._add_up()
         self.epsilons: list[float] = []
 
     @property
@@ -85,7 +85,10 @@ class Updates:
         for row in [self.rows[rank - self._first] for rank in ranks if rank >= self._first]:
             for column in (SAMPLES, LOSS, *range(len(COLUMNS), len(row))):
                 row[column] = 0.0
-        self.totals = [sum(column) for column in zip(*self.rows, strict=True)]
+        self._add_up()
+
+    def _add_up(self) -> None:
+        self.totals = list(map(sum, zip(*self.rows, strict=True)))
 
 
 class Server(Service):
@@ -160,7 +163,7 @@ class Server(Service):
             if row[ROUND] != expected:
                 raise ExchangeError(f"rank {rank} is in round {row[ROUND]:.0f}, the server in {self.control.round:.0f}")
         stepping = [k for k, row in enumerate(rows) if row[WEIGHT] > 0]
-        self.follow(rows, push.heard.hyper[self.first :], stepping)
+        self.follow(rows, push.heard.told()[self.first :], stepping)
         return Updates(rows, self._columns, self.first)
 
     def update_weights(self, updates: Updates) -> None:
@@ -171,33 +174,35 @@ class Server(Service):
         self.control.skipped = skipped
         if skipped:
             bad, found = {}, {}
-        adopting = {bool(row[ADOPT]) for row in updates.rows if row[WEIGHT]}
+        adopting = {bool(row[ADOPT]) for row in updates.rows if row[WEIGHT]} if updates.totals[ADOPT] else set()
         if len(adopting) > 1:
             self.fault = "the workers do not step alike: some by optimizer.step(closure), some without"
         if bad or found:
             bad |= found
             updates.leave_out(bad)
-        self._choose({int(row[WHICH]) for row in updates.rows if row[WEIGHT]})
+        if isinstance(self.optimizer.torch, Joint):
+            self._choose(self.optimizer.torch, {int(row[WHICH]) for row in updates.rows if row[WEIGHT]})
         take = updates.totals[WEIGHT] and not (self.combined.refused or found or self.fault or skipped)
         if take and not (bad and (self.config.loss_scale or self.config.nonfinite != "drop")):
             scale = updates.totals[STEPS] / updates.totals[WEIGHT] if self.mode.normalised else 1.0
             self.step_with(scale, adopt=True in adopting)
         else:
             self.optimizer.skip()
+        if skipped:  # without a step, but forward has been through BatchNorm
+            self.combine_buffers()
         if bad:
             self.judge(bad)
         if self.config.buffers == "server":
             self.replica.buffers.store(self.replica.pull.buffers)
 
-    def _choose(self, stepping: set[int]) -> None:
+    def _choose(self, joint: Joint, stepping: set[int]) -> None:
         """Which of several optimizers this round is about."""
-        joint = self.optimizer.torch
         if len(stepping) > 1:
             self.fault = (
                 f"the workers do not step alike: some with the optimizer number {min(stepping)}, some with number "
                 f"{max(stepping)} of those given to connect; every worker must step them in the same order"
             )
-        elif stepping and isinstance(joint, Joint):
+        elif stepping:
             (joint.which,) = stepping
 
     def _say_what_was_left_out(self) -> None:

@@ -95,7 +95,7 @@ class Service:
         self.last_checkpoint: Path | None = None
         self.signalled = self.stop_asked = False
         self._given, self._make_data, self._measure, self._follows = optimizer, validation_data, validate, follows
-        self._limbs: Any = None  # the hyperparameters that were followed last
+        self._seen = b""  # of the hyperparameters that were followed last
         self.fault = ""
         self.states = b""
         self.kept: dict[str, Any] = {}
@@ -182,50 +182,61 @@ class Service:
             self.optimizer.adopt()
         else:
             self.optimizer.step(push.heard.present(), clip, scale)
-        self.replica.buffers.combine(push.floats, push.heard.limbs, pull.buffers)
+        self.combine_buffers()
         if push.second is not None and pull.second is not None:
             pull.second.add_(push.second)
         self.control.version += 1
         if self.config.loss_scale:
             self.loss_scale.fine()
 
+    def combine_buffers(self) -> None:
+        """The model's buffers are what came of all workers'."""
+        push = self.replica.push
+        self.replica.buffers.combine(push.floats, push.heard.limbs, self.replica.pull.buffers)
+
     def follow(self, rows: Sequence[Sequence[float]], limbs: Any, stepping: Sequence[int]) -> None:
         """Take over the hyperparameters that the workers tell, where they are others than before.
 
         Args:
             rows: the workers' rows of the tail.
-            limbs: `(workers, width)`, their numbers.
+            limbs: `(workers, width)`, an array: their numbers.
             stepping: which of the workers contribute.
         """
         if not stepping:
             return
-        seen: dict[tuple[float, float], dict[int, float]] = {}  # of workers at the same batch of the same loop
-        for k in stepping:
-            if rows[k][DIGEST]:
-                seen.setdefault((rows[k][BEGUN], rows[k][DRAWN]), {})[k] = rows[k][DIGEST]
+        self._compare_digests({k: rows[k] for k in stepping if rows[k][DIGEST]})
+        if not self._follows:
+            return
+        told = limbs if len(stepping) == len(limbs) else limbs[stepping]
+        if self.mode.local:  # each worker's are its own
+            told = told[:1]
+        seen, self._seen = self._seen, told.tobytes()
+        if seen == self._seen:
+            return
+        optimizer = (self.inner or self.optimizer).torch
+        if (told != told[0]).any():
+            self._name_who_differs(optimizer, limbs, stepping)
+            return
+        hyper.write(optimizer, hyper.decode(told[0]))
+
+    def _compare_digests(self, rows: Mapping[int, Sequence[float]]) -> None:
+        """Workers at the same batch of the same loop have the same data and order."""
+        seen: dict[tuple[float, float], dict[int, float]] = {}
+        for k, row in rows.items():
+            seen.setdefault((row[BEGUN], row[DRAWN]), {})[k] = row[DIGEST]
         for digests in seen.values():
             if len(set(digests.values())) > 1:
                 self.fault = self._other_data(digests)
-        if not self._follows:
-            return
-        first, *others = stepping
-        own = limbs[first].cpu().numpy()
-        optimizer = (self.inner or self.optimizer).torch
-        if not self.mode.local:  # there each worker's are its own
-            for other in others:
-                differ = (limbs[other].cpu().numpy() != own).nonzero()[0]
-                if len(differ):
-                    at = int(differ[0]) // hyper.LIMBS
-                    mine, its = (next(hyper.decode(limbs[k : k + 1]))[at] for k in (first, other))
-                    self.fault = (
-                        f"the workers do not agree: worker {first} (rank {first + self.first}) has "
-                        f"{hyper.names(optimizer)[at]} = {mine:g}, worker {other} (rank {other + self.first}) has {its:g}; "
-                        f"set the optimizer's hyperparameters alike on all workers"
-                    )
-                    return
-        if self._limbs is None or (own != self._limbs).any():
-            self._limbs = own.copy()
-            hyper.write(optimizer, next(hyper.decode(limbs[first : first + 1])))
+
+    def _name_who_differs(self, optimizer: Optimizer, limbs: Any, stepping: Sequence[int]) -> None:
+        one = stepping[0]
+        other = next(k for k in stepping if (limbs[k] != limbs[one]).any())
+        at = int((limbs[other] != limbs[one]).nonzero()[0][0]) // hyper.LIMBS
+        mine, its = (hyper.decode(limbs[k])[at] for k in (one, other))
+        self.fault = (
+            f"the workers do not agree: worker {one} (rank {one + self.first}) has {hyper.names(optimizer)[at]} = {mine:g}, "
+            f"worker {other} (rank {other + self.first}) has {its:g}; set the optimizer's hyperparameters alike on all workers"
+        )
 
     def judge(self, bad: dict[int, int]) -> None:
         """Updates that are not finite, rank -> slot: end the run, or only take note."""

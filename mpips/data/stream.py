@@ -70,4 +70,4 @@ class Streamed:
                     mine = (batch, note) if at == self._part.index else mine
             if mine is None:
                 return
-            yield mine[0], mine[1]._replace(crc=crc)
+            yield mine[0], mine[1]._replace(crc=crc) if crc else mine[1]

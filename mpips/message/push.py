@@ -93,6 +93,7 @@ class Push:
         self.tail_at = sum(lengths[:3])
         self.behind = self.message[lengths[0] :]
         self._numbers = None if room.is_cuda else self.rows.numpy()  # to write a few numbers at less cost
+        self._hyper = None if room.is_cuda else self.hyper.numpy()
         self._around = None if room.is_cuda else (self.behind.numpy(), self.presence.numpy())
         self.heard: Push | Heard = self
 
@@ -165,11 +166,15 @@ class Push:
 
     def write_hyper(self, rank: int, limbs: Any) -> None:
         """Say this rank's optimizer's numbers, an array of `mpips.hyper.encode`."""
-        own = self.hyper[rank if self.ranks > 1 else 0]
-        if own.is_cuda:
-            own.copy_(torch.from_numpy(limbs))
+        place = rank if self.ranks > 1 else 0
+        if self._hyper is None:
+            self.hyper[place].copy_(torch.from_numpy(limbs))
         else:
-            own.numpy()[:] = limbs
+            self._hyper[place] = limbs
+
+    def told(self) -> Any:
+        """`(ranks, width)`, an array: what the ranks have said by `write_hyper`."""
+        return self.hyper.cpu().numpy() if self._hyper is None else self._hyper
 
     def write_presence(self, present: Sequence[bool]) -> None:
         """Say which parameters have a gradient."""
@@ -193,6 +198,7 @@ class Heard:
         self.rows, self.hyper = rows.view(-1, columns), hyper.view(ranks, -1)
         self._numbers = None if rows.is_cuda else self.rows.numpy()
         self._present = None if rows.is_cuda else self.presence.numpy()
+        self._hyper = None if rows.is_cuda else self.hyper.numpy()
 
     def weights(self) -> list[float]:
         """What each rank's contribution counts."""
@@ -207,6 +213,10 @@ class Heard:
     def table(self) -> list[list[float]]:
         """The numbers of `rows`."""
         return _table(self.rows, self._numbers)
+
+    def told(self) -> Any:
+        """See `Push`."""
+        return self.hyper.cpu().numpy() if self._hyper is None else self._hyper
 
 
 def _table(rows: Tensor, numbers: Any) -> list[list[float]]:

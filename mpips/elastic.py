@@ -98,7 +98,7 @@ class Elastic(Local):
         if self.here:
             self.park()
 
-    def write(self, row: Row, metrics: Sequence[float], loss_scale: float) -> None:
+    def write(self, row: Row, metrics: Sequence[float]) -> None:
         """See `Gradient.write`; the weight is 1, and buffers stay the worker's own."""
         push = self.replica.push
         push.message.zero_()

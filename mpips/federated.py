@@ -160,7 +160,7 @@ class FedAvg(Local):
         else:
             self._bad = bad
 
-    def write(self, row: Row, metrics: Sequence[float], loss_scale: float) -> None:
+    def write(self, row: Row, metrics: Sequence[float]) -> None:
         """See `Gradient.write`."""
         if self._taken:
             self.end()  # of a client whose loop the script broke out of

@@ -158,8 +158,8 @@ def choose_mode(config: Config) -> Mode:
     if config.overlap:
         ok = mode.gradients or (mode.requests and not mode.local)
         _allow("overlap", config, True, "modes sync, async and ssp", ok)
-        early = config.rule == "mean" and config.nonfinite != "drop" and config.loss_scale is None
-        allowed = "false with a rule but mean, nonfinite=drop or a loss scale: gradients leave before all are there"
+        early = config.rule == "mean" and config.nonfinite != "drop"
+        allowed = "false with a rule but mean or nonfinite=drop: gradients leave before all are there"
         _allow("overlap", config, True, allowed, early or mode.requests)
         bound = config.staleness.bound  # while a push travels its worker is one clock further
         ok = not config.backup_workers and (bound > 0 or not mode.bounded)
@@ -171,8 +171,6 @@ def choose_mode(config: Config) -> Mode:
     ok = mode.local and config.mode != "fednova"
     uniform = config.local.weights == "uniform"
     _allow("local.weights", config, "uniform", "samples, which weight gradients, and fednova's clients", ok or not uniform)
-    if mode.requests or mode.local:
-        _allow("loss_scale", config, config.loss_scale, "null; bfloat16 needs none", config.loss_scale is None)
     if config.mode in ("fednova", "qfedavg", "scaffold"):
         _allow("rule", config, config.rule, "mean", config.rule == "mean")
     outer = config.outer.momentum

@@ -587,10 +587,6 @@ class Run:
         names: dict[Tensor, str] = {p: slot.name for p, slot in zip(flat.parameters, flat.slots, strict=True)}
         return wrapped.by_number(tree["optimizer"]["state"], self.optimizers[which], names)
 
-    def scale(self, loss: Tensor) -> Tensor:
-        """The loss to call backward on in fp16 training: times the loss scale that the server decided."""
-        return loss * self._control.loss_scale if self.config.loss_scale else loss
-
     def validate(self, measure: Callable[..., Any] | None = None, name: str = "validation") -> Any:
         """Measure the model on worker 0, with the server's weights, and decide on the server whether to stop.
 

@@ -183,7 +183,7 @@ class Server(Service):
         if isinstance(self.optimizer.torch, Joint):
             self._choose(self.optimizer.torch, {int(row[WHICH]) for row in updates.rows if row[WEIGHT]})
         take = updates.totals[WEIGHT] and not (self.combined.refused or found or self.fault or skipped)
-        if take and not (bad and (self.config.loss_scale or self.config.nonfinite != "drop")):
+        if take and not (bad and self.config.nonfinite != "drop"):
             scale = updates.totals[STEPS] / updates.totals[WEIGHT] if self.mode.normalised else 1.0
             self.step_with(scale, adopt=True in adopting)
         else:
@@ -239,7 +239,7 @@ class Server(Service):
             self._hear_calls(updates)
             if self.trains and control.call == Call.LOOP:  # a checkpoint of this round is one of the loop's end
                 self.place.over = True
-        control.lr, control.loss_scale = self.lr, self.loss_scale.scale
+        control.lr = self.lr
         if counts:
             control.loss = means[0]
         if totals[SIGNAL] or totals[STOP] or self.signalled or self.stop_asked:

@@ -30,7 +30,7 @@ from mpips.report import Report
 from mpips.rule import choose
 from mpips.slices import Slices, settle
 from mpips.state import RankState, pack_all, told_streams
-from mpips.stopping import LossScale, Patience
+from mpips.stopping import Patience
 
 
 class Service:
@@ -84,10 +84,9 @@ class Service:
         self.trains = exchange.size == 1 or self.config.server_trains
         self.first = 0 if self.trains else 1  # rank of the first worker
         self.workers = exchange.size - self.first
-        self.control = Control(loss_scale=self.config.loss_scale or 1.0)
+        self.control = Control()
         self.patience: dict[str, Patience] = {}  # by the name of what is validated, the first one first
         self.values: dict[str, float] = {}  # the last of each
-        self.loss_scale = LossScale(self.control.loss_scale)
         self.place = Place()
         self.worker_state: Callable[[], RankState] | None = None
         self.validation_data: Any = None
@@ -186,8 +185,6 @@ class Service:
         if push.second is not None and pull.second is not None:
             pull.second.add_(push.second)
         self.control.version += 1
-        if self.config.loss_scale:
-            self.loss_scale.fine()
 
     def combine_buffers(self) -> None:
         """The model's buffers are what came of all workers'."""
@@ -241,10 +238,7 @@ class Service:
     def judge(self, bad: dict[int, int]) -> None:
         """Updates that are not finite, rank -> slot: end the run, or only take note."""
         rank, slot = next(iter(bad.items()))
-        if self.config.loss_scale:
-            self.loss_scale.overflow()
-        hopeless = not self.config.loss_scale or self.loss_scale.scale < 1  # no scale will mend a NaN
-        if hopeless and self.config.nonfinite == "raise":
+        if self.config.nonfinite == "raise":
             self.control.culprit, self.control.slot = rank, slot
         name = self.replica.flat.slots[slot].name
         self.report.event("warning", message=f"rank {rank}: NaN or Inf in the gradient of {name}", round=self.control.round)
@@ -499,7 +493,6 @@ class Service:
             },
             "given": torch.tensor(self._numbers, dtype=torch.float64),
             "kept": next((state.kept for state in states if state.index == 0), {}),
-            "loss_scale": {"scale": self.loss_scale.scale, "good": self.loss_scale.good},
             "metrics": {"rows": report.count},
             "validation": snapshot.columns(("round", "epoch", "value"), report.values),
             "ranks": {str(rank): state.tree() for rank, state in enumerate(states)},
@@ -549,15 +542,12 @@ class Service:
         for name, value, best, waited in zip(json.loads(stopping["names"]), *numbers, strict=True):
             self.values[name], self.patience[name] = value, Patience(best, waited)
         self.kept = tree["kept"]
-        if self.config.loss_scale and json.loads(tree["config"])["loss_scale"]:
-            self.loss_scale = LossScale(**tree["loss_scale"])
         states = [RankState.from_tree(tree["ranks"][str(rank)]) for rank in range(len(tree["ranks"]))]
         self.states = pack_all(states)
         first, taken = states[-1].place, max(state.place.taken for state in states)  # the last is a worker's
         self.place = Place(first.epoch, first.loop, taken, first.over, validations=first.validations, inside=first.inside)
         rng.restore(states[0].streams)
         self.control = Control(tree["round"], tree["version"], active=self.workers, lr=self.lr)
-        self.control.loss_scale = self.loss_scale.scale
         table = path.parent.parent / "metrics.csv"
         self.report.restore(tree["metrics"]["rows"], table, snapshot.rows(tree["validation"]))
         self.report.event("resume", round=self.control.round, path=str(path))

@@ -35,25 +35,3 @@ class Patience:
         if rule.target is not None and sign * (value - rule.target) >= 0:
             return Stop.TARGET
         return Stop.PATIENCE if rule.patience and self.waited >= rule.patience else Stop.NO
-
-
-@dataclass
-class LossScale:
-    """The fp16 loss scale, decided by the server for all ranks.
-
-    As torch.amp.GradScaler: halved, and the round skipped, when any rank's update overflows; doubled after 2000 rounds
-    without an overflow.
-    """
-
-    scale: float
-    good: int = 0
-
-    def overflow(self) -> None:
-        """A rank's update was not finite."""
-        self.scale, self.good = self.scale / 2, 0
-
-    def fine(self) -> None:
-        """All ranks' updates were finite."""
-        self.good += 1
-        if self.good == 2000:
-            self.scale, self.good = self.scale * 2, 0

@@ -105,10 +105,10 @@ class Streaming(Local):
             self._due.setdefault(int(self._at) % len(self.replica.fragments), self.config.local.delay)
             self._at = math.inf
 
-    def write(self, row: Row, metrics: Sequence[float], loss_scale: float) -> None:
+    def write(self, row: Row, metrics: Sequence[float]) -> None:
         """See `Gradient.write`; a worker that is not finite goes on from the server's weights."""
         self._samples = [samples + row.samples for samples in self._samples]
-        super().write(row, metrics, loss_scale)
+        super().write(row, metrics)
         if row.bad:
             self._own.copy_(self.anchor)
             self._due.clear()

@@ -62,7 +62,7 @@ class Gradient:
         """
         return True
 
-    def write(self, row: Row, metrics: Sequence[float], loss_scale: float) -> None:
+    def write(self, row: Row, metrics: Sequence[float]) -> None:
         """Fill the push message; sets the row's `weight` and `bad`, and a bad row's samples and loss to 0.
 
         A single worker's weight is 1 and not its samples: (n g) / n would differ from g in the last bit.
@@ -74,8 +74,6 @@ class Gradient:
         if not self.replica.wire_is_grad and not self.replica.handed:
             push.gradients.copy_(flat.grad)
         self.replica.handed = False
-        if loss_scale != 1:
-            push.gradients.div_(loss_scale)
         metrics = self._look(row, metrics)
         row.weight = row.steps = self.weigh(row.samples)
         push.clear_behind()
@@ -102,7 +100,7 @@ class Gradient:
         if row.overflow:  # no rank steps
             return metrics
         told = self.replica.push.shared and self.config.rule == "mean"
-        if told and self.config.nonfinite != "drop" and self.config.loss_scale is None:
+        if told and self.config.nonfinite != "drop":
             return metrics
         bad = self.replica.flat.first_nonfinite(self.replica.push.gradients)
         if bad is None:
@@ -221,7 +219,7 @@ class Local(Gradient):
         steps, self._taken = self._taken, 0
         return weight, steps
 
-    def write(self, row: Row, metrics: Sequence[float], loss_scale: float) -> None:
+    def write(self, row: Row, metrics: Sequence[float]) -> None:
         """See `Gradient.write`."""
         self.replica.push.clear_behind()
         row.weight, steps = self.compose(row.samples)

@@ -349,7 +349,7 @@ class Worker:
         tally, self.tally = self.tally, Tally()
         row = self._row(samples=tally.samples, loss=tally.loss)
         self.update.lead = self._leads if self.replica.flat.averaged and self.config.rule == "mean" else None
-        self.update.write(row, tally.metrics or [0.0] * len(self.config.metrics), self._control.loss_scale)
+        self.update.write(row, tally.metrics or [0.0] * len(self.config.metrics))
         self._tell_hyper()
         self.replica.flat.pushed()
         self.replica.flat.averaged, self.update.lead = False, None
@@ -502,7 +502,7 @@ class Worker:
         loss, samples = self._averaging if counts else (0.0, 0.0)
         row, metrics = self._row(samples=samples, loss=loss), [0.0] * len(self.config.metrics)
         if counts:
-            self.update.write(row, metrics, 1.0)
+            self.update.write(row, metrics)
             if push.raw and row.weight != 1:
                 push.gradients.mul_(row.weight)
         else:

@@ -172,8 +172,6 @@ WRONG = [
     ("clip", ".nan", "a number above 0"),
     ("clip", ".inf", "a number above 0"),
     ("clip", "[1]", "a number or null"),
-    ("loss_scale", "0", "a number above 0"),
-    ("loss_scale", ".inf", "a number above 0"),
     ("seed", "1.5", "a whole number"),
     ("seed", "x", "a whole number"),
     ("seed", "true", "a whole number"),

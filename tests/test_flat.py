@@ -334,7 +334,7 @@ def test_gradients_left_over_wait_while_longer_shards_go_on() -> None:
     assert seen[1][1] is None
 
 
-def masters_loop(net: nn.Module, optimizer: str, steps: int, scale: float = 1.0) -> None:
+def masters_loop(net: nn.Module, optimizer: str, steps: int) -> None:
     """The oracle for half precision: float32 masters, the gradient cast up, the model a cast down."""
     masters = [nn.Parameter(p.detach().float()) for p in net.parameters()]
     made = OPTIMIZERS[optimizer](masters)
@@ -342,9 +342,9 @@ def masters_loop(net: nn.Module, optimizer: str, steps: int, scale: float = 1.0)
     dtype = next(net.parameters()).dtype
     for a, b in zip(x.to(dtype).split(8), y.split(8), strict=True):
         net.zero_grad()
-        (F.cross_entropy(net(a).float(), b) * scale).backward()
+        F.cross_entropy(net(a).float(), b).backward()
         for master, p in zip(masters, net.parameters(), strict=True):
-            master.grad = p.grad.float() / scale
+            master.grad = p.grad.float()
         made.step()
         with torch.no_grad():
             for master, p in zip(masters, net.parameters(), strict=True):
@@ -354,27 +354,25 @@ def masters_loop(net: nn.Module, optimizer: str, steps: int, scale: float = 1.0)
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("made", ["instance", "function"])
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
-@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, None), (torch.float16, 1024.0)], ids=["bf16", "fp16"])
-def test_half_precision_models_have_float32_masters(
-    dtype: torch.dtype, scale: float | None, optimizer: str, made: str, size: int
-) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_models_have_float32_masters(dtype: torch.dtype, optimizer: str, made: str, size: int) -> None:
     def program(exchange: Exchange) -> nn.Module:
         net = mlp().to(dtype)
         make = OPTIMIZERS[optimizer]
         given = make(net.parameters()) if made == "instance" else make
-        ps = mpips.connect(net, given, exchange=exchange, run_dir="run", loss_scale=scale)
+        ps = mpips.connect(net, given, exchange=exchange, run_dir="run")
         x, y = data(80)
         for _ in ps.epochs(1):
             for a, b in ps.batches((x.to(dtype), y), 8, shuffle=False):
                 net.zero_grad()
                 given.zero_grad() if made == "instance" else None
                 loss = F.cross_entropy(net(a).float(), b)
-                ps.scale(loss).backward()
+                loss.backward()
                 ps.step(loss)
         return net
 
     other = mlp().to(dtype)
-    masters_loop(other, optimizer, 10, scale or 1.0)
+    masters_loop(other, optimizer, 10)
     for net in World(size).run(program):
         assert_same(net, other)
 

@@ -51,7 +51,6 @@ def test_every_mode_trains_on_several_ranks(name: str) -> None:
         ({"mode": "async", "rule": "krum"}, "rule: given 'krum' with mode async, allowed: mean"),
         ({"mode": "async", "deterministic": True}, "deterministic: given True with mode async, allowed: false"),
         ({"mode": "ssp", "server_trains": True}, "server_trains: given True with mode ssp"),
-        ({"mode": "diloco", "loss_scale": 8.0}, "loss_scale: given 8.0 with mode diloco"),
         ({"mode": "fedavg", "backup_workers": 1}, "backup_workers: given 1 with mode fedavg"),
         ({"mode": "sync", "overlap": True, "rule": "median"}, "overlap: given True with mode sync"),
         ({"overlap": True, "backup_workers": 1}, "overlap: given True with mode sync, allowed: false with backup_workers"),

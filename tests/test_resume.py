@@ -353,19 +353,6 @@ def test_what_a_script_does_after_a_step_is_in_the_checkpoint_of_that_step(world
         assert again == expected, f"preempted in round {at}"
 
 
-def test_resume_with_and_without_a_loss_scale() -> None:
-    for before, after in ((1024.0, None), (None, 1024.0), (1024.0, 512.0)):
-        drawing("run", "nothing", 1, loss_scale=before)
-        import mpips
-
-        net = dropout_mlp()
-        ps = mpips.connect(
-            net, OPTIMIZERS["adam"](net.parameters()), exchange=World(1).ends[0], run_dir="run", resume="auto", loss_scale=after
-        )
-        assert float(ps.scale(torch.tensor(1.0))) == (1.0 if after is None else before or after)
-        assert ps._control.loss_scale == (before or after if after else 1.0)
-
-
 def test_a_script_whose_name_begins_alike_is_not_resumed() -> None:
     from mpips import folder
 

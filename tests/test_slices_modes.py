@@ -92,7 +92,7 @@ def test_what_is_dropped_leaves_no_trace_in_the_statistics(nodes: list[int], cho
 SIXTEEN = [
     ("momentum", torch.bfloat16, {}),
     ("adam", torch.bfloat16, {"clip": 0.05, "server_trains": True}),
-    ("adam fused", torch.float16, {"loss_scale": 8.0}),
+    ("adam fused", torch.float16, {}),
     ("momentum", torch.bfloat16, {"mode": "local_sgd", "local": {"steps": 2}}),
     ("momentum", torch.bfloat16, {"mode": "diloco", "local": {"steps": 2}, "server_trains": True}),
     ("momentum", torch.bfloat16, {"mode": "fedavg"}),

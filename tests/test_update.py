@@ -29,7 +29,7 @@ def test_the_contribution_is_the_gradient_times_the_weight(workers: int, samples
     replica, update = worker(mlp(), workers=workers)
     backward(replica)
     row = Row(samples=samples, loss=7.0)
-    update.write(row, [9.0], 1)
+    update.write(row, [9.0])
     assert row.weight == weight
     views = [view for _, view in replica.flat.named(replica.push.gradients)]
     assert all((view == 2 * weight).all() for view in views[:-1])
@@ -41,15 +41,6 @@ def test_the_contribution_is_the_gradient_times_the_weight(workers: int, samples
     assert replica.push.rows[2:].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_the_loss_scale_is_divided_out_on_the_wire(dtype: torch.dtype) -> None:
-    replica, update = worker(mlp().to(dtype), workers=1)
-    backward(replica, 2.0**-20 if dtype != torch.float16 else 2.0**-10)
-    update.write(Row(samples=1), [0.0], 2.0**20)
-    expected = 2.0**-40 if dtype != torch.float16 else 2.0**-30  # below float16's smallest
-    assert replica.push.gradients[0].item() == expected
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_counts_for_nothing_and_is_named(value: float) -> None:
     replica, update = worker(cnn())
@@ -57,7 +48,7 @@ def test_a_gradient_that_is_not_finite_counts_for_nothing_and_is_named(value: fl
     replica.flat.parameters[3].grad[0] = value
     replica.push.floats.fill_(5)
     row = Row(samples=4, loss=3)
-    update.write(row, [1.0], 1)
+    update.write(row, [1.0])
     assert (row.bad, row.weight) == (4, 0)
     assert not replica.push.body.any()
     assert not replica.push.presence.any()
@@ -70,7 +61,7 @@ def test_overflow_in_float16_is_seen() -> None:
     backward(replica, 1.0)
     replica.flat.parameters[0].grad.mul_(60000).mul_(2)
     row = Row(samples=1)
-    update.write(row, [0.0], 1024.0)
+    update.write(row, [0.0])
     assert row.bad == 1
 
 
@@ -80,7 +71,7 @@ def test_only_the_first_worker_writes_integers(index: int) -> None:
     net[2].num_batches_tracked.fill_(70000)
     replica, update = worker(net, index)
     backward(replica)
-    update.write(Row(samples=3), [0.0], 1)
+    update.write(Row(samples=3), [0.0])
     assert bool(replica.push.limbs.any()) == (index == 0)
     assert replica.push.floats.max() == 3  # the variance, 1, of 3 samples
     update.write_nothing(Row(), 1)
@@ -105,7 +96,7 @@ def test_nothing_is_left_of_the_round_before() -> None:
     replica.push.message.fill_(3)
     replica.flat.clear()
     backward(replica)
-    update.write(Row(samples=2), [0.0], 1)
+    update.write(Row(samples=2), [0.0])
     assert replica.push.rows[0].count_nonzero() == replica.push.rows[2].count_nonzero() == 0
     assert replica.push.presence.tolist() == [1, 1, 1, 1, 1, 0]
     assert max(float(view.max()) for _, view in replica.flat.named(replica.push.gradients)) == 4

@@ -44,9 +44,6 @@ class Config:
         default="raise", metadata={"help": "a NaN or Inf update: end the run, leave that worker out, or skip the round"}
     )
     clip: float | None = field(default=None, metadata={"help": "the combined gradient's largest global norm"})
-    loss_scale: float | None = field(
-        default=None, metadata={"help": "fp16: the first loss scale; it is then halved and doubled as needed"}
-    )
     metrics: tuple[str, ...] = field(default=(), metadata={"help": "names of the extra metrics given to step()"})
     seed: int = field(default=0, metadata={"help": "which clients train in a round, and their orders"})
     bucket_mb: float = field(default=16.0, metadata={"help": "largest single message, in MB (10^6 bytes)"})
@@ -74,7 +71,6 @@ class Config:
     def __post_init__(self) -> None:
         check("backup_workers", self.backup_workers, "a whole number, 0 or more", self.backup_workers >= 0)
         check("clip", self.clip, "a number above 0", self.clip is None or 0 < self.clip < math.inf)
-        check("loss_scale", self.loss_scale, "a number above 0", self.loss_scale is None or 0 < self.loss_scale < math.inf)
         free = [name for name in self.metrics if name.isidentifier() and name not in TAKEN]
         good = free == list(dict.fromkeys(self.metrics))
         check("metrics", list(self.metrics), f"different Python names, none of {', '.join(TAKEN)}", good)

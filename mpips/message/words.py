@@ -116,7 +116,6 @@ class Control:
         active: training ranks whose shard is not exhausted.
         stop: a `Stop`.
         checkpoint: 1 when all ranks are to write a checkpoint now.
-        loss_scale: what to multiply the next loss by.
         lr: learning rate of the first parameter group.
         loss: mean loss over the round's samples.
         culprit: the rank whose update is not finite and ends the run, else -1.
@@ -133,7 +132,6 @@ class Control:
     active: float = 0
     stop: float = 0
     checkpoint: float = 0
-    loss_scale: float = 1
     lr: float = 0
     loss: float = 0
     culprit: float = -1

@@ -205,7 +205,7 @@ class Client(Worker):
     def _receive(self, contributed: bool) -> None:
         if self._waiting and (not self.config.overlap or self.done):
             self._hear(later=not (self.config.overlap or self.call))  # in a step, of which the script has not done all
-        self.replica.flat.note_weights(moved=not self.update.apart)
+        self.replica.flat.note_weights(moved=not self.update.apart, others=not self.update.apart)
         self._left = self.exchange.clock()
 
     def _hear(self, later: bool = False) -> None:

@@ -128,6 +128,8 @@ class Flat:
         self.watch: Callable[[int], None] | None = None
         self._checked = -1  # registrations when the model was last looked at whole
         self._versions: list[int] = []
+        self._sums: list[int] = []
+        self._noted = 0
         self._frozen_digests: dict[str, int] = {}
         limited = [m for m in self.model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
         tables: set[Tensor] = {m.weight for m in limited}
@@ -281,21 +283,33 @@ class Flat:
         """Those frozen parameters that the script has changed itself, as a momentum teacher or a target network is."""
         return {name: p.data for name, p in self.frozen.items() if _digest(p) != self._frozen_digests.get(name)}
 
-    def note_weights(self, moved: bool, members: Collection[int] | None = None) -> None:
+    def note_weights(self, moved: bool, members: Collection[int] | None = None, others: bool = False) -> None:
         """The weights are as the server has them; if others `moved` them, autograd is told, as after any change in place.
+
+        What is written through `p.data` autograd is not told of. So now and then the weights' bits are added up, too: at calls
+        1, 2, 4, 8, ... of this function, as a script that writes in every step does so in the first.
 
         Args:
             moved: see above.
             members: the numbers of those that were stepped, if not all.
+            others: whether the weights are stepped elsewhere, so that what the script writes would be lost.
         """
+        self._noted += 1
+        self._sums = self.sums() if others and not self._noted & (self._noted - 1) else []
         if moved:
             stepped = self.parameters if members is None else [self.parameters[number] for number in members]
             torch.autograd.graph.increment_version(stepped)
         self._versions = [p._version for p in self.parameters]
 
+    def sums(self) -> list[int]:
+        """A digest of each parameter."""
+        return [_digest(p) for p in self.parameters]
+
     def changed_weights(self) -> list[int]:
         """The numbers of the parameters that the script has changed in place since `note_weights`."""
         now = [p._version for p in self.parameters]
+        if self._sums and self._sums != (sums := self.sums()):
+            return [n for n, (a, b) in enumerate(zip(sums, self._sums, strict=True)) if a != b]
         if now == self._versions or not self._versions:
             return []
         return [n for n, (a, b) in enumerate(zip(now, self._versions, strict=True)) if a != b]

@@ -45,6 +45,8 @@ class Loop:
         self._taken = 0  # items yielded since the last step
         self._samples: float | None = worker.place.samples  # behind what has not been pushed; None if nobody knows
         self._latest: float | None = 1  # the samples of the last step: a second step on a batch is about as many
+        self._unread = False  # a shard that no batch has been drawn of
+        self._stepped_at = (0, 0)  # the loop and the batch of the last step
         self.cut = False
 
     @property
@@ -69,6 +71,7 @@ class Loop:
         if self.inside:
             raise RuntimeError("a loop over a shard inside another; one loop at a time can be resumed")
         worker, place = self.worker, self.worker.place
+        self._unread = False
         loop, self._begun = self._begun, self._begun + 1
         if worker.control.stop:
             return
@@ -81,6 +84,10 @@ class Loop:
             yield from self._work(self._share(data, loop, how, own))
         if place.over:
             place.next_loop()
+
+    def promised(self) -> None:
+        """The script has asked for a shard, to loop over."""
+        self._unread = not self._begun and self.worker.drawn == 0
 
     def _share(self, data: Any, loop: int, how: tuple[int | None, bool, bool], own: bool) -> Share | Hosting:
         """What of the data is this worker's."""
@@ -181,6 +188,7 @@ class Loop:
     def step(self, loss: Tensor | float | None, samples: float | None, metrics: Mapping[str, float]) -> None:
         """The script has computed a gradient; see `Run.step`."""
         self.drain()
+        self._check_place()
         worker = self.worker
         named = worker.config.metrics
         if metrics.keys() != set(named) and (metrics or loss is not None):
@@ -196,6 +204,23 @@ class Loop:
             return
         worker.step(value, count, [float(metrics.get(name, float("nan"))) for name in named], taken)
         self._obey(later=self.inside)
+
+    def _check_place(self) -> None:
+        """Raise RuntimeError for a step at which the script does not do what it seems to."""
+        worker = self.worker
+        if self._unread:
+            raise RuntimeError(
+                "a step before any loop over a shard: ps.shard(loader) was called, expected a loop over the loader that it "
+                "returned; a loop over the loader that it was given trains every worker on all data"
+            )
+        here = worker.begun, worker.drawn
+        if self.inside and here == self._stepped_at and worker.config.checkpoint.every:
+            raise RuntimeError(
+                f"a second step on a batch with checkpoint.every: given {worker.config.checkpoint.every}, expected 0, as a "
+                f"run cannot be resumed between the two; checkpoints are written at the ends of epochs, and by ps.save() "
+                f"between batches"
+            )
+        self._stepped_at = here
 
     def average(self, loss: Tensor | float | None) -> float:
         """Bring the gradients of all workers together without a step; see `Worker.average`."""

@@ -104,12 +104,25 @@ class FlatOptimizer:
             setattr(twin, name, OrderedDict())
         if isinstance(given, (torch.optim.LBFGS, torch.optim.SparseAdam)):  # which steps on the workers
             twin.state = defaultdict(dict)
-        elif not in_place:
-            twin.state = defaultdict(dict)
-            for p, master in ours.items():
-                if p in given.state:
-                    twin.state[master] = {k: _in_dtype(v, master.dtype) for k, v in given.state.pop(p).items()}
+        else:
+            self._share_state(twin, given)
         return twin
+
+    def take_state(self, given: Optimizer, which: int = 0) -> None:
+        """Take over the state of the script's optimizer, the number `which` of several, which it has loaded."""
+        twin = self.torch.parts[which] if isinstance(self.torch, Joint) else self.torch
+        if twin is not given:
+            self._share_state(twin, given)
+
+    def _share_state(self, twin: Optimizer, given: Optimizer) -> None:
+        """The twin's state is that of the optimizer given; masters have one of their own."""
+        if self.weights is self.replica.flat.parameters:
+            twin.state = given.state
+            return
+        twin.state = defaultdict(dict)
+        for p, master in zip(self.replica.flat.parameters, self.weights, strict=True):
+            if p in given.state:
+                twin.state[master] = {k: _in_dtype(v, master.dtype) for k, v in given.state.pop(p).items()}
 
     def _check_own(self) -> None:
         known = {*self.names, *self.replica.flat.frozen.values()}

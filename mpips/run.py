@@ -28,7 +28,7 @@ from mpips.keeping import Keeping
 from mpips.loop import Loop
 from mpips.message import Call, CallError, Control, Stop
 from mpips.mode import choose_mode
-from mpips.optimizer import MakeOptimizer, evaluates, unhooked
+from mpips.optimizer import FlatOptimizer, MakeOptimizer, evaluates, unhooked
 from mpips.parameter_server import ParameterServer
 from mpips.server import Server
 from mpips.service import measured
@@ -97,11 +97,13 @@ class _Process:
         exchange: this rank's end, once it has joined.
         run: the last run.
         count: runs begun.
+        status: what the process is to end with; None if the script says.
     """
 
     exchange: Exchange | None = None
     run: Run | None = None
     count = 0
+    status: int | None = None
 
 
 def _connect(
@@ -208,6 +210,11 @@ def _leave(exchange: Exchange) -> None:
                 _meet_again(exchange, b"")
             exchange.wait(patience=None)
             failure.tell_left(exchange.rank)
+        if run and run.preempted and _Process.status is None:  # the script has ended by itself in the same moment
+            sys.stdout.flush()
+            sys.stderr.flush()
+            exchange.finalize()
+            os._exit(failure.PREEMPTED)
     except Exception:  # at exit nobody else would end the other ranks
         sys.excepthook(*sys.exc_info())
 
@@ -215,6 +222,7 @@ def _leave(exchange: Exchange) -> None:
 def _preempted(server: Server | ParameterServer | None) -> NoReturn:
     if server:
         server.report.preempted(server.last_checkpoint)
+    _Process.status = failure.PREEMPTED
     raise SystemExit(failure.PREEMPTED)
 
 
@@ -240,7 +248,7 @@ class Start:
         validation_data: Callable[[], Any] | None,
     ) -> None:
         self.exchange, self.config, self.optimizer, self.model = exchange, config, optimizer, model
-        self.validation_data = validation_data
+        self.validation_data, self.measures = validation_data, validate is not None
         index, self.workers = place_of(exchange, config)
         check_rule(config, self.workers)
         check_optimizer(optimizer, self.workers)
@@ -338,6 +346,14 @@ class Seat:
         """See `wrapped.Stepping`."""
         return self._run.skipped
 
+    def check_loadable(self) -> None:
+        """See `wrapped.Stepping`."""
+        self._run.check_loadable(self._which)
+
+    def optimizer_loaded(self) -> None:
+        """See `wrapped.Stepping`."""
+        self._run.take_over_state(self._which)
+
     def optimizer_state(self) -> dict[int, Any] | None:
         """See `wrapped.Stepping`."""
         return self._run.state_of(self._which)
@@ -370,6 +386,7 @@ class Run:
         self._validations = 0  # in this epoch, those included that a resumed run has behind it
         self._ended = -1.0  # the round at the end of `epochs`
         self._data: Any = None  # to validate with
+        self._said: tuple[float, float | None, Mapping[str, float]] | None = None  # of the step in progress
 
     @property
     def _place(self) -> Place:
@@ -421,6 +438,7 @@ class Run:
                 f"ps.shard() given a {type(loader).__name__}; expected a DataLoader; for a dataset, tensors or an iterable of "
                 f"batches loop over ps.batches(...)"
             )
+        self._loop.promised()
         return sharded(loader, lambda own: self._loop.batches(own, (None, True, False), own=False), self.worker, self.workers)
 
     def keep(self, **objects: Any) -> None:
@@ -484,18 +502,12 @@ class Run:
         """
         if len(self.optimizers) > 1:
             raise RuntimeError("ps.step() in a run of several optimizers: call the step of the one that is meant")
-        self.optimizers[0]._opt_called = True  # type: ignore[attr-defined]  # see Wrapped.step
-        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
-        self.take_step(0, lambda: self._loop.step(value, samples, metrics), value)
+        self._said = float(loss.detach() if isinstance(loss, Tensor) else loss), samples, metrics
+        try:
+            wrapped.step(self.optimizers[0])
+        finally:
+            self._said = None
         self._worker.replica.flat.clear()
-
-    def take_step(self, which: int, step: Callable[[], None], loss: float = float("nan")) -> None:
-        """A round about one of the optimizers, which does not evaluate the loss itself."""
-        self.turn_to(which)
-        if evaluates(self.optimizers[which], closure=False):
-            self.evaluate(which, None, loss)
-        else:
-            step()
 
     def turn_to(self, which: int) -> None:
         """What follows is about this optimizer."""
@@ -514,12 +526,13 @@ class Run:
                 loss = closure()
         if overflow is not None and not self._worker.mode.gradients:
             raise ConfigError(f"GradScaler: given one with mode {self.config.mode}, allowed: mode sync; bfloat16 needs none")
+        self.turn_to(which)
         self._worker.overflow = bool(overflow)
-        self.take_step(which, lambda: self._loop.step(loss, None, {}))
+        self._loop.step(*(self._said or (loss, None, {})))
         self._worker.overflow = False
         return loss
 
-    def evaluate(self, which: int, closure: Callable[[], Any] | None, loss: float = float("nan")) -> Any:
+    def evaluate(self, which: int, closure: Callable[[], Any] | None) -> Any:
         """A step that may evaluate the loss several times: every worker takes it, alike, on weights of its own."""
         optimizer = self.optimizers[which]
         name = type(optimizer).__name__
@@ -549,7 +562,8 @@ class Run:
             weights = flat.gathered()
         finally:
             flat.rehang_weights(pulled)
-        self._loop.adopt(weights, losses[0] if losses else loss)
+        said = self._said[0] if self._said else float("nan")
+        self._loop.adopt(weights, losses[0] if losses else said)
         return result
 
     @property
@@ -582,6 +596,27 @@ class Run:
         self._loop.obey()
         return self._numbered(which, tree)
 
+    def _steps_with(self, which: int) -> FlatOptimizer | None:
+        """What steps on this rank in the place of the script's optimizer; None if nothing does."""
+        if which in self._keeping.own_state:
+            return None
+        worker, server = self._worker, self._server
+        alone = server.optimizer if server and self._exchange.size == 1 else None
+        return worker.inner or (alone if isinstance(alone, FlatOptimizer) else None)
+
+    def check_loadable(self, which: int) -> None:
+        """Raise RuntimeError if the state of an optimizer lies with a server elsewhere."""
+        if which not in self._keeping.own_state and self._steps_with(which) is None:
+            raise RuntimeError(
+                "optimizer.load_state_dict() after connect: the state lies with the server, expected to be loaded before "
+                "connect; a run goes on from its checkpoint by --mpips.resume auto"
+            )
+
+    def take_over_state(self, which: int) -> None:
+        """The script has loaded a state into an optimizer."""
+        if stepping := self._steps_with(which):
+            stepping.take_state(self.optimizers[which], which)
+
     def _numbered(self, which: int, tree: dict[str, Any]) -> dict[int, Any]:
         flat = self._worker.replica.flat
         names: dict[Tensor, str] = {p: slot.name for p, slot in zip(flat.parameters, flat.slots, strict=True)}
@@ -607,6 +642,8 @@ class Run:
         """
         self._loop.check_between("validate()")
         self._validations += 1
+        if measure is None:
+            self._check_frozen()
         if self._validations > self._place.validations and self._control.stop not in (Stop.LEFT, Stop.ENDED):
             before = self._values
             reply = self._worker.call_for(Call.VALIDATE, lambda: self._measured(measure, name))
@@ -616,12 +653,22 @@ class Run:
             return {k: self._values[k] for k in reply["told"]} if reply["several"] else self._values[name]
         return self._values.get(name, self._values or float("nan"))
 
+    def _check_frozen(self) -> None:
+        """Raise RuntimeError if the server is to measure the model, and the script has moved a part of it that it has not."""
+        if self._start.measures and self.worker == 0 and not self._server:
+            for name in self._worker.replica.flat.changed_frozen():
+                raise RuntimeError(
+                    f"connect(..., validate=...) measures on the server, but the script has changed {name}, which is frozen, "
+                    f"on the workers; expected ps.validate(measure), which measures on worker 0"
+                )
+
     def _measured(self, measure: Callable[..., Any] | None, name: str) -> dict[str, Any]:
         if self.worker or measure is None:
             return {"name": name}
         if self._data is None and self._start.validation_data is not None:
             self._data = self._start.validation_data()
-        return {"name": name, "values": measured(self._start.model, measure, self._data, name)}
+        with self._worker.unchanged():
+            return {"name": name, "values": measured(self._start.model, measure, self._data, name)}
 
     def stop(self) -> None:
         """End the run on all ranks, in the same round: the next one."""
@@ -647,6 +694,7 @@ class Run:
         cut = self._loop.cut
         if not cut:
             self._place.next_epoch()
+        self._check_frozen()
         self._worker.call_for(Call.EPOCH, {"cut": cut, "count": count})
         self._loop.obey()
 

@@ -265,6 +265,7 @@ class Server(Service):
             self.control.call = self.agree_on_call(rows)
         else:
             self.find_apart(rows)
+            self.name_waiting(rows)
         self.report.epochs = int(max(row[EPOCHS] for row in updates.rows)) or None
 
     def send_updates(self, weights: Tensor | None = None) -> None:

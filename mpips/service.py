@@ -32,6 +32,8 @@ from mpips.slices import Slices, settle
 from mpips.state import RankState, pack_all, told_streams
 from mpips.stopping import Patience
 
+WAITING = 3.0  # seconds until it is said who waits for whom
+
 
 class Service:
     """The state of a server.
@@ -94,6 +96,7 @@ class Service:
         self.last_checkpoint: Path | None = None
         self.signalled = self.stop_asked = False
         self._given, self._make_data, self._measure, self._follows = optimizer, validation_data, validate, follows
+        self._waiting: tuple[dict[int, Call], float] = {}, 0.0  # who waits in what, and since when
         self._seen = b""  # of the hyperparameters that were followed last
         self.fault = ""
         self.states = b""
@@ -308,12 +311,28 @@ class Service:
         """Whether a worker that steps, with the row `other`, can no longer make the call that another waits in."""
         return other["begun"] > row["begun"] or (call == Call.AVERAGE and other["weight"] > 0)
 
-    def _apart(self, calls: Mapping[int, Call]) -> str:
-        """Who is where."""
+    def name_waiting(self, rows: Mapping[int, Mapping[str, float]]) -> None:
+        """Say once who waits for whom; it is no fault where workers take different numbers of steps."""
+        calls = {rank: Call(int(row["call"])) for rank, row in rows.items()}
+        free = (Call.NONE, Call.LOOP, Call.LEAVE, Call.STATE)
+        waiting: dict[int, Call] = {rank: call for rank, call in calls.items() if call not in free}
+        now = self.exchange.clock()
+        if waiting != self._waiting[0]:
+            self._waiting = waiting, now
+        elif waiting and now - self._waiting[1] > WAITING:
+            self._waiting = waiting, math.inf
+            said = f"{self._where(calls)}; who waits goes on when all workers make that call"
+            self.report.event("warning", message=said)
+            self.report.line(said, always=True)
+
+    def _where(self, calls: Mapping[int, Call]) -> str:
         where: dict[Call, list[str]] = {}
         for rank, call in calls.items():
             where.setdefault(call, []).append(f"{rank - self.first} (rank {rank})")
-        there = "; ".join(f"worker{'s' * (len(who) > 1)} {', '.join(who)} at {call.text}" for call, who in where.items())
+        return "; ".join(f"worker{'s' * (len(who) > 1)} {', '.join(who)} at {call.text}" for call, who in where.items())
+
+    def _apart(self, calls: Mapping[int, Call]) -> str:
+        there = self._where(calls)
         return f"the workers do not make the same calls: {there}. Every worker must make each of these calls, in the same order"
 
     def complain(self) -> None:

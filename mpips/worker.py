@@ -9,9 +9,10 @@ The weights land where the model's parameters are; there is nothing to copy.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,7 +21,7 @@ from mpips import contract, hyper, lanes, rng
 from mpips.combine import combine, contribute
 from mpips.config import Config, ConfigError
 from mpips.data import Common, Place
-from mpips.exchange import Exchange, share
+from mpips.exchange import SERVER, Exchange, share
 from mpips.message import LOSS, ROUNDS, SAMPLES, WEIGHT, Call, CallError, Control, Replica, Row, Stop, replicate
 from mpips.mode import choose_mode, judges_clients, make_update, server_optimizer, summed
 from mpips.optimizer import FlatOptimizer, MakeOptimizer, made
@@ -149,6 +150,7 @@ class Worker:
         self.kept: Callable[[], dict[str, Any]] = dict
         self.overflow, self.which = False, 0
         self._averaging = (0.0, 0.0)
+        self._weight = 0.0  # of the last contribution
         self._leads = True  # whether, of what all workers have alike, it is this one's that counts
         self._control = Control()
         self._kept: Tensor | None = None  # gradients that an idle round must not push
@@ -185,7 +187,7 @@ class Worker:
         self._control = self.replica.pull.control
         self.replica.clear()
         self.update.received()
-        self.replica.flat.note_weights(moved=False)
+        self.replica.flat.note_weights(moved=False, others=self._elsewhere)
         self.replica.flat.note_frozen()
         if mine is not None:
             self.replica.flat.resume(mine.gradients)
@@ -288,11 +290,37 @@ class Worker:
             changed = [number for number in changed if number not in flat.renormalised]  # whatever that led to: ours is pulled
             if not changed:
                 return
-            raise RuntimeError(
-                f"the script has changed {flat.slots[changed[0]].name} in place, outside optimizer.step(), after connect; with "
-                f"several ranks load, reset and clamp weights before connect"
+            self._refuse(
+                changed[0], "load, reset and clamp weights before connect, and swap an average's in inside ps.validate()"
             )
         own.refresh(changed)
+
+    def _refuse(self, number: int, instead: str) -> NoReturn:
+        raise RuntimeError(
+            f"the script has changed {self.replica.flat.slots[number].name} in place, outside optimizer.step(), after connect; "
+            f"with several ranks {instead}"
+        )
+
+    @property
+    def _elsewhere(self) -> bool:
+        """Whether the weights are stepped elsewhere, or are those of others, too."""
+        return self.exchange.size > 1 and not self.update.apart
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """In here the script may put other weights in the place of the model's, as an average's, if it puts those back.
+
+        Raises:
+            RuntimeError: it has not.
+        """
+        flat = self.replica.flat
+        before = flat.sums() if self._elsewhere else []
+        yield
+        if before:
+            for number, (now, then) in enumerate(zip(flat.sums(), before, strict=True)):
+                if now != then and number not in flat.renormalised:
+                    self._refuse(number, "put back at the end of what ps.validate() is given the weights that were there")
+            flat.note_weights(moved=False)
 
     @property
     def _overlapping(self) -> Slices | None:
@@ -350,6 +378,7 @@ class Worker:
         row = self._row(samples=tally.samples, loss=tally.loss)
         self.update.lead = self._leads if self.replica.flat.averaged and self.config.rule == "mean" else None
         self.update.write(row, tally.metrics or [0.0] * len(self.config.metrics))
+        self._weight = row.weight
         self._tell_hyper()
         self.replica.flat.pushed()
         self.replica.flat.averaged, self.update.lead = False, None
@@ -364,6 +393,8 @@ class Worker:
         """
         self._receive(contributed=True)
         if self._keeps_gradients:
+            if self._weight > 1 and not self.replica.push.shared and self.replica.wire_is_grad:
+                self.replica.flat.grad.div_(self._weight)  # which it was multiplied by on its way
             self.replica.flat.pushed()
         else:
             self.replica.flat.clear()
@@ -376,7 +407,7 @@ class Worker:
         if self.update.apart or self.exchange.size == 1 or not self.replica.wire_is_grad:
             return not self.update.apart
         if not push.shared:
-            return self.update.alone and self.config.rule == "mean"
+            return self.exchange.rank != SERVER and self.config.rule == "mean" and self._weight > 0
         return push.raw and self.slices is not None and self.slices.room.board.place > 0
 
     def idle(self) -> Control:
@@ -649,9 +680,8 @@ class Worker:
         self.update.received()
         if self._parked or self._control.stop:
             self._park()
-        self.replica.flat.note_weights(
-            self.exchange.size > 1 and not self.update.apart, self.update.members if contributed else None
-        )
+        members = self.update.members if contributed else None
+        self.replica.flat.note_weights(self._elsewhere, members, others=self._elsewhere)
         self._left = self.exchange.clock()
 
     def _pull_message(self, contributed: bool) -> Control:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mpips.config import ConfigError
 from mpips.optimizer import kind
@@ -29,6 +30,12 @@ class Stepping(Protocol):
     @property
     def skipped(self) -> bool:
         """Whether the last round took no step, because a GradScaler had found an Inf or NaN."""
+
+    def check_loadable(self) -> None:
+        """Raise RuntimeError where a state that the script loads would not be the one that steps."""
+
+    def optimizer_loaded(self) -> None:
+        """The script has loaded a state."""
 
     def optimizer_state(self) -> dict[int, Any] | None:
         """The state as `state_dict` has it, by number; None where it is the optimizer's own already."""
@@ -83,6 +90,16 @@ class Wrapped:
             own["state"] = tree
         return own
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state, as plain PyTorch does.
+
+        Raises:
+            RuntimeError: the state lies with a server elsewhere.
+        """
+        self._mpips.check_loadable()
+        super().load_state_dict(state_dict)  # type: ignore[misc]
+        self._mpips.optimizer_loaded()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy is a plain optimizer."""
         own: Any = self
@@ -125,6 +142,22 @@ def wrap(optimizer: Optimizer, run: Stepping) -> None:
     given: Any = type(own)
     own.__class__ = _class_of(given)
     own._mpips = run
+
+
+def step(optimizer: Optimizer) -> None:
+    """Call the optimizer's step; where it has no hooks, without what torch has around it for them."""
+    own: Any = optimizer
+    hooks = (
+        own._optimizer_step_pre_hooks,
+        own._optimizer_step_post_hooks,
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+    )
+    if any(hooks):
+        own.step()
+    else:
+        own._opt_called = True
+        own._mpips.optimizer_step(None)
 
 
 def unwrap(optimizer: Optimizer) -> None:

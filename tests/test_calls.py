@@ -15,7 +15,7 @@ from programs import data, metrics, mlp
 from torch import nn
 
 import mpips
-from mpips import checkpoint
+from mpips import checkpoint, service
 from mpips.exchange import Exchange
 from mpips.exchange.simulated import World
 
@@ -388,3 +388,24 @@ finally:
     found = {path.name for path in tmp_path.iterdir() if "-" in path.name}
     ranks = {"after": "12", "finally": "12", "atexit": "012"}
     assert found == {f"{what}-{rank}" for what, own in ranks.items() for rank in own}
+
+
+def test_who_waits_for_whom_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a worker takes more steps than others that is no fault, but nobody has to guess."""
+    monkeypatch.setattr(service, "WAITING", -1.0)
+
+    def program(e: Exchange) -> int:
+        model = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ps = mpips.connect(model, optimizer, exchange=e, run_dir="run")
+        for _ in range(2 + 4 * ps.worker):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        ps.save()
+        return ps.round
+
+    assert World(3).run(program) == [6, 6]
+    said = "worker 0 (rank 1) at ps.save(); worker 1 (rank 2) at a step; who waits goes on when all workers make that call"
+    assert capsys.readouterr().out.count(said) == 1
+    events = [json.loads(line) for line in Path("run", "events.jsonl").read_text().splitlines()]
+    assert [event["message"] for event in events if event["event"] == "warning"] == [said]

@@ -303,3 +303,43 @@ def test_a_shuffled_loader_and_a_scheduler_and_resumed(stops_at: int | None, siz
         assert values[-1] == pytest.approx(expected[-1], abs=1e-13, rel=0)
         for ours, theirs in zip(weights, model.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs.detach(), atol=1e-13 if workers > 1 else 0, rtol=0)
+
+
+def test_a_shard_that_is_not_looped_over_is_refused() -> None:
+    """The script loops over the loader that it had before: every worker would train on all data."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ps = mpips.connect(model, optimizer, exchange=World(1).ends[0], run_dir="run")
+    loader = DataLoader(TensorDataset(*data(16)), batch_size=8)
+    ps.shard(loader)
+    with pytest.raises(RuntimeError, match=r"a step before any loop over a shard: ps\.shard\(loader\) was called"):
+        for x, y in loader:
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+
+def test_two_steps_on_a_batch_between_which_a_checkpoint_may_come_are_refused() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ps = mpips.connect(model, optimizer, exchange=World(1).ends[0], run_dir="run", checkpoint={"every": 100})
+    with pytest.raises(RuntimeError, match=r"a second step on a batch with checkpoint\.every: given 100"):
+        for _ in ps.epochs(1):
+            for x, y in ps.batches(data(16), 8):
+                for _ in range(2):
+                    F.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+
+
+def test_a_server_does_not_measure_with_an_old_teacher() -> None:
+    def program(e: Exchange) -> None:
+        model = nn.ModuleDict({"student": nn.Linear(2, 1), "teacher": nn.Linear(2, 1).requires_grad_(False)})
+        optimizer = torch.optim.SGD(model.student.parameters(), lr=0.1)
+        ps = mpips.connect(model, optimizer, exchange=e, run_dir="run", validate=lambda: 1.0)
+        for _ in ps.epochs(1):
+            model.student(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            with torch.no_grad():
+                model.teacher.weight.lerp_(model.student.weight, 0.1)
+
+    with pytest.raises(RuntimeError, match=r"measures on the server, but the script has changed teacher\.weight"):
+        World(2).run(program)

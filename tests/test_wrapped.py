@@ -287,3 +287,134 @@ def test_sparse_gradients_with_sparse_adam_are_plain_pytorch_s() -> None:
         assert torch.equal(world.run(program)[0], plain.weight)
     with pytest.raises(SystemExit, match="2"):
         World(3).run(program)
+
+
+@SHARED
+def test_gradients_of_several_workers_stay_after_a_step(shares: bool) -> None:
+    """Each worker's are its own, as after a step of DDP's ranks before they were reduced."""
+
+    def program(e: Exchange) -> list[Any]:
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        ps = mpips.connect(model, optimizer, exchange=e, run_dir="run")
+        seen = []
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data(33)), batch_size=11)
+        for x, y in ps.shard(loader):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            before = [p.grad.clone() for p in model.parameters()]
+            optimizer.step()
+            seen.append((before, [p.grad.clone() for p in model.parameters()]))
+        return seen
+
+    for worker in World(4, shares=shares).run(program):
+        assert len(worker) == 1
+        for before, after in worker:
+            torch.testing.assert_close(after, before, rtol=3e-7, atol=0)
+
+
+def rewind(model: nn.Module, optimizer: Any) -> str:
+    """Three steps are taken twice, from the state that the optimizer had before."""
+    for _ in range(3):
+        one_step(model, optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    for _ in range(3):
+        one_step(model, optimizer)
+    optimizer.load_state_dict(state)
+    for _ in range(3):
+        one_step(model, optimizer)
+    return sha(model) + str(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("mode", ["sync", "local_sgd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+def test_a_state_that_the_script_loads_is_the_one_that_steps(kind: Any, dtype: torch.dtype, mode: str) -> None:
+    more = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    model, plain = mlp(), mlp()
+    optimizer = kind(model.parameters(), lr=0.01, **more)
+    mpips.connect(model, optimizer, exchange=alone(), run_dir="run", mode=mode, local={"steps": 100})
+    assert rewind(model, optimizer) == rewind(plain, kind(plain.parameters(), lr=0.01, **more))
+
+
+@SHARED
+def test_a_state_that_a_server_elsewhere_would_not_have_is_refused(shares: bool) -> None:
+    def program(e: Exchange) -> None:
+        model = mlp()
+        optimizer = torch.optim.Adam(model.parameters())
+        state = optimizer.state_dict()
+        mpips.connect(model, optimizer, exchange=e, run_dir="run")
+        optimizer.load_state_dict(state)
+
+    with pytest.raises(RuntimeError, match=r"load_state_dict\(\) after connect: the state lies with the server"):
+        World(3, shares=shares).run(program)
+
+
+def test_hooks_run_at_ps_step_too() -> None:
+    model, optimizer, ps = connected()
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    loss = model(data(16)[0]).square().mean()
+    loss.backward()
+    ps.step(loss)
+    assert (seen, ps.round, ps.loss) == (["pre", "post"], 1, loss.item())
+
+
+@SHARED
+@pytest.mark.parametrize("size", [2, 3])
+def test_weights_written_through_data_are_noticed(size: int, shares: bool) -> None:
+    """Of which autograd is not told, as in WGAN's clipping."""
+
+    def program(e: Exchange) -> None:
+        model, optimizer, _ = _connected_to(e)
+        for _ in range(3):
+            one_step(model, optimizer)
+            for p in model.parameters():
+                p.data.clamp_(-0.01, 0.01)
+
+    with pytest.raises(RuntimeError, match=r"has changed 0\.weight in place, outside optimizer\.step\(\), after connect"):
+        World(size, shares=shares).run(program)
+
+
+def _connected_to(e: Exchange, **settings: Any) -> tuple[nn.Module, Any, mpips.Run]:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    return model, optimizer, mpips.connect(model, optimizer, exchange=e, run_dir="run", **settings)
+
+
+@SHARED
+@pytest.mark.parametrize("restored", [True, False])
+@pytest.mark.parametrize("through", ["data", "no_grad"])
+def test_an_average_s_weights_may_be_swapped_in_while_the_model_is_measured(through: str, restored: bool, shares: bool) -> None:
+    def program(e: Exchange) -> tuple[float, str]:
+        model, optimizer, ps = _connected_to(e)
+        one_step(model, optimizer)
+
+        def measure() -> float:
+            own = [p.detach().clone() for p in model.parameters()]
+            for p in model.parameters():
+                p.data.fill_(0.5) if through == "data" else p.fill_(0.5)
+            found = float(model(torch.ones(1, 12)).sum())
+            if restored:
+                for p, was in zip(model.parameters(), own, strict=True):
+                    p.data.copy_(was) if through == "data" else p.copy_(was)
+            return found
+
+        found = ps.validate(measure)
+        one_step(model, optimizer)
+        return found, sha(model)
+
+    if not restored:
+        with pytest.raises(RuntimeError, match=r"has changed 0\.weight.*put back at the end of what ps\.validate"):
+            World(3, shares=shares).run(program)
+        return
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(2):
+        one_step(model, optimizer)
+    for p in (other := mlp()).parameters():
+        nn.init.constant_(p, 0.5)
+    value = other(torch.ones(1, 12)).sum().item()
+    for found, weights in World(2, shares=shares).run(program):
+        assert (found, weights) == (value, sha(model))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mpips.parameter_server import ParameterServer
     from mpips.run import Run, connect
     from mpips.server import Server
-    from mpips.start import configure, device, join
+    from mpips.start import configure, device, join, worker_index, workers
     from mpips.worker import Worker
 
 __all__ = [
@@ -43,6 +43,8 @@ __all__ = [
     "connect",
     "device",
     "join",
+    "worker_index",
+    "workers",
 ]
 
 _HOMES = {
@@ -52,7 +54,7 @@ _HOMES = {
     "mpips.parameter_server": ("ParameterServer",),
     "mpips.run": ("Run", "connect"),
     "mpips.server": ("Server",),
-    "mpips.start": ("configure", "device", "join"),
+    "mpips.start": ("configure", "device", "join", "worker_index", "workers"),
     "mpips.worker": ("Worker",),
 }
 

@@ -13,7 +13,7 @@ from mpips.client import Client
 from mpips.clients import Clients, Hosting
 from mpips.data import Common, Share
 from mpips.federated import FedAvg
-from mpips.message import Stop
+from mpips.message import Call, Stop
 from mpips.worker import Worker
 
 
@@ -23,6 +23,20 @@ class Where(Enum):
     OUTSIDE = 0
     INSIDE = 1
     BROKE = 2
+
+
+class Batches:
+    """What `ps.batches` gives: each `iter` of it is a loop of its own.
+
+    Args:
+        loop: begins one.
+    """
+
+    def __init__(self, loop: Callable[[], Iterator[Any]]) -> None:
+        self._loop = loop
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._loop()
 
 
 class Loop:
@@ -81,7 +95,7 @@ class Loop:
         if place.over:
             self._rewind(True)
         else:
-            yield from self._work(self._share(data, loop, how, own))
+            yield from self._work(self._share(data, loop, how, own), own)
         if place.over:
             place.next_loop()
 
@@ -101,9 +115,13 @@ class Loop:
     def _forget(self) -> None:
         self._samples = 0
 
-    def _work(self, shard: Share | Hosting) -> Iterator[Any]:
+    def _work(self, shard: Share | Hosting, own: bool) -> Iterator[Any]:
         worker = self.worker
         worker.begin()
+        if worker.workers > 1 and worker.mode.gradients and not own and not worker.place.begun:
+            self._meet()
+            if worker.control.stop:
+                return
         self._where = Where.INSIDE
         batches = _deal(worker, shard)
         self._enter()
@@ -131,6 +149,12 @@ class Loop:
         if not worker.control.stop:
             self._exhausted()
 
+    def _meet(self) -> None:
+        """Draw the order of this loop from where worker 0's streams are, if those are where one process's would be."""
+        reply = self.worker.call_for(Call.BEGIN, {"streams": self._common.tell() if self.worker.index == 0 else ""})
+        self._obey()
+        self._common.take(reply.get("streams", ""))
+
     def _draw(self, count: int, samples: float | None) -> None:
         """A batch is drawn; those before it are forgotten if nothing is left of them."""
         if self._samples and not self.worker.replica.flat.any_gradient():
@@ -156,6 +180,8 @@ class Loop:
         place.taken, self.worker.digest = place.taken + self._taken, 0
         self._taken, place.samples = 0, self._samples or 0
         self._where = Where.OUTSIDE
+        if self.worker.index == 0:
+            self._common.hand_over()
         self.worker.finish()
         control = self.worker.control
         place.over = not (control.active or (control.stop and isinstance(self.worker, Client)))

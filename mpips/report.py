@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -116,14 +117,14 @@ class Report:
             self.flush()
             line = dict(zip(self.columns, row, strict=True))
             self.event("round", **line, epochs=self.epochs, samples_per_s=speed, ranks=ranks())
-            self.line(f"round {row[0]:.0f}  epoch {row[1]:.0f}  loss {row[4]:.4f}  {speed:.0f} samples/s")
+            self.line(f"round {row[0]:.0f}  epoch {row[1]:.0f}  {_loss(row[4])}{speed:.0f} samples/s")
 
     def validated(self, epoch: int, number: int, value: float, best: float, name: str) -> None:
         """One validation on the server."""
         self.name = name
         self.values.append((number, epoch, value))
         self.event("validate", epoch=epoch, round=number, value=value, best=best, name=name)
-        self.line(f"epoch {epoch}  round {number}  loss {self._loss:.4f}  {name} {value:.4f}", always=True)
+        self.line(f"epoch {epoch}  round {number}  {_loss(self._loss)}{name} {value:.4f}", always=True)
 
     def stopped(self, reason: str, number: int, ranks: Sequence[int]) -> None:
         """Why, when and by whom the run is ended before its last epoch."""
@@ -199,3 +200,8 @@ class Report:
             beside = Path(launch) / ".run_dir"
             beside.write_text(str(folder))
             beside.replace(Path(launch) / "run_dir")
+
+
+def _loss(value: float) -> str:
+    """For the screen; nothing where no worker has said it, as `optimizer.step()` does not."""
+    return "" if math.isnan(value) else f"loss {value:.4f}  "

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
@@ -41,6 +42,16 @@ def restore(state: State) -> None:
     torch.set_rng_state(torch.from_numpy(state["torch"].copy()))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.from_numpy(state["cuda"].copy()))
+
+
+def to_text(state: State) -> str:
+    """The state as JSON."""
+    return json.dumps({name: [str(value.dtype), value.tobytes().hex()] for name, value in state.items()})
+
+
+def from_text(text: str) -> State:
+    """The state that `to_text` was given."""
+    return {name: np.frombuffer(bytes.fromhex(words), dtype) for name, (dtype, words) in json.loads(text).items()}
 
 
 def diverge(index: int) -> None:

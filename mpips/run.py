@@ -6,7 +6,7 @@ import atexit
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +25,7 @@ from mpips.environment import environment
 from mpips.exchange import SERVER, Exchange, share
 from mpips.joint import Joint
 from mpips.keeping import Keeping
-from mpips.loop import Loop
+from mpips.loop import Batches, Loop
 from mpips.message import Call, CallError, Control, Stop
 from mpips.mode import choose_mode
 from mpips.optimizer import FlatOptimizer, MakeOptimizer, evaluates, unhooked
@@ -456,8 +456,8 @@ class Run:
 
     def batches(
         self, data: Any, batch_size: int | None = None, *, shuffle: bool = True, drop_last: bool = False, shard: bool = True
-    ) -> Iterator[Any]:
-        """This worker's share of the data, batch by batch.
+    ) -> Iterable[Any]:
+        """This worker's share of the data, batch by batch; it can be looped over again, if the data can.
 
         Args:
             data: a map-style dataset, tensors or arrays (one, or a tuple or dict of them), a list of samples, a DataLoader
@@ -471,7 +471,7 @@ class Run:
         another, `clients.epochs` each. A dataset or a tuple of tensors is dealt out to one client on each worker; with
         `batch_size=None` a client's data is one batch. Modes that know no clients take all clients' data together.
         """
-        return self._loop.batches(data, (batch_size, shuffle, drop_last), own=not shard)
+        return Batches(lambda: self._loop.batches(data, (batch_size, shuffle, drop_last), own=not shard))
 
     def backward(self, loss: Tensor, samples: int | None = None) -> None:
         """`loss.backward()`, the last one before `step`; with the `overlap` setting gradients may leave while it goes on.

@@ -392,6 +392,8 @@ class Service:
         if call == Call.LEAVE:  # what came after the last epoch, or without any, is neither saved nor told
             reply["save"] = not all(words["ended"] for words in said)
             reply["finish"] = reply["save"] and not left
+        if call == Call.BEGIN:
+            reply["streams"] = next((words["streams"] for words in said if words.get("streams")), "")
         if call == Call.VALIDATE:
             name = next(words["name"] for words in said if words)
             given = next((words["values"] for words in said if words.get("values")), None) or self.measure(name)
@@ -649,4 +651,7 @@ def _number(value: Any, name: str) -> float:
     if isinstance(value, (torch.Tensor, np.ndarray)) and math.prod(value.shape) == 1:
         return _number(value.item(), name)
     given = f"a {type(value).__name__} of shape {tuple(value.shape)}" if hasattr(value, "shape") else repr(value)
-    raise TypeError(f"validate(): the function returned {given} for {name!r}; expected a number, or a dict of numbers by name")
+    raise TypeError(
+        f"validate(): the function returned {given} for {name!r}; expected a number, or a dict of numbers by "
+        f"name; a function that only prints is called `if ps.worker == 0:`"
+    )

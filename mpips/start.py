@@ -160,6 +160,24 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def workers() -> int:
+    """How many workers `connect` will find, by what the launcher and the settings say, but for those in its call.
+
+    Raises:
+        SystemExit: see `configure`.
+    """
+    return mpi.launched() - _serves_apart()
+
+
+def worker_index() -> int:
+    """This process's worker number, from 0, before `connect`; -1 on the rank that will only serve. See `workers`."""
+    return _launched_rank() - _serves_apart()
+
+
+def _serves_apart() -> bool:
+    return mpi.launched() > 1 and not configure().server_trains
+
+
 def _launched_rank() -> int:
     names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
     return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)

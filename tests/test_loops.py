@@ -343,3 +343,66 @@ def test_a_server_does_not_measure_with_an_old_teacher() -> None:
 
     with pytest.raises(RuntimeError, match=r"measures on the server, but the script has changed teacher\.weight"):
         World(2).run(program)
+
+
+@PLACES
+@pytest.mark.parametrize("where", ["validate", "worker 0 alone"])
+@pytest.mark.parametrize("stops", [False, True])
+def test_what_is_drawn_between_loops_leaves_orders_those_of_one_process(
+    stops: bool, where: str, size: int, shares: bool
+) -> None:
+    """A loader that is only looked through draws a seed, as does an evaluation at random; worker 0 does so as one process."""
+    workers = max(1, size - 1)
+
+    def script(batch_size: int, connect: Any, resume: str = "no", fails: bool = False) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = mlp().to(D)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        loader = DataLoader(TensorDataset(*data(64, D)), batch_size=batch_size, shuffle=True)
+        tests = DataLoader(TensorDataset(*data(10, D)), batch_size=4)
+        ps = connect(model, optimizer, resume) if connect else None
+        loader = ps.shard(loader) if ps else loader
+
+        def evaluate() -> float:
+            return sum(float(F.cross_entropy(model(x), y).detach()) for x, y in tests) + float(torch.rand(()))
+
+        for epoch in ps.epochs(4) if ps else range(4):
+            for number, (x, y) in enumerate(loader):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                if fails and epoch == 2 and number == 1:
+                    raise KeyboardInterrupt
+            if not ps or (where != "validate" and ps.worker == 0):
+                evaluate()
+            elif where == "validate":
+                ps.validate(evaluate)
+        return [p.detach().clone() for p in model.parameters()]
+
+    def program(e: Exchange, **more: Any) -> list[Tensor]:
+        def connect(model: nn.Module, optimizer: Any, resume: str) -> mpips.Run:
+            return mpips.connect(model, optimizer, exchange=e, run_dir="run", resume=resume, checkpoint={"every": 1})
+
+        return script(8, connect, **more)
+
+    if stops:
+        with pytest.raises(KeyboardInterrupt):
+            World(size, shares=shares).run(lambda e: program(e, fails=True))
+    for weights in World(size, shares=shares).run(lambda e: program(e, resume="auto" if stops else "no")):
+        torch.testing.assert_close(weights, script(8 * workers, None), atol=1e-13 if workers > 1 else 0, rtol=0)
+
+
+def test_what_batches_gives_can_be_looped_over_again_and_slices_draw_nothing() -> None:
+    torch.manual_seed(0)
+    drawn = torch.random.get_rng_state()
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ps = mpips.connect(model, optimizer, exchange=World(1).ends[0], run_dir="run")
+    torch.random.set_rng_state(drawn)
+    batches = ps.batches(data(16), 8, shuffle=False)
+    for _ in range(3):
+        for x, y in batches:
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert ps.round == 6
+    assert torch.equal(torch.random.get_rng_state(), drawn)

@@ -161,7 +161,7 @@ def test_metrics_of_every_rank_come_without_a_further_message() -> None:
     events = [json.loads(line) for line in Path("run", "events.jsonl").read_text().splitlines()]
     table = next(event["ranks"] for event in events if event["event"] == "round")
     assert [entry["rank"] for entry in table] == [0, 1, 2]
-    assert first["combine calls"] == 6 + 4, "one Reduce a round, one for each call of all workers"
+    assert first["combine calls"] == 6 + 5, "one Reduce a round, one for each call of all workers"
 
 
 def test_gradient_accumulation_is_the_larger_batch() -> None:
@@ -539,3 +539,17 @@ def test_unfreezing_after_connect_is_an_error_and_not_silence() -> None:
             ps.step(loss)
             model[0].requires_grad_(True)
     assert ps.round == 1
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "trains", "expected"),
+    [("0", "4", "", (-1, 3)), ("2", "4", "", (1, 3)), ("2", "4", "true", (2, 4)), ("0", "1", "", (0, 1))],
+)
+def test_the_worker_s_number_is_there_before_connect(
+    rank: str, size: str, trains: str, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", rank)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", size)
+    if trains:
+        monkeypatch.setenv("MPIPS_SERVER_TRAINS", trains)
+    assert (mpips.worker_index(), mpips.workers()) == expected

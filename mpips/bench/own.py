@@ -80,7 +80,7 @@ class Own:
 
     def __init__(self, ps: mpips.Run, rank: int, model: Parts) -> None:
         self._ps, self._model = ps, model
-        self._batches = cast("Generator[Tensor, None, None]", ps.batches(Endless(), shard=False))
+        self._batches = cast("Generator[Tensor, None, None]", iter(ps.batches(Endless(), shard=False)))
         self._gradient = Gradient(rank, [part.numel() for part in model.parts])
 
     @property

@@ -37,6 +37,7 @@ class Common:
         self._loop, self._begin = NO_LOOP, _captured()
         self._generators = Generators()
         self._saved: rng.State = {}  # of a resumed run that has begun no loop yet
+        self._own: rng.State | None = {}  # worker 0's as the loop began; None once it has drawn in a loop
 
     def __enter__(self) -> None:
         self._depth += 1
@@ -74,6 +75,31 @@ class Common:
         self._restore(self._begin)
         self._generators.again()
 
+    def tell(self) -> str:
+        """Worker 0's own streams, as it begins a loop: where one process's would be, unless it has drawn in a loop before.
+
+        What one process draws in a loop, as for dropout, several workers draw otherwise; until then all orders are as its.
+        """
+        if self._own is None:
+            return ""
+        self._own = _captured()
+        return rng.to_text(self._own)
+
+    def take(self, told: str) -> None:
+        """Go on from what worker 0 has told, if it has."""
+        if told:
+            with self:
+                rng.restore(rng.from_text(told))
+
+    def hand_over(self) -> None:
+        """At the end of a loop let worker 0's own streams go on where those of the order are, if it drew nothing beside."""
+        if not self._own:
+            return
+        if _same(self._own, _captured()):
+            rng.restore(self._now())
+        else:
+            self._own = None
+
     def tree(self) -> rng.State:
         """All that a checkpoint must hold: the streams now, and as the loop in progress began."""
         if self._saved:
@@ -81,12 +107,15 @@ class Common:
         tree = {"loop": np.array(self._loop, dtype=np.int64)}
         tree |= {f"begin {name}": value for name, value in self._begin.items()}
         tree |= {f"now {name}": value for name, value in self._now().items()}
+        tree["alike"] = np.array(self._own is not None)
+        tree |= {f"own {name}": value for name, value in (self._own or {}).items()}
         return tree | {f"generator {name}": value for name, value in self._generators.tree().items()}
 
     def put(self, tree: rng.State) -> None:
         """Go on from a checkpoint, in a run that has begun no loop yet. The process's streams are the caller's to restore."""
         self._saved = dict(tree)
         self._generators.put(_under("generator ", tree))
+        self._own = _under("own ", tree) if tree["alike"] else None
         if self.workers > 1:
             self._restore(_under("now ", tree))
 
@@ -102,6 +131,10 @@ class Common:
             return
         with self:
             rng.restore(state)
+
+
+def _same(one: rng.State, other: rng.State) -> bool:
+    return all(np.array_equal(value, other[name]) for name, value in one.items())
 
 
 def _under(prefix: str, tree: rng.State) -> rng.State:

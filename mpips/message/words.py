@@ -77,6 +77,7 @@ class Call(IntEnum):
     LEAVE = 6  # the end of the script
     STATE = 7  # the optimizer's state, for whoever asks: the others need not wait for it
     AVERAGE = 8  # the gradient of all workers, without a step
+    BEGIN = 9  # the beginning of a loop over data that is divided
 
     @property
     def text(self) -> str:
@@ -91,6 +92,7 @@ class Call(IntEnum):
             Call.LEAVE: "the end of its script",
             Call.STATE: "optimizer.state_dict()",
             Call.AVERAGE: "ps.average() or the clipping of gradients",
+            Call.BEGIN: "the beginning of a loop over its shard",
         }[self]
 
 

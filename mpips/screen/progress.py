@@ -111,7 +111,9 @@ def progress_line(progress: Progress) -> str:
     parts = [f"round {whole(now.get('round'))}"]
     if now.get("epoch") is not None:
         parts.append(f"epoch {whole(now.get('epoch'))}/{whole(now.get('epochs'))}")
-    parts += [f"loss {number(now.get('loss'))}", f"{number(now.get('samples_per_s'), ',.0f')} samples/s"]
+    loss = now.get("loss")
+    parts += [] if loss != loss else [f"loss {number(loss)}"]  # NaN where no worker has said it
+    parts += [f"{number(now.get('samples_per_s'), ',.0f')} samples/s"]
     value = progress.latest.get("validate")
     if value:
         name = value.get("name") or "value"

@@ -41,26 +41,38 @@ def end_all_on_exception(exchange: Exchange) -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         _failures.append(error)
-        text = "".join(traceback.format_exception(kind, error, trace))
-        LOG.error("failed\n%s", text)
-        status = FAILED
-        if issubclass(kind, ConfigError):
-            text, status = f"mpips: {error}\n", BAD_CONFIGURATION
-        if issubclass(kind, TOGETHER):
-            text = f"{kind.__name__}: {error}\n"  # the place in the code says nothing that the text does not
-            if exchange.rank != SERVER:
-                exchange.wait(patience=3)  # rank 0 prints and ends all
-        _tell_launcher(exchange.rank, text)
-        who = f" rank {exchange.rank} on {socket.gethostname()} failed:" if exchange.size > 1 else ""
-        header = f"mpips:{who}\n" if who and status == FAILED else ""
-        print(header + text, end="", file=sys.stderr, flush=True)
-        if exchange.size > 1:
-            exchange.abort(status)
-        elif status != FAILED:
-            sys.stdout.flush()
-            os._exit(status)  # Python's own status after an excepthook is 1
+        status = BAD_CONFIGURATION if issubclass(kind, ConfigError) else FAILED
+        try:
+            _tell(exchange, kind, error, trace)
+        finally:  # whatever keeps a rank from saying why it ends, it ends
+            if exchange.size > 1:
+                exchange.abort(status)
+            elif status != FAILED:
+                with suppress(Exception):
+                    sys.stdout.flush()
+                os._exit(status)  # Python's own status after an excepthook is 1
 
     sys.excepthook = hook
+
+
+def _tell(exchange: Exchange, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say in the log, to the launcher and on the screen why this rank ends; where one of them cannot be written, the others."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    with suppress(Exception):
+        LOG.error("failed\n%s", text)
+    if issubclass(kind, ConfigError):
+        text = f"mpips: {error}\n"
+    if issubclass(kind, TOGETHER):
+        text = f"{kind.__name__}: {error}\n"  # the place in the code says nothing that the text does not
+        if exchange.rank != SERVER:
+            exchange.wait(patience=3)  # rank 0 prints and ends all
+    with suppress(Exception):
+        _tell_launcher(exchange.rank, text)
+    if exchange.size > 1 and not issubclass(kind, ConfigError):
+        text = f"mpips: rank {exchange.rank} on {socket.gethostname()} failed:\n{text}"
+    with suppress(Exception):
+        sys.stderr.write(text.encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding))
+        sys.stderr.flush()
 
 
 def _tell_launcher(rank: int, text: str) -> None:

@@ -155,6 +155,8 @@ def choose_mode(config: Config) -> Mode:
         cycle(config, local.steps or mode.steps)
         ok = local.fragments == 1 or config.rule != "cclip"
         _allow("rule", config, config.rule, "others with local.fragments: it compares with the last round", ok)
+    ok = config.reduction == "mean" or (mode.gradients and config.rule == "mean")
+    _allow("reduction", config, config.reduction, "mean, or mode sync with rule mean", ok)
     if config.overlap:
         ok = mode.gradients or (mode.requests and not mode.local)
         _allow("overlap", config, True, "modes sync, async and ssp", ok)

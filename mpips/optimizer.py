@@ -145,14 +145,17 @@ class FlatOptimizer:
             for slot in flat.slots if numbers is None else [flat.slots[number] for number in numbers]:
                 self._whole[slot.span].copy_(flat.weights[slot.span])
 
-    def step(self, present: Sequence[float], clip: float | None, scale: float = 1.0) -> None:
+    def step(self, present: Sequence[float], clip: float | None, scale: float = 1.0, times: float = 1.0) -> None:
         """One step with the gradients in the push message.
 
         Args:
             present: for each parameter how many workers have a gradient; without any it is passed over, as in PyTorch.
             clip: the largest global norm.
             scale: what the learning rates are multiplied by, in this step alone.
+            times: what the gradients are multiplied by, before they are clipped.
         """
+        if times != 1:
+            self.replica.push.gradients.mul_(times)
         before = [p.grad for p in self.weights]  # not always views: the script calls zero_grad on this rank, too
         combined = [grad if seen else None for grad, seen in zip(self._grads, present, strict=True)]
         self._hang(before, combined)

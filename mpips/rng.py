@@ -44,6 +44,11 @@ def restore(state: State) -> None:
         torch.cuda.set_rng_state(torch.from_numpy(state["cuda"].copy()))
 
 
+def seed_of(state: State) -> int:
+    """What torch's stream was seeded with."""
+    return int.from_bytes(state["torch"][:8].tobytes(), "little")
+
+
 def to_text(state: State) -> str:
     """The state as JSON."""
     return json.dumps({name: [str(value.dtype), value.tobytes().hex()] for name, value in state.items()})

@@ -135,6 +135,13 @@ def _connect(
         _end_process(exchange)
     run = _Process.run = _begin(start)
     failure.on_preemption(run.preempt)
+    if run.worker == 0 and not again and torch.initial_seed() != run.seed:
+        print(
+            "mpips: torch is not seeded alike on all ranks, so what the script has drawn before connect (a split, targets) "
+            "differs between workers; call torch.manual_seed first, or draw it from a seeded generator",
+            file=sys.stderr,
+            flush=True,
+        )
     return run
 
 
@@ -395,6 +402,11 @@ class Run:
     @property
     def _control(self) -> Control:
         return self._worker.control
+
+    @property
+    def seed(self) -> int:
+        """What torch's random stream was seeded with on the server at `connect`."""
+        return self._worker.common.seed
 
     @property
     def round(self) -> int:

@@ -185,7 +185,8 @@ class Server(Service):
         take = updates.totals[WEIGHT] and not (self.combined.refused or found or self.fault or skipped)
         if take and not (bad and self.config.nonfinite != "drop"):
             scale = updates.totals[STEPS] / updates.totals[WEIGHT] if self.mode.normalised else 1.0
-            self.step_with(scale, adopt=True in adopting)
+            times = updates.totals[WEIGHT] if self.config.reduction == "sum" else 1.0  # the mean of so many, each of weight 1
+            self.step_with(scale, adopt=True in adopting, times=times)
         else:
             self.optimizer.skip()
         if skipped:  # without a step, but forward has been through BatchNorm

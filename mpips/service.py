@@ -167,12 +167,13 @@ class Service:
                 "warning", message=f"wire: {self.config.wire} is for plan sharded on several nodes; not used here"
             )
 
-    def step_with(self, scale: float = 1.0, adopt: bool = False) -> None:
-        """One server update with what is combined in the push message, the learning rate times `scale`.
+    def step_with(self, scale: float = 1.0, adopt: bool = False, times: float = 1.0) -> None:
+        """One server update with what is combined in the push message.
 
         Args:
-            scale: see above.
+            scale: what the learning rates are multiplied by.
             adopt: the message holds new weights: take them as they are.
+            times: what the gradient is multiplied by.
         """
         push, pull = self.replica.push, self.replica.pull
         clip = None if self.mode.local else self.config.clip  # there each worker clips its own steps
@@ -183,7 +184,7 @@ class Service:
         if adopt:
             self.optimizer.adopt()
         else:
-            self.optimizer.step(push.heard.present(), clip, scale)
+            self.optimizer.step(push.heard.present(), clip, scale, times)
         self.combine_buffers()
         if push.second is not None and pull.second is not None:
             pull.second.add_(push.second)

@@ -90,7 +90,7 @@ class Gradient:
         """The contribution's weight; may scale what is in the push message."""
         if self.lead is not None:
             return float(self.lead)
-        return float(samples > 0) if self.alone else samples
+        return float(samples > 0) if self.alone or self.config.reduction == "sum" else samples
 
     def _look(self, row: Row, metrics: Sequence[float]) -> Sequence[float]:
         """Mark the row if what is to be pushed is not finite; its loss and metrics are then as useless.

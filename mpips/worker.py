@@ -518,14 +518,15 @@ class Worker:
             samples: how many samples the gradient is the mean of.
 
         Returns:
-            The mean loss over all workers' samples.
+            The mean loss over all workers' samples, or with `reduction` sum their sum.
         """
         if self.workers == 1 or not self.mode.gradients or self.replica.flat.averaged:
             return loss
         self.look_at_hyper()
-        self._averaging = (loss * samples, samples)
+        adds = self.config.reduction == "sum"
+        self._averaging = (loss if adds else loss * samples, samples)
         self.barrier(Call.AVERAGE)
-        return self._averaging[0] / self._averaging[1]
+        return self._averaging[0] if adds else self._averaging[0] / self._averaging[1]
 
     def _take_average(self, counts: bool) -> None:
         """This rank's part in bringing gradients together; where its own do not count, it only hears."""
@@ -547,6 +548,8 @@ class Worker:
         if not counts:
             return
         rows = push.table()
+        if self.config.reduction == "sum":
+            push.gradients.mul_(sum(row[WEIGHT] for row in rows))
         self._averaging = (sum(row[LOSS] for row in rows), sum(row[SAMPLES] for row in rows))
         replica.flat.take_average(push.gradients, push.present())
         if self.config.buffers == "mean":

@@ -409,3 +409,14 @@ def test_who_waits_for_whom_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().out.count(said) == 1
     events = [json.loads(line) for line in Path("run", "events.jsonl").read_text().splitlines()]
     assert [event["message"] for event in events if event["event"] == "warning"] == [said]
+
+
+def test_ranks_that_nobody_has_seeded_alike_are_told(mpirun: Any, tmp_path: Path) -> None:
+    """What each has drawn before `connect` is then its own: targets, a split."""
+    script = tmp_path / "script.py"
+    body = "import torch, mpips\n{}\nm = torch.nn.Linear(2, 1)\nmpips.connect(m, torch.optim.SGD(m.parameters(), lr=0.1))\n"
+    for seeding, times in (("", 1), ("torch.manual_seed(3)", 0)):
+        script.write_text(body.format(seeding))
+        done = mpirun(3, script, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("torch is not seeded alike on all ranks") == times

@@ -406,3 +406,44 @@ def test_what_batches_gives_can_be_looped_over_again_and_slices_draw_nothing() -
             optimizer.step()
     assert ps.round == 6
     assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
+@PLACES
+@pytest.mark.parametrize("how", ["plain", "the setting clip", "clipping by hand", "LBFGS"])
+@pytest.mark.parametrize("plan", ["root", "sharded"])
+def test_losses_that_are_sums(plan: str, how: str, size: int, shares: bool) -> None:
+    """The last batches are of different sizes, and a worker may have none: the gradient is the joined batch's sum."""
+    workers = max(1, size - 1)
+
+    def trained(batch_size: int, connect: Callable[..., mpips.Run] | None) -> list[Tensor]:
+        model = mlp().to(D)
+        make = {"LBFGS": lbfgs, "plain": lambda p: torch.optim.SGD(p, lr=0.01)}.get(how, adamw)
+        optimizer: Any = make(model.parameters())
+        loader = DataLoader(TensorDataset(*data(35, D)), batch_size=batch_size)
+        clips = how == "clipping by hand" or (how == "the setting clip" and not connect)
+        if connect:
+            loader = connect(model, optimizer).shard(loader)
+        for x, y in loader:
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y, reduction="sum")
+                loss.backward()
+                return loss
+
+            if how == "LBFGS":
+                optimizer.step(closure)
+                continue
+            closure()
+            if clips:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    def program(e: Exchange) -> list[Tensor]:
+        more: dict[str, Any] = {"clip": 0.5} if how == "the setting clip" else {}
+        return trained(8, lambda *given: mpips.connect(*given, exchange=e, run_dir="run", reduction="sum", plan=plan, **more))
+
+    expected = trained(8 * workers, None)
+    for weights in World(size, shares=shares).run(program):
+        torch.testing.assert_close(weights, expected, atol=1e-10 if how == "LBFGS" else 1e-12, rtol=0)

@@ -43,6 +43,9 @@ class Config:
     nonfinite: Literal["raise", "drop", "skip"] = field(
         default="raise", metadata={"help": "a NaN or Inf update: end the run, leave that worker out, or skip the round"}
     )
+    reduction: Literal["mean", "sum"] = field(
+        default="mean", metadata={"help": "sync: what the script's loss does with a batch, and so the round with the workers'"}
+    )
     clip: float | None = field(default=None, metadata={"help": "the combined gradient's largest global norm"})
     metrics: tuple[str, ...] = field(default=(), metadata={"help": "names of the extra metrics given to step()"})
     seed: int = field(default=0, metadata={"help": "which clients train in a round, and their orders"})

@@ -28,6 +28,9 @@ class Common:
 
     Args:
         workers: how many workers there are.
+
+    Attributes:
+        seed: what torch's stream was seeded with.
     """
 
     def __init__(self, workers: int) -> None:
@@ -37,6 +40,7 @@ class Common:
         self._loop, self._begin = NO_LOOP, _captured()
         self._generators = Generators()
         self._saved: rng.State = {}  # of a resumed run that has begun no loop yet
+        self.seed = torch.initial_seed()  # where these began
         self._own: rng.State | None = {}  # worker 0's as the loop began; None once it has drawn in a loop
 
     def __enter__(self) -> None:

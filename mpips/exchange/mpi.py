@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -293,8 +294,9 @@ class MpiExchange:
 
     def abort(self, status: int) -> None:
         """See `Exchange`."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):  # closed, or on a full disk
+                stream.flush()
         self._mpi.COMM_WORLD.Abort(status)
 
     def wait(self, patience: float | None) -> None:

@@ -224,18 +224,18 @@ class Slices:
         named = {rank: int(slot) for rank, slot in enumerate(found.tolist()) if slot < math.inf}
         return {rank: slot for rank, slot in named.items() if rank or len(named) == 1 or not self._rounds}
 
-    def step(self, present: Sequence[float], clip: float | None, scale: float = 1.0) -> None:
+    def step(self, present: Sequence[float], clip: float | None, scale: float = 1.0, times: float = 1.0) -> None:
         """At the server: step, and have the others step; see `FlatOptimizer.step`."""
         self._moved = True
         if not isinstance(self._optimizer, Pieces):
             assert self._optimizer
-            self._optimizer.step(present, clip, scale)
+            self._optimizer.step(present, clip, scale, times)
             return
-        self._tell(1.0, scale)
-        factor = 1.0
+        self._tell(1.0, scale, times)
+        factor = times
         if clip is not None:
-            norms = self._norms(self.room.report(self._measure(present), "sum").tolist())
-            factor = _factor([norm for norm, seen in zip(norms, present, strict=False) if seen], clip, self._push.message)
+            norms = [norm * times for norm in self._norms(self.room.report(self._measure(present), "sum").tolist())]
+            factor *= _factor([norm for norm, seen in zip(norms, present, strict=False) if seen], clip, self._push.message)
             self._tell(1.0, scale, factor)
         self._optimizer.step(present, factor, scale)
 

@@ -242,6 +242,7 @@ class Client(Worker):
             self.version = int(control.version)
             if not self._elastic:
                 self.update.received()
+            self.replica.flat.note_weights(moved=False, others=not self.update.apart)
         if (whole or pushed) and not self._elastic:  # what a contribution that is kept has made of the statistics is in it
             self.replica.buffers.load(pull.buffers)
         if control.ticket >= 0:

@@ -13,6 +13,7 @@ launch of its own; importing this module hides them from it. What a framework wr
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
@@ -121,7 +123,13 @@ def transformers(trainer: Any, **settings: Any) -> Run:
     trainer.add_callback(_following(sharing))
     if run.worker:
         trainer.args.save_only_model = True  # the streams' states would be written by every process
-        trainer.args.load_best_model_at_end = False  # from files that worker 0 may still be writing
+    load_best = trainer._load_best_model
+
+    def load_best_model() -> None:
+        run._finish()  # with the weights of the last round; worker 0 has written its files by then
+        load_best()
+
+    trainer._load_best_model = load_best_model
     return run
 
 
@@ -183,6 +191,11 @@ def _following(sharing: Sharing) -> Any:
             """Stop if the run does."""
             control.should_training_stop |= bool(sharing.run.stopping)
 
+        def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            """Worker 0 writes the files: the others may look before these are there."""
+            if best := getattr(state, "best_global_step", None):
+                state.best_model_checkpoint = os.path.join(args.output_dir, f"checkpoint-{best}")
+
         def on_epoch_end(self, *_: Any, **__: Any) -> None:
             """All workers are at the end of an epoch."""
             sharing.end()
@@ -243,6 +256,24 @@ def lightning(**settings: Any) -> Any:
             self.cluster_environment = environments.LightningEnvironment()  # else it looks for a launch of its own
             self.run: Run | None = None
             self._sharing: Sharing | None = None
+            self._workers = _workers()
+            worker = start.worker_index()
+            self._be(worker if worker >= 0 else start.workers())  # who serves writes nothing
+
+        def _be(self, worker: int) -> None:
+            self.global_rank = self.local_rank = worker
+            self.cluster_environment.set_global_rank(worker)
+
+        def broadcast(self, value: Any, src: int = 0) -> Any:
+            """What worker 0 has, on all workers: a folder's name, for the most part."""
+            text = json.dumps(value, default=os.fspath)
+            if self.run and self.run.active:
+                return json.loads(self.run.meet(text))
+            return json.loads(_told(self._workers, text)) if self._workers else value
+
+        def barrier(self, name: str | None = None) -> None:
+            """Wait for the other workers, in whose rounds this one takes part until then."""
+            self.broadcast(None)
 
         @property
         def is_global_zero(self) -> bool:
@@ -268,8 +299,6 @@ def lightning(**settings: Any) -> Any:
             _begin_anew(self.run, "Lightning Trainer (which resumes by its own ckpt_path)")
             self._sharing = Sharing(self.run)
             self.optimizers = self.optimizers  # Lightning's own doubles have the class as it is now
-            self.global_rank = self.local_rank = self.run.worker
-            self.cluster_environment.set_global_rank(self.run.worker)
 
         def _resume(self, trainer: Any) -> None:
             """Take the optimizer's state from a checkpoint of Lightning's, as the server does."""
@@ -294,8 +323,26 @@ def lightning(**settings: Any) -> Any:
             """All workers are at the end."""
             assert self._sharing
             self._sharing.end()
+            self._sharing.run._finish()  # what is loaded from now on, as the best weights, is not trained further
 
     return Strategy()
+
+
+def _workers() -> Any:
+    """MPI's communicator of the workers alone; None without MPI. Every rank calls this."""
+    if start.workers() == 1:
+        return None
+    mpi = import_module("mpi4py.MPI")
+    return mpi.COMM_WORLD.Split(start.worker_index() >= 0, mpi.COMM_WORLD.rank)
+
+
+def _told(workers: Any, text: str) -> str:
+    """What the first of the workers says."""
+    length = np.array([len(text.encode())])
+    workers.Bcast(length)
+    words = np.frombuffer(text.encode().ljust(int(length[0]))[: int(length[0])], np.uint8).copy()
+    workers.Bcast(words)
+    return bytes(words).decode()
 
 
 class _Process:

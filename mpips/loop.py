@@ -151,9 +151,9 @@ class Loop:
 
     def _meet(self) -> None:
         """Draw the order of this loop from where worker 0's streams are, if those are where one process's would be."""
-        reply = self.worker.call_for(Call.BEGIN, {"streams": self._common.tell() if self.worker.index == 0 else ""})
+        reply = self.worker.call_for(Call.BEGIN, {"told": self._common.tell() if self.worker.index == 0 else ""})
         self._obey()
-        self._common.take(reply.get("streams", ""))
+        self._common.take(reply.get("told", ""))
 
     def _draw(self, count: int, samples: float | None) -> None:
         """A batch is drawn; those before it are forgotten if nothing is left of them."""

@@ -696,6 +696,12 @@ class Run:
         """Write a checkpoint at the next round and end with status 75; SIGUSR1 does this."""
         self._worker.signalled = True
 
+    def meet(self, text: str = "") -> str:
+        """Wait for all workers, and get what worker 0 has to say."""
+        reply = self._worker.call_for(Call.MEET, {"told": text if self.worker == 0 else ""})
+        self._loop.obey()
+        return str(reply.get("told", text))
+
     def print(self, *words: object) -> None:
         """Print on worker 0 alone."""
         if self.worker == 0:
@@ -716,6 +722,11 @@ class Run:
         self._ended = self._control.round
 
     @property
+    def active(self) -> bool:
+        """Whether the optimizer's steps are rounds: from `connect` to `close`."""
+        return isinstance(self.optimizers[0], wrapped.Wrapped)
+
+    @property
     def preempted(self) -> bool:
         """Whether the run ends because a rank was told to."""
         return self._control.stop == Stop.PREEMPTED
@@ -726,7 +737,7 @@ class Run:
         Raises:
             RuntimeError: it is not.
         """
-        if isinstance(self.optimizers[0], wrapped.Wrapped) and self._ended != self._control.round:
+        if self.active and self._ended != self._control.round:
             raise RuntimeError(
                 "mpips.connect() while a run goes on; end that by ps.close() first, or give several models and optimizers to "
                 "one connect([a, b], [opt_a, opt_b])"
@@ -739,7 +750,7 @@ class Run:
         What is not saved yet is saved here, and DONE written unless only some of the workers left: so ends a script that has
         its own loop over epochs, or returns from the middle of one.
         """
-        if failure.happened() or not isinstance(self.optimizers[0], wrapped.Wrapped):
+        if failure.happened() or not self.active:
             return
         for optimizer in self.optimizers:
             wrapped.unwrap(optimizer)
@@ -748,5 +759,6 @@ class Run:
         if self.preempted:
             self._worker.settle()
             return
-        self._worker.call_for(Call.LEAVE, {"ended": self._ended == self._control.round})
+        said = {"ended": self._ended == self._control.round, "moved": self._worker.changed_in_place()}
+        self._worker.call_for(Call.LEAVE, said)
         self._worker.replica.flat.attach_weights(self._worker.replica.flat.room())

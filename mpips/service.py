@@ -255,6 +255,8 @@ class Service:
         left = [rank for rank, row in rows.items() if row["stop"] == 2]
         asked = [rank for rank, row in rows.items() if row["stop"] == 1] + [0] * self.stop_asked
         gone = Stop.ENDED if len(left) == self.workers else Stop.LEFT
+        if gone == Stop.LEFT and not any(row["weight"] > 0 for row in rows.values()):
+            left = []  # the others do not train any more either: they may only be slower in coming to their end
         for stop, ranks in ((Stop.PREEMPTED, told), (gone, left), (Stop.REQUESTED, asked)):
             if ranks and (stop == Stop.PREEMPTED or not self.control.stop):
                 self.end(stop, ranks)
@@ -393,8 +395,9 @@ class Service:
         if call == Call.LEAVE:  # what came after the last epoch, or without any, is neither saved nor told
             reply["save"] = not all(words["ended"] for words in said)
             reply["finish"] = reply["save"] and not left
-        if call == Call.BEGIN:
-            reply["streams"] = next((words["streams"] for words in said if words.get("streams")), "")
+            self._spare_weights(said, reply)
+        if call in (Call.BEGIN, Call.MEET):
+            reply["told"] = next((words["told"] for words in said if words.get("told")), "")
         if call == Call.VALIDATE:
             name = next(words["name"] for words in said if words)
             given = next((words["values"] for words in said if words.get("values")), None) or self.measure(name)
@@ -403,6 +406,17 @@ class Service:
         elif call == Call.EPOCH:
             self._end_epoch(next(words for words in said if words), reply)
         return json.dumps(reply | {"values": self.values, "stop": int(self.control.stop)}).encode()
+
+    def _spare_weights(self, said: Sequence[Mapping[str, Any]], reply: dict[str, Any]) -> None:
+        """Save no weights that a script has put in the place of the trained ones after the last round, as the best before."""
+        moved = next((words["moved"] for words in said if words["moved"]), "")
+        if reply["save"] and moved and self.replica.push.shared:
+            reply["save"] = False
+            self.report.event(
+                "warning",
+                message=f"no checkpoint of the end: after the last round the script has changed {moved} in place; call "
+                f"ps.save() before",
+            )
 
     def _end_epoch(self, words: Mapping[str, Any], reply: dict[str, Any]) -> None:
         if not words["cut"]:

@@ -295,6 +295,13 @@ class Worker:
             )
         own.refresh(changed)
 
+    def changed_in_place(self) -> str:
+        """A parameter that the script has changed since the last round where that is not taken over; else nothing."""
+        self.settle()
+        flat = self.replica.flat
+        changed = [n for n in flat.changed_weights() if n not in flat.renormalised] if self._elsewhere else []
+        return flat.slots[changed[0]].name if changed else ""
+
     def _refuse(self, number: int, instead: str) -> NoReturn:
         raise RuntimeError(
             f"the script has changed {self.replica.flat.slots[number].name} in place, outside optimizer.step(), after connect; "
@@ -470,7 +477,7 @@ class Worker:
             CallError: they never will.
         """
         self.settle()
-        if call != Call.AVERAGE:  # between the evaluations of a step the optimizer itself moves the weights
+        if call not in (Call.AVERAGE, Call.LEAVE, Call.MEET):  # a step that evaluates the loss several times moves weights
             self._look_at_weights()
         self.call, self.done, self._told = call, True, False
         while True:

@@ -145,6 +145,9 @@ class Module(lightning.LightningModule):
     def validation_step(self, batch):
         self.log("right", (self.model(batch[0]).argmax(1) == batch[1]).double().sum(), reduce_fx="sum")
 
+    def test_step(self, batch):
+        self.log("tested", (self.model(batch[0]).argmax(1) == batch[1]).double().sum(), reduce_fx="sum")
+
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
@@ -159,10 +162,10 @@ def train(batch, shared):
         max_epochs=epochs,
         accumulate_grad_batches=2,
         gradient_clip_val=0.2,
-        logger=False,
+        logger=lightning.pytorch.loggers.CSVLogger(".") if shared else False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[ModelCheckpoint(folder, save_last=True)],
+        callbacks=[ModelCheckpoint(save_last=True, **({"monitor": "right", "mode": "max"} if shared else {"dirpath": folder}))],
         **({"strategy": frameworks.lightning()} if shared else {}),
     )
     module = Module()
@@ -171,13 +174,18 @@ def train(batch, shared):
     loader = DataLoader(data, batch, shuffle=True, generator=order)
     trainer.fit(module, loader, DataLoader(data, 10), ckpt_path=resume[shared])
     weights = torch.cat([p.detach().flatten() for p in module.parameters()]).clone()
-    return {"weights": weights, "right": trainer.callback_metrics["right"].item(), "steps": trainer.global_step}, trainer
+    right = trainer.callback_metrics["right"].item()
+    if shared:  # the best weights, on every worker, from where worker 0 has written them
+        best = trainer.checkpoint_callback
+        (tested,) = trainer.test(module, DataLoader(data, 10), ckpt_path="best", verbose=False)
+        assert tested["tested"] == best.best_model_score, (tested, best.best_model_score)
+    return {"weights": weights, "right": right, "steps": trainer.global_step}, trainer
 
 
 resume = {False: None, True: None}
 epochs = 3
 if sys.argv[1:] == ["resume"]:
-    resume, epochs = {False: "plain/last.ckpt", True: "shared/last.ckpt"}, 5
+    resume, epochs = {False: "plain/last.ckpt", True: "lightning_logs/version_0/checkpoints/last.ckpt"}, 5
 plain, _ = train(8, False)
 shared, trainer = train(4, True)
 if trainer.is_global_zero:
@@ -226,6 +234,47 @@ def test_trainer_on_3_ranks_is_one_on_the_joined_batch(mpirun: Start, tmp_path: 
     torch.testing.assert_close(mine["state"][0]["exp_avg"], theirs["state"][0]["exp_avg"], **close)
 
 
+BEST = """
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainingArguments
+
+from mpips import frameworks
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 2)
+
+    def forward(self, x, labels=None):
+        logits = self.fc(x)
+        return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+
+torch.manual_seed(0)
+rows = [{"x": torch.randn(3), "labels": i % 2} for i in range(64)]
+args = TrainingArguments("out", num_train_epochs=4, per_device_train_batch_size=8, learning_rate=30.0, eval_strategy="epoch",
+                         save_strategy="epoch", load_best_model_at_end=True, report_to=[], disable_tqdm=True, use_cpu=True)
+trainer = Trainer(model=Net(), args=args, train_dataset=rows, eval_dataset=rows)
+ps = frameworks.transformers(trainer)
+trainer.train()
+losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+assert min(losses) < losses[-1], losses
+print("worker", ps.worker, "has the best:", trainer.evaluate()["eval_loss"] == min(losses), flush=True)
+"""
+
+
+def test_trainer_loads_its_best_weights_on_every_worker(mpirun: Start, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    done = mpirun(3, script(tmp_path, BEST), cwd=tmp_path, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for worker in range(2):
+        assert f"worker {worker} has the best: True" in done.stdout, done.stdout
+    assert next(tmp_path.glob("runs/*/DONE"))
+    assert "no checkpoint of the end" not in next(tmp_path.glob("runs/*/events.jsonl")).read_text()
+
+
 def test_trainer_is_refused_or_told_its_device(capfd: pytest.CaptureFixture[str]) -> None:
     library = pytest.importorskip("transformers")
     config = library.GPT2Config(vocab_size=8, n_positions=8, n_embd=4, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
@@ -262,7 +311,10 @@ def test_lightning_on_3_ranks_is_one_on_the_joined_batch_and_resumes(mpirun: Sta
     torch.testing.assert_close(shared["weights"], plain["weights"], rtol=1e-9, atol=1e-11)
     assert (shared["right"], shared["steps"]) == (plain["right"], plain["steps"])
     assert done.stdout.count("worker 0 has 2") == 1
-    mine, theirs = (torch.load(tmp_path / name / "last.ckpt", weights_only=False) for name in ("shared", "plain"))
+    (version,) = (tmp_path / "lightning_logs").iterdir()
+    mine, theirs = (
+        torch.load(folder / "last.ckpt", weights_only=False) for folder in (version / "checkpoints", tmp_path / "plain")
+    )
     assert mine["global_step"] == theirs["global_step"]
     torch.testing.assert_close(mine["state_dict"], theirs["state_dict"], rtol=1e-9, atol=1e-11)
     moments = [ckpt["optimizer_states"][0]["state"][0]["exp_avg"] for ckpt in (mine, theirs)]

@@ -78,6 +78,7 @@ class Call(IntEnum):
     STATE = 7  # the optimizer's state, for whoever asks: the others need not wait for it
     AVERAGE = 8  # the gradient of all workers, without a step
     BEGIN = 9  # the beginning of a loop over data that is divided
+    MEET = 10  # a barrier, at which worker 0 may have something to say
 
     @property
     def text(self) -> str:
@@ -93,6 +94,7 @@ class Call(IntEnum):
             Call.STATE: "optimizer.state_dict()",
             Call.AVERAGE: "ps.average() or the clipping of gradients",
             Call.BEGIN: "the beginning of a loop over its shard",
+            Call.MEET: "a barrier",
         }[self]
 
 

@@ -360,6 +360,8 @@ def test_data_with_a_batch_size_is_the_loader_that_a_script_would_write(kind: st
     seed()
     how = {"shuffle": True} | how
     expected = [list(DataLoader(plain, batch_size=4, **how)) for _ in range(2)]
+    if not how["shuffle"] and kind not in ("dataset", "subset"):
+        seed()  # a script would cut slices, and draw nothing
     after = noise()
     seed()
     found = [[batch for batch, *_ in share(data, batch_size=4, **how).batches(Place(epoch))] for epoch in range(2)]

@@ -61,7 +61,8 @@ def as_loader(data: Any, batch_size: int, shuffle: bool, drop_last: bool) -> Dat
     collate = None if dataset is None else as_it_is
     whole = data if dataset is None else dataset
     shuffle = shuffle and len(whole) > 0  # torch makes no random sampler of nothing
-    own = None if shuffle else torch.Generator()  # a loop over slices draws nothing, where a loader would draw a seed
+    slices = not shuffle and not isinstance(data, Dataset)  # which a script would cut, and draw nothing for it
+    own = torch.Generator() if slices else None
     return DataLoader(whole, batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=collate, generator=own)
 
 

@@ -73,7 +73,9 @@ class FlatOptimizer:
 
     def rebind(self) -> None:
         """The push message lies elsewhere now."""
-        self._grads = self.replica.flat.views_of(self.replica.push.gradients)
+        gradients = self.replica.push.gradients
+        self._grads = self.replica.flat.views_of(gradients)
+        self._clipped = [grad for _, grad in self.replica.flat.named(gradients)]  # not the script's, which `clipping` averages
 
     @property
     def lr(self) -> float:
@@ -156,8 +158,9 @@ class FlatOptimizer:
         """
         if times != 1:
             self.replica.push.gradients.mul_(times)
+        grads = self._grads if clip is None else self._clipped
         before = [p.grad for p in self.weights]  # not always views: the script calls zero_grad on this rank, too
-        combined = [grad if seen else None for grad, seen in zip(self._grads, present, strict=True)]
+        combined = [grad if seen else None for grad, seen in zip(grads, present, strict=True)]
         self._hang(before, combined)
         if clip is not None:
             nn.utils.clip_grad_norm_(self.weights, clip)

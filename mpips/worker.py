@@ -21,7 +21,7 @@ from mpips import contract, hyper, lanes, rng
 from mpips.combine import combine, contribute
 from mpips.config import Config, ConfigError
 from mpips.data import Common, Place
-from mpips.exchange import SERVER, Exchange, share
+from mpips.exchange import Exchange, share
 from mpips.message import LOSS, ROUNDS, SAMPLES, WEIGHT, Call, CallError, Control, Replica, Row, Stop, replicate
 from mpips.mode import choose_mode, judges_clients, make_update, server_optimizer, summed
 from mpips.optimizer import FlatOptimizer, MakeOptimizer, made
@@ -414,7 +414,7 @@ class Worker:
         if self.update.apart or self.exchange.size == 1 or not self.replica.wire_is_grad:
             return not self.update.apart
         if not push.shared:
-            return self.exchange.rank != SERVER and self.config.rule == "mean" and self._weight > 0
+            return self._server is None and self.config.rule == "mean" and self._weight > 0
         return push.raw and self.slices is not None and self.slices.room.board.place > 0
 
     def idle(self) -> Control:

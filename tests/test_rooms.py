@@ -933,7 +933,7 @@ def test_by_messages_where_rooms_are_not_for_it(settings: dict[str, Any]) -> Non
     def program(e: Exchange, **given: Any) -> tuple[str, bool]:
         net = cnn()
         ps = train(e, net, OPTIMIZERS["adam"](net.parameters()), data(61), 7, 2, True, **given)
-        waits = 2 * 3 + 1  # rounds in which all wait: for the ends of loops and epochs, validations, and the end
+        waits = 2 * 4 + 1  # rounds in which all wait: at both ends of loops, the ends of epochs, validations, and the end
         assert e.traffic["combine calls"] == ps.round + waits
         return sha(net), is_shared(ps)
 
@@ -992,8 +992,9 @@ def test_each_node_sends_its_share_of_the_model_twice(shape: Shape, wire: str, m
         model = mlp()
         settings: dict[str, Any] = {"plan": "sharded", "wire": wire, "nonfinite": "skip"}
         ps = mpips.connect(model, OPTIMIZERS["adam"](model.parameters()), exchange=e, run_dir="run", **settings)
-        before = dict(e.traffic)
+        before: dict[str, int] = {}
         for x, y in ps.batches(samples, 8, shuffle=False):
+            before = before or dict(e.traffic)  # all have met at the beginning of the loop
             loss = F.cross_entropy(model(x), y)
             loss.backward()
             ps.step(loss)
@@ -1007,7 +1008,7 @@ def test_each_node_sends_its_share_of_the_model_twice(shape: Shape, wire: str, m
     rounds_done, updates, numel, tail = on_nodes(shape, bucket=bucket).run(program)[0]
     width = 4 if wire == "full" else 2
     assert 0 < updates < rounds_done
-    rounds_done += 3  # in which all wait: at the end of the loop, to validate, at the end of the script
+    rounds_done += 4  # in which all wait: at both ends of the loop, to validate, at the end of the script
     each = (nodes - 1) / nodes * numel * width * (rounds_done + updates)
     assert sum(Spy.bytes.values()) == pytest.approx(each * nodes, rel=1e-9)
     for node in range(nodes):

@@ -88,6 +88,9 @@ def lay_out(named: Iterable[tuple[str, Tensor]]) -> tuple[list[Slot], int]:
     return slots, end
 
 
+WATCHED = {2, *(16**k for k in range(1, 12))}  # calls of `note_weights`, of which the first comes before any round
+
+
 class Flat:
     """A model's trainable parameters in one tensor.
 
@@ -286,8 +289,8 @@ class Flat:
     def note_weights(self, moved: bool, members: Collection[int] | None = None, others: bool = False) -> None:
         """The weights are as the server has them; if others `moved` them, autograd is told, as after any change in place.
 
-        What is written through `p.data` autograd is not told of. So now and then the weights' bits are added up, too: at calls
-        1, 2, 4, 8, ... of this function, as a script that writes in every step does so in the first.
+        What is written through `p.data` autograd is not told of. So now and then the weights' bits are added up, too: after
+        rounds 1, 15, 255, ..., as a script that writes in every step does so in the first.
 
         Args:
             moved: see above.
@@ -295,7 +298,7 @@ class Flat:
             others: whether the weights are stepped elsewhere, so that what the script writes would be lost.
         """
         self._noted += 1
-        self._sums = self.sums() if others and not self._noted & (self._noted - 1) else []
+        self._sums = self.sums() if others and self._noted in WATCHED else []
         if moved:
             stepped = self.parameters if members is None else [self.parameters[number] for number in members]
             torch.autograd.graph.increment_version(stepped)
@@ -357,8 +360,9 @@ class Flat:
 def _digest(tensor: Tensor) -> int:
     """A sum of a tensor's bits: another one, all but certainly, where they are others."""
     words = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    whole = len(words) // 4 * 4
-    return int(words[:whole].view(torch.int32).sum(dtype=torch.int64)) + int(words[whole:].sum())
+    words = words.clone() if words.storage_offset() % 8 else words  # of a part of another tensor
+    whole = len(words) // 8 * 8
+    return int(words[:whole].view(torch.int64).sum()) + int(words[whole:].sum())
 
 
 def _same_memory(tensor: Tensor, view: Tensor) -> bool:

@@ -205,7 +205,6 @@ class Client(Worker):
     def _receive(self, contributed: bool) -> None:
         if self._waiting and (not self.config.overlap or self.done):
             self._hear(later=not (self.config.overlap or self.call))  # in a step, of which the script has not done all
-        self.replica.flat.note_weights(moved=not self.update.apart, others=not self.update.apart)
         self._left = self.exchange.clock()
 
     def _hear(self, later: bool = False) -> None:
@@ -242,7 +241,7 @@ class Client(Worker):
             self.version = int(control.version)
             if not self._elastic:
                 self.update.received()
-            self.replica.flat.note_weights(moved=False, others=not self.update.apart)
+            self.replica.flat.note_weights(moved=not self.update.apart, others=not self.update.apart)
         if (whole or pushed) and not self._elastic:  # what a contribution that is kept has made of the statistics is in it
             self.replica.buffers.load(pull.buffers)
         if control.ticket >= 0:

@@ -88,7 +88,7 @@ def lay_out(named: Iterable[tuple[str, Tensor]]) -> tuple[list[Slot], int]:
     return slots, end
 
 
-WATCHED = {2, *(16**k for k in range(1, 12))}  # calls of `note_weights`, of which the first comes before any round
+WATCHED = {2, *(16**k for k in range(12))}  # calls of `note_weights`, of which the first comes before any round
 
 
 class Flat:
@@ -289,8 +289,8 @@ class Flat:
     def note_weights(self, moved: bool, members: Collection[int] | None = None, others: bool = False) -> None:
         """The weights are as the server has them; if others `moved` them, autograd is told, as after any change in place.
 
-        What is written through `p.data` autograd is not told of. So now and then the weights' bits are added up, too: after
-        rounds 1, 15, 255, ..., as a script that writes in every step does so in the first.
+        What is written through `p.data` autograd is not told of. So now and then the weights' bits are added up, too: at
+        `connect` and after rounds 1, 15, 255, ..., as a script that writes in every step does so in the first.
 
         Args:
             moved: see above.

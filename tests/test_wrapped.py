@@ -363,15 +363,18 @@ def test_hooks_run_at_ps_step_too() -> None:
 
 @SHARED
 @pytest.mark.parametrize("size", [2, 3])
-def test_weights_written_through_data_are_noticed(size: int, shares: bool) -> None:
-    """Of which autograd is not told, as in WGAN's clipping."""
+@pytest.mark.parametrize("settings", [{}, {"mode": "async"}, {"mode": "async", "overlap": True}], ids=str)
+@pytest.mark.parametrize("when", ["at once", "after steps"])
+def test_weights_written_through_data_are_noticed(when: str, settings: dict[str, Any], size: int, shares: bool) -> None:
+    """Of which autograd is not told: first weights drawn after `connect`, as DCGAN's, and WGAN's clipping."""
 
     def program(e: Exchange) -> None:
-        model, optimizer, _ = _connected_to(e)
-        for _ in range(3):
+        model, optimizer, _ = _connected_to(e, **settings)
+        for number in range(3):
+            if when == "at once" or number:
+                for p in model.parameters():
+                    p.data.clamp_(-0.01, 0.01)
             one_step(model, optimizer)
-            for p in model.parameters():
-                p.data.clamp_(-0.01, 0.01)
 
     with pytest.raises(RuntimeError, match=r"has changed 0\.weight in place, outside optimizer\.step\(\), after connect"):
         World(size, shares=shares).run(program)

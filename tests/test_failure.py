@@ -185,3 +185,19 @@ def test_usr1_in_one_process_checkpoints_and_says_75(tmp_path: Path) -> None:
     assert "start again with --mpips.resume auto" in done.stdout
     assert (tmp_path / "run" / "checkpoints" / "round_00000008.h5").exists()
     assert not (tmp_path / "run" / "DONE").exists()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "os.environ['MPIPS_LAUNCH_DIR'] = '/of/another/machine'",
+        "os.close(2)",
+        "sys.stderr = None",
+        "sys.stdout = open('/dev/full', 'w'); print('lost')",
+    ],
+)
+def test_whatever_keeps_a_rank_from_saying_why_it_ends_all_end(mpirun: Any, tmp_path: Path, first: str) -> None:
+    """A launcher's folder of another machine, closed streams, a full disk."""
+    line = f"if rank == 1 and ps.round == 5: open('trouble', 'w').close(); {first}; raise ZeroDivisionError('on purpose')"
+    failing(mpirun, tmp_path, trouble(line))
+    assert "ZeroDivisionError: on purpose" in (tmp_path / "run" / "logs" / "rank_0001.log").read_text()

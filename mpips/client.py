@@ -58,25 +58,25 @@ class Client(Worker):
         """See `Worker`; also how a worker begins again when the server does."""
         self.done, self.stop = False, 0
         super().receive_initial_weights()
-        self.version = int(self._control.version)
+        self.version = int(self.control.version)
         if self._elastic:
-            self._pull.control = self._control
+            self._pull.control = self.control
         self._sent = replace(self.place)
         self._begin_anew()
 
     def step(self, loss: float, samples: float, metrics: Sequence[float] = (), taken: int = 0) -> Control:
         """See `Worker`."""
         self.pay()
-        if self._control.stop:
+        if self.control.stop:
             self.replica.flat.clear()
-            return self._control
+            return self.control
         self._ask_for_centre()
         return super().step(loss, samples, metrics, taken)
 
     def push(self, loss: float, samples: float, metrics: Sequence[float] = (), taken: int = 0) -> None:
         """See `Worker`; `pull` takes the answer. Without `overlap` nothing may be computed before that."""
         self.pay()
-        if self._control.stop:
+        if self.control.stop:
             self.replica.flat.clear()
             return
         self._ask_for_centre()
@@ -102,10 +102,10 @@ class Client(Worker):
         self.pay()
         if self._waiting:  # the answer to the last push is on its way
             self._hear()
-        if not self._control.stop or self.call:
+        if not self.control.stop or self.call:
             self._post_request(weights, busy=not self.done)
             self._hear()
-        return self._control
+        return self.control
 
     def next_ticket(self) -> int | None:
         """The number of the next batch for this worker; None when the run is to stop."""
@@ -113,9 +113,9 @@ class Client(Worker):
         self._draws = True
         if self._waiting and not self._granted:
             self._hear()
-        while len(self._granted) < 1 + (self.config.overlap and not self._waiting) and not self._control.stop:
+        while len(self._granted) < 1 + (self.config.overlap and not self._waiting) and not self.control.stop:
             self.ask(weights=not self._elastic)
-        return None if self._control.stop else self._granted.popleft()
+        return None if self.control.stop else self._granted.popleft()
 
     def begin(self) -> None:
         """See `Worker`."""
@@ -134,7 +134,7 @@ class Client(Worker):
         self.pay()
         if self._waiting:
             self._before_push(self._hear)  # the request that says it is the end is still to come
-        if call != Call.LOOP or not self._control.stop:
+        if call != Call.LOOP or not self.control.stop:
             super().barrier(call)
 
     def close(self) -> None:
@@ -142,7 +142,7 @@ class Client(Worker):
         self.pay()
         if self._waiting:
             self._hear()
-        if self._control.stop or self.stop == BYE:
+        if self.control.stop or self.stop == BYE:
             return
         self.done, self.stop = True, BYE
         self.idle()
@@ -150,13 +150,13 @@ class Client(Worker):
     def idle(self) -> Control:
         """See `Worker`; without anything to push it is a pull."""
         self.pay()
-        if self.update.pending and not self._control.stop:
+        if self.update.pending and not self.control.stop:
             self._push()
             return self.pull()
         self._begun, self._told = self.exchange.clock(), self.done
         self.ask()
         self._left = self.exchange.clock()
-        return self._control
+        return self.control
 
     def _row(self, samples: float = 0, loss: float = 0) -> Row:
         row = super()._row(samples, loss)
@@ -190,7 +190,7 @@ class Client(Worker):
         self._begun, self._told = self.exchange.clock(), self.done
         if self._waiting:
             self._before_push(self._hear)
-        if self._control.stop:
+        if self.control.stop:
             return
         message, self._beside = self.replica.push.message, self.config.overlap
         if self._beside:
@@ -216,16 +216,16 @@ class Client(Worker):
         while self._waiting:
             waiting, self._waiting = self._waiting, None
             self._take(waiting())
-            if self._control.checkpoint and later:
+            if self.control.checkpoint and later:
                 self._owes = True
-            elif self._control.checkpoint:
+            elif self.control.checkpoint:
                 self.save()
-            if self._control.fault:
+            if self.control.fault:
                 raise CallError(share(self.exchange, b"").decode())
-            self.replica.check_finite(self._control)
-            if self._control.again and not self._owes:
+            self.replica.check_finite(self.control)
+            if self.control.again and not self._owes:
                 self._post_request(not self._elastic, busy=False)
-        if self._beside and self._control.stop:  # what has been computed beside will be again
+        if self._beside and self.control.stop:  # what has been computed beside will be again
             self.place.taken, self.place.samples = self._sent.taken, self._sent.samples
             self.replica.flat.clear()
         self._beside = False
@@ -236,7 +236,7 @@ class Client(Worker):
         if self.config.overlap:
             length = self._incoming.numel() if whole else CONTROL_BYTES
             pull.message[:length].copy_(self._incoming[:length])
-        self._control = control = pull.control
+        self.control = control = pull.control
         if whole:
             self.version = int(control.version)
             if not self._elastic:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, zip_longest
 
 import torch
@@ -125,9 +126,8 @@ class Flat:
         first = self.parameters[0]
         self.dtype, self.device = first.dtype, first.device
         self._touched: set[int] = set()
-        self._number = {p: n for n, p in enumerate(self.parameters)}
         self._views: list[Tensor] = []
-        self._places: list[tuple[int, nn.Parameter, int]] = []  # each parameter's number, and where it is to be
+        self._places: list[int] = []  # where each parameter is to be
         self.watch: Callable[[int], None] | None = None
         self._checked = -1  # registrations when the model was last looked at whole
         self._versions: list[int] = []
@@ -139,8 +139,8 @@ class Flat:
         self.renormalised = {number for number, p in enumerate(self.parameters) if p in tables}
         self.sparse = False  # whether sparse gradients stay what they are
         self.averaged = False  # whether the gradients are those of all workers together
-        for p in self.parameters:
-            p.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+        for number, p in enumerate(self.parameters):
+            p.register_post_accumulate_grad_hook(partial(self._accumulated, number))  # type: ignore[no-untyped-call]
         if hold:
             self.attach_weights(self.room())
             self.attach_grad(self.room(), keep=True)
@@ -171,7 +171,7 @@ class Flat:
 
     def _hold(self, flat: Tensor) -> None:
         self.weights = flat
-        self._places = [(n, p, p.data_ptr()) for n, p in enumerate(self.parameters) if p.numel()]
+        self._places = [p.data_ptr() for p in self.parameters]
 
     def attach_grad(self, flat: Tensor, keep: bool = False) -> None:
         """Let gradients accumulate in `flat` (`(numel,)`, the model's dtype); `keep` those that there are."""
@@ -201,20 +201,14 @@ class Flat:
         for p in self.parameters:
             p.grad = None
 
-    def _accumulated(self, p: nn.Parameter) -> None:
+    def _accumulated(self, number: int, p: nn.Parameter) -> None:
         """Autograd has accumulated into `p.grad`, a tensor of its own where there was none: it is still in the cache."""
         self.averaged = False
-        number = self._number[p]
-        view = self._views[number]
-        if p.grad is not None and p.grad.is_sparse and self.sparse:
-            self._touched.add(number)
-            return
-        if p.grad is not view:
-            assert p.grad is not None
-            if not _same_memory(p.grad, view):
-                view.copy_(p.grad.detach().to_dense())
-            p.grad = view
         self._touched.add(number)
+        if self.sparse and p.grad is not None and p.grad.is_sparse:
+            return
+        if p.grad is not self._views[number]:
+            self._bring(number, p)
         if self.watch:
             self.watch(number)
 
@@ -240,27 +234,29 @@ class Flat:
             LayoutError: a parameter itself is no longer a view; no step would reach it.
         """
         self._check_still_ours()
-        for number, p, place in self._places:
+        present = []
+        for number, (p, view, place) in enumerate(zip(self.parameters, self._views, self._places, strict=True)):
             if p.data_ptr() != place:
                 raise LayoutError(
                     f"{self.slots[number].name} has left the flat buffer; move or cast the model and assign to p.data before "
                     f"connect, not after it"
                 )
-        return [self._bring(number, p, view) for number, (p, view) in enumerate(zip(self.parameters, self._views, strict=True))]
+            if p.grad is view:  # written in place: by backward, which calls the hook, or by hand
+                present.append(number in self._touched or bool(view.any()))
+            else:
+                present.append(self._bring(number, p))
+        return present
 
-    def _bring(self, number: int, p: nn.Parameter, view: Tensor) -> bool:
-        """One gradient; whether there is one."""
-        grad = p.grad
+    def _bring(self, number: int, p: nn.Parameter) -> bool:
+        """A gradient that lies elsewhere; whether there is one."""
+        view, grad = self._views[number], p.grad
         if grad is None:
             view.zero_()
-            p.grad = view
-            return False
-        if grad is view:  # written in place: by backward, which calls the hook, or by hand
-            return number in self._touched or bool(view.any())
-        if not _same_memory(grad, view):
-            view.copy_(grad.to_dense())
-            p.grad = view
-        return True
+        elif not _same_memory(grad, view):
+            dense = grad if grad.layout is torch.strided else grad.to_dense()
+            view.copy_(dense.detach() if dense.requires_grad else dense)  # with create_graph it does
+        p.grad = view
+        return grad is not None
 
     def _check_still_ours(self) -> None:
         """The model still trains the parameters it had at connect; looked at whole at the first step only."""
@@ -319,10 +315,10 @@ class Flat:
 
     def resume(self, gradients: Mapping[str, Tensor]) -> None:
         """Put back gradients, by name, that were accumulated and not pushed."""
-        for slot, p in zip(self.slots, self.parameters, strict=True):
+        for number, (slot, p) in enumerate(zip(self.slots, self.parameters, strict=True)):
             if slot.name in gradients:
                 p.grad = slot.view(self.grad).copy_(gradients[slot.name])
-                self._touched.add(self._number[p])
+                self._touched.add(number)
 
     def pushed(self) -> None:
         """The gradients are on their way: none is pending any more."""

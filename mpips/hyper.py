@@ -25,15 +25,10 @@ def keys(optimizer: Optimizer) -> list[str]:
     return sorted(optimizer.defaults.keys() - UNUSED)
 
 
-def values(optimizer: Optimizer) -> list[Any]:
-    """What the groups have, group by group, as it is: to see whether anything has changed."""
-    names = keys(optimizer)
-    return [value for group in optimizer.param_groups for value in map(group.get, names)]
-
-
 def read(optimizer: Optimizer) -> list[float]:
     """Every number of the groups, NaN for what is none: as long on every rank with the same optimizer."""
-    return [number for value in values(optimizer) for number in numbers_in(value)]
+    known = keys(optimizer)
+    return [number for group in optimizer.param_groups for key in known for number in numbers_in(group.get(key))]
 
 
 def names(optimizer: Optimizer) -> list[str]:
@@ -71,7 +66,7 @@ class Told:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
+        self.optimizer, self._names = optimizer, keys(optimizer)
         self._seen: list[Any] = []
         self._in_place = False  # whether a value may change without another in its place
         self.numbers: list[float] = []
@@ -80,7 +75,7 @@ class Told:
 
     def changed(self) -> bool:
         """Look again; whether there are other numbers than before."""
-        now = values(self.optimizer)
+        now = [group.get(name) for group in self.optimizer.param_groups for name in self._names]
         if not self._in_place and now == self._seen:
             return False
         self._seen, self._in_place = now, any(isinstance(value, (Tensor, np.ndarray)) for value in now)

@@ -111,6 +111,7 @@ class Keeping:
         optimizers: the script's; torch's schedulers of them are kept unasked.
 
     Attributes:
+        behind: whether torch's schedulers are to be given back what they had, once, where a resumed run goes on.
         own_state: the numbers of those optimizers that step on the workers, which then have their state.
     """
 
@@ -118,7 +119,7 @@ class Keeping:
         self._saved, self._optimizers = dict(saved), optimizers
         self._objects: dict[str, Any] = {}
         self._groups = unpack(self._saved.pop(GROUPS)) if saved else []
-        self._behind = bool(saved)
+        self.behind = bool(saved)
         self._stepping = [Stepping(optimizer) for optimizer in optimizers]
         self.own_state = {which for which in range(len(optimizers)) if f"{OWN}{which}" in self._saved}
         self._put_groups()
@@ -159,18 +160,16 @@ class Keeping:
                     )
         return named
 
-    def catch_up(self) -> bool:
-        """Give torch's schedulers back what they had, once, where a resumed run goes on; whether it was done now."""
-        behind, self._behind = self._behind, False
-        if behind:
-            for optimizer in self._optimizers:
-                optimizer._opt_called = True  # type: ignore[attr-defined]  # in the run that went before
-            stepping = {f"{OWN}{which}": self._stepping[which] for which in self.own_state}
-            for name, thing in (self._schedulers() | stepping).items():
-                if name in self._saved:
-                    thing.load_state_dict(unpack(self._saved.pop(name)))
-            self._put_groups()  # a scheduler made since connect has set what a new run begins with
-        return behind
+    def catch_up(self) -> None:
+        """Give torch's schedulers, those made since `connect` too, back what they had."""
+        self.behind = False
+        for optimizer in self._optimizers:
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # in the run that went before
+        stepping = {f"{OWN}{which}": self._stepping[which] for which in self.own_state}
+        for name, thing in (self._schedulers() | stepping).items():
+            if name in self._saved:
+                thing.load_state_dict(unpack(self._saved.pop(name)))
+        self._put_groups()  # a scheduler made since connect has set what a new run begins with
 
     def tree(self) -> dict[str, Tree]:
         """For a checkpoint: the state of each by name, and what a resumed run's script has not taken up yet."""

@@ -127,8 +127,8 @@ class Loop:
         self._enter()
         for batch, count, samples in batches:
             worker.settle()
-            self._obey()
             if worker.control.stop:
+                self._obey()
                 return
             self._draw(count, samples)
             worker.digest, worker.drawn = shard.digest if isinstance(shard, Share) else 0, worker.drawn + 1
@@ -213,11 +213,12 @@ class Loop:
 
     def step(self, loss: Tensor | float | None, samples: float | None, metrics: Mapping[str, float]) -> None:
         """The script has computed a gradient; see `Run.step`."""
-        self.drain()
-        self._check_place()
         worker = self.worker
+        if self._where is not Where.INSIDE or worker.control.stop:
+            self.drain()
+        self._check_place()
         named = worker.config.metrics
-        if metrics.keys() != set(named) and (metrics or loss is not None):
+        if (metrics or (named and loss is not None)) and metrics.keys() != set(named):
             raise ValueError(f"step() was given the metrics {sorted(metrics)}, the `metrics` setting names {named}")
         count = self._count() if samples is None else samples
         if count < 0:
@@ -229,7 +230,8 @@ class Loop:
             worker.update.measure(value, count)
             return
         worker.step(value, count, [float(metrics.get(name, float("nan"))) for name in named], taken)
-        self._obey(later=self.inside)
+        if worker.control.stop:
+            self._obey(later=self.inside)
 
     def _check_place(self) -> None:
         """Raise RuntimeError for a step at which the script does not do what it seems to."""
@@ -240,7 +242,7 @@ class Loop:
                 "returned; a loop over the loader that it was given trains every worker on all data"
             )
         here = worker.begun, worker.drawn
-        if self.inside and here == self._stepped_at and worker.config.checkpoint.every:
+        if here == self._stepped_at and self.inside and worker.config.checkpoint.every:
             raise RuntimeError(
                 f"a second step on a batch with checkpoint.every: given {worker.config.checkpoint.every}, expected 0, as a "
                 f"run cannot be resumed between the two; checkpoints are written at the ends of epochs, and by ps.save() "

@@ -159,21 +159,19 @@ class FlatOptimizer:
         if times != 1:
             self.replica.push.gradients.mul_(times)
         grads = self._grads if clip is None else self._clipped
-        before = [p.grad for p in self.weights]  # not always views: the script calls zero_grad on this rank, too
         combined = [grad if seen else None for grad, seen in zip(grads, present, strict=True)]
-        self._hang(before, combined)
+        apart = [  # where the script has other gradients, on this rank, too
+            (p, new, old) for p, new in zip(self.weights, combined, strict=True) if (old := p.grad) is not new
+        ]
+        for p, new, _ in apart:
+            p.grad = new
         if clip is not None:
             nn.utils.clip_grad_norm_(self.weights, clip)
         self.move(scale)
-        self._hang(combined, before)
+        for p, _, old in apart:
+            p.grad = old
         if not self.replica.wire_is_grad:
             (self.replica.flat if self._own else self.replica.pull).weights.copy_(self._whole)
-
-    def _hang(self, now: Sequence[Tensor | None], then: Sequence[Tensor | None]) -> None:
-        """Put other gradients in the place of those there are `now`; mostly they are the same, which takes less."""
-        for p, old, new in zip(self.weights, now, then, strict=True):
-            if old is not new:
-                p.grad = new
 
     def adopt(self) -> None:
         """Take what is in the push message for the new weights."""

@@ -81,6 +81,7 @@ class Report:
             (folder / "logs").mkdir(parents=True, exist_ok=True)
             self._events = (folder / "events.jsonl").open("a", buffering=1)
             self._tell_launcher(folder)
+        self._rows: list[tuple[float, ...]] = []  # of metrics.csv, not written: text is made of many in half the time
         self._metrics: TextIO | None = None  # opened when the run begins: a resume that is refused costs nothing
 
     def restore(self, count: int, table: Path, values: Sequence[Sequence[float]]) -> None:
@@ -98,7 +99,7 @@ class Report:
         self.line("{workers} worker(s), {mpi}, torch {torch} on {device}, {parameters:,} trainable parameters"
                   .format(**facts), always=True)  # fmt: skip
 
-    def round(self, row: Sequence[float], speed: float, ranks: Callable[[], list[dict[str, Any]]]) -> None:
+    def round(self, row: tuple[float, ...], speed: float, ranks: Callable[[], list[dict[str, Any]]]) -> None:
         """One round: its metrics always, its event a few times a second.
 
         Args:
@@ -107,7 +108,9 @@ class Report:
             ranks: what each rank is doing.
         """
         if self.folder is not None:
-            self._table(self.folder).write(self._line % tuple(row))
+            if self._metrics is None:
+                self._table(self.folder)
+            self._rows.append(row)
         self.count += 1
         if row[3]:
             self._loss = row[4]
@@ -149,7 +152,9 @@ class Report:
     def flush(self) -> None:
         """Everything so far is in the files."""
         if self.folder is not None:
-            self._table(self.folder).flush()
+            table, rows, self._rows = self._table(self.folder), self._rows, []
+            table.writelines(self._line % row for row in rows)
+            table.flush()
 
     def done(self, summary: dict[str, Any]) -> None:
         """The run has ended as it should: all is on disk before DONE appears."""

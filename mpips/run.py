@@ -341,10 +341,11 @@ class Seat:
 
     def __init__(self, run: Run, which: int) -> None:
         self._run, self._which = run, which
+        self._evaluates = {closure: evaluates(run.optimizers[which], closure) for closure in (False, True)}
 
     def optimizer_step(self, closure: Callable[[], Any] | None, overflow: bool | None = None) -> Any:
         """See `wrapped.Stepping`."""
-        if evaluates(self._run.optimizers[self._which], closure is not None):
+        if self._evaluates[closure is not None]:
             return self._run.evaluate(self._which, closure)
         return self._run.step_once(self._which, closure, overflow)
 
@@ -382,6 +383,7 @@ class Run:
         self.optimizers = start.optimizer.parts if isinstance(start.optimizer, Joint) else [start.optimizer]
         self._exchange, self._server, self._worker = start.exchange, start.server, start.worker
         self.worker, self.workers = self._worker.index, start.workers
+        self._several = len(self.optimizers) > 1
         self._keeping = Keeping(start.kept, self.optimizers)
         self._worker.kept = self._keeping.tree
         self._values: dict[str, float] = start.resumed.get("values", {})
@@ -427,17 +429,14 @@ class Run:
     def epochs(self, count: int) -> Iterator[int]:
         """Epoch numbers from where the run is to `count`, fewer if it stops; with checkpoints at their ends."""
         place, self._worker.epochs = self._place, count
-        self._catch_up()
+        if self._keeping.behind:
+            self._keeping.catch_up()
         while place.epoch < count and not self.stopping:
             self._loop.next_epoch()
             self._validations = 0
             yield place.epoch
             self._end_epoch(count)
         self._finish()
-
-    def _catch_up(self) -> None:
-        """The script is where a resumed run goes on: schedulers made since `connect` and what it keeps are put back."""
-        self._keeping.catch_up()
 
     def shard(self, loader: Any) -> Any:
         """This worker's share of a DataLoader: the same loader, of which a loop gets this worker's batches only.
@@ -512,7 +511,7 @@ class Run:
         Raises:
             NonFiniteError: on all ranks, if some rank's gradient holds a NaN or Inf and `nonfinite` is "raise".
         """
-        if len(self.optimizers) > 1:
+        if self._several:
             raise RuntimeError("ps.step() in a run of several optimizers: call the step of the one that is meant")
         self._said = float(loss.detach() if isinstance(loss, Tensor) else loss), samples, metrics
         try:
@@ -523,9 +522,10 @@ class Run:
 
     def turn_to(self, which: int) -> None:
         """What follows is about this optimizer."""
-        self._catch_up()
+        if self._keeping.behind:
+            self._keeping.catch_up()
         self._worker.which = which
-        if len(self.optimizers) > 1:
+        if self._several:
             number = {p: n for n, p in enumerate(self._worker.replica.flat.parameters)}
             groups = self.optimizers[which].param_groups
             self._worker.update.members = frozenset(number[p] for group in groups for p in group["params"] if p in number)

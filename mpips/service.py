@@ -205,7 +205,8 @@ class Service:
         """
         if not stepping:
             return
-        self._compare_digests({k: rows[k] for k in stepping if rows[k][DIGEST]})
+        if digests := {k: rows[k] for k in stepping if rows[k][DIGEST]}:
+            self._compare_digests(digests)
         if not self._follows:
             return
         told = limbs if len(stepping) == len(limbs) else limbs[stepping]

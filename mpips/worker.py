@@ -95,6 +95,7 @@ class Worker:
         index, workers: its number, from 0, and how many there are.
         done: whether its shard is exhausted; the server is told with the next round.
         used: batches used up since the last push.
+        control: what the server said last.
         call: what this worker waits in, if it does.
         begun: loops over data that it has begun.
         drawn: batches drawn in the loop in progress.
@@ -152,7 +153,7 @@ class Worker:
         self._averaging = (0.0, 0.0)
         self._weight = 0.0  # of the last contribution
         self._leads = True  # whether, of what all workers have alike, it is this one's that counts
-        self._control = Control()
+        self.control = Control()
         self._kept: Tensor | None = None  # gradients that an idle round must not push
         self._rest: Callable[[], None] | None = None  # of a round that goes on beside the script
         self._owes = False  # its part of a checkpoint
@@ -160,11 +161,6 @@ class Worker:
         if self.config.overlap and mode.gradients:
             model.register_forward_pre_hook(lambda *_: self.settle())  # no function that deepcopy would follow
         self._begun = self._left = exchange.clock()
-
-    @property
-    def control(self) -> Control:
-        """What the server said last."""
-        return self._control
 
     def receive_initial_weights(self) -> None:
         """Agree with all ranks, take the server's weights and, if the run is resumed, this worker's own state."""
@@ -184,7 +180,7 @@ class Worker:
         if mine is not None:
             self._restore(mine)
         self.replica.buffers.load(self.replica.pull.buffers)
-        self._control = self.replica.pull.control
+        self.control = self.replica.pull.control
         self.replica.clear()
         self.update.received()
         self.replica.flat.note_weights(moved=False, others=self._elsewhere)
@@ -239,21 +235,23 @@ class Worker:
         self._unpark()  # a step outside of loops is taken from this worker's own weights, as any
         self.look_at_hyper()
         self._look_at_weights()
-        members, flat = self.update.members, self.replica.flat
-        others = flat.apart(members) if members is not None else {}
+        flat, others = self.replica.flat, {}
+        if self.update.members is not None:
+            others = flat.apart(self.update.members)
         self._note(loss, samples, metrics, taken)
-        if not self.update.step(loss, samples, self._control) and not (self.done and self.update.pending):
-            return self._control
+        if not self.update.step(loss, samples, self.control) and not (self.done and self.update.pending):
+            return self.control
         if self._overlapping:
             self._write()
             self.replica.flat.clear()  # of what is on its way nothing is left to the script
             self._streams = rng.capture()  # what it draws from now on belongs to the next round
             self._rest = self.exchange.beside(self._send_and_receive)
-            return self._control
+            return self.control
         self._push()
         self.pull()
-        flat.put_back(others)
-        return self._control
+        if others:
+            flat.put_back(others)
+        return self.control
 
     def _tell_hyper(self) -> None:
         if self.told:
@@ -332,6 +330,8 @@ class Worker:
     @property
     def _overlapping(self) -> Slices | None:
         """The slices that travel while the script goes on, if any do."""
+        if not self.config.overlap:
+            return None
         slices = self.slices or (self._server.slices if self._server else None)
         return slices if slices and slices.ready else None
 
@@ -348,7 +348,8 @@ class Worker:
         rest, self._rest = self._rest, None
         if rest:
             rest()
-        self.pay()
+        if self._owes:
+            self.pay()
         self._streams = None
 
     def pay(self) -> None:
@@ -368,7 +369,7 @@ class Worker:
         """
         self.settle()
         self._note(loss, samples, metrics, taken)
-        self.update.step(loss, samples, self._control)
+        self.update.step(loss, samples, self.control)
         self._push()
 
     def _note(self, loss: float, samples: float, metrics: Sequence[float], taken: int) -> None:
@@ -405,7 +406,7 @@ class Worker:
             self.replica.flat.pushed()
         else:
             self.replica.flat.clear()
-        return self._control
+        return self.control
 
     @property
     def _keeps_gradients(self) -> bool:
@@ -435,7 +436,7 @@ class Worker:
         if self.replica.wire_is_grad:
             flat.grad.zero_() if self._kept is None else flat.grad.copy_(self._kept)
         self._kept = None
-        return self._control
+        return self.control
 
     def begin(self) -> None:
         """A new loop over the shard begins."""
@@ -464,9 +465,9 @@ class Worker:
         parked = self._parked
         self.barrier(call)
         reply: dict[str, Any] = {}
-        if self._control.stop != Stop.PREEMPTED:
+        if self.control.stop != Stop.PREEMPTED:
             reply = self._take_part(said() if callable(said) else said or {})
-        if not parked and not self._control.stop:
+        if not parked and not self.control.stop:
             self._unpark()
         return reply
 
@@ -482,7 +483,7 @@ class Worker:
         self.call, self.done, self._told = call, True, False
         while True:
             self.idle()
-            stop = self._control.stop
+            stop = self.control.stop
             if stop == Stop.PREEMPTED or (stop and call == Call.LOOP) or self._met():
                 break
         self.call, self.done = Call.NONE, False
@@ -491,13 +492,13 @@ class Worker:
 
     def _met(self) -> bool:
         """Whether all wait for what this worker does; in another call it takes part where it is at the script's end."""
-        if self._control.active or self._control.call in (Call.NONE, Call.STATE):
+        if self.control.active or self.control.call in (Call.NONE, Call.STATE):
             return False
-        if self._control.call == Call.AVERAGE:
+        if self.control.call == Call.AVERAGE:
             self._take_average(counts=self.call == Call.AVERAGE)
-        elif self._control.call not in (self.call, Call.LOOP):
+        elif self.control.call not in (self.call, Call.LOOP):
             self._take_part({})
-        return self._control.call == self.call
+        return self.control.call == self.call
 
     def _take_part(self, said: Mapping[str, Any]) -> dict[str, Any]:
         given = json.dumps(said).encode() if said else b""
@@ -507,7 +508,7 @@ class Worker:
             return heard
         self.exchange.collect(given)
         reply: dict[str, Any] = json.loads(share(self.exchange, b""))
-        self._control.stop = reply["stop"]
+        self.control.stop = reply["stop"]
         if reply["save"]:
             self.save()
         if reply["finish"]:
@@ -584,14 +585,14 @@ class Worker:
         self._send()
         self._receive(contributed=True)
         replica.flat.clear()
-        return self._control
+        return self.control
 
     def optimizer_state(self) -> dict[str, Any]:
         """The whole state of the server's optimizer, as `FlatOptimizer.tree` gives it; the other workers need not ask."""
         self.settle()
         self.call = Call.STATE
         self._state: dict[str, Any] = {}
-        while not self._state and self._control.stop != Stop.PREEMPTED:
+        while not self._state and self.control.stop != Stop.PREEMPTED:
             self.idle()
         self.call = Call.NONE
         return self._state
@@ -619,7 +620,7 @@ class Worker:
             self.slices.publish()
         elif not self._server:
             self.exchange.publish(self.replica.pull.control_message)
-        self._control = self.replica.pull.control
+        self.control = self.replica.pull.control
 
     def give_performance(self) -> None:
         """This rank's traffic, at the end of the run."""
@@ -661,7 +662,7 @@ class Worker:
     def _row(self, samples: float = 0, loss: float = 0) -> Row:
         now = self.exchange.clock()
         row = Row(samples=samples, loss=loss, done=self.done, stop=self.stop, signal=self.signalled)
-        row.round = self._control.round % ROUNDS
+        row.round = self.control.round % ROUNDS
         row.train, row.wait = now - self._left, self._left - self._begun
         row.overflow, row.which = self.overflow, self.which
         row.call, row.begun, row.epochs = self.call, self.begun, self.epochs
@@ -672,7 +673,7 @@ class Worker:
         """The push message as it stands; where the server is on this rank, it takes it from there."""
         self._begun = self.exchange.clock()
         self._told = self.done
-        push = self.replica.push if self._server else self.replica.push_for(self._control.round)
+        push = self.replica.push if self._server else self.replica.push_for(self.control.round)
         if self.slices:
             self.slices.combine()
             self.slices.follow()
@@ -683,33 +684,33 @@ class Worker:
                 contribute(self.exchange, push, self._rule, self._last)
 
     def _receive(self, contributed: bool) -> None:
-        self._control = self._server.round(contributed) if self._server else self._pull_message(contributed)
-        self._owes = bool(self._control.checkpoint)
-        if self._control.call == Call.STATE:
+        self.control = self._server.round(contributed) if self._server else self._pull_message(contributed)
+        self._owes = bool(self.control.checkpoint)
+        if self.control.call == Call.STATE:
             self._take_state()
         self.update.received()
-        if self._parked or self._control.stop:
+        if self._parked or self.control.stop:
             self._park()
-        members = self.update.members if contributed else None
-        self.replica.flat.note_weights(self._elsewhere, members, others=self._elsewhere)
+        members, elsewhere = self.update.members if contributed else None, self._elsewhere
+        self.replica.flat.note_weights(elsewhere, members, others=elsewhere)
         self._left = self.exchange.clock()
 
     def _pull_message(self, contributed: bool) -> Control:
-        version = self._control.version
+        version = self.control.version
         if self.slices:
             self.slices.publish()
         else:
-            for part in self.replica.pull_for(self._control.round):
+            for part in self.replica.pull_for(self.control.round):
                 self.exchange.publish(part)
-        self._control = self.replica.pull.control
+        self.control = self.replica.pull.control
         if self.call == Call.LOOP:  # a checkpoint of this round is one of the loop's end
-            self.place.over = not self._control.active
-        if self._control.fault:
+            self.place.over = not self.control.active
+        if self.control.fault:
             raise CallError(share(self.exchange, b"").decode())
-        self.replica.check_finite(self._control)
-        if contributed or self._control.version > version:
+        self.replica.check_finite(self.control)
+        if contributed or self.control.version > version:
             self.replica.buffers.load(self.replica.pull.buffers)
-        return self._control
+        return self.control
 
 
 def _common(exchange: Exchange, workers: int) -> Common:

@@ -268,7 +268,7 @@ def test_a_rank_in_another_round_is_an_error() -> None:
         else:
             worker = mpips.Worker(e, mlp())
             worker.receive_initial_weights()
-            worker._control.round = 7.0
+            worker.control.round = 7.0
             worker.finish()
 
     with pytest.raises(ExchangeError, match="rank 1 is in round 7, the server in 0"):

@@ -29,6 +29,8 @@ def samples_in(batch: Any) -> int | None:
     graphs; a packed sequence. Tensors in a tuple inside another collection, as `tuple(zip(*items))` makes them, are single
     items as likely as batches: they say nothing.
     """
+    if type(batch) is Tensor:
+        return batch.shape[0] if batch.ndim else None
     if isinstance(batch, PackedSequence):
         return int(batch.batch_sizes[0]) if len(batch.batch_sizes) else 0
     graphs = getattr(batch, "num_graphs", None)

@@ -39,7 +39,8 @@ class Streamed:
         with self._streams:
             whole = self._loaded(self._data) if isinstance(self._data, DataLoader) else self._noted(iter(self._data))
             units = iter(left(whole, cuts))
-            return self._mine(after(units, taken * self._part.workers) if taken or cuts else units)
+            units = after(units, taken * self._part.workers) if taken or cuts else units
+        return units if isinstance(self._streams, nullcontext) and self._part.workers == 1 else self._mine(units)
 
     def _loaded(self, loader: DataLoader[Any]) -> Found:
         double = double_of(base_of(loader))

@@ -121,9 +121,6 @@ class Push:
         """What its row says."""
         return float((self.rows if self._numbers is None else self._numbers)[rank, WEIGHT])
 
-    def fill(self) -> None:
-        """Take what is to be sent from the whole message: it is this."""
-
     def spill(self) -> None:
         """Put what has come into the whole message."""
 
@@ -158,7 +155,7 @@ class Push:
     def write(self, rank: int, row: Row, metrics: Sequence[float]) -> None:
         """Say `row` and the metrics' sums for this rank; a request has one row, whoever makes it."""
         values = [*vars(row).values(), *metrics]
-        place = rank if self.rows.shape[0] > 1 else 0
+        place = rank if self.ranks > 1 else 0
         if self._numbers is None:
             self.rows[place].copy_(torch.tensor(values, dtype=self.message.dtype))
         else:
@@ -234,7 +231,7 @@ class Fragment(Push):
         self._lay_out(room, [span.stop - span.start, *whole.lengths[1:]])
 
     def fill(self) -> None:
-        """See `Push`; the other parameters count as absent, so the server passes over them."""
+        """Take what is to be sent from the whole message; the other parameters count as absent: the server passes over them."""
         self.gradients.copy_(self.whole.gradients[self.span])
         self.message[self.lengths[0] :].copy_(self.whole.message[self.whole.lengths[0] :])
         self._confine(self.presence)

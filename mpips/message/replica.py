@@ -109,7 +109,9 @@ class Replica:
         """What travels to the server in this round, filled from `push`; the server spills back what came of it."""
         self.active = None
         push = self.fragments[int(round) % len(self.fragments)]
-        if self.push.shared and isinstance(push, Fragment):
+        if not isinstance(push, Fragment):
+            return push
+        if self.push.shared:
             push.confine()
             self.active = push.span
             return self.push

@@ -63,6 +63,8 @@ class Slices:
         self._terms: Terms | None = None  # the rows of this room that count, and what they are multiplied by
         self._counted: Terms = []  # the same of what is multiplied already
         self._whole = 0.0
+        self._weights: list[float] = []  # what `_terms` was made of last, and what it was then
+        self._weighed: tuple[Terms | None, float] = None, 0.0
         self._exchange = exchange
         self.ready: Ready | None = None
         if isinstance(room, ShardedRooms) and config.overlap:
@@ -200,12 +202,16 @@ class Slices:
     def _weigh(self) -> None:
         """What each row is multiplied by; of equal weights, where all are known, only who has one matters."""
         weights = self._push.heard.weights() if self._alone else self.room.said.tolist()
+        if self._alone and weights == self._weights:
+            self._terms, self._whole = self._weighed
+            return
         self._counted = [(k, 1.0) for k, weight in enumerate(weights) if weight]
         alike = self._alone and self._push.raw and len({weights[k] for k, _ in self._counted}) <= 1
         by_weight = self._push.raw and not alike  # else multiplied already
         self._terms = [(k, weights[k]) for k, _ in self._counted] if by_weight else self._counted
         if self._alone:
             self._whole = float(len(self._counted)) if alike else self._total()
+        self._weights, self._weighed = weights, (self._terms, self._whole)
 
     def _blame(self, rank: int, part: slice, values: Tensor) -> None:
         """What a rank has in this slice is not finite: note in which tensor, unless it is large and no more."""

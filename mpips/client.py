@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
 
 from mpips.elastic import Elastic
 from mpips.exchange import share
-from mpips.message import CONTROL_BYTES, ROUNDS, Call, CallError, Control, Row
+from mpips.message import CONTROL_BYTES, ROUNDS, SIGNAL, STOP, TICKETS, Call, CallError, Control, Row
 from mpips.parameter_server.request import BATCH, BUSY, BYE, WEIGHTS
 from mpips.state import RankState
 from mpips.worker import Worker
@@ -46,6 +46,9 @@ class Client(Worker):
         self._pushed = False  # whether what it waits for is the answer to a push
         self._beside = False  # whether what it waits for is the answer to a push, while the next update is computed
         self._sent = replace(self.place)  # where it was when the last push left
+        self._composed = False  # whether the push message is written and waits for the answer to the one before it
+        self._unsent: Tensor | None = None  # such a message, of a run that is resumed
+        self._ahead = 0  # batches used up for what is to be pushed, of a run that is resumed
         self._granted: deque[int] = deque()
         self._begin_anew()
 
@@ -121,6 +124,14 @@ class Client(Worker):
         """See `Worker`."""
         super().begin()
         self._begin_anew()
+        self.used, self._ahead = self._ahead, 0
+
+    def settle(self) -> None:
+        """See `Worker`; a resumed run sends what was written and not sent before anything new is computed."""
+        super().settle()
+        if self._unsent is not None:
+            message, self._unsent = self._unsent, None
+            self._send_message(message)
 
     def pay(self) -> None:
         """See `Worker`; then this worker asks again, for it may not go on before the checkpoint is written."""
@@ -189,10 +200,14 @@ class Client(Worker):
     def _send(self) -> None:
         self._begun, self._told = self.exchange.clock(), self.done
         if self._waiting:
+            self._composed = True
             self._before_push(self._hear)
-        if self.control.stop:
-            return
-        message, self._beside = self.replica.push.message, self.config.overlap
+            self._composed = False
+        if not self.control.stop:
+            self._send_message(self.replica.push.message)
+
+    def _send_message(self, message: Tensor) -> None:
+        self._beside = self.config.overlap
         if self._beside:
             message = self._outgoing.copy_(message)
         self._sent, self._reported, self._pushed = replace(self.place), 0, True
@@ -247,7 +262,18 @@ class Client(Worker):
         if control.ticket >= 0:
             self._granted.append(int(control.ticket))
 
+    def _restore(self, mine: RankState) -> None:
+        super()._restore(mine)
+        self._unsent, self._ahead = mine.ahead.get("message"), int(mine.ahead.get("used", 0))
+
     def state(self) -> RankState:
-        """See `Worker`; while the next update is computed beside, what was known when the last push left."""
-        state = super().state()
-        return replace(state, place=self._sent, gradients={}) if self._beside else state
+        """See `Worker`; with what has been computed beside the last push, and where this worker was when that left."""
+        state, message = super().state(), self.replica.push.message if self._composed else self._unsent
+        if message is not None:
+            message = message.clone()
+            row = message[-len(self.replica.push.columns) :]
+            row[SIGNAL] = row[STOP] = 0  # which end this run, not the one that goes on
+            state.own["ahead"] = {"tickets": int(row[TICKETS]), "used": 0, "sent": asdict(self._sent), "message": message}
+        elif self._beside and (self.used or self._working):
+            state.own["ahead"] = {"tickets": self.used, "used": self.used, "sent": asdict(self._sent)}
+        return state

@@ -544,8 +544,8 @@ class Service:
         second = self.replica.pull.second
         return {} if second is None else {"second": dict(self.replica.flat.named(second))}
 
-    def put_own(self, tree: dict[str, Any]) -> None:
-        """Take back what `own_tree` gave."""
+    def put_own(self, tree: dict[str, Any], states: Sequence[RankState]) -> None:
+        """Take back what `own_tree` gave, when the ranks had these states."""
         if (second := self.replica.pull.second) is not None:
             for name, view in self.replica.flat.named(second):
                 view.copy_(tree["second"][name])
@@ -563,8 +563,9 @@ class Service:
         saved = tree["mode"]["name"]
         if saved != self.config.mode and (self.mode.local or tree["inner"]):
             raise snapshot.SnapshotError(
-                f"the checkpoint is of mode {saved}, this run of {self.config.mode}; give --mode {saved}"
+                f"the checkpoint is of mode {saved}, this run of {self.config.mode}; give --mpips.mode {saved}"
             )
+        states = [RankState.from_tree(tree["ranks"][str(rank)]) for rank in range(len(tree["ranks"]))]
         snapshot.put_model(tree, self.replica)
         self.optimizer.put(tree)
         self._say_what_changed(tree["given"].tolist())
@@ -573,13 +574,12 @@ class Service:
         if tree["rule"].pop("name") == self.config.rule:
             self.rule.put(tree["rule"])
         if tree["mode"].pop("name") == self.config.mode:
-            self.put_own(tree["mode"])
+            self.put_own(tree["mode"], states)
         stopping = tree["stopping"]
         numbers = [stopping[key].tolist() for key in ("value", "best", "waited")]
         for name, value, best, waited in zip(json.loads(stopping["names"]), *numbers, strict=True):
             self.values[name], self.patience[name] = value, Patience(best, waited)
         self.kept = tree["kept"]
-        states = [RankState.from_tree(tree["ranks"][str(rank)]) for rank in range(len(tree["ranks"]))]
         self.states = pack_all(states)
         first, taken = states[-1].place, max(state.place.taken for state in states)  # the last is a worker's
         self.place = Place(first.epoch, first.loop, taken, first.over, validations=first.validations, inside=first.inside)

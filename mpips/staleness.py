@@ -83,6 +83,10 @@ class Compensation:
             kept = self._sent[rank] = torch.empty_like(weights)
         kept.copy_(weights)
 
+    def sent(self, rank: int) -> Tensor:
+        """The weights remembered last for that rank."""
+        return self._sent[rank]
+
     def correct(self, rank: int, gradient: Tensor, weights: Tensor) -> None:
         """Correct a gradient in place.
 

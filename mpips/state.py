@@ -52,6 +52,12 @@ class RankState:
     orders: rng.State = field(default_factory=dict)
     frozen: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def ahead(self) -> dict[str, Any]:
+        """What this worker had computed beside its last push; see `Client.state`."""
+        found: dict[str, Any] = self.own.get("ahead", {})
+        return found
+
     def tree(self) -> dict[str, Any]:
         """As nested dicts of scalars, lists and tensors, for a checkpoint."""
         return {
@@ -77,6 +83,13 @@ class RankState:
             kept=tree.get("kept", {}),
             frozen=tree.get("frozen", {}),
         )
+
+    def without_ahead(self) -> RankState:
+        """As it was when this worker's last push left, if it has computed something beside that."""
+        if not self.ahead:
+            return self
+        own = {key: kept for key, kept in self.own.items() if key != "ahead"}
+        return dataclasses.replace(self, place=Place(**self.ahead["sent"]), gradients={}, own=own)
 
     def pack(self) -> bytes:
         """As bytes for the wire."""
@@ -144,10 +157,11 @@ def for_worker(states: list[RankState], index: int, workers: int) -> RankState |
     nobody had taken, dealt out anew, and a worker that did not exist has no streams to go on with.
     """
     saved = {s.index: s for s in states}
-    mine = saved.get(index)
     old = sorted(i for i in saved if i >= 0)
     if index < 0 or len(old) == workers or not old:
-        return mine
+        return saved.get(index)
+    saved = {i: s.without_ahead() for i, s in saved.items()}
+    mine = saved.get(index)
     places = [saved[i].place for i in old]
     first = places[0]
     cuts = first.cuts if first.over else [*first.cuts, [p.taken for p in places]]

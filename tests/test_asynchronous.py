@@ -634,9 +634,9 @@ def test_resume_of_one_worker_is_exact(mode: str, size: int) -> None:
 
 @pytest.mark.parametrize("shard", [True, False])
 def test_resume_with_an_update_under_way_takes_each_batch_once(shard: bool) -> None:
-    """A checkpoint has what was known when the last push left: what was computed beside it is computed again."""
+    """What was computed beside a push is in the checkpoint; another number of workers computes it again."""
 
-    def run(folder: str, **more: Any) -> float:
+    def run(folder: str, workers: int = 1, **more: Any) -> float:
         def program(e: Exchange) -> float:
             net = nn.Linear(1, 1, bias=False)
             nn.init.zeros_(net.weight)
@@ -648,13 +648,48 @@ def test_resume_with_an_update_under_way_takes_each_batch_once(shard: bool) -> N
                     ps.step(0.0)
             return net.weight.item()
 
+        return World(1 + workers).run(program)[0]
+
+    for workers in (1, 2) if shard else (1,):
+        assert run(f"whole-{workers}", workers, checkpoint={"every": 1, "keep": 99}) == 12
+        files = sorted(Path(f"whole-{workers}/checkpoints").glob("*.h5"))
+        assert len(files) == 12 // workers
+        for file in files:
+            for now in (1, 2, 3) if shard else (1,):
+                assert run(f"{workers}-{now}-{file.stem}", now, resume=str(file)) == 12, (workers, now, file.stem)
+
+
+@pytest.mark.parametrize("policy", ["none", "dc-adaptive"])
+@pytest.mark.parametrize(("shard", "every"), [(True, 1), (True, 2), (False, 1), (False, 2)])
+def test_resume_of_one_worker_with_overlap_is_exact(policy: str, shard: bool, every: int) -> None:
+    """Late gradients stay as late as they were, and so do random streams, statistics and accumulated gradients."""
+    inputs = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    everything = inputs, inputs.sum(1, keepdim=True), torch.arange(40)
+
+    def run(folder: str, **more: Any) -> list[torch.Tensor]:
+        def program(e: Exchange) -> list[torch.Tensor]:
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 1)).double()
+            made = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.5)
+            given = {"mode": "async", "overlap": True, "staleness": {"policy": policy}}
+            ps = mpips.connect(net, made, exchange=e, run_dir=folder, **given, **more)
+            for _ in ps.epochs(2):
+                for x, y, item in ps.batches(everything, 4, shard=shard, shuffle=every == 1):
+                    F.mse_loss(net(x), y).backward()
+                    if (int(item[0]) // 4 + 1) % every == 0:
+                        made.step()
+                        made.zero_grad()
+            return [value.detach().clone() for value in net.state_dict().values()]
+
         return World(2).run(program)[0]
 
-    assert run("whole", checkpoint={"every": 1, "keep": 99}) == 12
+    whole = run("whole", checkpoint={"every": 1, "keep": 99})
+    seldom = run("seldom", checkpoint={"every": 0})
+    assert all(map(torch.equal, whole, seldom)), "the checkpoints have changed the run"
     files = sorted(Path("whole/checkpoints").glob("*.h5"))
-    assert len(files) == 12
-    for file in files:
-        assert run(f"from-{file.stem}", resume=str(file)) == 12, file.stem
+    assert len(files) == 20 // every
+    for file in files[:: 6 // every]:
+        assert all(map(torch.equal, whole, run(f"from-{file.stem}", resume=str(file)))), file.stem
 
 
 def test_nothing_is_late_in_one_process() -> None:

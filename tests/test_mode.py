@@ -119,7 +119,7 @@ def test_a_checkpoint_of_another_mode_is_refused(before: str, after: str) -> Non
         train(exchange, net, sgd(net.parameters()), data(32), 8, mode=mode, **more)
 
     World(2).run(lambda e: program(e, before))
-    with pytest.raises(SnapshotError, match=f"of mode {before}, this run of {after}; give --mode {before}"):
+    with pytest.raises(SnapshotError, match=f"of mode {before}, this run of {after}; give --mpips.mode {before}"):
         World(2).run(lambda e: program(e, after, resume=str(Path("run").resolve())))
 
 

@@ -375,10 +375,15 @@ def test_dealing() -> None:
     dealing.used(1, 1)
     dealing.give_back(1)
     assert [dealing.deal(2), dealing.deal(2)] == [2, 3], "what came back goes first"
-    assert dealing.tree() == {"next": 4, "waiting": [1, 2, 3]}
+    assert dealing.tree() == {"next": 4, "waiting": [], "dealt": {"2": [1, 2, 3]}}
     other = Dealing([1])
-    other.put(dealing.tree())
+    other.put(dealing.tree(), {})
     assert [other.deal(1) for _ in range(4)] == [1, 2, 3, 4]
+    again = Dealing([1, 2])
+    again.put(dealing.tree(), {2: 2})
+    assert [again.deal(1), again.deal(1)] == [3, 4], "the first two are used up for what goes on"
+    again.used(2, 2)
+    assert again.tree() == {"next": 5, "waiting": [], "dealt": {"1": [3, 4]}}
     dealing.clear()
     assert dealing.deal(1) == 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -57,9 +57,21 @@ class Dealing:
 
     def tree(self) -> dict[str, Any]:
         """For a checkpoint: the next batch, and those dealt out and not used up."""
-        return {"next": self._next, "waiting": sorted(self._returned + [t for dealt in self._dealt.values() for t in dealt])}
+        dealt = {str(rank): list(tickets) for rank, tickets in self._dealt.items() if tickets}
+        return {"next": self._next, "waiting": sorted(self._returned), "dealt": dealt}
 
-    def put(self, tree: dict[str, Any]) -> None:
-        """Take back what `tree` gave; what was dealt out will be again."""
+    def put(self, tree: dict[str, Any], ahead: Mapping[int, int]) -> None:
+        """Take back what `tree` gave; what was dealt out will be again.
+
+        Args:
+            tree: see above.
+            ahead: rank -> how many of its batches it has used up for a contribution that it goes on with.
+        """
         self.clear()
         self._next, self._returned = int(tree["next"]), [int(ticket) for ticket in tree["waiting"]]
+        for rank, tickets in ((int(rank), [int(ticket) for ticket in dealt]) for rank, dealt in tree["dealt"].items()):
+            kept = ahead.get(rank, 0)
+            if kept:
+                self._dealt[rank].extend(tickets[:kept])
+            self._returned += tickets[kept:]
+        heapq.heapify(self._returned)

@@ -112,4 +112,4 @@ class Intake:
         self.rejected = tree["rejected"]
         self._kept.put(tree["kept"])
         self.in_round = set(tree["in_round"]) if same_ranks else set()
-        self.sent.put(tree["compensation"])
+        self.sent.put(tree["compensation"], same_ranks)

@@ -43,11 +43,22 @@ class Sent:
             self.compensation.correct(keys.get(version, keys[max(keys)]), gradient, weights)
 
     def tree(self) -> dict[str, Any]:
-        """For a checkpoint: what the adaptive compensation follows. The weights are sent anew after it."""
-        return self.compensation.tree() if self.compensation else {}
+        """For a checkpoint: what the adaptive compensation follows, and at which weights workers compute that are ahead.
 
-    def put(self, tree: dict[str, Any]) -> None:
-        """Take back what `tree` gave."""
+        Others are sent the weights anew after it.
+        """
+        compensation = self.compensation
+        if compensation is None:
+            return {}
+        ranks = self._keys.items() if self._copies > 1 else ()
+        ahead = {str(rank): {str(v): compensation.sent(key) for v, key in keys.items()} for rank, keys in ranks}
+        return compensation.tree() | {"ahead": ahead}
+
+    def put(self, tree: dict[str, Any], same_ranks: bool) -> None:
+        """Take back what `tree` gave, on the same ranks or on others."""
         if self.compensation:
             self.compensation.put(tree)
             self._keys.clear()
+            for rank, versions in tree.get("ahead", {}).items() if same_ranks else ():
+                for version in sorted(map(int, versions)):
+                    self.remember(int(rank), version, versions[str(version)])

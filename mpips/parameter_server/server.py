@@ -15,7 +15,7 @@ A worker in the middle of something, with batches used and not pushed, is told n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mpips.config import ConfigError
@@ -27,6 +27,7 @@ from mpips.parameter_server.roll import Roll, Row
 from mpips.parameter_server.turn import Turn
 from mpips.report import rank_states
 from mpips.service import Service
+from mpips.state import RankState
 
 
 class ParameterServer(Service):
@@ -306,10 +307,12 @@ class ParameterServer(Service):
         clocks = {str(rank): clock for rank, clock in self.roll.clocks.items()}
         return super().own_tree() | self.intake.tree() | {"clocks": clocks, "dealing": self.dealing.tree()}
 
-    def put_own(self, tree: dict[str, Any]) -> None:
+    def put_own(self, tree: dict[str, Any], states: Sequence[RankState]) -> None:
         """See `Service`."""
-        super().put_own(tree)
+        super().put_own(tree, states)
         saved, ours = {int(rank): clock for rank, clock in tree["clocks"].items()}, self.roll.clocks
         self.roll.clocks = {rank: saved.get(rank, min(saved.values(), default=0)) for rank in ours}
-        self.intake.put(tree, saved.keys() == ours.keys())
-        self.dealing.put(tree["dealing"])
+        same = saved.keys() == ours.keys()
+        self.intake.put(tree, same)
+        ahead = {rank: int(state.ahead.get("tickets", 0)) for rank, state in enumerate(states)}
+        self.dealing.put(tree["dealing"], ahead if same else {})

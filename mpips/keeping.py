@@ -111,7 +111,7 @@ class Keeping:
         optimizers: the script's; torch's schedulers of them are kept unasked.
 
     Attributes:
-        behind: whether torch's schedulers are to be given back what they had, once, where a resumed run goes on.
+        behind: whether `catch_up` is still to be called, once, before the first step.
         own_state: the numbers of those optimizers that step on the workers, which then have their state.
     """
 
@@ -119,7 +119,7 @@ class Keeping:
         self._saved, self._optimizers = dict(saved), optimizers
         self._objects: dict[str, Any] = {}
         self._groups = unpack(self._saved.pop(GROUPS)) if saved else []
-        self.behind = bool(saved)
+        self.behind, self._resumed = True, bool(saved)
         self._stepping = [Stepping(optimizer) for optimizer in optimizers]
         self.own_state = {which for which in range(len(optimizers)) if f"{OWN}{which}" in self._saved}
         self._put_groups()
@@ -161,12 +161,18 @@ class Keeping:
         return named
 
     def catch_up(self) -> None:
-        """Give torch's schedulers, those made since `connect` too, back what they had."""
-        self.behind = False
+        """The script is about to train: give torch's schedulers, those made since `connect` too, back what they had.
+
+        Raises:
+            TypeError: those there are could not be told apart.
+        """
+        self.behind, found = False, self._schedulers()
+        if not self._resumed:
+            return
         for optimizer in self._optimizers:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # in the run that went before
         stepping = {f"{OWN}{which}": self._stepping[which] for which in self.own_state}
-        for name, thing in (self._schedulers() | stepping).items():
+        for name, thing in (found | stepping).items():
             if name in self._saved:
                 thing.load_state_dict(unpack(self._saved.pop(name)))
         self._put_groups()  # a scheduler made since connect has set what a new run begins with

@@ -287,9 +287,12 @@ def test_two_schedulers_of_a_class_are_kept_by_names_or_refused() -> None:
     optimizer = sgd(model.parameters())
     both = [torch.optim.lr_scheduler.StepLR(optimizer, n, 0.5) for n in (2, 3)]
     ps = mpips.connect(model, optimizer, exchange=World(1).ends[0], run_dir="run")
-    with pytest.raises(TypeError, match="two StepLR of one optimizer"):
-        ps.save()
+    model(torch.ones(2, 12)).sum().backward()
+    for call in (optimizer.step, ps.save):  # not only at the first checkpoint
+        with pytest.raises(TypeError, match="two StepLR of one optimizer"):
+            call()
     ps.keep(first=both[0], second=both[1])
+    optimizer.step()
     ps.save()
 
 

@@ -129,6 +129,8 @@ class Worker:
         self.replica = (
             server.replica if server else replicate(model, self.config, rows, exchange.allocate, mode.vectors, numbers)
         )
+        if self.told:
+            self.replica.push.write_hyper(exchange.rank, self.told.limbs)
         self._rule, self._last = choose(self.config)
         self._server = server
         self.slices: Slices | None = None  # where there is a server here, it has them
@@ -253,10 +255,6 @@ class Worker:
             flat.put_back(others)
         return self.control
 
-    def _tell_hyper(self) -> None:
-        if self.told:
-            self.replica.push.write_hyper(self.exchange.rank, self.told.limbs)
-
     def look_at_hyper(self) -> None:
         """Take what the script has set in its optimizer's groups since the last step.
 
@@ -270,6 +268,7 @@ class Worker:
             raise RuntimeError(
                 "the optimizer has other param_groups than it had at connect; add and remove groups before connect"
             )
+        self.replica.push.write_hyper(self.exchange.rank, told.limbs)
         if self.inner:
             hyper.write(self.inner.torch, told.numbers)
 
@@ -387,7 +386,6 @@ class Worker:
         self.update.lead = self._leads if self.replica.flat.averaged and self.config.rule == "mean" else None
         self.update.write(row, tally.metrics or [0.0] * len(self.config.metrics))
         self._weight = row.weight
-        self._tell_hyper()
         self.replica.flat.pushed()
         self.replica.flat.averaged, self.update.lead = False, None
         if slices := self._overlapping:
@@ -581,7 +579,6 @@ class Worker:
         elif not push.shared:
             push.body.zero_()
         push.write(self.exchange.rank, row, [0.0] * len(self.config.metrics))
-        self._tell_hyper()
         self._send()
         self._receive(contributed=True)
         replica.flat.clear()

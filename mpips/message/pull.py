@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,8 @@ from mpips.buffers import Buffers
 from mpips.flat import ALIGNMENT, Flat
 from mpips.message.push import Allocate, wire_dtype
 from mpips.message.words import CONTROL_BYTES, WORDS, Control
+
+SAID = struct.Struct(f"{WORDS}d")
 
 
 class Pull:
@@ -39,7 +44,7 @@ class Pull:
     def lay_out(self, room: Tensor) -> None:
         """The message lies in `room`."""
         self.message, self._words = room, room[:CONTROL_BYTES].view(torch.float64)[:WORDS]
-        self._numbers = None if room.is_cuda else self._words.numpy()
+        self._numbers: Any = None if room.is_cuda else self._words.numpy()
         spans = [room[place] for place in self._places]
         weights, second = self._dtypes
         assert weights is not None
@@ -63,8 +68,7 @@ class Pull:
 
     @control.setter
     def control(self, said: Control) -> None:
-        values = list(vars(said).values())
         if self._numbers is None:
-            self._words.copy_(torch.tensor(values, dtype=torch.float64))
+            self._words.copy_(torch.tensor([*vars(said).values()], dtype=torch.float64))
         else:
-            self._numbers[:] = values
+            SAID.pack_into(self._numbers, 0, *vars(said).values())

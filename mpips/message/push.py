@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +49,7 @@ class Push:
         message: all of it.
         tail_at: where the tail begins.
         behind: the message but for the gradients.
+        blank: the same before anything is said, but for this rank's `hyper`.
         gradients, floats, limbs, presence: views of its parts.
         second: a further view of the gradients' length; None where the mode has none.
         hyper: `(size, width)` view, each rank's optimizer's numbers in limbs, see `mpips.hyper`.
@@ -83,6 +86,7 @@ class Push:
         self.span = slice(0, flat.numel)
         self.clients: list[Contribution] = []
         self.shared = self.raw = False
+        self.blank = torch.zeros(sum(lengths[1:]), dtype=dtype, device=flat.device)  # what is behind the gradients at first
         self._lay_out(allocate(sum(lengths), dtype, flat.device), lengths)
 
     def _lay_out(self, room: Tensor, lengths: list[int]) -> None:
@@ -92,9 +96,10 @@ class Push:
         self.rows, self.hyper = rows.view(-1, len(self.columns)), hyper.view(self.ranks, -1)
         self.tail_at = sum(lengths[:3])
         self.behind = self.message[lengths[0] :]
-        self._numbers = None if room.is_cuda else self.rows.numpy()  # to write a few numbers at less cost
+        self._numbers: Any = None if room.is_cuda else self.rows.numpy()  # to write a few numbers at less cost
+        self._row = None if self._numbers is None else struct.Struct(f"{len(self.columns)}{self._numbers.dtype.char}")
         self._hyper = None if room.is_cuda else self.hyper.numpy()
-        self._around = None if room.is_cuda else (self.behind.numpy(), self.presence.numpy())
+        self._around = None if room.is_cuda else (self.behind.numpy(), self.presence.numpy(), self.blank.numpy())
         self.heard: Push | Heard = self
 
     def move(self, room: Tensor, raw: bool) -> None:
@@ -105,17 +110,16 @@ class Push:
 
     def forget(self) -> None:
         """There is no contribution; gradients that nobody would read stay where they are."""
-        if self.shared:
-            self.clear_behind()
-        else:
-            self.message.zero_()
+        if not self.shared:
+            self.gradients.zero_()
+        self.clear_behind()
 
     def clear_behind(self) -> None:
-        """Zeros behind the gradients."""
+        """Zeros behind the gradients, and this rank's optimizer's numbers."""
         if self._around is None:
-            self.behind.zero_()
+            self.behind.copy_(self.blank)
         else:
-            self._around[0].fill(0)
+            self._around[0][:] = self._around[2]
 
     def weight(self, rank: int) -> float:
         """What its row says."""
@@ -154,20 +158,19 @@ class Push:
 
     def write(self, rank: int, row: Row, metrics: Sequence[float]) -> None:
         """Say `row` and the metrics' sums for this rank; a request has one row, whoever makes it."""
-        values = [*vars(row).values(), *metrics]
         place = rank if self.ranks > 1 else 0
-        if self._numbers is None:
-            self.rows[place].copy_(torch.tensor(values, dtype=self.message.dtype))
-        else:
-            self._numbers[place] = values
+        if self._row is None:
+            self.rows[place].copy_(torch.tensor([*vars(row).values(), *metrics], dtype=self.message.dtype))
+            return
+        try:
+            self._row.pack_into(self._numbers, place * self._row.size, *vars(row).values(), *metrics)
+        except OverflowError:  # a loss beyond the message's largest number
+            self._numbers[place] = [*vars(row).values(), *metrics]
 
     def write_hyper(self, rank: int, limbs: Any) -> None:
-        """Say this rank's optimizer's numbers, an array of `mpips.hyper.encode`."""
-        place = rank if self.ranks > 1 else 0
-        if self._hyper is None:
-            self.hyper[place].copy_(torch.from_numpy(limbs))
-        else:
-            self._hyper[place] = limbs
+        """From now on say this rank's optimizer's numbers, an array of `mpips.hyper.encode`."""
+        numbers = self.blank[sum(self.lengths[1:5]) : sum(self.lengths[1:6])].view(self.ranks, -1)
+        numbers[rank if self.ranks > 1 else 0].copy_(torch.from_numpy(limbs.astype(np.float64)))
 
     def told(self) -> Any:
         """`(ranks, width)`, an array: what the ranks have said by `write_hyper`."""
@@ -176,7 +179,7 @@ class Push:
     def write_presence(self, present: Sequence[bool]) -> None:
         """Say which parameters have a gradient."""
         if self._around is not None:
-            self._around[1][:] = 1 if all(present) else present
+            self._around[1].fill(1) if all(present) else np.copyto(self._around[1], present)
         else:
             self.presence.copy_(self.presence.new_tensor(present))
 
@@ -227,7 +230,7 @@ class Fragment(Push):
     def __init__(self, whole: Push, slots: slice, span: slice, room: Tensor) -> None:
         self.whole, self.slots, self.span, self.columns = whole, slots, span, whole.columns
         self.ranks = whole.ranks
-        self.clients, self.shared, self.raw = whole.clients, False, False
+        self.clients, self.shared, self.raw, self.blank = whole.clients, False, False, whole.blank
         self._lay_out(room, [span.stop - span.start, *whole.lengths[1:]])
 
     def fill(self) -> None:

@@ -101,7 +101,7 @@ class Elastic(Local):
     def write(self, row: Row, metrics: Sequence[float]) -> None:
         """See `Gradient.write`; the weight is 1, and buffers stay the worker's own."""
         push = self.replica.push
-        push.message.zero_()
+        push.clear_behind()
         push.gradients.copy_(self.anchor).neg_()
         row.weight, row.steps, self._taken = 1.0, float(self._taken), 0
         self.replica.buffers.write(push.floats, push.limbs, row.weight, self.first)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import itertools
+import os
 import re
+import socket
 import time
 from pathlib import Path
 
@@ -12,17 +16,56 @@ from mpips.config import Config, ConfigError
 from mpips.report import script_name
 
 _used: set[str] = set()  # run folders given in this process
+_held: dict[Path, int] = {}  # those that it has locked, and the files: a lock is gone when its file is closed
 
 
 def new_folder(count: int = 1) -> Path:
-    """A folder for a new run of this script, not yet made; of its run number `count`."""
-    name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{_name(count)}"
-    folder = Path("runs") / name
-    number = 1
-    while folder.exists():
-        number += 1
-        folder = Path("runs") / f"{name}-{number}"
-    return folder.absolute()
+    """Make a folder for a new run of this script, of its run number `count`, that no other run has.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    now = time.strftime("%Y-%m-%d-%H%M%S")
+    for number in itertools.count(1):
+        folder = Path("runs", f"{now}{f'.{number}' if number > 1 else ''}-{_name(count)}").absolute()
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir: given none, and {str(folder)!r} cannot be made ({error.strerror}), allowed: a folder that can be "
+                f"made, by --mpips.run_dir"
+            ) from error
+        return folder
+    raise AssertionError
+
+
+def hold(folder: Path) -> None:
+    """Let no other run write to a run's folder until this process ends.
+
+    Raises:
+        ConfigError: another does.
+    """
+    path = folder / ".lock"
+    if path in _held:
+        return
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # POSIX allows both
+        owner = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
+        os.close(file)
+        raise ConfigError(
+            f"run_dir: given {str(folder)!r}, which {owner} writes to, allowed: for each run a folder of its own, by "
+            f"--mpips.run_dir"
+        ) from error
+    except OSError:  # a file system that knows no locks
+        os.close(file)
+        return
+    _held[path] = file
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
 def of_run(config: Config, count: int) -> Config:
@@ -41,7 +84,7 @@ def _name(count: int) -> str:
 
 def last_folder(count: int = 1) -> Path | None:
     """The newest run of this script, its run number `count`, that has a checkpoint."""
-    ours = re.compile(rf"\d{{4}}-\d\d-\d\d-\d{{6}}-{re.escape(_name(count))}(-\d+)?")
+    ours = re.compile(rf"\d{{4}}-\d\d-\d\d-\d{{6}}(\.\d+)?-{re.escape(_name(count))}")
     found = [path for path in Path("runs").glob("*") if ours.fullmatch(path.name)]
     runs = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
     return next((run.absolute() for run in runs if any(run.glob("checkpoints/*.h5"))), None)
@@ -54,15 +97,29 @@ def check_resume(resume: str) -> None:
 
 
 def folders(run_dir: str | None, resume: str, count: int = 1) -> tuple[Path, Path | None]:
-    """The run folder, and the checkpoint to go on from if any."""
+    """The run folder, and the checkpoint to go on from if any.
+
+    Raises:
+        ConfigError: there are checkpoints, but every one is damaged.
+    """
     given = Path(run_dir).absolute() if run_dir else None
     if resume == "no":
         return given or new_folder(count), None
     if resume == "auto":
         folder = given or last_folder(count) or new_folder(count)
-        return folder, checkpoint.newest(folder / "checkpoints")
+        return folder, _newest(folder, resume)
     source = Path(resume).absolute()
     if source.is_dir():
-        return given or source, checkpoint.newest(source / "checkpoints")
-    own = source.parent.parent if source.parent.name == "checkpoints" else new_folder(count)
-    return given or own, source
+        return given or source, _newest(source, resume)
+    own = source.parent.parent if source.parent.name == "checkpoints" else None
+    return given or own or new_folder(count), source
+
+
+def _newest(folder: Path, resume: str) -> Path | None:
+    found = checkpoint.newest(folder / "checkpoints")
+    if found is None and any(folder.glob("checkpoints/*.h5")):
+        raise ConfigError(
+            f"resume: given {resume!r}, but every checkpoint in {str(folder / 'checkpoints')!r} is damaged, allowed: another "
+            f"run, or to begin from nothing, by --mpips.resume no"
+        )
+    return found

@@ -265,6 +265,8 @@ class Start:
         self.folder, resume = self._agree_on_folder()
         try:
             report.log_to(self.folder, exchange.rank)
+            if exchange.rank == SERVER:
+                folder.hold(self.folder)
         except OSError as error:
             raise ConfigError(
                 f"run_dir: given {str(self.folder)!r}, which cannot be written ({error.strerror}), allowed: a folder that "

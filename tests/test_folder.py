@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,12 +22,18 @@ def run(name: str, *steps: int) -> Path:
 
 
 def test_a_new_run_gets_a_folder_of_its_own() -> None:
-    first = folder.new_folder()
-    first.mkdir(parents=True)
-    second = folder.new_folder()
-    assert first != second
-    assert first.parent == Path("runs").absolute()
-    assert first.name.endswith("-test"), "named after the script"
+    found = [folder.new_folder() for _ in range(5)]
+    assert len(set(found)) == 5
+    for path in found:
+        assert path.is_dir(), "made, so that nobody else has it"
+        assert path.parent == Path("runs").absolute()
+        assert path.name.endswith("-test"), "named after the script"
+
+
+def test_a_folder_that_cannot_be_made_is_refused() -> None:
+    Path("runs").touch()
+    with pytest.raises(ConfigError, match=r"run_dir: given none, and '.*runs/.*' cannot be made \(Not a directory\)"):
+        folder.new_folder()
 
 
 def test_auto_takes_this_scripts_newest_run_with_a_checkpoint() -> None:
@@ -54,3 +63,36 @@ def test_a_file_and_a_run_folder_can_be_named() -> None:
 def test_what_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"resume: given 'no\.h5', allowed"):
         folder.check_resume("no.h5")
+
+
+def test_another_script_s_run_is_not_taken_whatever_its_name() -> None:
+    for other in ("test-2", "test.2", "a-test", "test.run2"):
+        run(f"2026-01-02-000000-{other}", 3)
+    assert folder.last_folder() is None
+    ours = run("2026-01-02-000000.2-test", 3)
+    assert folder.last_folder() == ours
+
+
+def test_a_run_of_which_every_checkpoint_is_damaged_is_not_begun_anew_unasked() -> None:
+    path = run("2026-01-01-000000-test", 5, 8)
+    (path / "checkpoints" / "round_00000008.h5").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="passing over"):
+        assert folder.folders(None, "auto")[1] == path / "checkpoints" / "round_00000005.h5"
+    (path / "checkpoints" / "round_00000005.h5").write_bytes(b"damaged")
+    for run_dir, resume in ((None, "auto"), (str(path), "auto"), (None, str(path))):
+        with (
+            pytest.warns(UserWarning, match="passing over"),
+            pytest.raises(ConfigError, match=r"every checkpoint in .* is damaged"),
+        ):
+            folder.folders(run_dir, resume)
+    assert folder.folders(str(path), "no") == (path, None)
+
+
+def test_a_folder_is_held_by_one_process() -> None:
+    Path("run").mkdir()
+    folder.hold(Path("run").absolute())
+    folder.hold(Path("run").absolute())  # of the same process
+    code = "from pathlib import Path; from mpips import folder; folder.hold(Path('run').absolute())"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert other.returncode
+    assert f"which process {os.getpid()} on {socket.gethostname()} writes to" in other.stderr

@@ -356,11 +356,12 @@ def test_what_a_script_does_after_a_step_is_in_the_checkpoint_of_that_step(world
 def test_a_script_whose_name_begins_alike_is_not_resumed() -> None:
     from mpips import folder
 
-    other = Path("runs", "2026-01-01-000000-test-big", "checkpoints")
-    other.mkdir(parents=True)
-    checkpoint.save(other, 1, {"x": torch.zeros(1)})
+    for name in ("test-big", "test-2"):
+        other = Path("runs", f"2026-01-01-000000-{name}", "checkpoints")
+        other.mkdir(parents=True)
+        checkpoint.save(other, 1, {"x": torch.zeros(1)})
     assert folder.last_folder() is None
-    again = Path("runs", "2026-01-01-000000-test-2", "checkpoints")
+    again = Path("runs", "2026-01-01-000000.2-test", "checkpoints")
     again.mkdir(parents=True)
     checkpoint.save(again, 1, {"x": torch.zeros(1)})
     assert folder.last_folder() == again.parent.absolute()

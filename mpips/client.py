@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mpips.data import Place
 from mpips.elastic import Elastic
 from mpips.exchange import share
 from mpips.message import CONTROL_BYTES, ROUNDS, SIGNAL, STOP, TICKETS, Call, CallError, Control, Row
@@ -64,7 +65,8 @@ class Client(Worker):
         self.version = int(self.control.version)
         if self._elastic:
             self._pull.control = self.control
-        self._sent = replace(self.place)
+        if self._unsent is None and not self._ahead:  # else as the checkpoint has it
+            self._sent = replace(self.place)
         self._begin_anew()
 
     def step(self, loss: float, samples: float, metrics: Sequence[float] = (), taken: int = 0) -> Control:
@@ -180,7 +182,7 @@ class Client(Worker):
     @property
     def _working(self) -> bool:
         """Whether gradients or steps have been computed that are not pushed."""
-        return self.update.pending or self.replica.flat.pending
+        return self.update.pending or self.replica.flat.pending or self._unsent is not None
 
     def _post_request(self, weights: bool, busy: bool) -> None:
         """A pull; new weights would spoil what has been computed at those that are here."""
@@ -264,7 +266,9 @@ class Client(Worker):
 
     def _restore(self, mine: RankState) -> None:
         super()._restore(mine)
-        self._unsent, self._ahead = mine.ahead.get("message"), int(mine.ahead.get("used", 0))
+        if mine.ahead:
+            self._unsent, self._ahead = mine.ahead.get("message"), int(mine.ahead["used"])
+            self._sent = Place(**mine.ahead["sent"])
 
     def state(self) -> RankState:
         """See `Worker`; with what has been computed beside the last push, and where this worker was when that left."""
@@ -274,6 +278,7 @@ class Client(Worker):
             row = message[-len(self.replica.push.columns) :]
             row[SIGNAL] = row[STOP] = 0  # which end this run, not the one that goes on
             state.own["ahead"] = {"tickets": int(row[TICKETS]), "used": 0, "sent": asdict(self._sent), "message": message}
-        elif self._beside and (self.used or self._working):
-            state.own["ahead"] = {"tickets": self.used, "used": self.used, "sent": asdict(self._sent)}
+        elif self._ahead or (self._beside and (self.used or self._working)):
+            used = self._ahead or self.used
+            state.own["ahead"] = {"tickets": used, "used": used, "sent": asdict(self._sent)}
         return state

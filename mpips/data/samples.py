@@ -29,7 +29,7 @@ def samples_in(batch: Any) -> int | None:
     graphs; a packed sequence. Tensors in a tuple inside another collection, as `tuple(zip(*items))` makes them, are single
     items as likely as batches: they say nothing.
     """
-    if type(batch) is Tensor:
+    if type(batch) is Tensor:  # the most frequent, and soonest told
         return batch.shape[0] if batch.ndim else None
     if isinstance(batch, PackedSequence):
         return int(batch.batch_sizes[0]) if len(batch.batch_sizes) else 0

@@ -58,8 +58,9 @@ def end_all_on_exception(exchange: Exchange) -> None:
 def _tell(exchange: Exchange, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Say in the log, to the launcher and on the screen why this rank ends; where one of them cannot be written, the others."""
     text = "".join(traceback.format_exception(kind, error, trace))
-    with suppress(Exception):
-        LOG.error("failed\n%s", text)
+    if LOG.handlers:  # else logging prints it on the screen
+        with suppress(Exception):
+            LOG.error("failed\n%s", text)
     if issubclass(kind, ConfigError):
         text = f"mpips: {error}\n"
     if issubclass(kind, TOGETHER):

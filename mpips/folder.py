@@ -78,6 +78,18 @@ def of_run(config: Config, count: int) -> Config:
     return dataclasses.replace(config, run_dir=f"{given}-{count}") if again else config
 
 
+def check_new(config: Config) -> None:
+    """Raise ConfigError if a run that is new is to write where another has."""
+    given = config.run_dir
+    if given is None or config.resume != "no":
+        return
+    if Path(given, "events.jsonl").exists() or any(Path(given, "checkpoints").glob("*.h5")):
+        raise ConfigError(
+            f"run_dir: given {given!r}, which holds a run, allowed: a new folder, or to go on with that run, by "
+            f"--mpips.resume auto"
+        )
+
+
 def _name(count: int) -> str:
     return script_name() if count == 1 else f"{script_name()}.run{count}"
 

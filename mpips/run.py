@@ -122,6 +122,8 @@ def _connect(
         _Process.run.end_before_another()
     _Process.count += 1
     config = folder.of_run(config, _Process.count)
+    if exchange.rank == SERVER:
+        folder.check_new(config)
     serves = exchange.rank == SERVER and exchange.size > 1 and not config.server_trains
     if again and exchange.size > 1:
         _meet_again(exchange, blueprint.describe(config, model, optimizer))

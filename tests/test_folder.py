@@ -96,3 +96,36 @@ def test_a_folder_is_held_by_one_process() -> None:
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert other.returncode
     assert f"which process {os.getpid()} on {socket.gethostname()} writes to" in other.stderr
+
+
+PROGRAM = """
+import torch, mpips
+torch.manual_seed(0)
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+ps = mpips.connect(model, optimizer)
+for _ in range(3):
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+"""
+
+
+def test_a_run_is_not_written_over() -> None:
+    """The second one is refused in one line and leaves all as it was, also where the folder cannot be made."""
+    Path("train.py").write_text(PROGRAM)
+
+    def start(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "train.py", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+    Path("run").mkdir()
+    assert start("--mpips.run_dir", "run").returncode == 0, "an empty folder will do"
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    Path("file").touch()
+    for given, why in (("run", "holds a run"), ("file", "cannot be written")):
+        second = start("--mpips.run_dir", given)
+        assert second.returncode == 2
+        (line,) = (second.stdout + second.stderr).splitlines()
+        assert why in line
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+    assert start("--mpips.run_dir", "run", "--mpips.resume", "auto").returncode == 0

@@ -69,8 +69,7 @@ def train(name: str, lr: float, seed: int, args: argparse.Namespace) -> tuple[fl
                 ps.stop()
 
     begun = time.perf_counter()
-    folder = args.out / "runs" / f"{name}-{args.slow}-{lr}-{seed}".replace(" ", "").replace(",", "-")
-    ps = mpips.connect(model, optimizer, run_dir=folder, checkpoint={"epochs": 0}, **MODES[name])
+    ps = mpips.connect(model, optimizer, checkpoint={"epochs": 0}, **MODES[name])
     dice, seconds = random.Random(100 * seed + ps.worker), 1000.0
     begun = time.perf_counter()
     for _ in ps.epochs(1):
@@ -86,7 +85,7 @@ def train(name: str, lr: float, seed: int, args: argparse.Namespace) -> tuple[fl
         seconds = ps.validate(lambda: reached[0] if reached else 1001 - curve[-1][1], "seconds to the target")
     if ps.worker:
         return seconds, {}
-    done = json.loads((folder / "DONE").read_text())
+    done = json.loads((ps.folder / "DONE").read_text())
     late = done.get("staleness", {})
     updates = done["versions"] / curve[-1][0]
     return seconds, {"lr": lr, "seconds": seconds, "updates a second": updates, "staleness": late, "curve": curve}
@@ -160,6 +159,7 @@ def main() -> None:
         return  # not worker 0
     found = json.loads(results.read_text()) if results.exists() else {}
     found |= json.loads(json.dumps(measured))
+    args.out.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(found))
     found = {name: found[name] for name in MODES if name in found}
     table(found)

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -311,11 +310,12 @@ def test_what_one_server_would_take() -> None:
     assert found.reduce == pytest.approx(3.94 * 4e-3, rel=0.01)  # 4(n-1)/n M/B and 4 log2(n) latencies
 
 
-def test_16384_ranks_take_no_time_to_plan() -> None:
-    begun = time.monotonic()
+def test_16384_ranks_are_cut_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuts = []
+    monkeypatch.setattr(plan, "_cut", lambda slots, at, tensors, cut=plan._cut: cuts.append(at) or cut(slots, at, tensors))
     job = Job.of(2048, 8, 1.4e10)
     found = predict(job, Machine())
-    assert time.monotonic() - begun < 20  # two on a quiet machine
+    assert len(cuts) < (len(job.buckets) + 1) * job.size  # it takes seconds, of which this is the most
     assert found.bound == pytest.approx(2 * 2047 / 2048 * job.model / 25e9)
     assert len(schedule(job).counts) < 10
     assert sum(schedule(job).counts) == 2048

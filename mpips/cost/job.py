@@ -84,7 +84,7 @@ class Job:
         """Whether every rank serves a slice: as `mpips.slices.settle` decides."""
         return self.size > 1 and (self.plan == "sharded" or (self.plan == "auto" and self.model > SMALL))
 
-    @property
+    @cached_property
     def buckets(self) -> list[list[slice]]:
         """For each bucket the slice of each rank, node by node: as `mpips.slices.start.deal` cuts them."""
         if not self.sharded:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import itertools
+import json
 import os
 import re
+import secrets
 import socket
 import time
 from pathlib import Path
@@ -80,14 +82,52 @@ def of_run(config: Config, count: int) -> Config:
 
 def check_new(config: Config) -> None:
     """Raise ConfigError if a run that is new is to write where another has."""
-    given = config.run_dir
-    if given is None or config.resume != "no":
-        return
-    if Path(given, "events.jsonl").exists() or any(Path(given, "checkpoints").glob("*.h5")):
-        raise ConfigError(
-            f"run_dir: given {given!r}, which holds a run, allowed: a new folder, or to go on with that run, by "
-            f"--mpips.resume auto"
-        )
+    if config.run_dir and config.resume == "no" and holds_run(Path(config.run_dir)):
+        raise _holds_another(Path(config.run_dir), "to go on with that run, by --mpips.resume auto")
+
+
+def holds_run(folder: Path) -> bool:
+    """Say whether a run has written to a folder."""
+    return any((folder / name).exists() for name in ("events.jsonl", "env.json", "metrics.csv")) or _has_checkpoints(folder)
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any(folder.glob("checkpoints/*.h5"))
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a run's folder to the first of `<name>.1`, `<name>.2`, ... that is free, and return that.
+
+    Raises:
+        ConfigError: another process writes to it, or it cannot be renamed.
+    """
+    hold(folder)
+    for number in itertools.count(1):
+        aside = folder.with_name(f"{folder.name}.{number}")
+        if os.path.lexists(aside):
+            continue
+        try:
+            folder.rename(aside)
+        except OSError as error:
+            raise ConfigError(
+                f"resume: given 'aside', but {str(folder)!r} cannot be renamed ({error.strerror}), allowed: another run_dir"
+            ) from error
+        os.close(_held.pop(folder / ".lock"))
+        return aside
+    raise AssertionError
+
+
+def new_id() -> str:
+    """An id for a new run, which stands in its files and checkpoints."""
+    return secrets.token_hex(6)
+
+
+def run_id(folder: Path) -> str:
+    """The id of the run in a folder; empty if it does not say."""
+    try:
+        return str(json.loads((folder / "env.json").read_text())["run"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def _name(count: int) -> str:
@@ -95,43 +135,57 @@ def _name(count: int) -> str:
 
 
 def last_folder(count: int = 1) -> Path | None:
-    """The newest run of this script, its run number `count`, that has a checkpoint."""
+    """The run of this script, its run number `count`, that has been written to last, of those that have a checkpoint."""
     ours = re.compile(rf"\d{{4}}-\d\d-\d\d-\d{{6}}(\.\d+)?-{re.escape(_name(count))}")
-    found = [path for path in Path("runs").glob("*") if ours.fullmatch(path.name)]
-    runs = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
-    return next((run.absolute() for run in runs if any(run.glob("checkpoints/*.h5"))), None)
+    runs = [path.absolute() for path in Path("runs").glob("*") if ours.fullmatch(path.name) and _has_checkpoints(path)]
+    return max(runs, key=_written, default=None)
+
+
+def _written(folder: Path) -> float:
+    events = folder / "events.jsonl"  # a run that goes on changes nothing else at once
+    return (events if events.exists() else folder).stat().st_mtime
 
 
 def check_resume(resume: str) -> None:
     """Raise ConfigError if `resume` names something that is not there."""
-    if resume not in ("no", "auto") and not Path(resume).exists():
-        raise ConfigError(f"resume: given {resume!r}, allowed: no, auto, or an existing checkpoint or run folder")
+    if resume not in ("no", "auto", "aside") and not Path(resume).exists():
+        raise ConfigError(f"resume: given {resume!r}, allowed: no, auto, aside, or an existing checkpoint or run folder")
 
 
 def folders(run_dir: str | None, resume: str, count: int = 1) -> tuple[Path, Path | None]:
     """The run folder, and the checkpoint to go on from if any.
 
     Raises:
-        ConfigError: there are checkpoints, but every one is damaged.
+        ConfigError: the run would write where another has, or there are checkpoints, but every one is damaged.
     """
     given = Path(run_dir).absolute() if run_dir else None
-    if resume == "no":
+    if resume in ("no", "aside"):
+        if given and resume == "aside" and holds_run(given):
+            given = given.resolve()  # what a link leads to, not the link
+            set_aside(given)
         return given or new_folder(count), None
     if resume == "auto":
         folder = given or last_folder(count) or new_folder(count)
         return folder, _newest(folder, resume)
     source = Path(resume).absolute()
-    if source.is_dir():
-        return given or source, _newest(source, resume)
-    own = source.parent.parent if source.parent.name == "checkpoints" else None
-    return given or own or new_folder(count), source
+    own = source if source.is_dir() else source.parent.parent if source.parent.name == "checkpoints" else None
+    if given and holds_run(given) and not (own and own.exists() and given.samefile(own)):
+        raise _holds_another(given, "none, which is to go on in the checkpoint's own")
+    return given or own or new_folder(count), _newest(source, resume) if source.is_dir() else source
+
+
+def _holds_another(given: Path, instead: str) -> ConfigError:
+    return ConfigError(
+        f"run_dir: given {str(given)!r}, which holds a run, allowed: a new folder, or {instead}, or to set it aside and begin "
+        f"anew, by --mpips.resume aside"
+    )
 
 
 def _newest(folder: Path, resume: str) -> Path | None:
     found = checkpoint.newest(folder / "checkpoints")
-    if found is None and any(folder.glob("checkpoints/*.h5")):
+    if found is None and _has_checkpoints(folder):
         raise ConfigError(
             f"resume: given {resume!r}, but every checkpoint in {str(folder / 'checkpoints')!r} is damaged, allowed: another "
-            f"run, or to begin from nothing, by --mpips.resume no"
+            f"run, or to begin from nothing, by --mpips.resume aside"
         )
     return found

@@ -30,8 +30,8 @@ def script_name() -> str:
     return Path(sys.argv[0]).stem or "python"
 
 
-def log_to(folder: Path, rank: int) -> None:
-    """Send this rank's log lines to its file in the run folder."""
+def log_to(folder: Path, rank: int, run: str) -> None:
+    """Send this rank's log lines to its file in the run folder; the first says the run's id."""
     path = folder / "logs" / f"rank_{rank:04d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
@@ -42,6 +42,7 @@ def log_to(folder: Path, rank: int) -> None:
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
+    LOG.info("run %s", run or "of an id that its folder does not say")
 
 
 def rank_states(rows: Mapping[int, Mapping[str, float]], server_trains: bool) -> list[dict[str, Any]]:
@@ -62,10 +63,11 @@ class Report:
     Args:
         folder: the run folder; None writes and prints nothing.
         metrics: names of the script's own metrics.
+        run: the run's id, which all files but metrics.csv say.
     """
 
-    def __init__(self, folder: Path | None, metrics: Sequence[str] = ()) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, metrics: Sequence[str] = (), run: str = "") -> None:
+        self.folder, self.run = folder, run
         self.columns = FIXED + tuple(metrics)
         self._line = "%d,%d,%d,%d" + ",%r" * (len(self.columns) - 4) + "\n"
         self.count = 0  # rows of metrics.csv
@@ -93,9 +95,9 @@ class Report:
         """Once, before the first round."""
         if self.folder is not None:
             self._table(self.folder)
-            (self.folder / "config.yaml").write_text(config_yaml)
-            (self.folder / "env.json").write_text(json.dumps(environment, indent=2, default=str) + "\n")
-        self.event("start", **facts, run_dir=str(self.folder))
+            (self.folder / "config.yaml").write_text(f"# run {self.run}\n{config_yaml}")
+            (self.folder / "env.json").write_text(json.dumps({"run": self.run, **environment}, indent=2, default=str) + "\n")
+        self.event("start", run=self.run, **facts, run_dir=str(self.folder))
         self.line("{workers} worker(s), {mpi}, torch {torch} on {device}, {parameters:,} trainable parameters"
                   .format(**facts), always=True)  # fmt: skip
 
@@ -158,6 +160,7 @@ class Report:
 
     def done(self, summary: dict[str, Any]) -> None:
         """The run has ended as it should: all is on disk before DONE appears."""
+        summary = {"run": self.run, **summary}
         self.event("done", **summary)
         if self.folder is None:
             return

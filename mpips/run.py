@@ -241,6 +241,7 @@ class Start:
     Attributes:
         config, exchange, optimizer: as given.
         folder: the run's folder, the same on all ranks.
+        id: the run's id.
         resumed: what the server says of the run that is gone on with: the values validated; empty if the run is new.
         kept: what the script kept.
         streams: the random streams to go on with.
@@ -264,9 +265,9 @@ class Start:
         self._requests = choose_mode(config).requests
         self.server: Server | ParameterServer | None = None
         self.worker: Worker | None = None
-        self.folder, resume = self._agree_on_folder()
+        self.folder, resume, self.id = self._agree_on_folder()
         try:
-            report.log_to(self.folder, exchange.rank)
+            report.log_to(self.folder, exchange.rank, self.id)
             if exchange.rank == SERVER:
                 folder.hold(self.folder)
         except OSError as error:
@@ -290,14 +291,15 @@ class Start:
         blob = RankState(-1, Place(), {}, own=self.server.kept).pack() if self.server else b""
         return RankState.unpack(share(self.exchange, blob)).own
 
-    def _agree_on_folder(self) -> tuple[Path, Path | None]:
-        """The run folder and the checkpoint to go on from: the server looks, all ranks take its word."""
+    def _agree_on_folder(self) -> tuple[Path, Path | None, str]:
+        """The run folder, the checkpoint to go on from and the run's id: the server looks, all ranks take its word."""
         said = b""
         if self.exchange.rank == SERVER:
             where, start = folder.folders(self.config.run_dir, self.config.resume, max(1, _Process.count))
-            said = json.dumps([str(where), start and str(start)]).encode()
-        where, start = json.loads(share(self.exchange, said))
-        return Path(where), start and Path(start)
+            goes_on = start and folder.holds_run(where)
+            said = json.dumps([str(where), start and str(start), folder.run_id(where) if goes_on else folder.new_id()]).encode()
+        where, start, run = json.loads(share(self.exchange, said))
+        return Path(where), start and Path(start), run
 
     def _serve(self, validate: Callable[..., Any] | None, resume: Path | None) -> None:
         kind = ParameterServer if self._requests else Server
@@ -307,7 +309,7 @@ class Start:
             self.optimizer,
             config=self.config,
             folder=self.folder / "checkpoints",
-            report=report.Report(self.folder, self.config.metrics),
+            report=report.Report(self.folder, self.config.metrics, self.id),
             validation_data=self.validation_data,
             validate=validate,
             follows=True,

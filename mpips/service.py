@@ -513,6 +513,7 @@ class Service:
             "round": int(self.control.round),
             "version": int(self.control.version),
             "epoch": self.place.epoch,
+            "run": report.run,
             "config": json.dumps(self.config.settings()),
             "contract": self.digest,
             "versions": {"mpips": mpips.__version__, "torch": str(torch.__version__)},
@@ -560,6 +561,7 @@ class Service:
             SnapshotError: it is of another model, optimizer or scheduler.
         """
         tree = checkpoint.load(path)
+        self._check_run(path, tree["run"])
         saved = tree["mode"]["name"]
         if saved != self.config.mode and (self.mode.local or tree["inner"]):
             raise snapshot.SnapshotError(
@@ -588,7 +590,22 @@ class Service:
         table = path.parent.parent / "metrics.csv"
         self.report.restore(tree["metrics"]["rows"], table, snapshot.rows(tree["validation"]))
         self.report.event("resume", round=self.control.round, path=str(path))
+        if path.parent == self.folder and (aside := checkpoint.set_newer_aside(path)):
+            message = f"resume: checkpoints that are newer than {path.name} are in {aside} now"
+            self.report.event("warning", message=message)
+            self.report.line(message, always=True)
         self.last_checkpoint = path
+
+    def _check_run(self, path: Path, run: str) -> None:
+        """A checkpoint in the run's own folder is of that run."""
+        if path.parent != self.folder:
+            return
+        self.report.run = self.report.run or run
+        if run != self.report.run:
+            raise snapshot.SnapshotError(
+                f"the checkpoint {path} is of run {run}, its folder of run {self.report.run}; expected --mpips.run_dir with a "
+                f"new folder for what goes on from it"
+            )
 
     def _say_what_changed(self, before: list[float]) -> None:
         """Say where the script gives its optimizer other numbers than the run began with: those of the checkpoint count."""

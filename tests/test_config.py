@@ -183,7 +183,7 @@ WRONG = [
     ("metrics", "[a, a]", "different Python names"),
     ("metrics", "[loss]", "different Python names, none of"),
     ("metrics", "[top-1]", "different Python names"),
-    ("resume", "", "no, auto, or a path"),
+    ("resume", "", "no, auto, aside, or a path"),
     ("checkpoint.every", "-1", "a whole number, 0 or more"),
     ("checkpoint.every", "soon", "a whole number"),
     ("checkpoint.keep", "0", "a whole number, 1 or more"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -9,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import mpips
 from mpips import checkpoint, folder
 from mpips.config import ConfigError
+from mpips.exchange.simulated import World
+from mpips.snapshot import SnapshotError
 
 
 def run(name: str, *steps: int) -> Path:
@@ -85,7 +89,7 @@ def test_a_run_of_which_every_checkpoint_is_damaged_is_not_begun_anew_unasked() 
             pytest.raises(ConfigError, match=r"every checkpoint in .* is damaged"),
         ):
             folder.folders(run_dir, resume)
-    assert folder.folders(str(path), "no") == (path, None)
+    assert folder.folders(str(path), "aside") == (path, None)
 
 
 def test_a_folder_is_held_by_one_process() -> None:
@@ -129,3 +133,108 @@ def test_a_run_is_not_written_over() -> None:
         assert why in line
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
     assert start("--mpips.run_dir", "run", "--mpips.resume", "auto").returncode == 0
+
+
+def test_a_run_is_set_aside_where_it_is_asked_for() -> None:
+    for number in (1, 2):
+        path = run("mine", number)
+        assert folder.folders("runs/mine", "aside") == (path, None)
+        assert not path.exists()
+        assert Path("runs", f"mine.{number}", "checkpoints", f"round_{number:08d}.h5").exists()
+    run("mine", 3)
+    Path("link").symlink_to("runs/mine")
+    assert folder.folders("link", "aside")[0] == Path("runs", "mine").absolute()
+    assert Path("runs", "mine.3").is_dir()
+    Path("runs", "empty").mkdir()
+    assert folder.folders("runs/empty", "aside")[0].is_dir(), "which holds no run"
+    assert folder.folders(None, "aside")[0].parent == Path("runs").absolute()
+
+
+def test_a_run_that_goes_on_does_not_write_over_another() -> None:
+    ours, other = run("ours", 3), run("other", 5)
+    checkpoint_file = str(ours / "checkpoints" / "round_00000003.h5")
+    for resume in (str(ours), checkpoint_file):
+        assert folder.folders(str(ours), resume)[0] == ours
+        assert folder.folders("runs/new", resume)[0] == Path("runs", "new").absolute()
+        with pytest.raises(ConfigError, match=r"run_dir: given '.*other', which holds a run"):
+            folder.folders(str(other), resume)
+
+
+def test_auto_takes_the_run_that_was_written_to_last() -> None:
+    old, new = run("2026-01-01-000000-test", 5), run("2026-01-02-000000-test", 3)
+    for path, when in ((old, 9), (new, 5)):
+        (path / "events.jsonl").touch()
+        os.utime(path / "events.jsonl", (when, when))
+    assert folder.last_folder() == old
+
+
+def test_what_is_newer_than_the_checkpoint_that_a_run_goes_on_from_is_set_aside() -> None:
+    path = run("mine", 1, 2, 3) / "checkpoints"
+    assert checkpoint.set_newer_aside(path / "round_00000003.h5") is None
+    first = checkpoint.set_newer_aside(path / "round_00000001.h5")
+    assert checkpoint.newest(path) == path / "round_00000001.h5"
+    checkpoint.save(path, 2, {"x": torch.ones(1)})
+    second = checkpoint.set_newer_aside(path / "round_00000001.h5")
+    assert (first, second) == (path / "aside.1", path / "aside.2")
+    for aside, found in ((path / "aside.1", {2: 0, 3: 0}), (path / "aside.2", {2: 1})):
+        names = {f"round_{step:08d}.h5{end}" for step in found for end in ("", ".sha256")}
+        assert {file.name for file in aside.iterdir()} == names
+        for step, value in found.items():
+            assert checkpoint.load(aside / f"round_{step:08d}.h5")["x"] == value
+
+
+def train(resume: str, until: int = 6) -> None:
+    """Six rounds, or fewer if the script breaks off, with a checkpoint after each."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(2, 1)
+    ps = mpips.connect(
+        net,
+        torch.optim.SGD(net.parameters(), lr=0.1),
+        exchange=World(1).ends[0],
+        run_dir="run",
+        resume=resume,
+        checkpoint={"every": 1, "epochs": 0, "keep": 9},
+    )
+    for _ in ps.epochs(6):
+        for number, (x,) in enumerate(ps.batches((torch.ones(1, 2),), batch_size=1)):
+            loss = net(x).sum()
+            loss.backward()
+            ps.step(loss)
+            assert not number
+        if ps.round == until:
+            break
+    ps.close()
+
+
+def test_auto_goes_on_with_the_line_of_the_last_resume_and_every_file_says_whose_it_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train("no")
+    folder_ = Path("run")
+    whole = (folder_ / "metrics.csv").read_bytes()
+    names = {f"round_{number:08d}.h5" for number in range(1, 7)}
+    assert {path.name for path in folder_.glob("checkpoints/*.h5")} == names
+    train("run/checkpoints/round_00000002.h5", 4)
+    assert "newer than round_00000002.h5 are in" in capsys.readouterr().out
+    assert max(folder_.glob("checkpoints/*.h5")).name == "round_00000004.h5", "of the line that was broken off"
+    assert len(list(folder_.glob("checkpoints/aside.1/*.h5"))) == 4
+    train("auto")
+    resumes = [json.loads(line) for line in (folder_ / "events.jsonl").read_text().splitlines() if '"resume"' in line]
+    assert [event["round"] for event in resumes] == [2, 4]
+    assert (folder_ / "metrics.csv").read_bytes() == whole
+
+    run = folder.run_id(folder_)
+    assert len(run) == 12
+    for name in ("config.yaml", "env.json", "events.jsonl", "logs/rank_0000.log", "DONE"):
+        assert run in (folder_ / name).read_text(), name
+    for path in folder_.glob("checkpoints/**/*.h5"):
+        assert checkpoint.load(path)["run"] == run
+
+    train("aside")
+    assert folder.run_id(Path("run.1")) == run != folder.run_id(folder_), "a run of its own"
+    foreign = folder_ / "checkpoints" / "round_00000009.h5"
+    for end in ("", ".sha256"):
+        text = (Path("run.1/checkpoints") / f"round_00000006.h5{end}").read_bytes()
+        foreign.with_name(foreign.name + end).write_bytes(text.replace(b"00000006.h5", b"00000009.h5") if end else text)
+    with pytest.raises(SnapshotError, match=f"round_00000009.h5 is of run {run}, its folder of run {folder.run_id(folder_)}"):
+        train("auto")

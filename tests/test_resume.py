@@ -47,7 +47,7 @@ def assert_same_runs(a: Path, b: Path) -> None:
     """The last checkpoints and the metrics of two runs, but for what names the run itself."""
     one, other = last(a), last(b)
     for tree in (one, other):
-        del tree["config"]
+        del tree["config"], tree["run"]
         for rank in tree["ranks"].values():  # the scripts seed torch alone
             for part in ("streams", "orders"):
                 rank[part] = {name: state for name, state in rank[part].items() if name.split()[-1] not in ("python", "numpy")}
@@ -207,7 +207,7 @@ def test_resume_names_a_file_or_a_run_folder(solo: Any, tmp_path: Path) -> None:
     missing = solo(SCRIPT, "--resume", "nothing.h5")
     assert (missing.returncode, missing.stderr) == (
         2,
-        "mpips: resume: given 'nothing.h5', allowed: no, auto, or an existing checkpoint or run folder\n",
+        "mpips: resume: given 'nothing.h5', allowed: no, auto, aside, or an existing checkpoint or run folder\n",
     )
 
 

@@ -224,8 +224,8 @@ def test_the_saved_configuration_gives_the_same_run_again(tmp_path: Path, monkey
     monkeypatch.setenv("MPIPS_CONFIG", str(tmp_path / "run" / "config.yaml"))
     monkeypatch.setenv("MPIPS_RUN_DIR", "again")
     World(2).run(loop)
-    saved = (tmp_path / "run" / "config.yaml").read_text()
-    assert (tmp_path / "again" / "config.yaml").read_text() == saved.replace("run_dir: run", "run_dir: again")
+    saved, again = ((tmp_path / name / "config.yaml").read_text().split("\n", 1)[1] for name in ("run", "again"))  # but the id
+    assert again == saved.replace("run_dir: run", "run_dir: again")
     assert (tmp_path / "again" / "metrics.csv").read_text() == (tmp_path / "run" / "metrics.csv").read_text()
 
 

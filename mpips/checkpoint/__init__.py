@@ -3,7 +3,7 @@
 A checkpoint is visible under its name only once its bytes and its SHA-256 are on the disk, and libhdf5 sees only bytes
 whose SHA-256 was checked. What `load` returns is what `save` was given, bit for bit.
 
-    folder   save, newest: names, order of the durable steps, pruning
+    folder   save, newest, set_newer_aside: names, order of the durable steps, pruning
     sidecar  the SHA-256 beside each checkpoint, in sha256sum's format
     latch    the file libhdf5 writes through; a full disk would crash it otherwise
     writer   tree -> HDF5
@@ -20,8 +20,8 @@ import os
 os.environ["HDF5_PLUGIN_PRELOAD"] = "::"
 
 from mpips.checkpoint.error import CheckpointError
-from mpips.checkpoint.folder import newest, save
+from mpips.checkpoint.folder import newest, save, set_newer_aside
 from mpips.checkpoint.layout import Leaf, Tree
 from mpips.checkpoint.reader import load
 
-__all__ = ["CheckpointError", "Leaf", "Tree", "load", "newest", "save"]
+__all__ = ["CheckpointError", "Leaf", "Tree", "load", "newest", "save", "set_newer_aside"]

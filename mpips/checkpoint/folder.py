@@ -4,8 +4,10 @@ At every instant, also after a crash or a power cut, `newest` finds the last che
 one before it. No checkpoint is ever changed in place.
 """
 
+import itertools
 import os
 import re
+import shutil
 import socket
 import stat
 import warnings
@@ -41,6 +43,32 @@ def save(folder: Path, step: int, tree: Tree, keep: int = 3) -> Path:
         raise CheckpointError.from_os(path, "save the checkpoint", error) from error
     _prune(path.parent, step, keep)
     return path
+
+
+def set_newer_aside(path: Path) -> Path | None:
+    """Move what is newer than a checkpoint, which a run goes on from, to a folder beside it: it is of a line that has ended.
+
+    Returns:
+        The folder, `aside.1` or the next that is free; None if nothing is newer.
+    """
+    found = _checkpoints(path.parent)
+    newer = found[: found.index(path)]
+    if not newer:
+        return None
+    try:
+        number = next(n for n in itertools.count(1) if not (path.parent / f"aside.{n}").exists())
+        aside = path.parent / f"aside.{number}"
+        aside.mkdir()
+        for old in newer:  # the newest first: what is left is one line at every instant, each checkpoint with its hash
+            beside = sidecar.beside(old)
+            if beside.exists():
+                shutil.copyfile(beside, aside / beside.name)
+            os.replace(old, aside / old.name)
+            beside.unlink(missing_ok=True)
+        _sync(path.parent)
+    except OSError as error:
+        raise CheckpointError.from_os(path.parent, "set newer checkpoints aside", error) from error
+    return aside
 
 
 def newest(folder: Path) -> Path | None:

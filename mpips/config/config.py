@@ -62,7 +62,12 @@ class Config:
     )
     cuda_aware: bool = field(default=False, metadata={"help": "hand device pointers to MPI; only for a CUDA-aware MPI"})
     run_dir: str | None = field(default=None, metadata={"help": "the run's folder; default runs/<time>-<script>"})
-    resume: str = field(default="no", metadata={"help": "no, auto (the newest checkpoint, if any), or a file or run folder"})
+    resume: str = field(
+        default="no",
+        metadata={
+            "help": "no, auto (the newest checkpoint, if any), aside (no, and rename what is in run_dir), or a file or folder"
+        },
+    )
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
     stop: Stopping = field(default_factory=Stopping)
     staleness: Staleness = field(default_factory=Staleness)
@@ -80,7 +85,7 @@ class Config:
         check("seed", self.seed, "a whole number from -2^53 to 2^53", abs(self.seed) <= 2**53)
         check("bucket_mb", self.bucket_mb, "a number from 0.001 to 1000", 0.001 <= self.bucket_mb <= 1000)
         check("ranks_per_node", self.ranks_per_node, "a whole number, 0 or more", self.ranks_per_node >= 0)
-        check("resume", self.resume, "no, auto, or a path", self.resume != "")
+        check("resume", self.resume, "no, auto, aside, or a path", self.resume != "")
 
     def settings(self) -> dict[str, Any]:
         """Every setting by its dotted key, in a fixed order."""

@@ -255,6 +255,25 @@ def restore(path, before):
         (path / name).write_bytes(content)
 
 
+UNSUPPORTED = {  # by file systems that are in use: CIFS, vfat, some of FUSE and Ceph
+    "fsync of a folder, EINVAL": ("fsync", errno.EINVAL, os.path.isdir),
+    "fsync of a folder, EOPNOTSUPP": ("fsync", errno.EOPNOTSUPP, os.path.isdir),
+    "fsync of a file, ENOSYS": ("fsync", errno.ENOSYS, os.path.isfile),
+    "fchmod, EPERM": ("fchmod", errno.EPERM, os.path.isfile),
+    "fchmod, ENOTSUP": ("fchmod", errno.ENOTSUP, os.path.isfile),
+}
+
+
+@pytest.mark.parametrize("name, code, of", UNSUPPORTED.values(), ids=UNSUPPORTED.keys())
+def test_what_a_file_system_does_not_know_does_not_end_a_run(name, code, of, tmp_path, monkeypatch):
+    save(tmp_path, 1, OLD)
+    error = OSError(code, os.strerror(code))
+    disk = Failing(monkeypatch, error, only=lambda call, args: call == name and of(f"/proc/self/fd/{args[0]}"))
+    save(tmp_path, 2, NEW)
+    assert disk.failed and found(tmp_path) == 2
+    assert sorted(os.listdir(tmp_path)) == [f"round_0000000{n}.h5{end}" for n in (1, 2) for end in ("", ".sha256")]
+
+
 def test_an_interrupt_inside_libhdf5_is_raised_once_it_is_done(tmp_path, monkeypatch):
     save(tmp_path, 1, OLD)
     for at in range(8):
@@ -290,8 +309,9 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeyp
 
 LAYOUTS = {
     "one large": {"w": torch.ones(1_000_000)},
-    "many small": {f"w{number}": torch.ones(50) for number in range(3000)},
-    "many groups": {f"g{number}": {"w": torch.ones(20), "note": None} for number in range(1500)},
+    "many small": {"state": {f"w{number}": torch.ones(50) for number in range(3000)}},
+    "many datasets": {"parameters": {f"w{number}": torch.ones(50) for number in range(3000)}},
+    "many groups": {"parameters": {f"g{number}": {"w": torch.ones(20), "note": None} for number in range(1500)}},
     "long text": {f"t{number}": "x" * 100_000 for number in range(30)},
 }
 

@@ -4,6 +4,7 @@ At every instant, also after a crash or a power cut, `newest` finds the last che
 one before it. No checkpoint is ever changed in place.
 """
 
+import errno
 import itertools
 import os
 import re
@@ -11,7 +12,7 @@ import shutil
 import socket
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +23,7 @@ from mpips.checkpoint.latch import LatchingFile, pwrite_all
 from mpips.checkpoint.layout import Tree
 from mpips.checkpoint.writer import write
 
+_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM}
 _NAME = re.compile(r"round_(\d{8,})\.h5(\.sha256)?")  # a checkpoint, or its sidecar
 
 
@@ -100,8 +102,8 @@ def _publish(path: Path, file: BinaryIO) -> None:
     old = sidecar.digests(path) if path.exists() else []
     _write_sidecar(path, [new, *old])
     mode = stat.S_IMODE(os.stat(sidecar.beside(path)).st_mode)  # what the umask allows, without asking for it
-    os.fchmod(file.fileno(), mode)
-    os.fsync(file.fileno())
+    _if_supported(os.fchmod, file.fileno(), mode)
+    _if_supported(os.fsync, file.fileno())
     _sync(path.parent)  # the hash outlives a power cut before the checkpoint can be seen
     os.replace(_temporary_name(path), path)
     _sync(path.parent)
@@ -114,7 +116,7 @@ def _write_sidecar(path: Path, digests: list[str]) -> None:
     target = sidecar.beside(path)
     with _temporary(target, 0o666) as file:
         pwrite_all(file.fileno(), memoryview(sidecar.lines(path, digests)), 0)
-        os.fsync(file.fileno())
+        _if_supported(os.fsync, file.fileno())
         os.replace(_temporary_name(target), target)
 
 
@@ -171,6 +173,15 @@ def _sync(folder: Path) -> None:
     """Make the names in the folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        _if_supported(os.fsync, fd)
     finally:
         os.close(fd)
+
+
+def _if_supported(call: Callable[..., object], *args: int) -> None:
+    """Call what some file systems, as CIFS or FUSE ones, do not know; the checkpoint is then as durable as it can be there."""
+    try:
+        call(*args)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise

@@ -1,5 +1,6 @@
 """What `load` returns is what `save` was given, and what any HDF5 tool sees is what the documentation says."""
 
+import json
 import os
 import re
 import socket
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpips import checkpoint
-from mpips.checkpoint import CheckpointError, load, newest, save, text
+from mpips.checkpoint import CheckpointError, load, newest, save, text, writer
 from mpips.checkpoint import latch as latch_module
 
 DTYPES = [
@@ -60,9 +61,9 @@ def numpy_bits(data, dtype, shape):
 
 # ---------------------------------------------------------------- round trip
 
-RESERVED = {".", "format", "format_version"}
+RESERVED = {".", "index", "packed"}
 KEYS = st.text(min_size=1, max_size=8).filter(lambda key: "\0" not in key and key not in RESERVED)
-KEYS |= st.sampled_from(["fc.weight", "..", "x.json", "x", "$int", " ", "é"])
+KEYS |= st.sampled_from(["fc.weight", "..", "$int", "$tensor", " ", "é", "parameters"])
 TEXT = st.text(st.characters(exclude_categories=()), max_size=8)  # NUL and lone surrogates too
 SCALARS = st.none() | st.booleans() | st.integers() | st.integers(-(2**80), 2**80) | st.floats() | TEXT
 HASHABLE = st.booleans() | st.integers() | TEXT | st.tuples(st.integers(), TEXT)
@@ -154,8 +155,8 @@ def test_exact(leaf, tmp_path):
 def test_children_keep_their_order(tmp_path):
     tensors = {f"layer{number}": torch.ones(1) for number in range(30, 0, -1)}
     scalars = {f"setting{number}": number for number in range(30, 0, -1)}
-    loaded = load(save(tmp_path, 1, {**scalars, "tensors": tensors, "scalars": scalars}))
-    assert list(loaded) == [*scalars, "tensors", "scalars"]
+    loaded = load(save(tmp_path, 1, {"tensors": tensors, **scalars, "scalars": scalars}))
+    assert list(loaded) == ["tensors", *scalars, "scalars"]
     assert list(loaded["tensors"]) == list(tensors) and list(loaded["scalars"]) == list(scalars)
 
 
@@ -190,37 +191,78 @@ def test_cuda_tensors_come_back_on_the_host(tmp_path):
 
 
 def test_plain_h5py_reads_the_file(tmp_path):
-    weight = torch.arange(6.0).reshape(2, 3)
-    tree = {"round": 3, "lr": 0.5, "nesterov": True, "mode": "sync", "none": None, "model": {"fc.weight": weight}}
-    path = save(tmp_path, 42, tree | {"mask": torch.tensor([True, False]), "empty": {}, "betas": (0.9, float("inf"))})
+    weight, large = torch.arange(6.0).reshape(2, 3), torch.arange(1 << 15).reshape(2, -1)
+    tree = {"round": 3, "betas": (0.9, float("inf")), "parameters": {"fc.weight": weight, "a/b": torch.ones(2).bfloat16()}}
+    tree |= {"kept": {"ema": {"w": weight.clone()}}, "state": {"fc": {"step": weight + 1, "large": large}}, "empty": {}}
+    path = save(tmp_path, 42, tree)
     assert path == tmp_path / "round_00000042.h5"
     with h5py.File(path, "r") as file:
-        assert (file.attrs["format"], file.attrs["format_version"]) == ("mpips-checkpoint", 2)
-        assert (file.attrs["round"], file.attrs["lr"], file.attrs["mode"]) == (3, 0.5, "sync")
-        assert file.attrs["nesterov"] and file.attrs["nesterov"].dtype == bool
-        assert file.attrs["none.json"] == "null"
-        assert file.attrs["betas.json"] == '{"$tuple": [0.9, {"$float": "7ff0000000000000"}]}'
+        assert (file.attrs["format"], file.attrs["format_version"]) == (b"mpips-checkpoint", 3)
         found = {}
         file.visititems(lambda name, item: found.update({name: item}))
-        assert found.keys() == {"model", "model/fc.weight", "mask", "empty"}
-        dataset = found["model/fc.weight"]
+        datasets = {name for name, item in found.items() if isinstance(item, h5py.Dataset)}
+        assert datasets == {  # the small ones, too, of what people look for
+            "parameters/fc.weight", "parameters/a%2Fb", "kept/ema/w", "state/fc/large", "packed/float32.0", "index"
+        }  # fmt: skip
+        dataset = file["parameters/fc.weight"]
         assert dataset.dtype == np.float32 and dataset[()].tolist() == [[0, 1, 2], [3, 4, 5]]
         assert dataset.chunks is None and dataset.id.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
-        assert found["mask"][()].tolist() == [1, 0] and dict(found["mask"].attrs) == {"kind": "tensor", "dtype": "bool"}
+        assert file["parameters/a%2Fb"][()].tolist() == [0x3F80] * 2
+        assert dict(file["parameters/a%2Fb"].attrs) == {"dtype": b"bfloat16"}
+        index = json.loads(file["index"][()].tobytes())
+        assert index["round"] == 3 and index["betas"] == {"$tuple": [0.9, {"$float": "7ff0000000000000"}]}
+        for place, expected in ((index["state"]["fc"]["step"], weight + 1), (index["state"]["fc"]["large"], large)):
+            dtype, shape, name, first, at = place["$tensor"]
+            array = file[name][()].reshape(-1)[first : first + expected.numel()].reshape(shape)
+            assert torch.equal(torch.from_numpy(array), expected)
+            assert np.array_equal(np.fromfile(path, dtype, expected.numel(), offset=at).reshape(shape), array)
+
+
+def test_text_of_a_file_is_of_fixed_length(tmp_path):
+    """Text of variable length lies in a global heap, in which libhdf5 can be made to loop for ever."""
+    path = save(tmp_path, 1, {"mode": "sync", "parameters": {"w": torch.ones(2, dtype=torch.bfloat16)}, "note": "x" * 100_000})
+    assert b"GCOL" not in path.read_bytes()
+
+
+def test_small_tensors_share_datasets(tmp_path):
+    """A dataset each took 0.25 ms to write and 0.3 ms to read; of 30,000 that was most of a checkpoint."""
+    state = {f"layer{n}": {"step": torch.tensor(float(n)), "mean": torch.full((5,), n), "seen": np.array([n % 2 > 0])}
+             for n in range(3000)}  # fmt: skip
+    path = save(tmp_path, 1, {"optimizer": {"state": state}})
+    with h5py.File(path, "r") as file:
+        names = []
+        file.visit(names.append)
+        assert sorted(names) == ["index", "packed", "packed/float32.0", "packed/int64.1", "packed/uint8.2"]
+    loaded = load(path)["optimizer"]["state"]
+    assert exact(loaded) == exact(state)
+    loaded["layer7"]["mean"].zero_()
+    assert loaded["layer8"]["mean"].tolist() == [8] * 5 and loaded["layer8"]["mean"].untyped_storage().nbytes() == 40
+
+
+def test_small_tensors_are_put_together_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_TOGETHER", 100)
+    tree = {"state": {str(n): torch.full((7,), float(n)) for n in range(20)}, "none": torch.zeros(0, 3), "late": torch.ones(1)}
+    path = save(tmp_path, 1, tree)
+    with h5py.File(path, "r") as file:
+        assert [len(file["packed"][f"float32.{n}"]) for n in range(len(file["packed"]))] == [28] * 5 + [1]
+    assert exact(load(path)) == exact(tree)
 
 
 def test_tied_parameters_are_stored_once_and_tied_again(tmp_path):
-    weight = torch.randn(100, 100)
+    weight, small = torch.randn(200, 200), torch.ones(3)
     tree = {"a": weight, "deep": {"b": weight}, "transposed": weight.t(), "bits": weight.view(torch.int32)}
+    tree |= {"small": {"a": small, "b": small}, "parameters": {"a": small, "b": small}}
     path = save(tmp_path, 1, tree | {"none": torch.zeros(0), "none too": torch.ones(0)})
     with h5py.File(path, "r") as file:
         assert isinstance(file.get("deep/b", getlink=True), h5py.HardLink)
         assert file["a"] == file["deep/b"] and file["a"] != file["transposed"] and file["a"] != file["bits"]
-        assert file["none"] != file["none too"]
+        assert file["parameters/a"] == file["parameters/b"] and "small" not in file
     assert 3 * weight.nbytes < path.stat().st_size < 3.2 * weight.nbytes
     loaded = load(path)
     assert exact({key: loaded[key] for key in tree}) == exact(tree)
     assert loaded["a"].data_ptr() == loaded["deep"]["b"].data_ptr()
+    assert loaded["small"]["a"] is loaded["small"]["b"] and loaded["parameters"]["a"] is loaded["parameters"]["b"]
+    assert loaded["none"] is not loaded["none too"]
 
 
 def test_equal_but_separate_tensors_stay_separate(tmp_path):
@@ -325,7 +367,7 @@ def test_a_tree_that_contains_itself(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("given", [{"step": -1}, {"keep": 0}, {"tree": {"format": 1}}])
+@pytest.mark.parametrize("given", [{"step": -1}, {"keep": 0}, {"tree": {"index": 1}}, {"tree": {"packed": {}}}])
 def test_arguments_that_make_no_sense(given, tmp_path):
     with pytest.raises(ValueError, match=r"expected|rename"):
         save(tmp_path, **{"step": 1, "tree": {}} | given)
@@ -417,21 +459,19 @@ def test_a_folder_that_is_not_there(folder, remedy, tmp_path):
     assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_importing_the_package_is_cheap_and_plugins_are_off_before_h5py(tmp_path):
-    script = """
-import os, sys
+def test_a_checkpoint_is_read_without_libhdf5(tmp_path):
+    path = save(tmp_path, 1, {"parameters": {"w": torch.ones(2)}})
+    script = f"""
+import sys
 import mpips
-assert not {"h5py", "torch"} & sys.modules.keys()
-class Spy:
-    def find_spec(self, name, *rest):
-        if name == "h5py":
-            print(os.environ.get("HDF5_PLUGIN_PRELOAD"))
-sys.meta_path.insert(0, Spy())
-import mpips.checkpoint
+assert not {{"h5py", "torch"}} & sys.modules.keys()
+from mpips.checkpoint import reader
+import h5py
+h5py.File = None
+print(reader.load({str(path)!r}))
 """
-    environment = {key: value for key, value in os.environ.items() if key != "HDF5_PLUGIN_PRELOAD"}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert (run.stdout, run.returncode) == ("::\n", 0), run.stderr
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (run.stdout, run.returncode) == ("{'parameters': {'w': tensor([1., 1.])}}\n", 0), run.stderr
 
 
 def test_the_public_names_are_there():
@@ -441,7 +481,7 @@ def test_the_public_names_are_there():
 
 MALFORMED = ["", "{", "NaN", "[Infinity]", '{"$no": 1}', '{"$tuple": 1}', '{"$tuple": [], "a": 1}', "[" * 100_000]
 MALFORMED += ['{"$int": "zz"}', '{"$int": 1}', '{"$float": "00"}', '{"$float": "xx"}']
-MALFORMED += ['{"$dict": [[1]]}', '{"$dict": [[[], 1]]}']
+MALFORMED += ['{"$dict": [[1]]}', '{"$dict": [[[], 1]]}', '{"$dict": [[1, 2], [1, 3]]}', '{"a": 1, "a": 2}', '{"$tensor": 1}']
 
 
 @pytest.mark.parametrize("malformed", MALFORMED, ids=lambda malformed: malformed[:25])
@@ -453,5 +493,5 @@ def test_malformed_text_is_a_value_error(malformed):
 def test_text_is_strict_json():
     assert re.fullmatch(
         r'\[1, \{"\$float": "7ff8000000000000"\}, \{"\$dict": \[\[2, null\]\]\}\]',
-        text.dumps([1, float("nan"), {2: None}]),
+        json.dumps(text.tagged([1, float("nan"), {2: None}])),
     )

@@ -1,15 +1,15 @@
-"""No damaged byte is accepted, and no file, however made, leads the reader to another file or to more memory.
+"""No damaged byte is accepted, and no file, however made, leads the reader to another file, to more memory or into a loop.
 
-The hostile files are built with plain h5py and carry a correct SHA-256, so that only the reader stands against them.
+The hostile files carry a correct SHA-256, so that only the reader stands against them.
 """
 
-import ctypes
 import hashlib
+import json
 import os
 import random
 import resource
+import signal
 import struct
-import sys
 import warnings
 
 import h5py
@@ -19,7 +19,8 @@ import torch
 
 from mpips.checkpoint import CheckpointError, load, newest, save
 
-TREE = {"round": 3, "lr": 0.1, "note": [None], "model": {"w": torch.randn(20, 30), "mask": torch.tensor([True, False])}}
+TREE = {"round": 3, "lr": 0.1, "note": [None], "parameters": {"w": torch.randn(20, 30), "mask": torch.tensor([True, False])}}
+TREE |= {"state": {f"layer{n}": torch.full((3,), n) for n in range(9)}}
 
 
 def sign(path):
@@ -104,360 +105,167 @@ def test_a_path_that_is_no_file(kind, tmp_path):
         load(path)
 
 
-# ---------------------------------------------------------------- other files
+# ---------------------------------------------------------------- an index that mpips never writes
 
 
-class Watch:
-    """Tells whether anyone in this process opened or read a file, libhdf5's C code included (inotify)."""
+def build(path, index, version=3, name=b"mpips-checkpoint", begin=b"\x89HDF\r\n\x1a\n", past=0):
+    """A file of 1,008 bytes, an index and a footer."""
+    body = begin.ljust(1008, b"\x02")
+    index = index if isinstance(index, bytes) else json.dumps(index).encode()
+    path.write_bytes(body + index + struct.pack("<QQI16s", len(body) + past, len(index), version, name))
+    sign(path)
 
-    OPEN_OR_ACCESS = 0x20 | 0x1
 
-    def __init__(self, *paths):
-        self.libc = ctypes.CDLL(None, use_errno=True)
-        self.fd = self.libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        for path in paths:
-            assert self.libc.inotify_add_watch(self.fd, os.fsencode(path), self.OPEN_OR_ACCESS) >= 0
+def tensor(dtype="uint8", shape=(4,), at=8, kind="$tensor"):
+    return {kind: [dtype, shape, "/w", 0, at]}
 
-    def touched(self):
+
+def test_what_is_built_here_is_read(tmp_path):
+    path = tmp_path / "round_00000001.h5"
+    build(path, {"w": tensor(), "v": tensor(at=100), "again": tensor(), "a": tensor(">u2", (1, 2), kind="$array")})
+    loaded = load(path)
+    assert loaded["w"].tolist() == [2] * 4 and loaded["again"] is loaded["w"] and loaded["v"] is not loaded["w"]
+    assert loaded["a"].tolist() == [[514, 514]] and loaded["a"].dtype == ">u2"
+
+
+NEVER_WRITTEN = {
+    "past the end": {"w": tensor(shape=[100], at=1100)},
+    "more than the file": {"w": tensor(shape=[1 << 40])},
+    "more than 64 bits": {"w": tensor(shape=[1 << 40, 1 << 40])},
+    "far away": {"w": tensor(at=1 << 70)},
+    "claimed often": {str(n): tensor(shape=[900, *[1] * n]) for n in range(3)},
+    "negative": {"w": tensor(shape=[-1])},
+    "negative twice": {"w": tensor(shape=[-2, -2])},
+    "before the file": {"w": tensor(at=-1)},
+    "65 dimensions": {"w": tensor(shape=[1] * 65)},
+    "a length that is no number": {"w": tensor(shape=["4"])},
+    "a length that is a bool": {"w": tensor(shape=[True])},
+    "a length that is a float": {"w": tensor(shape=[4.0])},
+    "a shape that is no list": {"w": tensor(shape=4)},
+    "a place that is no number": {"w": tensor(at="8")},
+    "no place": {"w": {"$tensor": ["uint8", [4], "/w", 0]}},
+    "no list": {"w": {"$tensor": None}},
+    "objects": {"w": tensor("object", kind="$array")},
+    "objects, big-endian": {"w": tensor(">O", kind="$array")},
+    "records": {"w": tensor(">i4,i4", kind="$array")},
+    "no dtype": {"w": tensor(None)},
+    "a dtype that is a list": {"w": tensor(["uint8"])},
+    "a dtype of another kind": {"w": tensor("bfloat16", kind="$array")},
+    "a big-endian tensor": {"w": tensor(">u2")},
+    "a dtype that is a function": {"w": tensor("load")},
+    "a bool that is neither": {"w": tensor("bool")},
+    "an array's bool that is neither": {"w": tensor("bool", kind="$array")},
+    "another tag": {"w": {"$eval": "1"}},
+    "two tags": {"w": {**tensor(), **tensor(kind="$array")}},
+    "no tree": [1],
+    "nothing": b"",
+    "no JSON": b"{",
+    "NaN": b'{"a": NaN}',
+    "no text": b'{"a": "\xff"}',
+    "too deep": b'{"a": ' + b"[" * 200_000,
+    "a key twice": b'{"a": 1, "a": 2}',
+}
+
+
+@pytest.mark.parametrize("index", NEVER_WRITTEN.values(), ids=NEVER_WRITTEN.keys())
+def test_an_index_that_mpips_never_writes(index, tmp_path):
+    path = tmp_path / "round_00000001.h5"
+    build(path, index)
+    with pytest.raises(CheckpointError, match=r"round_00000001\.h5: .*; load only files that mpips wrote") as caught:
+        load(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+FOOTERS = {
+    "another layout": ({"version": 4}, "is of layout 4, expected 3"),
+    "another name": ({"name": b"x" * 16}, "has no index at its end"),
+    "an index past the end": ({"past": 100}, "its index ends at byte"),
+    "an index far away": ({"past": 1 << 63}, "its index ends at byte"),
+    "no HDF5": ({"begin": b"PK"}, "does not begin as an HDF5 file"),
+}
+
+
+@pytest.mark.parametrize("given, message", FOOTERS.values(), ids=FOOTERS.keys())
+def test_a_footer_that_mpips_never_writes(given, message, tmp_path):
+    path = tmp_path / "round_00000001.h5"
+    build(path, {}, **given)
+    with pytest.raises(CheckpointError, match=message):
+        load(path)
+
+
+@pytest.mark.parametrize("size", [0, 8, 30, 60])
+def test_a_file_that_is_too_short(size, tmp_path):
+    path = tmp_path / "round_00000001.h5"
+    path.write_bytes(save(tmp_path, 2, {}).read_bytes()[:size])
+    sign(path)
+    with pytest.raises(CheckpointError, match=r"round_00000001\.h5: (\d+ bytes are no checkpoint|has no index)"):
+        load(path)
+
+
+def older(file):
+    """As layout 2 was: text of variable length as attributes."""
+    file.attrs["format"], file.attrs["format_version"] = "mpips-checkpoint", 2
+    file.attrs["mode"] = "sync"
+    file.create_dataset("parameters/w", data=np.ones(3)).attrs["kind"] = "tensor"
+
+
+def external_link(file):
+    file["w"] = h5py.ExternalLink("secret.h5", "/w")
+
+
+@pytest.mark.parametrize("make", [older, external_link], ids=lambda make: make.__name__)
+def test_files_of_others_are_refused_in_one_line(make, tmp_path):
+    path = tmp_path / "round_00000001.h5"
+    with h5py.File(path, "w") as file:
+        make(file)
+    sign(path)
+    with pytest.raises(CheckpointError, match=r"has no index at its end, as checkpoints of layout 3 have") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_another_program_has_changed(tmp_path):
+    """It may have moved what the index is about; libhdf5 cuts off what is behind its own."""
+    path = save(tmp_path, 1, TREE)
+    with h5py.File(path, "r+") as file:
+        del file["parameters"]
+    sign(path)
+    with pytest.raises(CheckpointError, match="another program has changed it"):
+        load(path)
+
+
+def test_global_heaps_are_not_read(tmp_path):
+    """libhdf5 loops for ever over an object of index 0 and size 0 in one, when it reads a text of variable length."""
+    path = tmp_path / "round_00000001.h5"
+    with h5py.File(path, "w") as file:
+        older(file)
+    data = path.read_bytes()
+    at = data.index(b"GCOL") + 16
+    path.write_bytes(data[:at] + bytes(16) + data[at + 16 :])
+    sign(path)
+    assert in_time(load, path) == 0
+
+
+def in_time(call, *args):
+    """The status of a child that calls it, which is to raise CheckpointError within seconds."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
         try:
-            return bool(os.read(self.fd, 4096))
-        except BlockingIOError:
-            return False
-
-
-OPENED = []
-LISTENING = [False]
-sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if LISTENING[0] and event == "open" else None)
-
-
-@pytest.fixture
-def secrets(tmp_path):
-    """Two files that no checkpoint may reach, in another folder."""
-    folder = tmp_path / "secret"
-    folder.mkdir()
-    (folder / "secret.raw").write_bytes(b"password" * 10)
-    with h5py.File(folder / "secret.h5", "w", libver="latest") as file:
-        dataset = file.create_dataset("w", data=np.arange(10.0))
-        dataset.attrs["kind"] = "tensor"
-    return folder
-
-
-def dataset(group, name, data, kind="tensor", **attributes):
-    made = group.create_dataset(name, data=data)
-    for key, value in {"kind": kind, **attributes}.items():
-        made.attrs[key] = value
-    return made
-
-
-def external_storage(file, folder):
-    made = file.create_dataset("w", (10,), "f8", external=[(str(folder / "secret.raw"), 0, 80)])
-    made.attrs["kind"] = "tensor"
-
-
-def virtual(file, folder):
-    layout = h5py.VirtualLayout((10,), "f8")
-    layout[:] = h5py.VirtualSource(str(folder / "secret.h5"), "w", (10,))
-    file.create_virtual_dataset("w", layout).attrs["kind"] = "tensor"
-
-
-def virtual_unlimited(file, folder):
-    layout = h5py.VirtualLayout((10,), "f8", maxshape=(None,))
-    source = h5py.VirtualSource(str(folder / "secret.h5"), "w", (10,), maxshape=(None,))
-    layout[h5py.h5s.UNLIMITED and slice(0, h5py.h5s.UNLIMITED)] = source[0 : h5py.h5s.UNLIMITED]
-    file.create_virtual_dataset("w", layout).attrs["kind"] = "tensor"
-
-
-def external_link(file, folder):
-    file["w"] = h5py.ExternalLink(str(folder / "secret.h5"), "/w")
-
-
-def external_link_inside(file, folder):
-    file["g/w"] = h5py.ExternalLink(str(folder / "secret.h5"), "/w")
-
-
-def soft_link(file, folder):
-    dataset(file, "v", np.ones(3))
-    file["w"] = h5py.SoftLink("/v")
-
-
-def soft_link_to_an_external_one(file, folder):
-    file["z"] = h5py.ExternalLink(str(folder / "secret.h5"), "/")
-    file["w"] = h5py.SoftLink("/z/w")
-
-
-REACHING_OUT = [external_storage, virtual, virtual_unlimited, external_link, external_link_inside]
-REACHING_OUT += [soft_link, soft_link_to_an_external_one]
-
-
-def build(path, make, *args, libver="latest", **options):
-    with h5py.File(path, "w", libver=libver, **options) as file:
-        file.attrs["format"], file.attrs["format_version"] = "mpips-checkpoint", 2
-        make(file, *args)
-    sign(path)
-
-
-@pytest.mark.parametrize("make", REACHING_OUT, ids=lambda make: make.__name__)
-def test_no_other_file_is_opened(make, secrets, tmp_path):
-    path = tmp_path / "round_00000001.h5"
-    build(path, make, secrets)
-    watch = Watch(secrets / "secret.raw", secrets / "secret.h5")
-    OPENED.clear()
-    LISTENING[0] = True
-    try:
-        with pytest.raises(CheckpointError, match=r"'/(g/)?[wz]' (is|keeps)"):
-            load(path)
-    finally:
-        LISTENING[0] = False
-    assert set(OPENED) == {str(path), f"{path}.sha256"}
-    assert not watch.touched()
-
-
-@pytest.mark.parametrize("make", [external_storage, virtual, external_link], ids=lambda make: make.__name__)
-def test_the_watch_sees_what_plain_h5py_opens(make, secrets, tmp_path):
-    path = tmp_path / "round_00000001.h5"
-    build(path, make, secrets)
-    watch = Watch(secrets / "secret.raw", secrets / "secret.h5")
-    with h5py.File(path, "r") as file:
-        assert file["w"][()].tobytes() in (b"password" * 10, np.arange(10.0).tobytes())
-    assert watch.touched()
-
-
-# ---------------------------------------------------------------- everything else that mpips never writes
-
-
-def chunked(file):
-    file.create_dataset("w", data=np.ones(8), chunks=(4,)).attrs["kind"] = "tensor"
-
-
-def compressed(file):
-    file.create_dataset("w", data=np.ones(8), compression="gzip").attrs["kind"] = "tensor"
-
-
-def compact(file):
-    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    properties.set_layout(h5py.h5d.COMPACT)
-    h5py.h5d.create(file.id, b"w", h5py.h5t.IEEE_F64LE, h5py.h5s.create_simple((2,)), properties)
-    file["w"].attrs["kind"] = "tensor"
-
-
-def shape_bomb(file):
-    file.create_dataset("w", (1 << 40,), "f4").attrs["kind"] = "tensor"
-
-
-def shape_overflow(file):
-    file.create_dataset("w", (1 << 31, 1 << 31, 1 << 2), "u1").attrs["kind"] = "tensor"
-
-
-def nothing_stored(file):
-    file.create_dataset("w", (4,), "f4").attrs["kind"] = "tensor"  # libhdf5 would make up zeros
-
-
-def cycle(file):
-    file["g/h/again"] = file.create_group("g")
-
-
-def root_cycle(file):
-    file["again"] = file["/"]
-
-
-def second_name(file):
-    file["h"] = file.create_group("g")
-
-
-def too_deep(file):
-    file.create_group("/".join("g" * 300))
-
-
-def committed_type(file):
-    file["w"] = np.dtype("f8")
-
-
-def dataset_of_committed_type(file):
-    file["t"] = np.dtype("f8")
-    file.create_dataset("a", data=np.ones(3), dtype=file["t"]).attrs["kind"] = "tensor"
-    del file["t"]  # nothing but the dataset leads to it
-
-
-def references(file):
-    dataset(file, "w", np.array([file.ref], dtype=h5py.ref_dtype))
-
-
-def regions(file):
-    made = dataset(file, "v", np.ones(3))
-    dataset(file, "w", np.array([made.regionref[0:2]], dtype=h5py.regionref_dtype))
-
-
-def typed(dtype):
-    def make(file):
-        made = file.create_dataset("w", (2,), dtype)
-        made.attrs["kind"] = "tensor"
-        if h5py.check_dtype(vlen=made.dtype) is None:
-            made[()] = np.zeros(made.shape, made.dtype)
-
-    make.__name__ = f"dtype {dtype}"
-    return make
-
-
-def odd_float(file):
-    odd = h5py.h5t.IEEE_F32LE.copy()
-    odd.set_ebias(100)
-    h5py.h5d.create(file.id, b"w", odd, h5py.h5s.create_simple((2,))).write(h5py.h5s.ALL, h5py.h5s.ALL, ONES)
-    file["w"].attrs["kind"] = "tensor"
-
-
-def no_shape(file):
-    dataset(file, "w", h5py.Empty("f4"))
-
-
-def marked(data, named=None, **marks):
-    def make(file):
-        made = file.create_dataset("w", data=data)
-        for key, value in marks.items():
-            made.attrs[key] = value
-
-    make.__name__ = named or f"{data.dtype} {marks}"
-    return make
-
-
-def attribute(key, value):
-    def make(file):
-        file.attrs[key] = value
-
-    make.__name__ = f"attribute {key} {str(value)[:30]}"
-    return make
-
-
-def attribute_twice(file):
-    file.attrs["w"], file.attrs["w.json"] = 1, "1"
-
-
-def attribute_and_link(file):
-    file.attrs["w"] = 1
-    dataset(file, "w", np.ones(3))
-
-
-def committed_attribute(file):
-    file["t"] = np.dtype("i8")
-    file.attrs.create("a", 1, dtype=file["t"])
-    del file["t"]
-
-
-def attribute_that_is_no_text(file):
-    file.attrs.create("a", b"\xff", dtype=h5py.string_dtype())
-
-
-def name_that_is_no_text(file):
-    h5py.h5g.create(file.id, b"\xff")
-
-
-def mark(key, value):
-    def make(file):
-        if value is None:
-            del file.attrs[key]
-        else:
-            file.attrs[key] = value
-
-    make.__name__ = f"{key} {value}"
-    return make
-
-
-ONES = np.ones(2, np.float32)
-NEVER_WRITTEN = [
-    chunked,
-    compressed,
-    compact,
-    shape_bomb,
-    shape_overflow,
-    nothing_stored,
-    cycle,
-    root_cycle,
-    second_name,
-    too_deep,
-]
-NEVER_WRITTEN += [committed_type, dataset_of_committed_type, references, regions, odd_float, no_shape]
-NEVER_WRITTEN += [typed("S5"), typed(h5py.string_dtype()), typed(h5py.vlen_dtype("i4")), typed("c8"), typed("V3")]
-NEVER_WRITTEN += [typed(np.dtype("f4,i4")), typed(np.longdouble), typed(np.dtype(("i4", (2,)))), typed(bool)]
-NEVER_WRITTEN += [typed(h5py.enum_dtype({"a": 1}, "i4"))]
-NEVER_WRITTEN += [marked(ONES), marked(ONES, kind="pickle"), marked(ONES, kind=1), marked(ONES, kind="tensor", more=1)]
-NEVER_WRITTEN += [marked(ONES, kind="tensor", dtype="bfloat16"), marked(np.zeros(2, "u2"), kind="tensor", dtype="load")]
-NEVER_WRITTEN += [marked(np.zeros(2, ">u2"), kind="tensor", dtype="bfloat16"), marked(ONES, kind="tensor", dtype=1)]
-NEVER_WRITTEN += [marked(ONES, **{"kind": "tensor", "dtype.json": "[]"}), marked(ONES.astype(">f4"), kind="tensor")]
-NEVER_WRITTEN += [
-    marked(np.full(2, 2, "u1"), kind="tensor", dtype="bool"),
-    marked(np.full(2, 9, "u1"), kind="ndarray", dtype="bool"),
-]
-NEVER_WRITTEN += [marked(np.zeros(2, "u2"), kind="ndarray", dtype="bfloat16")]
-NEVER_WRITTEN += [attribute("a", np.ones(2)), attribute("a", np.int32(1)), attribute("a", np.bytes_(b"x"))]
-NEVER_WRITTEN += [attribute("a", np.array([1], h5py.vlen_dtype("i4"))[0:0]), attribute("a", h5py.Empty("f8"))]
-NEVER_WRITTEN += [attribute("a", np.zeros((), "f4,i4")), attribute_that_is_no_text]
-NEVER_WRITTEN += [attribute("a.json", "{"), attribute("a.json", "NaN"), attribute("a.json", '{"$eval": "1"}')]
-NEVER_WRITTEN += [attribute("a.json", 5), attribute(".json", "1"), attribute("a/b", 1), attribute(".", 1)]
-NEVER_WRITTEN += [attribute_twice, attribute_and_link, committed_attribute, name_that_is_no_text]
-NEVER_WRITTEN += [
-    mark("format", None),
-    mark("format", "keras"),
-    mark("format_version", None),
-    mark("format_version", 1),
-]
-NEVER_WRITTEN += [mark("format_version", "1")]
-
-
-@pytest.mark.parametrize("make", NEVER_WRITTEN, ids=lambda make: make.__name__)
-def test_what_mpips_never_writes_is_refused_by_name(make, tmp_path):
-    path = tmp_path / "round_00000001.h5"
-    build(path, make)
-    with pytest.raises(CheckpointError, match=r"round_00000001\.h5: '/.*expected"):
-        load(path)
-
-
-def test_a_reference_as_attribute(tmp_path):
-    path = tmp_path / "round_00000001.h5"
-    build(path, lambda file: file.attrs.create("a", file.ref, dtype=h5py.ref_dtype))
-    with pytest.raises(CheckpointError, match="'/@a' is not a plain scalar"):
-        load(path)
-
-
-def test_a_user_block(tmp_path):
-    path = tmp_path / "round_00000001.h5"
-    build(path, lambda file: None, userblock_size=512)
-    with pytest.raises(CheckpointError, match="does not begin as an HDF5 file"):
-        load(path)
-
-
-def claim(path, offset, number, size):
-    """Point `number` datasets without storage at `offset`: old object headers carry no checksum."""
-    data, missing = path.read_bytes(), b"\xff" * 8 + struct.pack("<Q", size)
-    assert data.count(missing) == number
-    path.write_bytes(data.replace(missing, struct.pack("<QQ", offset, size)))
-    sign(path)
-
-
-@pytest.mark.parametrize("where", ["shared", "past the end"])
-def test_bytes_that_are_not_there_or_claimed_twice(where, tmp_path):
-    path, size = tmp_path / "round_00000001.h5", 40_000
-
-    def make(file):
-        dataset(file, "a", np.ones(size, "u1"))
-        for name in "bcd":
-            file.create_dataset(name, (size,), "u1").attrs["kind"] = "tensor"
-
-    build(path, make, libver="earliest")
-    with h5py.File(path, "r") as file:
-        offset = file["a"].id.get_offset()
-    claim(path, offset if where == "shared" else path.stat().st_size - 100, 3, size)
-    if where == "shared":
-        with h5py.File(path, "r") as file:
-            assert file["b"][()].tolist() == [1] * size  # the forgery took
-    with pytest.raises(CheckpointError, match=r"'/[bcd]' declares 40000 bytes|invalid dataset size"):
-        load(path)
+            call(*args)
+        except CheckpointError:
+            os._exit(0)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_any_file_with_a_right_hash_gives_a_tree_or_a_clear_error(tmp_path):
-    """A thousand mutations that carry a correct SHA-256, in a child as libhdf5 might crash; memory is limited."""
+    """A thousand mutations that carry a correct SHA-256, in a child; time and memory are limited."""
     path = save(tmp_path, 1, TREE)
     good = path.read_bytes()
     child = os.fork()
     if child == 0:
+        signal.alarm(120)
         try:
             outcomes = mutate(path, good, random.Random(7))
             os._exit(0 if outcomes["refused"] > 100 and sum(outcomes.values()) == 1000 else 2)

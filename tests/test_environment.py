@@ -67,6 +67,68 @@ def test_shows_only_listed_variables_and_hides_secrets(monkeypatch):
     assert "t0p" not in str(environment.environment())
 
 
+LAUNCHED = {  # rank 5 of 6, number 1 of the 2 on its node
+    "Open MPI": (
+        "OMPI_COMM_WORLD_RANK=5 OMPI_COMM_WORLD_SIZE=6 OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=2 PMIX_RANK=5"
+    ),
+    "MVAPICH2": "MV2_COMM_WORLD_RANK=5 MV2_COMM_WORLD_SIZE=6 MV2_COMM_WORLD_LOCAL_RANK=1 MV2_COMM_WORLD_LOCAL_SIZE=2 PMI_ID=5",
+    "Hydra": "PMI_RANK=5 PMI_SIZE=6 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2",
+    "Flux": "FLUX_TASK_RANK=5 FLUX_JOB_SIZE=6 FLUX_TASK_LOCAL_ID=1 FLUX_JOB_NNODES=3 PMI_RANK=5 PMI_SIZE=6",
+    "PALS": "PALS_RANKID=5 PALS_LOCAL_RANKID=1 PALS_LOCAL_SIZE=2 PMI_RANK=5 PMI_SIZE=6 PMI_LOCAL_RANK=1",
+    "jsrun": "JSM_NAMESPACE_RANK=5 JSM_NAMESPACE_SIZE=6 JSM_NAMESPACE_LOCAL_RANK=1 JSM_NAMESPACE_LOCAL_SIZE=2 PMIX_RANK=5",
+    "srun": "SLURM_PROCID=5 SLURM_STEP_NUM_TASKS=6 SLURM_LOCALID=1 SLURM_STEP_TASKS_PER_NODE=3,1,2 SLURM_NODEID=2 PMI_SIZE=6",
+    "PMI": "PMI_RANK=5 PMI_SIZE=6 PMI_LOCAL_RANK=1 PMI_LOCAL_SIZE=2",
+    "PMIx": "PMIX_RANK=5 PMIX_NAMESPACE=prterun-a-1@1",
+}
+BATCH = "SLURM_JOB_ID=7 SLURM_NTASKS=8 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_TASKS_PER_NODE=8"  # of the shell of sbatch, salloc
+DAEMON = "SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=0 SLURM_STEP_TASKS_PER_NODE=1(x2) SLURM_NODEID=1"
+
+
+def told(*texts: str) -> tuple[str | None, int | None, int | None, int | None]:
+    """What `launch` makes of these variables, the later ones set last: launcher, rank, size, local rank."""
+    launch = environment.launch(dict(pair.split("=") for text in texts for pair in text.split()))
+    return launch.launcher and launch.launcher.name, launch.rank, launch.size, launch.local_rank
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_each_launcher_s_word_is_understood(name):
+    if name == "PMIx":  # which says nothing else in variables
+        assert told(LAUNCHED[name]) == (name, 5, None, None)
+    else:
+        assert told(LAUNCHED[name]) == (name, 5, 6, 1)
+        size = environment.launch(dict(pair.split("=") for pair in LAUNCHED[name].split())).local_size
+        assert size == (None if name == "Flux" else 2)
+
+
+def test_each_launcher_is_tried():
+    assert {launcher.name for launcher in environment.LAUNCHERS} == set(LAUNCHED)
+
+
+@pytest.mark.parametrize("name", ["Open MPI", "MVAPICH2", "Hydra"])
+@pytest.mark.parametrize("around", [BATCH, DAEMON, "PALS_RANKID=1 PALS_LOCAL_RANKID=0 PALS_LOCAL_SIZE=1 PMI_SIZE=2"])
+def test_mpiexec_inside_a_batch_job_is_not_taken_for_the_batch_system_s_own(name, around):
+    assert told(around, LAUNCHED[name]) == (name, 5, 6, 1)
+
+
+@pytest.mark.parametrize("around", ["jsrun", "Open MPI", "Hydra", "srun"])
+def test_flux_inside_another_launcher_s_job_counts(around):
+    assert told(LAUNCHED[around].replace("=5", "=2").replace("=6", "=3"), LAUNCHED["Flux"]) == ("Flux", 5, 6, 1)
+
+
+def test_the_shell_of_a_batch_job_was_started_by_no_launcher():
+    assert told(BATCH) == (None, 0, 1, 0)
+
+
+def test_where_one_process_alone_may_have_started_the_launcher_mpi_is_to_be_asked():
+    assert told("FLUX_TASK_RANK=0 FLUX_JOB_SIZE=1 FLUX_TASK_LOCAL_ID=0", LAUNCHED["Open MPI"]) == ("Open MPI", 5, None, None)
+    alone = "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=1 OMPI_COMM_WORLD_LOCAL_RANK=0"
+    assert told(BATCH, "SLURM_STEP_NUM_TASKS=8", alone) == ("srun", 0, None, None)
+
+
+def test_a_variable_that_is_no_number_says_nothing():
+    assert told("PMI_RANK=x PMI_SIZE=\u0664") == ("PMI", None, None, None)
+
+
 def git(folder: Path, *words: str) -> str:
     identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
     return subprocess.check_output(["git", "-C", folder, *identity, *words], text=True, timeout=20).strip()

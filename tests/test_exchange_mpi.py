@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -183,14 +184,13 @@ def test_the_server_memory_for_rows_is_that_of_a_bucket() -> None:
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, False),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "9999"}, True),
         ({"SLURM_STEP_TASKS_PER_NODE": "9999(x2),1"}, True),
+        ({"SLURM_STEP_TASKS_PER_NODE": "9999(x2),1", "SLURM_NODEID": "2"}, False),
         ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, False),
+        ({"PALS_LOCAL_SIZE": "9999"}, True),
     ],
 )
 def test_more_ranks_than_cores_are_noticed(variables: dict[str, str], crowded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from mpips.exchange.mpi import _crowded
 
-    for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "environ", variables)
     assert _crowded() == crowded

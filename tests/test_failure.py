@@ -136,7 +136,7 @@ def test_bad_configuration_is_one_line_and_status_2(mpirun: Any, solo: Any, tmp_
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "FLUX_JOB_SIZE"])
 def test_jobs_of_one_rank_each_are_refused(name: str, tmp_path: Path) -> None:
     """The launcher says four, MPI says one: each rank would believe that it is the server."""
     environment = launch_environment() | {name: "4"}
@@ -148,6 +148,8 @@ def test_jobs_of_one_rank_each_are_refused(name: str, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "4 ranks were started, but each is alone" in done.stderr
     assert ("srun --mpi=pmix" in done.stderr) == (name == "SLURM_STEP_NUM_TASKS")
+    assert ("flux run -o pmi=pmix" in done.stderr) == (name == "FLUX_JOB_SIZE")
+    assert "\0" not in done.stderr
     assert not (tmp_path / "run").exists()
 
 

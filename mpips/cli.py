@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mpips import __version__
+from mpips import __version__, stdout
 from mpips.bench import flags
 from mpips.config import ConfigError, check_set, whole_line
 
@@ -58,10 +58,25 @@ class Parser(argparse.ArgumentParser):
         """One line, status 2."""
         self.exit(2, f"{self.prog}: {message}\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is not None and file is sys.stdout:  # help, which argparse would lose without a word
+            stdout.write(message.removesuffix("\n"))
+        else:
+            super()._print_message(message, file)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     own, script = _split(whole_line() if argv is None else list(argv))
+    try:
+        return _run(own, script)
+    except stdout.OutputError as error:
+        if str(error):
+            print(f"mpips {own[0]}: {error}", file=sys.stderr)
+        return error.status
+
+
+def _run(own: list[str], script: list[str]) -> int:
     parser = _parser()
     options, unknown = parser.parse_known_args(own, argparse.Namespace(script=script))
     if unknown:
@@ -73,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = getattr(error, "status", 1)
         print(f"mpips {own[0]}: {error}", file=sys.stderr)
         if options.json:
-            print(json.dumps({"exit": status, "error": str(error)}))
+            stdout.write(json.dumps({"exit": status, "error": str(error)}))
         return int(status)
     except KeyboardInterrupt:
         return 1
@@ -229,14 +244,14 @@ def run_verb(options: argparse.Namespace) -> int:
     except FileNotFoundError as error:
         raise UsageError(str(error)) from error
     if options.dry_run:
-        print(json.dumps(asdict(planned)) if options.json else planned)
+        stdout.write(json.dumps(asdict(planned)) if options.json else str(planned))
         return 0
     print(planned, file=sys.stderr)
     for warning in planned.warnings:
         print(f"mpips: warning: {warning}", file=sys.stderr)
     outcome = run(planned, view(json_wanted=options.json), timeout=options.timeout)
     if options.json:
-        print(json.dumps(asdict(outcome)))
+        stdout.write(json.dumps(asdict(outcome)))
     return outcome.exit
 
 
@@ -259,11 +274,10 @@ def inspect_verb(options: argparse.Namespace) -> int:
     facts |= {name: tree.get(name) for name in ("round", "version", "epoch")}
     facts["parameters"] = sum(counted.values())
     if options.json:
-        print(json.dumps({**facts, "tree": _described(tree)}, default=str))
+        stdout.write(json.dumps({**facts, "tree": _described(tree)}, default=str))
         return 0
-    print(*(f"{name:11}{value:,}" if isinstance(value, int) else f"{name:11}{value}" for name, value in facts.items()),
-          sep="\n")  # fmt: skip
-    print(*_outline(tree), sep="\n")
+    lines = [f"{name:11}{value:,}" if isinstance(value, int) else f"{name:11}{value}" for name, value in facts.items()]
+    stdout.write("\n".join([*lines, *_outline(tree)]))
     return 0
 
 
@@ -330,7 +344,9 @@ def export_verb(options: argparse.Namespace) -> int:
     finally:
         beside.unlink(missing_ok=True)
     facts = {"file": str(path), "to": str(target), "tensors": len(state), "bytes": target.stat().st_size}
-    print(json.dumps(facts) if options.json else f"{target}: {len(state)} tensors, {facts['bytes']:,} bytes, from {path}")
+    stdout.write(
+        json.dumps(facts) if options.json else f"{target}: {len(state)} tensors, {facts['bytes']:,} bytes, from {path}"
+    )
     return 0
 
 
@@ -364,7 +380,7 @@ def env_verb(options: argparse.Namespace) -> int:
     from mpips.environment import report
 
     facts = report()
-    print(json.dumps(facts) if options.json else "\n".join(_listing(facts)))
+    stdout.write(json.dumps(facts) if options.json else "\n".join(_listing(facts)))
     return 0
 
 
@@ -402,7 +418,7 @@ def plan_verb(options: argparse.Namespace) -> int:
         memory=1e9 * options.memory_gbs,
     )
     found = cost.predict(job, machine)
-    print(json.dumps(cost.facts(job, machine, found)) if options.json else cost.table(job, machine, found))
+    stdout.write(json.dumps(cost.facts(job, machine, found)) if options.json else cost.table(job, machine, found))
     return 0
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer, SparseAdam
 
-from mpips import failure, folder
-from mpips.config import BAD_CONFIGURATION, Config, ConfigError, show, trace
+from mpips import failure, folder, stdout
+from mpips.config import BAD_CONFIGURATION, Config, ConfigError, Resolved, show, trace
 from mpips.environment import launch
 from mpips.exchange import Exchange, mpi, proof
 from mpips.exchange.simulated import World
@@ -43,9 +43,18 @@ def configure(**settings: Any) -> Config:
         raise refused(error) from None
     if resolved.print_config:
         if _launched_rank() == 0:
-            print(show(resolved), end="", flush=True)
+            _print_settings(resolved)
         raise SystemExit(0)
     return config
+
+
+def _print_settings(resolved: Resolved) -> None:
+    try:
+        stdout.write(show(resolved).removesuffix("\n"))
+    except stdout.OutputError as error:
+        if str(error):
+            print(f"mpips: print_config: {error}", file=sys.stderr)
+        raise SystemExit(error.status) from None
 
 
 def choose_trainable(model: nn.Module, trainable: Trainable) -> None:

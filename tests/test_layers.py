@@ -33,7 +33,7 @@ LAYERS = [
     {"message", "rule", "clients"},
     {"data"},
     {"buffers", "trainable", "plan", "ready", "rng"},
-    {"flat", "config", "outer", "hyper", "joint"},
+    {"flat", "config", "outer", "hyper", "joint", "stdout"},
 ]
 HEIGHT = {noun: -depth for depth, nouns in enumerate(LAYERS) for noun in nouns}
 HOMES = {"mpi4py": {"exchange", "bench"}, "h5py": {"checkpoint", "bench"}, "rich": {"screen", "launch", "cli"}}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 
+from mpips import stdout
 from mpips.bench import flags
 from mpips.bench.case import Case
 from mpips.bench.error import BenchError
@@ -120,7 +121,7 @@ def show(options: argparse.Namespace, cases: Sequence[Case]) -> None:
     """The table, or JSON; the folder with both and the picture."""
     text = table(options.kind, cases, command(options))
     listed = "[\n" + ",\n".join(json.dumps(each) for each in cases) + "\n]"
-    print(listed if options.json else text)
+    stdout.write(listed if options.json else text)
     if options.out is None:
         return
     options.out.mkdir(parents=True, exist_ok=True)

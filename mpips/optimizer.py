@@ -209,10 +209,14 @@ class FlatOptimizer:
         """Take back what `tree` gave; the model's weights have been put back before."""
         snapshot.put_optimizer(tree["optimizer"], self.torch, kind(self.torch).__name__, self.names)
         self.saved = tree["masters"]
-        if not self.replica.wire_is_grad:
-            self._whole.copy_(self.replica.flat.weights)
-            for name, master in self.replica.flat.named(self._whole):
-                master.copy_(tree["masters"].get(name, master))
+        if self.replica.wire_is_grad:
+            return
+        self._whole.copy_(self.replica.flat.weights)
+        masters = dict(self.replica.flat.named(self._whole))
+        if self.saved or not self._own:  # a worker's own may begin at the server's weights
+            snapshot.check_same("masters", masters, self.saved)
+        for name, master in self.saved.items():
+            masters[name].copy_(master)
 
 
 def nested(optimizer: Optimizer) -> dict[str, Optimizer]:

@@ -24,7 +24,7 @@ from mpips.data.loader import sharded
 from mpips.environment import environment
 from mpips.exchange import SERVER, Exchange, share
 from mpips.joint import Joint
-from mpips.keeping import Keeping
+from mpips.keeping import GROUPS, Keeping
 from mpips.loop import Batches, Loop
 from mpips.message import Call, CallError, Control, Stop
 from mpips.mode import choose_mode
@@ -288,7 +288,10 @@ class Start:
         return {"values": server.values} if server else {}
 
     def _share_kept(self) -> dict[str, Any]:
-        blob = RankState(-1, Place(), {}, own=self.server.kept).pack() if self.server else b""
+        blob = b""
+        if self.server:
+            kept = {**self.server.kept, GROUPS: self.server.kept[GROUPS]}  # which is never missing
+            blob = RankState(-1, Place(), {}, own=kept).pack()
         return RankState.unpack(share(self.exchange, blob)).own
 
     def _agree_on_folder(self) -> tuple[Path, Path | None, str]:

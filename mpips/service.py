@@ -32,6 +32,7 @@ from mpips.slices import Slices, settle
 from mpips.state import RankState, pack_all, told_streams
 from mpips.stopping import Patience
 
+VALIDATED = ("round", "epoch", "value")  # of each validation
 WAITING = 3.0  # seconds until it is said who waits for whom
 
 
@@ -97,6 +98,7 @@ class Service:
         self.signalled = self.stop_asked = False
         self._given, self._make_data, self._measure, self._follows = optimizer, validation_data, validate, follows
         self._waiting: tuple[dict[int, Call], float] = {}, 0.0  # who waits in what, and since when
+        self.digest = ""  # of the contract
         self._seen = b""  # of the hyperparameters that were followed last
         self.fault = ""
         self.states = b""
@@ -532,7 +534,7 @@ class Service:
             "given": torch.tensor(self._numbers, dtype=torch.float64),
             "kept": next((state.kept for state in states if state.index == 0), {}),
             "metrics": {"rows": report.count},
-            "validation": snapshot.columns(("round", "epoch", "value"), report.values),
+            "validation": snapshot.columns(VALIDATED, report.values),
             "ranks": {str(rank): state.tree() for rank, state in enumerate(states)},
         }
 
@@ -548,7 +550,9 @@ class Service:
     def put_own(self, tree: dict[str, Any], states: Sequence[RankState]) -> None:
         """Take back what `own_tree` gave, when the ranks had these states."""
         if (second := self.replica.pull.second) is not None:
-            for name, view in self.replica.flat.named(second):
+            ours = dict(self.replica.flat.named(second))
+            snapshot.check_same("seconds", ours, tree["second"])
+            for name, view in ours.items():
                 view.copy_(tree["second"][name])
 
     def resume(self, path: Path) -> None:
@@ -558,24 +562,42 @@ class Service:
 
         Raises:
             CheckpointError: the file is damaged or not a checkpoint.
-            SnapshotError: it is of another model, optimizer or scheduler.
+            SnapshotError: it is of another model or optimizer, or lacks something.
         """
-        tree = checkpoint.load(path)
+        try:
+            self._put(checkpoint.load(path), path)
+        except snapshot.SnapshotError as error:
+            raise snapshot.SnapshotError(f"{path}: {error}") from error
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise snapshot.SnapshotError(
+                f"{path}: holds what no run of this version writes ({type(error).__name__}: {error}); use another checkpoint"
+            ) from error
+        self.report.event("resume", round=self.control.round, path=str(path))
+        if path.parent == self.folder and (aside := checkpoint.set_newer_aside(path)):
+            message = f"resume: checkpoints that are newer than {path.name} are in {aside} now"
+            self.report.event("warning", message=message)
+            self.report.line(message, always=True)
+        self.last_checkpoint = path
+
+    def _put(self, tree: dict[str, Any], path: Path) -> None:
+        """Take up what `tree` gave, which was saved at `path`."""
+        for name in self.tree([]):
+            tree[name]  # also those that are there for people
         self._check_run(path, tree["run"])
         saved = tree["mode"]["name"]
         if saved != self.config.mode and (self.mode.local or tree["inner"]):
             raise snapshot.SnapshotError(
                 f"the checkpoint is of mode {saved}, this run of {self.config.mode}; give --mpips.mode {saved}"
             )
-        states = [RankState.from_tree(tree["ranks"][str(rank)]) for rank in range(len(tree["ranks"]))]
+        states = [RankState.from_tree(tree["ranks"][str(rank)]) for rank in range(tree["world"]["size"])]
         snapshot.put_model(tree, self.replica)
         self.optimizer.put(tree)
         self._say_what_changed(tree["given"].tolist())
         if self.inner:
             self.inner.put(tree["inner"])
-        if tree["rule"].pop("name") == self.config.rule:
-            self.rule.put(tree["rule"])
-        if tree["mode"].pop("name") == self.config.mode:
+        if tree["rule"]["name"] == self.config.rule:
+            self.rule.put({key: kept for key, kept in tree["rule"].items() if key != "name"})
+        if saved == self.config.mode:
             self.put_own(tree["mode"], states)
         stopping = tree["stopping"]
         numbers = [stopping[key].tolist() for key in ("value", "best", "waited")]
@@ -586,15 +608,9 @@ class Service:
         first, taken = states[-1].place, max(state.place.taken for state in states)  # the last is a worker's
         self.place = Place(first.epoch, first.loop, taken, first.over, validations=first.validations, inside=first.inside)
         rng.restore(states[0].streams)
-        self.control = Control(tree["round"], tree["version"], active=self.workers, lr=self.lr)
+        self.control = Control(int(tree["round"]), int(tree["version"]), active=self.workers, lr=self.lr)
         table = path.parent.parent / "metrics.csv"
-        self.report.restore(tree["metrics"]["rows"], table, snapshot.rows(tree["validation"]))
-        self.report.event("resume", round=self.control.round, path=str(path))
-        if path.parent == self.folder and (aside := checkpoint.set_newer_aside(path)):
-            message = f"resume: checkpoints that are newer than {path.name} are in {aside} now"
-            self.report.event("warning", message=message)
-            self.report.line(message, always=True)
-        self.last_checkpoint = path
+        self.report.restore(int(tree["metrics"]["rows"]), table, snapshot.rows(tree["validation"], VALIDATED))
 
     def _check_run(self, path: Path, run: str) -> None:
         """A checkpoint in the run's own folder is of that run."""
@@ -603,7 +619,7 @@ class Service:
         self.report.run = self.report.run or run
         if run != self.report.run:
             raise snapshot.SnapshotError(
-                f"the checkpoint {path} is of run {run}, its folder of run {self.report.run}; expected --mpips.run_dir with a "
+                f"of run {run}, its folder of run {self.report.run}; expected --mpips.run_dir with a "
                 f"new folder for what goes on from it"
             )
 

@@ -19,6 +19,8 @@ from torch.optim import Optimizer
 from mpips.message import Replica
 
 Tree = dict[str, Any]
+# Optimizers of torch's that keep, element by element, what has the parameter's shape.
+SHAPED = {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
 
 
 class SnapshotError(ValueError):
@@ -68,14 +70,15 @@ def put_model(tree: Tree, replica: Replica) -> None:
         SnapshotError: before anything is changed, if names, shapes or dtypes are not the model's.
     """
     for kind, ours in take_model(replica).items():
-        _check_same(kind, ours, tree[kind])
+        check_same(kind, ours, tree[kind])
     for kind, ours in take_model(replica).items():
         for name, tensor in ours.items():
             tensor.detach().copy_(tree[kind][name])
     replica.buffers.store(replica.pull.buffers)
 
 
-def _check_same(kind: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> None:
+def check_same(kind: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> None:
+    """Raise SnapshotError for the first tensor whose dtype or shape differs, or which only one of both has."""
     for name in [*ours, *theirs]:
         mine = f"{ours[name].dtype} {tuple(ours[name].shape)}" if name in ours else "nothing"
         other = theirs.get(name)
@@ -94,14 +97,19 @@ def take_optimizer(optimizer: Optimizer, kind: str, names: Mapping[Tensor, str])
 def optimizer_tree(optimizer: Optimizer, kind: str, members: Sequence[Sequence[str]], state: Tree) -> Tree:
     """The same, given the names of each group's parameters and the state by name."""
     groups = [{**group, "params": list(names)} for group, names in zip(optimizer.param_groups, members, strict=True)]
-    return {"class": kind, "groups": to_json(groups), "state": state}
+    return {"class": kind, "groups": to_json(groups), "state": state, "entries": _entries(state)}
+
+
+def _entries(state: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many there are: that a parameter has no state yet, and that it is missing, look alike."""
+    return sum(value is not None for kept in state.values() for value in kept.values())
 
 
 def put_optimizer(tree: Tree, optimizer: Optimizer, kind: str, names: Mapping[Tensor, str]) -> None:
     """Put `take_optimizer`'s state back.
 
     Raises:
-        SnapshotError: the optimizer is of another class or has other groups.
+        SnapshotError: the optimizer is of another class or has other groups, or not all of its state is there.
     """
     if tree["class"] != kind:
         raise SnapshotError(f"the checkpoint has optimizer {tree['class']}, this run {kind}")
@@ -109,6 +117,10 @@ def put_optimizer(tree: Tree, optimizer: Optimizer, kind: str, names: Mapping[Te
     ours = [[names[p] for p in group["params"] if p in names] for group in optimizer.param_groups]
     if [group["params"] for group in saved_groups] != ours:
         raise SnapshotError("the checkpoint's optimizer has other parameter groups; build the optimizer as in that run")
+    if (found := _entries(tree["state"])) != tree["entries"]:
+        raise SnapshotError(f"optimizer/state: the checkpoint has {found} of {tree['entries']} entries; use another checkpoint")
+    if kind in SHAPED and type(optimizer).__module__.startswith("torch.optim."):
+        _check_state(tree["state"], {name: p for p, name in names.items()})
     order = [name for group in ours for name in group]
     groups = [as_now(saved, now) for saved, now in zip(saved_groups, optimizer.param_groups, strict=True)]
     start = 0
@@ -120,6 +132,18 @@ def put_optimizer(tree: Tree, optimizer: Optimizer, kind: str, names: Mapping[Te
         for key, value in kept.items():
             if isinstance(value, Tensor):
                 kept[key] = value.to(tree["state"][names[p]][key].dtype)
+
+
+def _check_state(state: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, Tensor]) -> None:
+    """What is kept of a parameter has its shape or is one number; anything else would fail at the first step, or be spread."""
+    for name, kept in state.items():
+        for key, value in kept.items():
+            shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+            if shape not in ((), (1,), tuple(parameters[name].shape)):
+                raise SnapshotError(
+                    f"optimizer/state/{name}/{key}: the checkpoint has the shape {shape}, the parameter "
+                    f"{tuple(parameters[name].shape)}; use another checkpoint"
+                )
 
 
 def as_now(saved: Tree, now: Mapping[str, Any]) -> Tree:
@@ -139,6 +163,6 @@ def columns(names: Sequence[str], rows: Sequence[tuple[float, ...]]) -> Tree:
     return {name: table[:, i].clone() for i, name in enumerate(names)}
 
 
-def rows(tree: Tree) -> list[tuple[float, ...]]:
+def rows(tree: Tree, names: Sequence[str]) -> list[tuple[float, ...]]:
     """What `columns` was given."""
-    return list(zip(*(column.tolist() for column in tree.values()), strict=True))
+    return list(zip(*(tree[name].tolist() for name in names), strict=True))

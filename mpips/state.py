@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mpips import rng
+from mpips.checkpoint import Saved
 from mpips.data import Place
 from mpips.exchange import Exchange, share
 
@@ -73,7 +74,7 @@ class RankState:
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> RankState:
         """What `tree` gave."""
-        place = Place(**tree["place"])
+        place = _place(tree["place"])
         named = {key: tree[key] for key in ("streams", "orders", "buffers", "gradients", "own")}
         return cls(
             tree["index"],
@@ -89,7 +90,7 @@ class RankState:
         if not self.ahead:
             return self
         own = {key: kept for key, kept in self.own.items() if key != "ahead"}
-        return dataclasses.replace(self, place=Place(**self.ahead["sent"]), gradients={}, own=own)
+        return dataclasses.replace(self, place=_place(self.ahead["sent"]), gradients={}, own=own)
 
     def pack(self) -> bytes:
         """As bytes for the wire."""
@@ -109,7 +110,13 @@ class RankState:
             tree = _dress(json.loads(arrays["words"].tobytes()), arrays)
             for kind in STREAMS:
                 tree[kind] = {n.removeprefix(f"{kind} "): arrays[n] for n in arrays.files if n.startswith(f"{kind} ")}
+        tree["own"] = Saved(tree["own"], f"the state of worker {tree['index']} in the checkpoint")
         return cls.from_tree(tree)
+
+
+def _place(tree: dict[str, Any]) -> Place:
+    """Every field is there: none has its default for being lost."""
+    return Place(**{field.name: tree[field.name] for field in dataclasses.fields(Place)})
 
 
 def _strip(value: Any, arrays: Arrays) -> Any:

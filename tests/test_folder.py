@@ -236,5 +236,5 @@ def test_auto_goes_on_with_the_line_of_the_last_resume_and_every_file_says_whose
     for end in ("", ".sha256"):
         text = (Path("run.1/checkpoints") / f"round_00000006.h5{end}").read_bytes()
         foreign.with_name(foreign.name + end).write_bytes(text.replace(b"00000006.h5", b"00000009.h5") if end else text)
-    with pytest.raises(SnapshotError, match=f"round_00000009.h5 is of run {run}, its folder of run {folder.run_id(folder_)}"):
+    with pytest.raises(SnapshotError, match=f"round_00000009.h5: of run {run}, its folder of run {folder.run_id(folder_)}"):
         train("auto")

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from programs import OPTIMIZERS, data, dropout_mlp, metrics, sha, train
 
-from mpips import checkpoint
+from mpips import checkpoint, snapshot
 from mpips.exchange.simulated import Killed, World
 
 SCRIPT = ROOT / "tests" / "resumable.py"
@@ -409,3 +409,104 @@ def test_a_worker_that_took_no_item_goes_on_with_its_streams(own: bool, settings
     assert last(Path("cut"))["ranks"][str(size - 1)]["place"]["taken"] == 0 or not own
     resumed = World(size, seed=2).run(lambda e: program(e, "cut", False, "auto"))
     assert resumed == whole
+
+
+def one_run(folder: str, **settings: Any) -> None:
+    """A model of 16 bits in one process, with momentum, and something that the script keeps."""
+    import mpips
+
+    torch.manual_seed(1)
+    net = torch.nn.Linear(3, 2).bfloat16()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    ps = mpips.connect(net, optimizer, exchange=World(1).ends[0], run_dir=folder, **settings)
+    ps.keep(average=torch.optim.swa_utils.AveragedModel(net))
+    for _ in ps.epochs(2):
+        for (x,) in ps.batches((torch.ones(6, 3).bfloat16(),), 2):
+            net(x).sum().backward()
+            ps.step(0.0)
+        ps.validate(lambda: 0.5)
+
+
+def places(tree: dict[str, Any], where: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    inside = [place for key, kept in tree.items() if isinstance(kept, dict) for place in places(kept, (*where, key))]
+    return [(*where, key) for key in tree] + inside
+
+
+def changed(folder: str, place: tuple[str, ...], *put: Any) -> Path:
+    """A checkpoint of a run in which what is at a place is gone, or something else."""
+    tree = last(Path("whole"))
+    group = tree
+    for key in place[:-1]:
+        group = group[key]
+    del group[place[-1]]
+    if put:
+        group[place[-1]] = put[0]
+    Path(folder).mkdir(exist_ok=True)
+    return checkpoint.save(Path(folder), 6, tree)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises((checkpoint.CheckpointError, snapshot.SnapshotError)) as error:
+        one_run("again", resume=str(path))
+    text = str(error.value)
+    assert text.startswith(f"{path.absolute()}: ") and "\n" not in text and len(text) < 500, text
+    return text
+
+
+def test_a_checkpoint_that_lacks_something_is_refused_by_name() -> None:
+    one_run("whole")
+    everything = places(last(Path("whole")))
+    assert ("optimizer", "state", "weight", "momentum_buffer") in everything and ("masters", "bias") in everything
+    for place in everything:
+        if place[0] == "ranks" and {*place} & {"streams", "orders", "own", "buffers", "gradients"} - {place[-1]}:
+            continue  # what is kept of these is each its own
+        if place[0] == "kept" and place[1:] not in ((), ("param_groups",)):
+            continue  # the script's
+        if place[0] in ("versions", "rule", "world") and len(place) == 2 and place[1] not in ("size", "name"):
+            continue  # for people
+        text = refusal(changed("hurt", place))
+        assert place[0].rstrip("s") in text, (place, text)
+        assert place[-1] in text or place[:2] == ("optimizer", "state"), (place, text)
+
+
+@pytest.mark.parametrize(("place", "put", "said"), [
+    (("parameters",), {}, "parameter weight: the checkpoint has nothing"),
+    (("parameters", "weight"), torch.ones(2, 3), "parameter weight: the checkpoint has torch.float32 (2, 3)"),
+    (("masters",), {}, "master weight: the checkpoint has nothing"),
+    (("masters", "weight"), torch.ones(1), "master weight: the checkpoint has torch.float32 (1,)"),
+    (("optimizer",), {}, "has no /optimizer/class"),
+    (("optimizer", "state"), {}, "optimizer/state: the checkpoint has 0 of 2 entries"),
+    (("optimizer", "state", "weight"), {}, "optimizer/state: the checkpoint has 1 of 2 entries"),
+    (("optimizer", "state", "weight", "momentum_buffer"), torch.ones(3), "has the shape (3,), the parameter (2, 3)"),
+    (("ranks",), {}, "has no /ranks/0"),
+    (("ranks", "0", "place"), {"epoch": 1}, "has no /ranks/0/place/loop"),
+    (("kept",), {}, "has no /kept/param_groups"),
+    (("stopping",), {}, "has no /stopping/"),
+    (("stopping", "best"), torch.ones(3).double(), "ValueError"),
+    (("metrics",), 3, "TypeError"),
+    (("round",), "many", "ValueError"),
+    (("world", "size"), None, "TypeError"),
+])  # fmt: skip
+def test_a_checkpoint_that_holds_something_else_is_refused(place: tuple[str, ...], put: Any, said: str) -> None:
+    one_run("whole")
+    assert said in refusal(changed("hurt", place, put))
+
+
+def test_a_worker_s_own_state_that_is_missing_is_named_there() -> None:
+    """It has travelled: the worker knows of no file."""
+
+    def program(exchange: Any, **settings: Any) -> None:
+        import mpips
+
+        torch.manual_seed(1)
+        net = torch.nn.Linear(3, 2)
+        sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        ps = mpips.connect(net, sgd, exchange=exchange, run_dir="whole", mode="local_sgd", **settings)
+        for (x,) in ps.batches((torch.ones(6, 3),), 2):
+            net(x).sum().backward()
+            ps.step(0.0)
+
+    World(3).run(program)
+    path = changed("whole/checkpoints", ("ranks", "2", "own", "inner", "optimizer"))
+    with pytest.raises(checkpoint.CheckpointError, match="the state of worker 1 in the checkpoint: has no /inner/optimizer"):
+        World(3).run(lambda e: program(e, resume=str(path)))

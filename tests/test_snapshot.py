@@ -131,4 +131,4 @@ def test_tensors_in_groups_stay_tensors_of_their_dtype(lr: torch.Tensor) -> None
 
 @given(st.lists(st.tuples(st.integers(0, 2**53).map(float), st.floats(allow_nan=False)), max_size=5))
 def test_tables_come_back(rows: list[tuple[float, float]]) -> None:
-    assert snapshot.rows(snapshot.columns(("round", "loss"), rows)) == rows
+    assert snapshot.rows(snapshot.columns(("round", "loss"), rows), ("round", "loss")) == rows

@@ -8,6 +8,7 @@ one. What `load` returns is what `save` was given, bit for bit.
     latch    the file libhdf5 writes through; a full disk would crash it otherwise
     writer   tree -> HDF5
     reader   HDF5 -> tree, by the index; refuses what no writer writes
+    saved    what `load` returns: it names what it lacks
     layout   what both must agree on: keys, dtypes, the index and the footer
     text     what is no tensor as JSON
 
@@ -18,5 +19,6 @@ from mpips.checkpoint.error import CheckpointError
 from mpips.checkpoint.folder import newest, save, set_newer_aside
 from mpips.checkpoint.layout import Leaf, Tree
 from mpips.checkpoint.reader import load
+from mpips.checkpoint.saved import Saved
 
-__all__ = ["CheckpointError", "Leaf", "Tree", "load", "newest", "save", "set_newer_aside"]
+__all__ = ["CheckpointError", "Leaf", "Saved", "Tree", "load", "newest", "save", "set_newer_aside"]

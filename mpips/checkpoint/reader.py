@@ -14,12 +14,16 @@ import numpy as np
 from mpips.checkpoint import sidecar, text
 from mpips.checkpoint.error import CheckpointError
 from mpips.checkpoint.layout import ARRAY, FOOTER, FORMAT, TENSOR, VERSION, Array, Tree, stored, unpack
+from mpips.checkpoint.saved import Saved
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 def load(path: Path) -> Tree:
-    """Return the tree saved at `path`, tensors on the host; CheckpointError if it is damaged or not a checkpoint."""
+    """Return the tree saved at `path`, tensors on the host; CheckpointError if it is damaged or not a checkpoint.
+
+    Asked for a key that it has not, the tree raises a CheckpointError, too.
+    """
     path = Path(path)
     with sidecar.verified(path) as file:
         reader = _Reader(file)
@@ -30,7 +34,7 @@ def load(path: Path) -> Tree:
                 raise ValueError(f"its index is a {type(tree).__name__}, expected a tree")
         except (ValueError, TypeError, LookupError, OverflowError) as error:
             raise CheckpointError(f"{path}: {error}; load only files that mpips wrote, or use another checkpoint") from error
-        return tree
+        return Saved(tree, str(path))
 
 
 class _Reader:

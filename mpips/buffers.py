@@ -55,7 +55,7 @@ class Buffers:
         named = self.named
         for slot in self._slots:
             view = slot.view(floats)  # multiplied in the wire's dtype: fp16 would overflow
-            view.copy_(named[slot.name]).mul_(weight) if weight else view.zero_()
+            view.copy_(named[slot.name].detach()).mul_(weight) if weight else view.zero_()
         if first and self._integers:
             numbers = torch.cat([named[n].reshape(-1).to(torch.int64) for n in self._integers])
             limbs.copy_(numbers.view(torch.int16))
@@ -83,11 +83,11 @@ class Buffers:
     def store(self, tensors: list[Tensor]) -> None:
         """The model's travelling buffers into `tensors`."""
         for buffer, tensor in zip(self.tensors, tensors, strict=True):
-            tensor.copy_(buffer)
+            tensor.copy_(buffer.detach())  # a script may have asked for its gradient
 
     def _check(self, name: str, wire: torch.dtype) -> None:
         buffer = self.named[name]
-        if buffer.is_complex() or (buffer.dtype == torch.float64 and wire != torch.float64):
+        if buffer.dtype == torch.float64 and wire != torch.float64:
             raise LayoutError(
                 f"buffer {name} is {buffer.dtype}, which a {wire} message cannot carry; "
                 f'cast it, register it with persistent=False, or choose buffers="local"'

@@ -14,6 +14,7 @@ from itertools import pairwise, zip_longest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
+from torch.nn.parameter import is_lazy
 
 _registered = [0]  # how many parameters and modules have been given to modules in this process
 
@@ -26,6 +27,8 @@ register_module_parameter_registration_hook(_count)
 register_module_module_registration_hook(_count)
 
 ALIGNMENT = 64  # bytes
+STORED = {torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64}
+STORED |= {torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64}
 WRAPPERS = {"module", "_orig_mod", "_module"}  # DDP and DataParallel, torch.compile, Opacus
 
 
@@ -116,6 +119,7 @@ class Flat:
             hold: move them into memory of its own; without, `attach_weights` and `attach_grad` come before anything else.
         """
         self.model = unwrap(model)
+        _check_plain(self.model)
         self.aliases = _aliases(self.model)
         named = [(clean(n), p) for n, p in self.model.named_parameters() if p.requires_grad]
         _check(named)
@@ -392,13 +396,44 @@ def _check(named: list[tuple[str, nn.Parameter]]) -> None:
                 f"{other} is {p.dtype} on {p.device}, {name} is {first.dtype} on {first.device}; one flat buffer holds one "
                 f"dtype on one device: cast or move the model, or freeze one of them with requires_grad_(False)"
             )
-        if p.layout != torch.strided:
-            raise LayoutError(f"{other} has layout {p.layout}; expected a dense tensor")
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Raise LayoutError if a parameter, or a buffer that is kept, is no dense tensor that can be sent, saved and written."""
+    kept = model.state_dict(keep_vars=True).keys()
+    named = [("parameter", name, p) for name, p in model.named_parameters()]
+    named += [("buffer", name, b) for name, b in model.named_buffers() if name in kept]  # type: ignore[misc]
+    for kind, name, tensor in named:
+        if why := _not_plain(tensor):
+            constant = ", or register it with persistent=False, as a constant that is neither sent nor saved"
+            raise LayoutError(f"{kind} {clean(name)} {why}{constant if kind == 'buffer' else ''}")
+
+
+def _not_plain(tensor: Tensor) -> str:
+    """What is unusual about a tensor and what to do, to be said after its name; empty if it is dense memory of its own."""
+    if is_lazy(tensor):
+        return "has no shape yet; before connect, and before the optimizer is made, run one batch through the model"
+    if tensor.is_meta:
+        return (
+            "is on the meta device, without values; give it some before connect, by model.to_empty(device=...) and its weights"
+        )
+    if tensor.is_nested:
+        return "is a nested tensor; expected a dense one: pad it, or give its parts names of their own"
+    if tensor.is_quantized:
+        return f"is quantised, {tensor.dtype}; expected a plain tensor: hold its int_repr(), scale and zero point apart"
+    if tensor.layout != torch.strided:
+        return f"has layout {tensor.layout}; expected a dense tensor: give .to_dense()"
+    if tensor.dtype not in STORED:
+        hint = "give torch.view_as_real() of it" if tensor.is_complex() else "cast it"
+        return f"is {tensor.dtype}, of which there are no sums and checkpoints: {hint}"
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return "is expanded, so that elements share a place in memory; expected elements of their own: give .clone()"
+    return ""
 
 
 def _check_apart(model: nn.Module) -> None:
     """Raise LayoutError if a trainable parameter, which will move, shares memory with another tensor of the model."""
-    tensors = [(clean(n), t) for n, t in [*model.named_parameters(), *model.named_buffers()] if t.numel()]
+    tensors = [(clean(n), t) for n, t in [*model.named_parameters(), *model.named_buffers()] if not _not_plain(t) and t.numel()]
     for (name, one), (other, two) in pairwise(sorted(tensors, key=lambda item: item[1].data_ptr())):
         if (one.requires_grad or two.requires_grad) and _overlap(one, two):
             raise LayoutError(

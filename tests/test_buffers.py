@@ -199,9 +199,7 @@ def test_names_are_without_the_prefix_of_a_compiled_module() -> None:
 
 @pytest.mark.parametrize(("dtype", "policy", "fine"), [
     (torch.float64, "mean", False),
-    (torch.complex64, "mean", False),
     (torch.float64, "server", True),
-    (torch.complex64, "server", True),
     (torch.float64, "local", True),
 ])  # fmt: skip
 def test_what_the_message_cannot_carry_is_refused_by_name(dtype: torch.dtype, policy: str, fine: bool) -> None:
@@ -223,3 +221,13 @@ def test_a_float64_message_carries_float64_buffers_exactly() -> None:
     (pull,) = [torch.zeros(1, dtype=torch.float64)]
     buffers.combine(floats, torch.zeros(0), [pull])
     assert pull.item() == 1 + 2.0**-52
+
+
+def test_a_buffer_that_the_script_asks_the_gradient_of_travels_as_any_other() -> None:
+    net = nn.Module()
+    net.register_buffer("b", torch.ones(2, requires_grad=True))
+    buffers = Buffers(net, "mean", torch.float32)
+    floats, pull = torch.zeros(buffers.float_numel), torch.zeros(2)
+    buffers.write(floats, torch.zeros(0), weight=2, first=True)
+    buffers.store([pull])
+    assert (floats[:2].tolist(), pull.tolist(), pull.requires_grad) == ([2, 2], [1, 1], False)

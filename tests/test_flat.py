@@ -14,9 +14,10 @@ from programs import OPTIMIZERS, data, mlp
 from torch import Tensor, nn
 
 import mpips
+from mpips.checkpoint.layout import BITS, NATIVE
 from mpips.exchange import Exchange
 from mpips.exchange.simulated import World
-from mpips.flat import ALIGNMENT, Flat, LayoutError, lay_out, unwrap
+from mpips.flat import ALIGNMENT, STORED, Flat, LayoutError, lay_out, unwrap
 
 Batches = list[Tensor]
 
@@ -493,14 +494,14 @@ def refused(kind: str) -> nn.Module:
 
 @pytest.mark.parametrize(("kind", "words"), [
     ("several dtypes", ["2.weight is torch.float64", "0.weight is torch.float32", "cast"]),
-    ("complex", ["0.weight is torch.complex64", "float32"]),
+    ("complex", ["parameter 0.weight is torch.complex64", "view_as_real"]),
     ("the same memory", ["0.bias", "2.bias", "share memory", "one Parameter"]),
     ("overlap", ["own.0", "own.1", "share memory"]),
     ("a frozen alias", ["0.bias", "2.bias", "share memory"]),
     ("a buffer", ["0.bias", "shadow", "share memory"]),
     ("nothing to train", ["no trainable parameter", "requires_grad=True"]),
-    ("sparse", ["0.weight", "sparse", "dense"]),
-    ("device", ["2.weight", "meta", "cpu", "one device"]),
+    ("sparse", ["parameter 0.weight has layout torch.sparse_coo", "to_dense()"]),
+    ("device", ["parameter 2.weight is on the meta device", "to_empty"]),
 ])  # fmt: skip
 def test_models_that_cannot_be_laid_out_are_refused_by_name(kind: str, words: list[str]) -> None:
     net = refused(kind)
@@ -509,6 +510,74 @@ def test_models_that_cannot_be_laid_out_are_refused_by_name(kind: str, words: li
         Flat(net)
     assert all(word in str(error.value) for word in words), error.value
     assert [p.data_ptr() for p in net.parameters() if p.layout == torch.strided] == before
+
+
+PARTS = [torch.ones(2), torch.ones(3)]
+ODD = {  # how it is made, and what is said of it
+    "quantised": (
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        "is quantised, torch.qint8; .*int_repr",
+    ),
+    "coo": (lambda: torch.eye(3).to_sparse(), "has layout torch.sparse_coo; .*to_dense"),
+    "csr": (lambda: torch.eye(3).to_sparse_csr(), "has layout torch.sparse_csr; .*to_dense"),
+    "nested": (lambda: torch.nested.nested_tensor(PARTS), "is a nested tensor; .*pad it"),
+    "jagged": (lambda: torch.nested.nested_tensor(PARTS, layout=torch.jagged), "is a nested tensor; .*pad it"),
+    "meta": (lambda: torch.ones(3, device="meta"), "is on the meta device, .*to_empty"),
+    "complex": (lambda: torch.ones(3, dtype=torch.complex64), "is torch.complex64, .*view_as_real"),
+    "an 8 bit float": (lambda: torch.ones(3).to(torch.float8_e4m3fnuz), "is torch.float8_e4m3fnuz, .*cast it"),
+    "expanded": (lambda: torch.ones(1).expand(4), "is expanded, .*clone"),
+    "lazy buffer": (nn.parameter.UninitializedBuffer, "has no shape yet; .*run one batch"),
+}
+PLAIN = {
+    "float8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
+    "uint16": lambda: torch.ones(3).to(torch.uint16),
+    "bool": lambda: torch.ones(3, dtype=torch.bool),
+    "no elements": lambda: torch.ones(0, 3),
+    "a scalar": lambda: torch.tensor(3.0),
+    "transposed": lambda: torch.ones(4, 3).t(),
+    "every second": lambda: torch.ones(8)[::2],
+    "for inference": lambda: torch.inference_mode()(torch.ones)(3),
+}
+
+
+def with_buffer(tensor: Tensor, persistent: bool = True) -> nn.Module:
+    net = nn.Sequential(nn.Linear(2, 2))
+    net[0].register_buffer("odd", tensor, persistent=persistent)
+    return net
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ODD)
+def test_a_tensor_that_cannot_be_sent_or_saved_is_refused_by_name(kind: str) -> None:
+    make, why = ODD[kind]
+    with pytest.raises(LayoutError, match=f"^buffer 0.odd {why}.*persistent=False.*$"):
+        Flat(with_buffer(make()))
+    Flat(with_buffer(make(), persistent=False))  # a constant of the script's
+    if kind in ("nested", "jagged", "lazy buffer"):  # no parameters
+        return
+    net = nn.Sequential(nn.Linear(2, 2))
+    net[0].register_parameter("odd", nn.Parameter(make(), requires_grad=False))
+    with pytest.raises(LayoutError, match=f"^parameter 0.odd {why}.*$"):
+        Flat(net)
+
+
+def test_a_lazy_parameter_is_refused_by_name() -> None:
+    with pytest.raises(
+        LayoutError, match=r"^parameter 1\.weight has no shape yet; before connect, .*run one batch through the model$"
+    ):
+        Flat(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)))
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_other_unusual_tensors_are_no_hindrance(kind: str) -> None:
+    net = with_buffer(PLAIN[kind]())
+    if kind != "for inference":
+        net.register_parameter("frozen", nn.Parameter(PLAIN[kind](), requires_grad=False))
+    assert Flat(net).numel == 32
+
+
+def test_what_is_let_through_can_be_saved() -> None:
+    assert {str(dtype).removeprefix("torch.") for dtype in STORED} == NATIVE | BITS.keys()
 
 
 def test_frozen_tensors_of_another_dtype_or_in_one_memory_are_no_hindrance() -> None:

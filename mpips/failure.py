@@ -21,7 +21,7 @@ from mpips.config import BAD_CONFIGURATION, ConfigError
 from mpips.contract import ContractError
 from mpips.exchange import SERVER, Exchange
 from mpips.message import CallError, NonFiniteError
-from mpips.report import LOG
+from mpips.report import LOG, stop_copying
 
 FAILED, PREEMPTED = 1, 75  # exit statuses; 75 is EX_TEMPFAIL: start again with --mpips.resume auto
 TOGETHER = (CallError, ContractError, NonFiniteError)  # raised on all ranks at once, with one text
@@ -71,6 +71,7 @@ def _tell(exchange: Exchange, kind: type[BaseException], error: BaseException, t
         _tell_launcher(exchange.rank, text)
     if exchange.size > 1 and not issubclass(kind, ConfigError):
         text = f"mpips: rank {exchange.rank} on {socket.gethostname()} failed:\n{text}"
+    stop_copying()  # it is in the log
     with suppress(Exception):
         sys.stderr.write(text.encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding))
         sys.stderr.flush()

@@ -15,13 +15,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
+from contextlib import suppress
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
 LOG = logging.getLogger("mpips")
 FIXED = ("round", "epoch", "version", "samples", "loss", "lr")  # metrics.csv, then the script's own
 EVENTS_A_SECOND = 5.0
+BLOCK = 1 << 16  # bytes
 LINE_EVERY = 10.0  # seconds between progress lines where no launcher draws
 
 
@@ -31,9 +33,14 @@ def script_name() -> str:
 
 
 def log_to(folder: Path, rank: int, run: str) -> None:
-    """Send this rank's log lines to its file in the run folder; the first says the run's id."""
+    """Send this rank's log lines, the run's id first, and a copy of what its Python prints, to its file in the run folder."""
     path = folder / "logs" / f"rank_{rank:04d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
+    end_torn_line(path)
+    stop_copying()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            _copy(stream, path)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for old in LOG.handlers[:]:
@@ -43,6 +50,52 @@ def log_to(folder: Path, rank: int, run: str) -> None:
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
     LOG.info("run %s", run or "of an id that its folder does not say")
+
+
+_copied: list[TextIO] = []
+
+
+def _copy(stream: TextIO, path: Path) -> None:
+    """Have what is written to a stream in a file, too.
+
+    The object stays the one that it is, as handlers of logging and progress bars hold on to it; only its method is another. Not
+    its descriptor, which would need a process between each rank and its screen.
+    """
+    write, file = stream.write, path.open("ab", buffering=0)
+
+    def both(text: str) -> int:
+        written = write(text)
+        with suppress(Exception):  # a full disk is no matter of the script's print
+            file.write(text.replace("\0", "").encode(errors="backslashreplace"))
+        return written
+
+    with suppress(AttributeError):  # an object of the script's own that allows no other
+        stream.write = both  # type: ignore[method-assign]
+        _copied.append(stream)
+
+
+def stop_copying() -> None:
+    """What is printed from now on is in no log."""
+    while _copied:
+        with suppress(AttributeError):
+            del _copied.pop().write
+
+
+def end_torn_line(path: Path) -> None:
+    """Cut off the zeros that a crash of the machine leaves at the end of a file, and end its last line, before one is added."""
+    with suppress(FileNotFoundError), path.open("r+b") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        data = b""
+        while end and not data:
+            start = max(0, end - BLOCK)
+            file.seek(start)
+            data = file.read(end - start).rstrip(b"\0")
+            end = start + len(data)
+        if end < size:
+            file.truncate(end)
+        if data and not data.endswith(b"\n"):
+            file.seek(end)
+            file.write(b"\n")
 
 
 def rank_states(rows: Mapping[int, Mapping[str, float]], server_trains: bool) -> list[dict[str, Any]]:
@@ -81,6 +134,7 @@ class Report:
         self._drawn = "MPIPS_LAUNCH_DIR" in os.environ
         if folder is not None:
             (folder / "logs").mkdir(parents=True, exist_ok=True)
+            end_torn_line(folder / "events.jsonl")
             self._events = (folder / "events.jsonl").open("a", buffering=1)
             self._tell_launcher(folder)
         self._rows: list[tuple[float, ...]] = []  # of metrics.csv, not written: text is made of many in half the time
@@ -151,12 +205,15 @@ class Report:
         self._last_line = now
         print(f"mpips: {text}", flush=True)
 
-    def flush(self) -> None:
-        """Everything so far is in the files."""
+    def flush(self, lasting: bool = False) -> None:
+        """Everything so far is in the files; the table's rows on the disk, if they are to be `lasting`."""
         if self.folder is not None:
             table, rows, self._rows = self._table(self.folder), self._rows, []
             table.writelines(self._line % row for row in rows)
             table.flush()
+            if lasting:
+                with suppress(OSError):  # a file system that cannot
+                    os.fsync(table.fileno())
 
     def done(self, summary: dict[str, Any]) -> None:
         """The run has ended as it should: all is on disk before DONE appears."""
@@ -193,8 +250,8 @@ class Report:
         if self._before is None:
             return []
         try:
-            with self._before.open() as file:
-                rows = list(islice(file, 1, 1 + self.count))
+            with self._before.open(errors="replace") as file:
+                rows = list(takewhile(self._is_row, islice(file, 1, 1 + self.count)))
         except OSError:
             rows = []
         if len(rows) < self.count:
@@ -202,6 +259,10 @@ class Report:
             self.event("warning", message=message)
             self.count = len(rows)
         return rows
+
+    def _is_row(self, line: str) -> bool:
+        """Whether a line is whole: a crash of the machine may leave half of one, or zeros."""
+        return line.endswith("\n") and "\0" not in line and line.count(",") == len(self.columns) - 1
 
     def _tell_launcher(self, folder: Path) -> None:
         if launch := os.environ.get("MPIPS_LAUNCH_DIR"):

@@ -498,7 +498,7 @@ class Service:
         if self.folder is None:
             return None
         states = [RankState.unpack(blob) for blob in blobs]
-        self.report.flush()
+        self.report.flush(lasting=True)  # the checkpoint counts its rows
         self.folder.mkdir(parents=True, exist_ok=True)
         path = checkpoint.save(self.folder, int(self.control.round), self.tree(states), self.config.checkpoint.keep)
         self.last_checkpoint = path

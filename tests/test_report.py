@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from mpips.report import Report, rank_states
+from mpips.report import Report, log_to, rank_states, stop_copying
+from mpips.screen import Tail
 
 
 def rows(report: Report, numbers: range) -> None:
@@ -102,3 +107,75 @@ def test_rank_states_are_rates_and_shares() -> None:
     assert (server["role"], first["samples_per_s"], first["wait"], first["state"]) == ("server", 2.0, 0.25, "training")
     assert (second["state"], second["samples_per_s"]) == ("done", 0)
     assert [entry["rank"] for entry in rank_states(rows_of, server_trains=True)] == [1, 2]
+
+
+@pytest.mark.parametrize("tail", [b"", b"\0", b"\0" * 200_000, b'{"event": "roun', b'{"event": "roun' + b"\0" * 70_000])
+def test_what_a_crash_of_the_machine_has_left_at_the_end_spoils_no_later_event(tail: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    file.write_bytes(b'{"event": "start"}\n' + tail)
+    Report(tmp_path).event("resume")
+    assert b"\0" not in file.read_bytes()
+    assert [event["event"] for event in Tail(file).read()] == ["start", "resume"]
+
+
+def test_rows_that_a_crash_of_the_machine_has_spoilt_are_said_and_not_taken_over(tmp_path: Path) -> None:
+    first = Report(tmp_path)
+    for number in range(1, 5):
+        first.round((number, 1, number, 8, 0.5, 0.1), 1.0, list)
+    first.flush()
+    table = (tmp_path / "metrics.csv").read_bytes()
+    lines = table.splitlines(keepends=True)
+    for spoilt in (
+        b"".join(lines[:3]) + b"\0" * 40,
+        b"".join(lines[:3]) + b"\0" * 40 + lines[4],
+        b"".join(lines[:3]) + b"3,1,3",
+    ):
+        before = tmp_path / "before.csv"
+        before.write_bytes(spoilt)
+        again = Report(tmp_path)
+        again.restore(4, before, [])
+        again.flush()
+        assert (tmp_path / "metrics.csv").read_bytes() == b"".join(lines[:3])
+    assert "has 2 of the 4 rows before this checkpoint" in (tmp_path / "events.jsonl").read_text()
+
+
+def test_the_rows_that_a_checkpoint_counts_are_on_the_disk_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bytes] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append((tmp_path / "metrics.csv").read_bytes()))
+    report = Report(tmp_path)
+    report.round((1, 1, 1, 8, 0.5, 0.1), 1.0, list)
+    assert not synced
+    report.flush(lasting=True)
+    assert synced[0].endswith(b"1,1,1,8,0.5,0.1\n")
+
+    def refuse(fd: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    report.flush(lasting=True)
+
+
+def test_the_log_has_what_the_rank_prints_by_whatever_handle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = logging.StreamHandler(sys.stderr)  # made before the run
+    print("before")
+    log_to(tmp_path, 1)
+    print("out", 1, flush=True)
+    kept.emit(logging.LogRecord("x", logging.WARNING, "", 0, "logged \xfc\0", (), None))
+    sys.stdout.writelines(["half", " a line"])
+    log_to(tmp_path, 2)  # the next run of this process
+    print("second")
+    stop_copying()
+    print("after")
+    first, second = ((tmp_path / "logs" / f"rank_000{rank}.log").read_bytes() for rank in (1, 2))
+    assert (first, second) == (b"out 1\nlogged \xc3\xbc\nhalf a line", b"second\n")
+    out, err = capsys.readouterr()
+    assert (out, err) == ("before\nout 1\nhalf a linesecond\nafter\n", "logged \xfc\0\n")
+
+
+def test_a_log_on_a_full_disk_is_no_matter_of_a_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank_0001.log").symlink_to("/dev/full")
+    log_to(tmp_path, 1)
+    print("said")
+    stop_copying()
+    assert capsys.readouterr().out == "said\n"

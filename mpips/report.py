@@ -1,13 +1,14 @@
 """What a run leaves behind to be read: one folder, written line by line.
 
-    config.yaml  env.json  events.jsonl  metrics.csv  logs/rank_0000.log  checkpoints/*.h5  DONE
+    config.yaml  env.json  events.jsonl  metrics.csv  validations.csv  logs/rank_0000.log  checkpoints/*.h5  DONE
 
-Metrics hold only what a repeat of the run would give again, so a resumed run's file equals the uninterrupted one's; whatever
+Tables hold only what a repeat of the run would give again, so a resumed run's equal the uninterrupted one's; whatever
 depends on the clock is an event. Ranks write plain lines; drawing is the launcher's business.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 LOG = logging.getLogger("mpips")
+VALIDATED = ("round", "epoch", "value", "name")  # validations.csv
 FIXED = ("round", "epoch", "version", "samples", "loss", "lr")  # metrics.csv, then the script's own
 EVENTS_A_SECOND = 5.0
 BLOCK = 1 << 16  # bytes
@@ -110,23 +112,108 @@ def rank_states(rows: Mapping[int, Mapping[str, float]], server_trains: bool) ->
     return table
 
 
+class Table:
+    """A table in the run folder, of which nothing stays in memory.
+
+    Args:
+        path: the file; None writes none.
+        columns: their names.
+        line: makes a line of a row.
+
+    Attributes:
+        count: its rows.
+    """
+
+    def __init__(self, path: Path | None, columns: Sequence[str], line: str) -> None:
+        self._path, self._head, self._line = path, ",".join(columns) + "\n", line
+        self.count = 0
+        self._before: Path | None = None  # a resumed run's, to go on from
+        self._rows: list[tuple[Any, ...]] = []  # not written: text is made of many in half the time
+        self._file: TextIO | None = None  # opened when the run begins: a resume that is refused costs nothing
+
+    def restore(self, count: int, before: Path) -> None:
+        """Begin with the first `count` rows of the table `before`, which may be this one."""
+        self.count, self._before = count, before
+
+    def open(self) -> str:
+        """Begin the file, once.
+
+        Returns:
+            What is wrong with the rows that were to be there before; else "".
+        """
+        if self._path is None or self._file:
+            return ""
+        wanted = self.count if self._before else 0
+        beside = self._path.with_name(f".{self._path.name}")
+        with beside.open("w") as file:
+            file.write(self._head)
+            found = self._copy(wanted, file)
+        beside.replace(self._path)  # at no time is the table shorter than the checkpoint counts
+        self._file = self._path.open("a", buffering=1 << 16)
+        self.count -= wanted - found
+        lacking = f"{self._before} has {found} of the {wanted} rows before this checkpoint: the table lacks them"
+        return lacking if found < wanted else ""
+
+    def _copy(self, wanted: int, file: TextIO) -> int:
+        """Write the rows that were there before; how many they are."""
+        found = 0
+        with suppress(OSError):
+            if self._before:
+                with self._before.open(errors="replace") as before:
+                    for row in takewhile(self._is_row, islice(before, 1, 1 + wanted)):
+                        file.write(row)
+                        found += 1
+        return found
+
+    def add(self, row: tuple[Any, ...]) -> None:
+        """One row more."""
+        self.count += 1
+        if self._path is not None:
+            self._rows.append(row)
+
+    def flush(self, lasting: bool) -> None:
+        """Everything so far is in the file, which has been opened; on the disk, if it is to be `lasting`."""
+        if self._file:
+            rows, self._rows = self._rows, []
+            self._file.writelines(self._line % row for row in rows)
+            self._file.flush()
+            if lasting:
+                with suppress(OSError):  # a file system that cannot
+                    os.fsync(self._file.fileno())
+
+    def _is_row(self, line: str) -> bool:
+        """Whether a line is whole: a crash of the machine may leave half of one, or zeros."""
+        return line.endswith("\n") and "\0" not in line and line.count(",") >= self._head.count(",")
+
+    def read(self) -> list[list[str]]:
+        """All rows, from the file."""
+        if self._path is None or not self._path.exists():
+            return []
+        with self._path.open(newline="") as file:
+            return list(csv.reader(file))[1:]
+
+
 class Report:
     """The server's report of a run.
 
     Args:
         folder: the run folder; None writes and prints nothing.
         metrics: names of the script's own metrics.
-        run: the run's id, which all files but metrics.csv say.
+        run: the run's id, which all files but the tables say.
+
+    Attributes:
+        metrics: a row for each round.
+        validations: a row for each validated value.
     """
 
     def __init__(self, folder: Path | None, metrics: Sequence[str] = (), run: str = "") -> None:
         self.folder, self.run = folder, run
         self.columns = FIXED + tuple(metrics)
-        self._line = "%d,%d,%d,%d" + ",%r" * (len(self.columns) - 4) + "\n"
-        self.count = 0  # rows of metrics.csv
-        self._before: Path | None = None  # a resumed run's, to go on from
+        line = "%d,%d,%d,%d" + ",%r" * (len(self.columns) - 4) + "\n"
+        self.metrics = Table(folder and folder / "metrics.csv", self.columns, line)
+        self.validations = Table(folder and folder / "validations.csv", VALIDATED, "%d,%d,%r,%s\n")
+        self._begun = False  # whether the tables are
         self._loss = float("nan")  # the last that was said
-        self.values: list[tuple[float, float, float]] = []  # round, epoch, validation value
         self.epochs: int | None = None
         self.begun = time.time()
         self.name = "validation"
@@ -137,18 +224,22 @@ class Report:
             end_torn_line(folder / "events.jsonl")
             self._events = (folder / "events.jsonl").open("a", buffering=1)
             self._tell_launcher(folder)
-        self._rows: list[tuple[float, ...]] = []  # of metrics.csv, not written: text is made of many in half the time
-        self._metrics: TextIO | None = None  # opened when the run begins: a resume that is refused costs nothing
 
-    def restore(self, count: int, table: Path, values: Sequence[Sequence[float]]) -> None:
-        """Begin with what was there at a checkpoint: the first `count` rows of `table`, and the validated values."""
-        self.count, self._before = count, table
-        self.values = [(v[0], v[1], v[2]) for v in values]
+    def restore(self, metrics: int, validations: int, folder: Path) -> None:
+        """Begin with what was there at a checkpoint: so many rows of the tables in a run folder."""
+        self.metrics.restore(metrics, folder / "metrics.csv")
+        self.validations.restore(validations, folder / "validations.csv")
+
+    @property
+    def values(self) -> list[float]:
+        """The validated values so far, from their table."""
+        self.flush()
+        return [float(row[2]) for row in self.validations.read()]
 
     def start(self, config_yaml: str, environment: dict[str, Any], **facts: Any) -> None:
         """Once, before the first round."""
         if self.folder is not None:
-            self._table(self.folder)
+            self._begin()
             (self.folder / "config.yaml").write_text(f"# run {self.run}\n{config_yaml}")
             (self.folder / "env.json").write_text(json.dumps({"run": self.run, **environment}, indent=2, default=str) + "\n")
         self.event("start", run=self.run, **facts, run_dir=str(self.folder))
@@ -163,11 +254,8 @@ class Report:
             speed: samples a second.
             ranks: what each rank is doing.
         """
-        if self.folder is not None:
-            if self._metrics is None:
-                self._table(self.folder)
-            self._rows.append(row)
-        self.count += 1
+        self._begin()
+        self.metrics.add(row)
         if row[3]:
             self._loss = row[4]
         now = time.time()
@@ -181,7 +269,9 @@ class Report:
     def validated(self, epoch: int, number: int, value: float, best: float, name: str) -> None:
         """One validation on the server."""
         self.name = name
-        self.values.append((number, epoch, value))
+        self._begin()
+        quoted = name.replace('"', '""')
+        self.validations.add((number, epoch, value, f'"{quoted}"'))
         self.event("validate", epoch=epoch, round=number, value=value, best=best, name=name)
         self.line(f"epoch {epoch}  round {number}  {_loss(self._loss)}{name} {value:.4f}", always=True)
 
@@ -206,14 +296,10 @@ class Report:
         print(f"mpips: {text}", flush=True)
 
     def flush(self, lasting: bool = False) -> None:
-        """Everything so far is in the files; the table's rows on the disk, if they are to be `lasting`."""
-        if self.folder is not None:
-            table, rows, self._rows = self._table(self.folder), self._rows, []
-            table.writelines(self._line % row for row in rows)
-            table.flush()
-            if lasting:
-                with suppress(OSError):  # a file system that cannot
-                    os.fsync(table.fileno())
+        """Everything so far is in the files; the tables' rows on the disk, if they are to be `lasting`."""
+        self._begin()
+        for table in (self.metrics, self.validations):
+            table.flush(lasting)
 
     def done(self, summary: dict[str, Any]) -> None:
         """The run has ended as it should: all is on disk before DONE appears."""
@@ -236,33 +322,15 @@ class Report:
         self.flush()
         self.line(f"preempted: checkpoint {path}; start again with --mpips.resume auto", always=True)
 
-    def _table(self, folder: Path) -> TextIO:
-        """metrics.csv, begun anew with the rows so far when it is first needed."""
-        if self._metrics is None:
-            (folder / "DONE").unlink(missing_ok=True)
-            rows = self._rows_before()
-            self._metrics = (folder / "metrics.csv").open("w", buffering=1 << 16)
-            self._metrics.write(",".join(self.columns) + "\n" + "".join(rows))
-        return self._metrics
-
-    def _rows_before(self) -> list[str]:
-        """The rows of the run that is resumed, as far as its checkpoint goes."""
-        if self._before is None:
-            return []
-        try:
-            with self._before.open(errors="replace") as file:
-                rows = list(takewhile(self._is_row, islice(file, 1, 1 + self.count)))
-        except OSError:
-            rows = []
-        if len(rows) < self.count:
-            message = f"{self._before} has {len(rows)} of the {self.count} rows before this checkpoint: the table lacks them"
-            self.event("warning", message=message)
-            self.count = len(rows)
-        return rows
-
-    def _is_row(self, line: str) -> bool:
-        """Whether a line is whole: a crash of the machine may leave half of one, or zeros."""
-        return line.endswith("\n") and "\0" not in line and line.count(",") == len(self.columns) - 1
+    def _begin(self) -> None:
+        """Begin the tables, and no longer be a run that has ended, when one of them is first needed."""
+        if self._begun or self.folder is None:
+            return
+        self._begun = True
+        (self.folder / "DONE").unlink(missing_ok=True)
+        for table in (self.metrics, self.validations):
+            if lacking := table.open():
+                self.event("warning", message=lacking)
 
     def _tell_launcher(self, folder: Path) -> None:
         if launch := os.environ.get("MPIPS_LAUNCH_DIR"):

@@ -32,7 +32,6 @@ from mpips.slices import Slices, settle
 from mpips.state import RankState, pack_all, told_streams
 from mpips.stopping import Patience
 
-VALIDATED = ("round", "epoch", "value")  # of each validation
 WAITING = 3.0  # seconds until it is said who waits for whom
 
 
@@ -372,7 +371,7 @@ class Service:
         if reply["save"]:
             self.save_model()
         if reply["finish"]:
-            self.write_results([value for _, _, value in self.report.values])
+            self.write_results(self.report.values)
             share(self.exchange, b"")  # no worker goes on before DONE is there
 
     def tell_state(self, slices: dict[str, Any]) -> dict[str, Any]:
@@ -533,8 +532,8 @@ class Service:
             },
             "given": torch.tensor(self._numbers, dtype=torch.float64),
             "kept": next((state.kept for state in states if state.index == 0), {}),
-            "metrics": {"rows": report.count},
-            "validation": snapshot.columns(VALIDATED, report.values),
+            "metrics": {"rows": report.metrics.count},
+            "validations": {"rows": report.validations.count},
             "ranks": {str(rank): state.tree() for rank, state in enumerate(states)},
         }
 
@@ -609,8 +608,8 @@ class Service:
         self.place = Place(first.epoch, first.loop, taken, first.over, validations=first.validations, inside=first.inside)
         rng.restore(states[0].streams)
         self.control = Control(int(tree["round"]), int(tree["version"]), active=self.workers, lr=self.lr)
-        table = path.parent.parent / "metrics.csv"
-        self.report.restore(int(tree["metrics"]["rows"]), table, snapshot.rows(tree["validation"], VALIDATED))
+        metrics, validations = (int(tree[table]["rows"]) for table in ("metrics", "validations"))
+        self.report.restore(metrics, validations, path.parent.parent)
 
     def _check_run(self, path: Path, run: str) -> None:
         """A checkpoint in the run's own folder is of that run."""

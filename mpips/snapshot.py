@@ -155,14 +155,3 @@ def as_now(saved: Tree, now: Mapping[str, Any]) -> Tree:
         return torch.tensor(value, dtype=own.dtype, device=own.device) if isinstance(own, Tensor) else value
 
     return {k: alike(v, now.get(k)) for k, v in saved.items()}
-
-
-def columns(names: Sequence[str], rows: Sequence[tuple[float, ...]]) -> Tree:
-    """A table as one array of float64 per column."""
-    table = torch.tensor(rows, dtype=torch.float64) if rows else torch.empty(0, len(names), dtype=torch.float64)
-    return {name: table[:, i].clone() for i, name in enumerate(names)}
-
-
-def rows(tree: Tree, names: Sequence[str]) -> list[tuple[float, ...]]:
-    """What `columns` was given."""
-    return list(zip(*(tree[name].tolist() for name in names), strict=True))

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_metrics_are_exact_and_a_restored_report_rewrites_them(tmp_path: Path) -
     assert [float(line.split(",")[4]) for line in text.splitlines()[1:]] == [1 / (n + 1) for n in range(1, 6)]
 
     again = Report(tmp_path)
-    again.restore(3, tmp_path / "metrics.csv", [])
+    again.restore(3, 0, tmp_path)
     rows(again, range(4, 6))
     again.flush()
     assert (tmp_path / "metrics.csv").read_text() == text
@@ -35,11 +36,53 @@ def test_metrics_are_exact_and_a_restored_report_rewrites_them(tmp_path: Path) -
 
 def test_a_table_that_is_gone_is_said_and_the_rows_after_it_are_kept(tmp_path: Path) -> None:
     report = Report(tmp_path)
-    report.restore(3, tmp_path / "elsewhere.csv", [])
+    report.restore(3, 1, tmp_path / "elsewhere")
     rows(report, range(4, 6))
     report.flush()
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 3
-    assert "has 0 of the 3 rows" in (tmp_path / "events.jsonl").read_text()
+    events = (tmp_path / "events.jsonl").read_text()
+    assert "metrics.csv has 0 of the 3 rows" in events and "validations.csv has 0 of the 1 rows" in events
+    assert report.metrics.count == 2 and report.validations.count == 0
+
+
+def test_nothing_of_a_round_or_a_validation_stays_in_memory(tmp_path: Path) -> None:
+    """382 bytes a round were kept by rank 0, and written into every checkpoint."""
+    report = Report(tmp_path)
+    rows(report, range(10))
+
+    def more(count: int) -> int:
+        before = tracemalloc.get_traced_memory()[0]
+        for n in range(count):
+            report.round((n, 0, n, 8, 1 / (n + 1), 0.1), 1.0, list)
+            report.validated(0, n, n / 7, 0.5, 'accuracy, "top 5"')
+            if n % 100 == 0:
+                report.flush()
+        report.flush()
+        return tracemalloc.get_traced_memory()[0] - before
+
+    tracemalloc.start()
+    try:
+        more(100)
+        assert more(2000) < 2000
+    finally:
+        tracemalloc.stop()
+    assert report.values == [n / 7 for n in [*range(100), *range(2000)]]
+    assert (tmp_path / "validations.csv").read_text().splitlines()[:2] == [
+        "round,epoch,value,name",
+        '0,0,0.0,"accuracy, ""top 5"""',
+    ]
+
+
+def test_validations_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    report = Report(tmp_path)
+    for n in range(5):
+        report.validated(n, n, 0.5 + n, 0.5, "accuracy")
+    report.flush()
+    again = Report(tmp_path)
+    again.restore(0, 3, tmp_path)
+    again.validated(3, 3, 9.0, 9.0, "accuracy")
+    assert again.values == [0.5, 1.5, 2.5, 9.0] and again.validations.count == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["events.jsonl", "logs", "metrics.csv", "validations.csv"]
 
 
 def test_events_of_rounds_are_few_and_all_others_are_kept(tmp_path: Path) -> None:
@@ -95,7 +138,7 @@ def test_a_report_without_a_folder_writes_nothing(tmp_path: Path, capsys: pytest
     report.validated(0, 3, 0.5, 0.5, "accuracy")
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
-    assert report.count == 3
+    assert report.metrics.count == 3 and report.values == []
 
 
 def test_rank_states_are_rates_and_shares() -> None:
@@ -130,10 +173,11 @@ def test_rows_that_a_crash_of_the_machine_has_spoilt_are_said_and_not_taken_over
         b"".join(lines[:3]) + b"\0" * 40 + lines[4],
         b"".join(lines[:3]) + b"3,1,3",
     ):
-        before = tmp_path / "before.csv"
+        before = tmp_path / "before" / "metrics.csv"
+        before.parent.mkdir(exist_ok=True)
         before.write_bytes(spoilt)
         again = Report(tmp_path)
-        again.restore(4, before, [])
+        again.restore(4, 0, before.parent)
         again.flush()
         assert (tmp_path / "metrics.csv").read_bytes() == b"".join(lines[:3])
     assert "has 2 of the 4 rows before this checkpoint" in (tmp_path / "events.jsonl").read_text()
@@ -158,15 +202,17 @@ def test_the_rows_that_a_checkpoint_counts_are_on_the_disk_before_it(tmp_path: P
 def test_the_log_has_what_the_rank_prints_by_whatever_handle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = logging.StreamHandler(sys.stderr)  # made before the run
     print("before")
-    log_to(tmp_path, 1)
+    log_to(tmp_path, 1, "5ca1ab1e")
     print("out", 1, flush=True)
     kept.emit(logging.LogRecord("x", logging.WARNING, "", 0, "logged \xfc\0", (), None))
     sys.stdout.writelines(["half", " a line"])
-    log_to(tmp_path, 2)  # the next run of this process
+    log_to(tmp_path, 2, "5ca1ab1e")  # the next run of this process
     print("second")
     stop_copying()
     print("after")
     first, second = ((tmp_path / "logs" / f"rank_000{rank}.log").read_bytes() for rank in (1, 2))
+    (head, first), (_, second) = (log.split(b"\n", 1) for log in (first, second))
+    assert head.endswith(b"INFO run 5ca1ab1e")
     assert (first, second) == (b"out 1\nlogged \xc3\xbc\nhalf a line", b"second\n")
     out, err = capsys.readouterr()
     assert (out, err) == ("before\nout 1\nhalf a linesecond\nafter\n", "logged \xfc\0\n")
@@ -175,7 +221,7 @@ def test_the_log_has_what_the_rank_prints_by_whatever_handle(tmp_path: Path, cap
 def test_a_log_on_a_full_disk_is_no_matter_of_a_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank_0001.log").symlink_to("/dev/full")
-    log_to(tmp_path, 1)
+    log_to(tmp_path, 1, "5ca1ab1e")
     print("said")
     stop_copying()
     assert capsys.readouterr().out == "said\n"

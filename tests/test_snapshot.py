@@ -127,8 +127,3 @@ def test_tensors_in_groups_stay_tensors_of_their_dtype(lr: torch.Tensor) -> None
     snapshot.put_optimizer(tree, fresh, "Adam", names)
     assert fresh.param_groups[0]["lr"].dtype == lr.dtype
     assert torch.equal(fresh.param_groups[0]["lr"], lr)
-
-
-@given(st.lists(st.tuples(st.integers(0, 2**53).map(float), st.floats(allow_nan=False)), max_size=5))
-def test_tables_come_back(rows: list[tuple[float, float]]) -> None:
-    assert snapshot.rows(snapshot.columns(("round", "loss"), rows), ("round", "loss")) == rows

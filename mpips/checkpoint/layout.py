@@ -40,6 +40,7 @@ DATASET, FIRST, AT = 2, 3, 4  # of a leaf's place in the index
 DEEPEST = 100  # dicts within dicts; a cycle in the tree ends here
 
 NATIVE = frozenset(["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
+_NAMES = {np.dtype(name).newbyteorder("<"): name for name in NATIVE}  # numpy makes a dtype's name anew each time
 BITS = {"bool": "uint8", "bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 
 
@@ -74,9 +75,11 @@ def pack(leaf: "torch.Tensor | Array", where: str) -> tuple[str, str, Array]:
         raise TypeError(f"{where}: a masked array would lose its mask; store .data and .mask")
     if leaf.dtype == np.bool_:
         return ARRAY, "bool", leaf.view(np.uint8)
+    if leaf.dtype in _NAMES:
+        return ARRAY, _NAMES[leaf.dtype], leaf
     if leaf.dtype.name not in NATIVE:
         raise _no_such_number(leaf.dtype, where)
-    return ARRAY, leaf.dtype.str if leaf.dtype.str.startswith(">") else leaf.dtype.name, leaf
+    return ARRAY, leaf.dtype.str, leaf
 
 
 def _pack_tensor(tensor: torch.Tensor, where: str) -> tuple[str, Array]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mpips.report import Report, log_to, rank_states, stop_copying
+from mpips.report import LOG, Report, log_to, rank_states, stop_copying
 from mpips.screen import Tail
 
 
@@ -45,8 +45,9 @@ def test_a_table_that_is_gone_is_said_and_the_rows_after_it_are_kept(tmp_path: P
     assert report.metrics.count == 2 and report.validations.count == 0
 
 
-def test_nothing_of_a_round_or_a_validation_stays_in_memory(tmp_path: Path) -> None:
+def test_nothing_of_a_round_or_a_validation_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """382 bytes a round were kept by rank 0, and written into every checkpoint."""
+    monkeypatch.setattr(LOG, "propagate", False)  # to pytest, which keeps what is logged
     report = Report(tmp_path)
     rows(report, range(10))
 

@@ -141,7 +141,7 @@ def odd(
 def tree_of(folder: str) -> dict[str, Any]:
     """The last checkpoint, but for what names the plan."""
     tree = last(Path(folder))
-    del tree["config"], tree["contract"]
+    del tree["config"], tree["contract"], tree["run"]
     return tree
 
 

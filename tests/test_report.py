@@ -47,7 +47,7 @@ def test_a_table_that_is_gone_is_said_and_the_rows_after_it_are_kept(tmp_path: P
 
 def test_nothing_of_a_round_or_a_validation_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """382 bytes a round were kept by rank 0, and written into every checkpoint."""
-    monkeypatch.setattr(LOG, "propagate", False)  # to pytest, which keeps what is logged
+    monkeypatch.setattr(LOG, "disabled", True)  # pytest keeps what is logged
     report = Report(tmp_path)
     rows(report, range(10))
 

@@ -169,9 +169,12 @@ def folders(run_dir: str | None, resume: str, count: int = 1) -> tuple[Path, Pat
         return folder, _newest(folder, resume)
     source = Path(resume).absolute()
     own = source if source.is_dir() else source.parent.parent if source.parent.name == "checkpoints" else None
-    if given and holds_run(given) and not (own and own.exists() and given.samefile(own)):
+    start = _newest(source, resume) if source.is_dir() else source
+    if given and own and given.exists() and own.exists() and given.samefile(own):
+        return own, start  # whichever way it is written: what lies in it is compared by its path
+    if given and holds_run(given):
         raise _holds_another(given, "none, which is to go on in the checkpoint's own")
-    return given or own or new_folder(count), _newest(source, resume) if source.is_dir() else source
+    return given or own or new_folder(count), start
 
 
 def _holds_another(given: Path, instead: str) -> ConfigError:

@@ -270,7 +270,7 @@ class Report:
         """One validation on the server."""
         self.name = name
         self._begin()
-        quoted = name.replace('"', '""')
+        quoted = " ".join(name.split()).replace('"', '""')  # a row is one line
         self.validations.add((number, epoch, value, f'"{quoted}"'))
         self.event("validate", epoch=epoch, round=number, value=value, best=best, name=name)
         self.line(f"epoch {epoch}  round {number}  {_loss(self._loss)}{name} {value:.4f}", always=True)

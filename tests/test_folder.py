@@ -155,6 +155,12 @@ def test_a_run_that_goes_on_does_not_write_over_another() -> None:
     checkpoint_file = str(ours / "checkpoints" / "round_00000003.h5")
     for resume in (str(ours), checkpoint_file):
         assert folder.folders(str(ours), resume)[0] == ours
+        Path("link").unlink(missing_ok=True)
+        Path("link").symlink_to(ours)
+        for other_way in ("link", "runs/../runs/ours", "runs/ours/"):
+            where, start = folder.folders(other_way, resume)
+            assert start is not None
+            assert start.parent == where / "checkpoints", "so that it is known for the run's own"
         assert folder.folders("runs/new", resume)[0] == Path("runs", "new").absolute()
         with pytest.raises(ConfigError, match=r"run_dir: given '.*other', which holds a run"):
             folder.folders(str(other), resume)

@@ -55,7 +55,7 @@ def test_nothing_of_a_round_or_a_validation_stays_in_memory(tmp_path: Path, monk
         before = tracemalloc.get_traced_memory()[0]
         for n in range(count):
             report.round((n, 0, n, 8, 1 / (n + 1), 0.1), 1.0, list)
-            report.validated(0, n, n / 7, 0.5, 'accuracy, "top 5"')
+            report.validated(0, n, n / 7, 0.5, 'accuracy,\n"top 5"')
             if n % 100 == 0:
                 report.flush()
         report.flush()

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import itertools
-import json
 import os
 import re
-import secrets
 import socket
 import time
 from pathlib import Path
@@ -17,6 +15,7 @@ from mpips import checkpoint
 from mpips.config import Config, ConfigError
 from mpips.report import script_name
 
+ANSWERS = ("no", "auto", "aside")  # of `resume`; all else is a path
 _used: set[str] = set()  # run folders given in this process
 _held: dict[Path, int] = {}  # those that it has locked, and the files: a lock is gone when its file is closed
 
@@ -71,7 +70,12 @@ def hold(folder: Path) -> None:
 
 
 def of_run(config: Config, count: int) -> Config:
-    """The settings of a script's run number `count`, from 1: one in the folder of an earlier run gets one beside it."""
+    """The settings of a script's run number `count`, from 1.
+
+    One in the folder of an earlier run gets one beside it. What `resume` names is the first run's; later ones are new.
+    """
+    if count > 1 and config.resume not in ANSWERS:
+        config = dataclasses.replace(config, resume="no")
     given = config.run_dir
     if given is None:
         return config
@@ -117,19 +121,6 @@ def set_aside(folder: Path) -> Path:
     raise AssertionError
 
 
-def new_id() -> str:
-    """An id for a new run, which stands in its files and checkpoints."""
-    return secrets.token_hex(6)
-
-
-def run_id(folder: Path) -> str:
-    """The id of the run in a folder; empty if it does not say."""
-    try:
-        return str(json.loads((folder / "env.json").read_text())["run"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return ""
-
-
 def _name(count: int) -> str:
     return script_name() if count == 1 else f"{script_name()}.run{count}"
 
@@ -148,7 +139,7 @@ def _written(folder: Path) -> float:
 
 def check_resume(resume: str) -> None:
     """Raise ConfigError if `resume` names something that is not there."""
-    if resume not in ("no", "auto", "aside") and not Path(resume).exists():
+    if resume not in ANSWERS and not Path(resume).exists():
         raise ConfigError(f"resume: given {resume!r}, allowed: no, auto, aside, or an existing checkpoint or run folder")
 
 

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,24 @@ LINE_EVERY = 10.0  # seconds between progress lines where no launcher draws
 def script_name() -> str:
     """The running script's name without its ending."""
     return Path(sys.argv[0]).stem or "python"
+
+
+def new_id(count: int) -> str:
+    """An id for a script's new run number `count`, which stands in its files and checkpoints."""
+    return secrets.token_hex(6) + (f".{count}" if count > 1 else "")
+
+
+def number(run: str) -> int:
+    """Which of its script's runs the one with this id is."""
+    return int(run.partition(".")[2] or 1)
+
+
+def run_id(folder: Path) -> str:
+    """The id of the run in a folder; empty if it does not say."""
+    try:
+        return str(json.loads((folder / "env.json").read_text())["run"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def log_to(folder: Path, rank: int, run: str) -> None:

@@ -159,7 +159,9 @@ def _serve(start: Start) -> Start:
     if not blob:
         raise SystemExit(0)
     _Process.count += 1
-    return Start(start.exchange, *blueprint.build(blob), None, None)
+    config, model, optimizer = blueprint.build(blob)
+    folder.check_new(config)
+    return Start(start.exchange, config, model, optimizer, None, None)
 
 
 def _meet_again(exchange: Exchange, own: bytes) -> bytes:
@@ -259,6 +261,7 @@ class Start:
     ) -> None:
         self.exchange, self.config, self.optimizer, self.model = exchange, config, optimizer, model
         self.validation_data, self.measures = validation_data, validate is not None
+        self._count = max(1, _Process.count)
         index, self.workers = place_of(exchange, config)
         check_rule(config, self.workers)
         check_optimizer(optimizer, self.workers)
@@ -298,9 +301,9 @@ class Start:
         """The run folder, the checkpoint to go on from and the run's id: the server looks, all ranks take its word."""
         said = b""
         if self.exchange.rank == SERVER:
-            where, start = folder.folders(self.config.run_dir, self.config.resume, max(1, _Process.count))
-            goes_on = start and folder.holds_run(where)
-            said = json.dumps([str(where), start and str(start), folder.run_id(where) if goes_on else folder.new_id()]).encode()
+            where, start = folder.folders(self.config.run_dir, self.config.resume, self._count)
+            run = report.run_id(where) if start and folder.holds_run(where) else report.new_id(self._count)
+            said = json.dumps([str(where), start and str(start), run]).encode()
         where, start, run = json.loads(share(self.exchange, said))
         return Path(where), start and Path(start), run
 
@@ -319,7 +322,7 @@ class Start:
         )
         server.create_model()
         if resume is not None:
-            server.resume(resume)
+            server.resume(resume, self._count)
         server.report.start(
             self.config.yaml(),
             environment(),

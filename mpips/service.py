@@ -26,7 +26,7 @@ from mpips.exchange import Exchange, share
 from mpips.message import BEGUN, COLUMNS, DIGEST, DRAWN, LOSS, Call, CallError, Control, Stop, replicate
 from mpips.mode import Mode, choose_mode, server_optimizer, summed
 from mpips.optimizer import FlatOptimizer, MakeOptimizer, made
-from mpips.report import Report
+from mpips.report import Report, number
 from mpips.rule import choose
 from mpips.slices import Slices, settle
 from mpips.state import RankState, pack_all, told_streams
@@ -554,17 +554,23 @@ class Service:
             for name, view in ours.items():
                 view.copy_(tree["second"][name])
 
-    def resume(self, path: Path) -> None:
+    def resume(self, path: Path, count: int = 1) -> None:
         """Go on from a checkpoint, before the initial weights are broadcast.
 
         The model has been created.
+
+        Args:
+            path: the checkpoint.
+            count: this run's number among those of its script, from 1.
 
         Raises:
             CheckpointError: the file is damaged or not a checkpoint.
             SnapshotError: it is of another model or optimizer, or lacks something.
         """
         try:
-            self._put(checkpoint.load(path), path)
+            tree = checkpoint.load(path)
+            self._check_run(path, tree["run"], count)
+            self._put(tree, path)
         except snapshot.SnapshotError as error:
             raise snapshot.SnapshotError(f"{path}: {error}") from error
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -582,7 +588,6 @@ class Service:
         """Take up what `tree` gave, which was saved at `path`."""
         for name in self.tree([]):
             tree[name]  # also those that are there for people
-        self._check_run(path, tree["run"])
         saved = tree["mode"]["name"]
         if saved != self.config.mode and (self.mode.local or tree["inner"]):
             raise snapshot.SnapshotError(
@@ -611,8 +616,13 @@ class Service:
         metrics, validations = (int(tree[table]["rows"]) for table in ("metrics", "validations"))
         self.report.restore(metrics, validations, path.parent.parent)
 
-    def _check_run(self, path: Path, run: str) -> None:
-        """A checkpoint in the run's own folder is of that run."""
+    def _check_run(self, path: Path, run: str, count: int) -> None:
+        """The checkpoint is of the same one of its script's runs, and in the run's own folder of that run itself."""
+        if number(run) != count:
+            raise snapshot.SnapshotError(
+                f"of its script's run number {number(run)}, this is number {count}; expected --mpips.resume auto, by which "
+                f"each goes on with its own, or a checkpoint of the first"
+            )
         if path.parent != self.folder:
             return
         self.report.run = self.report.run or run

@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import mpips
-from mpips import checkpoint, folder
+from mpips import checkpoint, folder, report
 from mpips.config import ConfigError
 from mpips.exchange.simulated import World
 from mpips.snapshot import SnapshotError
@@ -229,7 +231,7 @@ def test_auto_goes_on_with_the_line_of_the_last_resume_and_every_file_says_whose
     assert [event["round"] for event in resumes] == [2, 4]
     assert (folder_ / "metrics.csv").read_bytes() == whole
 
-    run = folder.run_id(folder_)
+    run = report.run_id(folder_)
     assert len(run) == 12
     for name in ("config.yaml", "env.json", "events.jsonl", "logs/rank_0000.log", "DONE"):
         assert run in (folder_ / name).read_text(), name
@@ -237,10 +239,53 @@ def test_auto_goes_on_with_the_line_of_the_last_resume_and_every_file_says_whose
         assert checkpoint.load(path)["run"] == run
 
     train("aside")
-    assert folder.run_id(Path("run.1")) == run != folder.run_id(folder_), "a run of its own"
+    assert report.run_id(Path("run.1")) == run != report.run_id(folder_), "a run of its own"
     foreign = folder_ / "checkpoints" / "round_00000009.h5"
     for end in ("", ".sha256"):
         text = (Path("run.1/checkpoints") / f"round_00000006.h5{end}").read_bytes()
         foreign.with_name(foreign.name + end).write_bytes(text.replace(b"00000006.h5", b"00000009.h5") if end else text)
-    with pytest.raises(SnapshotError, match=f"round_00000009.h5: of run {run}, its folder of run {folder.run_id(folder_)}"):
+    with pytest.raises(SnapshotError, match=f"round_00000009.h5: of run {run}, its folder of run {report.run_id(folder_)}"):
         train("auto")
+
+
+FOLDS = """
+import torch, mpips
+for fold in range(2):
+    torch.manual_seed(fold)
+    model = torch.nn.Linear(2, 1)
+    ps = mpips.connect(model, torch.optim.SGD(model.parameters(), lr=0.1), checkpoint={"every": 1, "epochs": 0, "keep": 9})
+    for _ in ps.epochs(3):
+        for x, in ps.batches((torch.randn(4, 2),), batch_size=4):
+            loss = model(x).square().mean(); loss.backward(); ps.step(loss)
+    if ps.worker == 0:
+        print("weights", model.weight.tolist(), flush=True)
+    ps.close()
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_is_gone_on_with_by_the_run_of_the_script_that_it_is_of(ranks: int, mpirun: Any, tmp_path: Path) -> None:
+    script = tmp_path / "folds.py"
+    script.write_text(FOLDS)
+
+    def start(*words: str) -> tuple[int, list[str], str]:
+        if ranks > 1:
+            done = mpirun(ranks, script, *words)
+        else:
+            command = [sys.executable, str(script), *words]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        return done.returncode, [line for line in done.stdout.splitlines() if line.startswith("weights")], done.stderr
+
+    _, whole, _ = start("--mpips.run_dir", "a")
+    assert len(whole) == 2
+    first, second = Path("a/checkpoints/round_00000001.h5"), Path("a-2/checkpoints/round_00000001.h5")
+    shutil.copytree("a", "b")
+    assert start("--mpips.resume", "b/checkpoints/round_00000001.h5", "--mpips.run_dir", "b")[:2] == (0, whole)
+    assert second.exists()
+    assert Path("b-2").is_dir(), "a new run, not one that goes on from the first one's checkpoint"
+    status, _, said = start("--mpips.resume", str(second))
+    assert status
+    assert "of its script's run number 2, this is number 1" in said
+    status, weights, said = start("--mpips.resume", str(first), "--mpips.run_dir", "a")
+    assert (status, weights) == (2, whole[:1])
+    assert "a-2', which holds a run" in said

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from programs import mlp
 
@@ -310,6 +310,7 @@ def test_wrong_files_are_one_line_and_run_nothing(content: str | bytes, words: l
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(sorted(FIELDS)), st.text(max_size=12))
+@example("backup_workers", "?")  # a key without a value, in YAML
 def test_any_text_is_a_setting_or_a_line(key: str, given: str) -> None:
     try:
         assert isinstance(resolve({}, [f"--{key}={given}"]), Config)

@@ -105,7 +105,7 @@ def _parse(given: Mapping[str, Any], texts: Mapping[str, str]) -> Config:
     except ConfigError:
         raise
     except Exception as error:  # jsonargparse raises several kinds, all about the settings
-        raise ConfigError(_one_line(str(error))) from None
+        raise ConfigError(_one_line(str(error), texts)) from None
 
 
 def _read(path: str) -> line.Texts:
@@ -148,10 +148,11 @@ def _instance(cls: type, tree: Mapping[str, Any]) -> object:
     return cls(**values)
 
 
-def _one_line(message: str) -> str:
+def _one_line(message: str, texts: Mapping[str, str]) -> str:
     """jsonargparse's paragraph as: key, what was given, what is allowed."""
     key = re.search(r'key "([^"]+)"', message)
     given = re.search(r"(?:Given value|Got value): (.*)", message)
-    if key and given and key[1] in fields():
-        return f"{key[1]}: given {given[1]!r}, allowed: {allowed(fields()[key[1]][0])}"
+    if key and key[1] in fields() and (given or key[1] in texts):  # of some texts it fails to say the value
+        value = given[1] if given else texts[key[1]]
+        return f"{key[1]}: given {value!r}, allowed: {allowed(fields()[key[1]][0])}"
     return " ".join(message.split())

@@ -210,7 +210,7 @@ def test_the_run_folder_has_what_is_promised(tmp_path: Path) -> None:
     World(3).run(loop)
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "env.json", "events.jsonl", "metrics.csv", "logs", "checkpoints", "DONE", ".lock",
+        "config.yaml", "env.json", "events.jsonl", "metrics.csv", "validations.csv", "logs", "checkpoints", "DONE", ".lock",
     }  # fmt: skip
     assert [path.name for path in sorted((folder / "logs").iterdir())] == [f"rank_000{rank}.log" for rank in range(3)]
     events = [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]

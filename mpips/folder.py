@@ -91,8 +91,8 @@ def check_new(config: Config) -> None:
 
 
 def holds_run(folder: Path) -> bool:
-    """Say whether a run has written to a folder."""
-    return any((folder / name).exists() for name in ("events.jsonl", "env.json", "metrics.csv")) or _has_checkpoints(folder)
+    """Say whether a run has begun in a folder; one that was refused before leaves no more than its log and events."""
+    return any((folder / name).exists() for name in ("env.json", "metrics.csv")) or _has_checkpoints(folder)
 
 
 def _has_checkpoints(folder: Path) -> bool:

@@ -124,8 +124,9 @@ def test_a_run_is_not_written_over() -> None:
         command = [sys.executable, "train.py", *words]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
-    Path("run").mkdir()
-    assert start("--mpips.run_dir", "run").returncode == 0, "an empty folder will do"
+    Path("run/logs").mkdir(parents=True)
+    Path("run/events.jsonl").touch()
+    assert start("--mpips.run_dir", "run").returncode == 0, "a folder in which none has begun will do"
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     Path("file").touch()
     for given, why in (("run", "holds a run"), ("file", "cannot be written")):

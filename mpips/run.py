@@ -291,10 +291,7 @@ class Start:
         return {"values": server.values} if server else {}
 
     def _share_kept(self) -> dict[str, Any]:
-        blob = b""
-        if self.server:
-            kept = {**self.server.kept, GROUPS: self.server.kept[GROUPS]}  # which is never missing
-            blob = RankState(-1, Place(), {}, own=kept).pack()
+        blob = RankState(-1, Place(), {}, own=self.server.kept).pack() if self.server else b""
         return RankState.unpack(share(self.exchange, blob)).own
 
     def _agree_on_folder(self) -> tuple[Path, Path | None, str]:
@@ -323,6 +320,7 @@ class Start:
         server.create_model()
         if resume is not None:
             server.resume(resume, self._count)
+            server.kept[GROUPS]  # which is never missing
         server.report.start(
             self.config.yaml(),
             environment(),

@@ -66,7 +66,8 @@ def log_to(folder: Path, rank: int, run: str) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for old in LOG.handlers[:]:
         LOG.removeHandler(old)
-        old.close()
+        with suppress(OSError):  # its disk is full; the next run's may not be
+            old.close()
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     LOG.propagate = False

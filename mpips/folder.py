@@ -12,10 +12,9 @@ import time
 from pathlib import Path
 
 from mpips import checkpoint
-from mpips.config import Config, ConfigError
+from mpips.config import ANSWERS, Config, ConfigError
 from mpips.report import script_name
 
-ANSWERS = ("no", "auto", "aside")  # of `resume`; all else is a path
 _used: set[str] = set()  # run folders given in this process
 _held: dict[Path, int] = {}  # those that it has locked, and the files: a lock is gone when its file is closed
 
@@ -135,12 +134,6 @@ def last_folder(count: int = 1) -> Path | None:
 def _written(folder: Path) -> float:
     events = folder / "events.jsonl"  # a run that goes on changes nothing else at once
     return (events if events.exists() else folder).stat().st_mtime
-
-
-def check_resume(resume: str) -> None:
-    """Raise ConfigError if `resume` names something that is not there."""
-    if resume not in ANSWERS and not Path(resume).exists():
-        raise ConfigError(f"resume: given {resume!r}, allowed: no, auto, aside, or an existing checkpoint or run folder")
 
 
 def folders(run_dir: str | None, resume: str, count: int = 1) -> tuple[Path, Path | None]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from torch.optim import SGD, Optimizer
 
-from mpips.config import Config, ConfigError
+from mpips.config import Config, ConfigError, check_mode
 from mpips.elastic import Elastic, ElasticMomentum
 from mpips.federated import FedAvg, FedNova, FedProx, QFedAvg, Scaffold
 from mpips.message import Replica
@@ -141,8 +141,7 @@ def choose_mode(config: Config) -> Mode:
     Raises:
         ConfigError: no mode of that name, or settings that do not go with it.
     """
-    if config.mode not in MODES:
-        raise ConfigError(f"mode: given {config.mode!r}, allowed: {', '.join(MODES)}")
+    check_mode(config.mode, MODES)
     mode = MODES[config.mode]
     if config.backup_workers:
         _allow("backup_workers", config, config.backup_workers, "0, or mode sync", config.mode == "sync")

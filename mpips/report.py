@@ -55,6 +55,10 @@ def run_id(folder: Path) -> str:
 
 def log_to(folder: Path, rank: int, run: str) -> None:
     """Send this rank's log lines, the run's id first, and a copy of what its Python prints, to its file in the run folder."""
+    for old in LOG.handlers[:]:
+        LOG.removeHandler(old)
+        with suppress(OSError):  # its disk is full; the next run's may not be
+            old.close()
     path = folder / "logs" / f"rank_{rank:04d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     end_torn_line(path)
@@ -64,10 +68,6 @@ def log_to(folder: Path, rank: int, run: str) -> None:
             _copy(stream, path)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for old in LOG.handlers[:]:
-        LOG.removeHandler(old)
-        with suppress(OSError):  # its disk is full; the next run's may not be
-            old.close()
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
@@ -355,7 +355,7 @@ class Report:
     def _tell_launcher(self, folder: Path) -> None:
         if launch := os.environ.get("MPIPS_LAUNCH_DIR"):
             beside = Path(launch) / ".run_dir"
-            beside.write_text(str(folder))
+            beside.write_bytes(os.fsencode(folder))
             beside.replace(Path(launch) / "run_dir")
 
 

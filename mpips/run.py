@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from mpips import blueprint, clipping, failure, folder, report, rng, wrapped
 from mpips.client import Client
-from mpips.config import Config, ConfigError
+from mpips.config import Config, ConfigError, no_folder
 from mpips.data import Place
 from mpips.data.loader import sharded
 from mpips.environment import environment
@@ -269,15 +270,9 @@ class Start:
         self.server: Server | ParameterServer | None = None
         self.worker: Worker | None = None
         self.folder, resume, self.id = self._agree_on_folder()
-        try:
-            report.log_to(self.folder, exchange.rank, self.id)
-            if exchange.rank == SERVER:
-                folder.hold(self.folder)
-        except OSError as error:
-            raise ConfigError(
-                f"run_dir: given {str(self.folder)!r}, which cannot be written ({error.strerror}), allowed: a folder that "
-                f"can be made, by --mpips.run_dir"
-            ) from error
+        if exchange.rank != SERVER:
+            with suppress(OSError):  # a folder that only the server's machine has
+                report.log_to(self.folder, exchange.rank, self.id)
         if exchange.rank == SERVER:
             self._serve(validate, resume)
         if index >= 0:
@@ -295,11 +290,16 @@ class Start:
         return RankState.unpack(share(self.exchange, blob)).own
 
     def _agree_on_folder(self) -> tuple[Path, Path | None, str]:
-        """The run folder, the checkpoint to go on from and the run's id: the server looks, all ranks take its word."""
+        """The run folder, the checkpoint to go on from and the run's id: the server looks and takes it, all take its word."""
         said = b""
         if self.exchange.rank == SERVER:
             where, start = folder.folders(self.config.run_dir, self.config.resume, self._count)
             run = report.run_id(where) if start and folder.holds_run(where) else report.new_id(self._count)
+            try:
+                report.log_to(where, SERVER, run)
+                folder.hold(where)
+            except OSError as error:
+                raise no_folder(str(where), error) from error
             said = json.dumps([str(where), start and str(start), run]).encode()
         where, start, run = json.loads(share(self.exchange, said))
         return Path(where), start and Path(start), run

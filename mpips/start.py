@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,8 +13,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer, SparseAdam
 
-from mpips import failure, folder, stdout
-from mpips.config import BAD_CONFIGURATION, Config, ConfigError, Resolved, show, trace
+from mpips import failure, stdout
+from mpips.config import BAD_CONFIGURATION, Config, ConfigError, Resolved, check_resume, check_run_dir, show, trace, whence
+from mpips.contract import settle
 from mpips.environment import launch
 from mpips.exchange import Exchange, mpi, proof
 from mpips.exchange.simulated import World
@@ -24,6 +26,7 @@ from mpips.rule import RuleError, choose
 from mpips.trainable import Trainable, freeze
 
 Joined = TypeVar("Joined")
+_end: list[Exchange] = []  # this process's end, once it has one
 
 
 def configure(**settings: Any) -> Config:
@@ -33,15 +36,20 @@ def configure(**settings: Any) -> Config:
         SystemExit: with status 2 and one line on the screen, for a setting that is not allowed; with status 0 after
             `--print_config`.
     """
+    origins: Mapping[str, str] = {}
     try:
         resolved = trace(settings)
-        config = resolved.config
+        config, origins = resolved.config, resolved.origins
         choose(config)
         choose_mode(config)
-        folder.check_resume(config.resume)
+        if _launched_rank() == 0:  # a worker may be on a machine without the server's paths
+            check_resume(config.resume)
+            check_run_dir(config.run_dir)
     except ConfigError as error:
-        raise refused(error) from None
+        raise refused(whence(error, origins)) from None
     if resolved.print_config:
+        if _joined(mpi.launched) > 1 and not _end:
+            _settle(_meet(config), config)
         if _launched_rank() == 0:
             _print_settings(resolved)
         raise SystemExit(0)
@@ -131,11 +139,31 @@ def join(config: Config) -> Exchange:
     if _joined(mpi.launched) == 1:
         exchange = World(1, clock=time.perf_counter).ends[0]
     else:
-        exchange = _joined(partial(mpi.connect, round(config.bucket_mb * 1e6), config.cuda_aware, config.ranks_per_node))
+        exchange = _joined(partial(_meet, config))
+        _settle(exchange, config)
+    _end.append(exchange)
     failure.end_all_on_exception(exchange)
     if config.cuda_aware:
         _prove(exchange)
     return exchange
+
+
+def _meet(config: Config) -> Exchange:
+    """This rank's end of MPI."""
+    return mpi.connect(round(config.bucket_mb * 1e6), config.cuda_aware, config.ranks_per_node)
+
+
+def _settle(exchange: Exchange, settings: Config | str) -> None:
+    """The first that is said: go on if all ranks do and have the same settings, else end all with one line.
+
+    Raises:
+        SystemExit: with status 2.
+    """
+    if line := settle(exchange, settings):
+        if exchange.rank == 0:
+            print(f"mpips: {line}", file=sys.stderr, flush=True)
+        exchange.finalize()
+        raise SystemExit(BAD_CONFIGURATION)
 
 
 def _prove(exchange: Exchange) -> None:
@@ -152,11 +180,23 @@ def _prove(exchange: Exchange) -> None:
         raise SystemExit(BAD_CONFIGURATION)
 
 
-def refused(error: Exception, speaker: int = 0) -> SystemExit:
-    """Say on one rank, the `speaker`, why the run is refused; to be raised."""
+def refused(error: ConfigError) -> BaseException:
+    """Say once, whichever ranks refuse a run, why; to be raised.
+
+    Ranks that have not joined do so for this. Of those that have, an exception on one ends all.
+    """
+    if _joined(mpi.launched) > 1:
+        if _end:
+            return error
+        with suppress(ImportError, RuntimeError):  # no MPI to say it through
+            _settle(_joined(partial(_meet, Config())), str(error))
+    _say(error)
+    return SystemExit(BAD_CONFIGURATION)
+
+
+def _say(error: Exception, speaker: int = 0) -> None:
     if _launched_rank() == speaker:
         print(f"mpips: {error}", file=sys.stderr)
-    return SystemExit(BAD_CONFIGURATION)
 
 
 def device() -> torch.device:
@@ -194,7 +234,8 @@ def _joined(ask: Callable[[], Joined]) -> Joined:
     try:
         return ask()
     except mpi.LaunchError as error:  # where nobody says how many there are, the first rank takes itself for the only one
-        raise refused(error, speaker=0 if launch().size else 1) from None
+        _say(error, speaker=0 if launch().size else 1)
+        raise SystemExit(BAD_CONFIGURATION) from None
 
 
 def _launched_rank() -> int:

@@ -102,9 +102,16 @@ def solo(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test in its own folder, with one thread and an empty command line: run folders go to ./runs."""
+def _alone(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test in its own folder, with one thread and an empty command line: run folders go to ./runs.
+
+    Where one rank runs it alone no launcher is seen: what is refused would wait for the other ranks.
+    """
     import torch
+
+    if not request.node.get_closest_marker("mpi"):
+        for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS"):
+            monkeypatch.delenv(name, raising=False)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

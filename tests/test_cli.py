@@ -58,11 +58,11 @@ def script(tmp_path, monkeypatch):
         (["run", "-n", "2", "--lr=0.1", "train.py"], ["'--lr=0.1'", "after the script"]),
         (["run", "-n", "2", "--dry", "train.py"], ["'--dry'", "--help"]),
         (["run", "-n", "2", "--mpips.clip", "1", "train.py"], ["'--mpips.clip'", "--set KEY=VALUE"]),
-        (["run", "-n", "2", "--set", "clpi=1", "train.py"], ["--set", "clpi: no such setting; did you mean clip?"]),
+        (["run", "-n", "2", "--set", "clpi=1", "train.py"], ["(--set)", "clpi: no such setting; did you mean clip?"]),
         (["run", "-n", "2", "--set=clip", "train.py"], ["--set", "'clip'", "KEY=VALUE"]),
         (["run", "-n", "2", "--set", "=1", "train.py"], ["--set", "'=1'", "KEY=VALUE"]),
-        (["run", "-n", "2", "--set", "clip=1", "--set", "seed=x", "train.py"], ["--set", "seed: given 'x'", "whole number"]),
-        (["run", "-n", "2", "--set", "config=none.yaml", "train.py"], ["--set", "config: given 'none.yaml'", "No such file"]),
+        (["run", "-n", "2", "--set", "clip=1", "--set", "seed=x", "train.py"], ["(--set)", "seed: given 'x'", "whole number"]),
+        (["run", "-n", "2", "--set", "config=none.yaml", "train.py"], ["config: given 'none.yaml'", "No such file"]),
         (["run", "-n", "2", "--set"], ["--set", "expected one argument"]),
         (["export", "train.py", "--to", "x.onnx"], ["--to", "'x.onnx'", ".pt or .safetensors"]),
         (["export", "train.py", "--to", "nowhere/x.pt"], ["--to", "'nowhere/x.pt'", "folder that exists"]),
@@ -128,6 +128,7 @@ def test_run_prints_the_command_first_and_json_last(script, capfd):
 def test_settings_reach_the_ranks_and_leave_the_script_s_line_alone(script, capfd, monkeypatch):
     monkeypatch.setenv("MPIPS_SET", '{"seed": "1"}')  # of another run
     script.write_text("import os, sys\nprint(os.environ['MPIPS_SET'], sys.argv[1:])\n")
+    script.with_name("a=b").touch()
     words = ["--set", "clip=1.0", "--set=checkpoint.every=100", "--set", "clip=2", "--set", "resume=a=b", "--print_config"]
     assert cli.main(["run", "-n", "1", *words, "train.py", "--set", "x"]) == 0
     given = {"clip": "2", "checkpoint.every": "100", "resume": "a=b", "print_config": "true"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -25,9 +26,9 @@ from mpips.config import (
     ConfigError,
     add_arguments,
     allowed,
-    check_set,
     fields,
     flags,
+    foreseen,
     line,
     resolve,
     show,
@@ -149,7 +150,7 @@ def test_a_folder_may_have_any_name(folder: str) -> None:
     metrics=st.lists(st.from_regex(r"[a-z_]\w{0,5}", fullmatch=True).filter(str.isidentifier), max_size=3, unique=True)
         .map(lambda names: tuple(n for n in names if n not in TAKEN)),
     run_dir=st.none() | st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=8)
-        .filter(lambda s: s not in ("null", "~", "Null", "NULL")),
+        ,
     resume=st.sampled_from(["no", "auto", "yes", "1", "a: b", "# c", "'"]),
     stop=st.builds(mpips.config.Stopping, patience=st.integers(0, 10**6), target=st.none() | st.floats(-1e9, 1e9)),
 ))  # fmt: skip
@@ -236,15 +237,26 @@ def test_one_line_says_key_given_and_allowed(
 
 @pytest.mark.parametrize(("arguments", "line"), [
     ({"seed": "x"}, "seed: given 'x', allowed: a whole number"),
-    ({"seed": 1.5}, "seed: given '1.5', allowed: a whole number"),
+    ({"seed": 1.5}, "seed: given 1.5, allowed: a whole number"),
     ({"seed": None}, "seed: given None, allowed: a whole number"),
     ({"metrics": "acc"}, "metrics: given 'acc', allowed: a list of names, as [a,b]"),
     ({"clip": float("nan")}, "clip: given nan, allowed: a number above 0"),
-    ({"deterministic": 1}, "deterministic: given '1', allowed: true or false"),
+    ({"deterministic": 1}, "deterministic: given 1, allowed: true or false"),
     ({"resume": None}, "resume: given None, allowed: text"),
     ({"checkpoint": 5}, "checkpoint: given 5, allowed: checkpoint.every, checkpoint.keep, checkpoint.epochs"),
     ({"checkpoint": {"every": None}}, "checkpoint.every: given None, allowed: a whole number"),
     ({"checkpoint": {"evry": 1}}, "checkpoint.evry: no such setting; did you mean checkpoint.every?"),
+    ({"checkpoint": {1: 2}}, "checkpoint.1: no such setting; did you mean checkpoint.keep?"),
+    ({"seed": {"a": 1}}, "seed: given {'a': 1}, allowed: a whole number"),
+    ({"clip": "1.5"}, "clip: given '1.5', allowed: a number or null"),
+    ({"clip": 10**400}, f"clip: given 1{'0' * 96}..., allowed: a number or null"),
+    ({"stop": {"patience": 10**30}}, f"stop.patience: given {10**30}, allowed: a whole number from -2^53 to 2^53"),
+    ({"run_dir": b"x"}, "run_dir: given b'x', allowed: text or null"),
+    ({"run_dir": ""}, "run_dir: given '', allowed: text or null"),
+    ({"metrics": ["a", 1]}, "metrics: given ['a', 1], allowed: a list of names, as [a,b]"),
+    ({"metrics": {"a"}}, "metrics: given {'a'}, allowed: a list of names, as [a,b]"),
+    ({"buffers": 1}, "buffers: given 1, allowed: mean, server, local"),
+    ({"clip": np.zeros((2, 1))}, "clip: given array([[0.],        [0.]]), allowed: a number or null"),
     ({"detreministic": True}, "detreministic: no such setting; did you mean deterministic?"),
 ])  # fmt: skip
 def test_wrong_arguments_of_connect(arguments: dict[str, Any], line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,31 +293,97 @@ def test_wrong_flags(argv: list[str], words: list[str]) -> None:
     assert all(word in line for word in words), line
 
 
+# Each list holds the one before nine times: ten lists are 3.5 billion names.
+BOMB = "[" + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" if n else "&a0 [x]" for n in range(10)) + "]"
+
+
 @pytest.mark.parametrize(("content", "words"), [
     ("clip: [1\n", ["config: given 'c.yaml'", "line 2"]),
     ("\tclip: 1\n", ["config: given 'c.yaml'", "line 1"]),
-    ("- a\n- b\n", ["config: given 'c.yaml'", "['a', 'b']", "`setting: value`"]),
+    ("- a\n- b\n", ["config: given 'c.yaml'", "it holds ['a', 'b']", "`setting: value`"]),
     ("just text\n", ["config: given 'c.yaml'", "just text"]),
     ("nope: 1\n", ["nope: no such setting"]),
     ("clpi: 1\n", ["clpi: no such setting; did you mean clip?"]),
     ("checkpoint: {evry: 1}\n", ["checkpoint.evry: no such setting; did you mean checkpoint.every?"]),
     ("checkpoint: 5\n", ["checkpoint: given '5', allowed: checkpoint.every, checkpoint.keep, checkpoint.epochs"]),
-    ("checkpoint:\n", ["checkpoint: given ''", "checkpoint.every"]),
-    ("seed: {a: 1}\n", ["seed.a: no such setting; did you mean seed?"]),
+    ("checkpoint:\n", ["checkpoint: given 'null'", "checkpoint.every"]),
+    ("seed: {a: 1}\n", ["seed: given {'a': '1'}, allowed: a whole number (file c.yaml)"]),
     ("1: 2\n", ["1: no such setting"]),
     ("? [a]\n: 1\n", ["config: given 'c.yaml'"]),
     ("config: other.yaml\n", ["config: no such setting"]),
     ("a: &x [*x]\n", ["config: given 'c.yaml'", "x"]),
     ("!!python/object/apply:os.system ['touch hurt']\n", ["config: given 'c.yaml'", "allowed"]),
-    ("clip: !!python/object/apply:os.system ['touch hurt']\n", ["clip: given", "allowed: a number or null"]),
-    ("!!python/object/new:os.system {args: ['touch hurt']}\n", ["args: no such setting"]),
+    ("clip: !!python/object/apply:os.system ['touch hurt']\n", ["config: given 'c.yaml'", "line 1: a tag"]),
+    ("!!python/object/new:os.system {args: ['touch hurt']}\n", ["config: given 'c.yaml'", "line 1: a tag"]),
     (b"\xff\xfe\x00clip", ["config: given 'c.yaml'"]),
+    ("seed: 1\nseed: 2\n", ["config: given 'c.yaml'", "'seed' is given twice"]),
+    ("checkpoint: {every: 1}\ncheckpoint.every: 2\n", ["config: given 'c.yaml'", "'checkpoint.every' is given twice"]),
+    ("seed: 1\n---\nseed: 2\n", ["config: given 'c.yaml'", "line 3: a second document"]),
+    ("x: &x 1\nseed: *x\n", ["config: given 'c.yaml'", "line 1: an anchor or alias, x"]),
+    (f"metrics: {BOMB}\n", ["config: given 'c.yaml'", "line 1: an anchor or alias, a0"]),
+    (f"seed: {'[' * 3000}{']' * 3000}\n", ["config: given 'c.yaml'", "line 1: nested more than 3 levels deep"]),
+    (f"seed: {'{a: ' * 3000}1{'}' * 3000}\n", ["config: given 'c.yaml'", "line 1: nested more than 3 levels deep"]),
+    (f"rule: {'x' * 2_000_000}\n", ["config: given 'c.yaml'", "more than 1,000,000 bytes"]),
+    (f"seed: {'9' * 5000}\n", ["seed: given '999", "9..., allowed: a whole number"]),
+    ("seed: !foo 3\n", ["config: given 'c.yaml'", "line 1: a tag, !foo"]),
+    ("run_dir: [a]\n", ["run_dir: given ['a'], allowed: text or null"]),
+    ("run_dir: ''\n", ["run_dir: given '', allowed: text or null"]),
+    ('run_dir: "a\\0b"\n', ["run_dir: given 'a\\x00b', allowed: a path"]),
+    ("metrics: [null]\n", ["metrics: given ['null'], allowed: different Python names"]),
+    ("metrics: [[a]]\n", ["metrics: given [['a']], allowed: a list of names"]),
+    ("metrics: [lambda]\n", ["metrics: given ['lambda'], allowed: different Python names"]),
+    ("'': 1\n", ["'': no such setting"]),
+    (f"{'x' * 900}: 1\n", ["xxx...: no such setting"]),
 ])  # fmt: skip
 def test_wrong_files_are_one_line_and_run_nothing(content: str | bytes, words: list[str]) -> None:
     Path("c.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     line = refusal({}, ["--config", "c.yaml"])
     assert all(word in line for word in words), line
+    assert len(line) < 400
     assert not Path("hurt").exists()
+
+
+@pytest.mark.timeout(10)
+def test_only_a_file_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe is there for one rank only, and one that nobody writes to would be waited for."""
+    os.mkfifo("pipe")
+    assert "it is no file" in refusal({}, ["--config", "pipe"])
+    assert "it is no file" in refusal({}, ["--config=/dev/zero"])
+    assert "No such file" in refusal({}, ["--config="])
+    assert "File name too long" in refusal({}, [f"--config={'x' * 5000}"])
+    monkeypatch.setenv("MPIPS_CONFIG", "")
+    assert refusal({}, []).startswith("config: given '', allowed: a YAML file of settings")
+
+
+@pytest.mark.parametrize("key", ["clip", "run_dir", "stop.monitor", "metrics", "seed", "overlap", "staleness.policy"])
+def test_nothing_is_no_value(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the default nor null: what a shell makes of a variable that is not there."""
+    assert refusal({}, [f"--{key}="]).startswith(f"{key}: given '', allowed: ")
+    monkeypatch.setenv(f"MPIPS_{key.replace('.', '__').upper()}", "")
+    assert refusal({}, []).startswith(f"{key}: given '', allowed: ")
+
+
+def test_a_bomb_in_a_flag_is_a_text() -> None:
+    assert refusal({}, [f"--metrics={BOMB}"]).startswith("metrics: given '[&a0 [x], &a1 [*a0")
+
+
+def test_quotes_make_a_text_of_null() -> None:
+    Path("c.yaml").write_text("run_dir: 'null'\n")
+    assert resolve({}, ["--config=c.yaml"]).run_dir == "null"
+    Path("c.yaml").write_text("run_dir:\nclip: ~\n")
+    assert resolve({"run_dir": "a", "clip": 3}, ["--config=c.yaml"]) == Config()
+
+
+@pytest.mark.parametrize("given", ["variable", "flag", "file", "--set"])
+def test_the_line_says_where_a_setting_comes_from(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv: dict[str, list[str]] = {"flag": ["--clip=-1"], "file": ["--config=c.yaml"]}
+    if given == "variable":
+        monkeypatch.setenv("MPIPS_CLIP", "-1")
+    if given == "--set":
+        monkeypatch.setenv("MPIPS_SET", '{"clip": "-1"}')
+    Path("c.yaml").write_text("clip: -1\n")
+    where = {"variable": "variable MPIPS_CLIP", "flag": "flag --clip", "file": "file c.yaml", "--set": "--set"}[given]
+    assert refusal({}, argv.get(given, [])) == f"clip: given -1.0, allowed: a number above 0 ({where})"
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -391,7 +469,7 @@ def test_flags_that_come_to_the_line_after_the_import_count_too(monkeypatch: pyt
 STRICT = """
 import argparse, sys
 import mpips
-print([name for name in ("torch", "mpi4py", "jsonargparse") if name in sys.modules])
+print([name for name in ("torch", "mpi4py", "numpy") if name in sys.modules])
 parser = argparse.ArgumentParser()
 parser.add_argument("--config")
 parser.add_argument("file")
@@ -525,13 +603,13 @@ def test_wrong_settings_of_the_launcher(given: str, said: str, monkeypatch: pyte
     assert refusal({}, []).startswith(said)
     if said[0].islower():  # what mpips run can see before it starts a rank
         with pytest.raises(ConfigError) as error:
-            check_set(json.loads(given))
+            foreseen(json.loads(given), [])
         assert str(error.value).startswith(said)
 
 
 def test_settings_of_the_launcher_may_name_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("c.yaml").write_text("seed: 5\n")
-    check_set({"config": "c.yaml", "clip": "1"})
+    assert foreseen({"config": "c.yaml", "clip": "1"}, []).config == Config(seed=5, clip=1.0)
     monkeypatch.setenv("MPIPS_SET", '{"config": "c.yaml", "clip": "1"}')
     assert resolve({}) == Config(seed=5, clip=1.0)
 

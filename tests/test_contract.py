@@ -58,3 +58,25 @@ def test_agreement_is_the_digest_on_every_rank() -> None:
     digests = World(3).run(lambda e: contract.agree(e, lines(mlp())))
     assert len(set(digests)) == 1
     assert digests != World(3).run(lambda e: contract.agree(e, lines(mlp(), clip=1.0)))
+
+
+def settled(*given: Config | str) -> list[str]:
+    return World(len(given)).run(lambda e: contract.settle(e, given[e.rank]))
+
+
+def test_settings_that_all_have_are_settled() -> None:
+    assert settled(*[Config(clip=1.0)] * 3) == [""] * 3
+    assert settled(Config(run_dir="a"), Config(), Config(resume="b")) == [""] * 3, "only the server acts on these"
+
+
+def test_a_setting_is_refused_on_all_ranks_in_one_line_whichever_have_it() -> None:
+    assert settled(*["clip: given 'x', allowed: 1"] * 3) == ["clip: given 'x', allowed: 1"] * 3
+    assert settled(Config(), Config(), "clip: given 'x', allowed: 1") == ["clip: given 'x', allowed: 1, on rank 2"] * 3
+    assert settled("b", "a", "a", Config()) == ["b, on rank 0"] * 4
+
+
+def test_settings_that_differ_are_named_with_their_ranks() -> None:
+    line = "clip: given None on rank 0, 2.0 on ranks 1, 2, allowed: one value on all ranks"
+    assert settled(Config(), Config(clip=2.0), Config(clip=2.0)) == [line] * 3
+    many = settled(Config(), *[Config(seed=1)] * 6)
+    assert many == ["seed: given 0 on rank 0, 1 on ranks 1, 2, 3, 4 and 2 more, allowed: one value on all ranks"] * 7

@@ -111,7 +111,6 @@ MISMATCHES = {
         "model = mlp(); model.register_buffer('scale', torch.ones(1 + (rank == 1)))",
         "buffer scale = torch.float32 (1,)",
     ),
-    "setting": ("model = mlp(); sys.argv += ['--mpips.clip', '2'] if rank == 1 else []", "setting clip = None"),
     "version": ("model = mlp()\nif rank == 1: mpips.__version__ = '9.9'", "version of mpips = "),
 }
 
@@ -129,11 +128,45 @@ def test_a_mismatch_names_rank_and_first_difference(what: str, mpirun: Any, tmp_
 def test_bad_configuration_is_one_line_and_status_2(mpirun: Any, solo: Any, tmp_path: Path) -> None:
     path = script(tmp_path, LOOP.format(trouble="pass"))
     alone = solo(path, "--mpips.clip", "-1")
-    assert (alone.returncode, alone.stderr) == (2, "mpips: clip: given -1.0, allowed: a number above 0\n")
+    assert (alone.returncode, alone.stderr) == (2, "mpips: clip: given -1.0, allowed: a number above 0 (flag --mpips.clip)\n")
     many = mpirun(3, path, "--mpips.rule", "krumm")
     assert many.returncode == 2
     assert many.stderr.count("mpips: rule: given 'krumm', allowed: mean, median, ") == 1
     assert not (tmp_path / "run").exists()
+
+
+REFUSALS = {
+    "one rank's": ("sys.argv += ['--mpips.clip', 'x'] if rank == 2 else []",
+                   "clip: given 'x', allowed: a number or null (flag --mpips.clip), on rank 2"),
+    "another on one rank": ("sys.argv += ['--mpips.clip', '2'] if rank == 1 else []",
+                            "clip: given None on ranks 0, 2, 2.0 on rank 1, allowed: one value on all ranks"),
+    "a folder of the server's machine": ("os.environ['MPIPS_RUN_DIR'] = 'run' if rank else '/proc/none'",
+                                         "run_dir: given '/proc/none', which cannot be written "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_a_setting_is_refused_in_one_line_whichever_rank_has_it(what: str, mpirun: Any, tmp_path: Path) -> None:
+    first, line = REFUSALS[what]
+    body = "\nmodel = mlp(); open('trouble', 'w').close(); mpips.connect(model, torch.optim.SGD(model.parameters(), lr=0.1))"
+    done = failing(mpirun, tmp_path, first + body)
+    assert done.returncode == 2
+    said = [text for text in done.stderr.splitlines() if text.startswith("mpips: ")]
+    assert len(said) == 1
+    assert said[0].startswith(f"mpips: {line}")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_only_the_server_s_machine_has_is_no_fault(mpirun: Any, tmp_path: Path) -> None:
+    """A worker without it writes no log of its own; what only the server reads it does not look for."""
+    first = "os.environ |= {'MPIPS_RUN_DIR': '/proc/none', 'MPIPS_RESUME': 'nowhere'} if rank else {'MPIPS_RUN_DIR': 'run'}\n"
+    hide = "from pathlib import Path\nfrom mpips import report\n"
+    hide += "if rank: report.log_to = lambda folder, rank, run, real=report.log_to: real(Path('/proc/none'), rank, run)\n"
+    done = mpirun(3, script(tmp_path, first + hide + LOOP.format(trouble="pass").replace(', run_dir="run"', "")))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "run" / "DONE").exists()
+    assert [path.name for path in (tmp_path / "run" / "logs").iterdir()] == ["rank_0000.log"]
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "FLUX_JOB_SIZE"])

@@ -14,7 +14,7 @@ import torch
 
 import mpips
 from mpips import checkpoint, folder, report
-from mpips.config import ConfigError
+from mpips.config import ConfigError, check_resume
 from mpips.exchange.simulated import World
 from mpips.snapshot import SnapshotError
 
@@ -68,7 +68,7 @@ def test_a_file_and_a_run_folder_can_be_named() -> None:
 
 def test_what_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"resume: given 'no\.h5', allowed"):
-        folder.check_resume("no.h5")
+        check_resume("no.h5")
 
 
 def test_another_script_s_run_is_not_taken_whatever_its_name() -> None:

@@ -128,8 +128,8 @@ def event(kind, **facts):
 def run_dir():
     (launch / "beside").write_text(str(folder))
     (launch / "beside").rename(launch / "run_dir")
-def fail(rank, text, ago=0.0):
-    report = {"time": time.time() - ago, "rank": rank, "host": "h", "traceback": text}
+def fail(rank, text, ago=0.0, status=1):
+    report = {"time": time.time() - ago, "rank": rank, "host": "h", "traceback": text, "status": status}
     (launch / f"failure_{rank}.json").write_text(json.dumps(report))
 def done():
     (folder / "DONE").write_text("{}")
@@ -163,6 +163,10 @@ def planned(folder, source):
         ("sys.exit(75)", 75),
         ("fail(0, 'boom'); sys.exit(75)", 1),  # MPICH joins the statuses of all ranks bit by bit
         ("fail(0, 'boom')", 1),
+        ("sys.exit(2)", 2),
+        ("fail(0, 'mpips: clip: given', status=2); sys.exit(2)", 2),
+        ("fail(0, 'mpips: clip: given', status='x'); sys.exit(2)", 2),
+        ("run_dir(); fail(1, 'boom', status=1); sys.exit(2)", 1),
         ("run_dir(); done()", 0),
         ("run_dir(); done(); sys.exit(3)", 3),  # after its run the script failed by itself
         ("run_dir()", 1),
@@ -319,7 +323,7 @@ def test_a_damaged_failure_report_is_passed_over(tmp_path):
     watch = Watch(tmp_path, 1)
     (tmp_path / "failure_0.json").write_text('{"time": 1')
     (tmp_path / "failure_1.json").write_text('{"rank": "one", "time": 1}')
-    (tmp_path / "failure_2.json").write_text('{"rank": 2, "time": 5.0, "traceback": "t"}')
+    (tmp_path / "failure_2.json").write_text('{"rank": 2, "time": 5.0, "status": 1, "traceback": "t"}')
     assert [report["rank"] for report in watch.failures(until=9.0)] == [2]
     assert watch.failures(until=4.0) == []
 

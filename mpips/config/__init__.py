@@ -8,15 +8,18 @@ has it from `add_arguments`; given in several ways, they win in this order. Othe
 """
 
 from mpips.config.config import GROUPS, TAKEN, Config
-from mpips.config.error import BAD_CONFIGURATION, ConfigError
+from mpips.config.error import BAD_CONFIGURATION, ConfigError, check, cut, shown
 from mpips.config.field import allowed, fields
 from mpips.config.flags import add_arguments
 from mpips.config.groups import Checkpointing, Clients, Local, Outer, Robust, Staleness, Stopping
 from mpips.config.line import SET, take_flags, whole_line
+from mpips.config.names import check_mode, check_names, check_rule
+from mpips.config.paths import ANSWERS, check_resume, check_run_dir, no_folder
 from mpips.config.show import show
-from mpips.config.sources import Resolved, check_set, resolve, trace
+from mpips.config.sources import Resolved, foreseen, resolve, trace, whence
 
 __all__ = [
+    "ANSWERS",
     "BAD_CONFIGURATION",
     "GROUPS",
     "SET",
@@ -33,11 +36,21 @@ __all__ = [
     "Stopping",
     "add_arguments",
     "allowed",
-    "check_set",
+    "check",
+    "check_mode",
+    "check_names",
+    "check_resume",
+    "check_rule",
+    "check_run_dir",
+    "cut",
     "fields",
+    "foreseen",
+    "no_folder",
     "resolve",
     "show",
+    "shown",
     "take_flags",
     "trace",
+    "whence",
     "whole_line",
 ]

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from keyword import iskeyword
 from typing import Any, Literal
 
 import yaml
@@ -17,6 +18,7 @@ TAKEN = (  # names that a metric cannot have: other columns of the messages and 
     *("samples", "weight", "loss", "bad", "done", "stop", "signal", "round", "train", "wait", "steps", "tickets", "want"),
     *("call", "begun", "digest", "drawn", "which", "adopt", "overflow"),
     *("epoch", "version", "lr", "time", "event", "rank", "ranks", "epochs", "samples_per_s", "self"),
+    *("null", "true", "false"),  # which YAML writes in quotes
 )
 
 
@@ -79,17 +81,23 @@ class Config:
     def __post_init__(self) -> None:
         check("backup_workers", self.backup_workers, "a whole number, 0 or more", self.backup_workers >= 0)
         check("clip", self.clip, "a number above 0", self.clip is None or 0 < self.clip < math.inf)
-        free = [name for name in self.metrics if name.isidentifier() and name not in TAKEN]
+        free = [name for name in self.metrics if name.isidentifier() and not iskeyword(name) and name not in TAKEN]
         good = free == list(dict.fromkeys(self.metrics))
         check("metrics", list(self.metrics), f"different Python names, none of {', '.join(TAKEN)}", good)
         check("seed", self.seed, "a whole number from -2^53 to 2^53", abs(self.seed) <= 2**53)
         check("bucket_mb", self.bucket_mb, "a number from 0.001 to 1000", 0.001 <= self.bucket_mb <= 1000)
         check("ranks_per_node", self.ranks_per_node, "a whole number, 0 or more", self.ranks_per_node >= 0)
-        check("resume", self.resume, "no, auto, aside, or a path", self.resume != "")
+        check("resume", self.resume, "no, auto, aside, or a path", self.resume != "" and "\0" not in self.resume)
+        check(
+            "run_dir",
+            self.run_dir,
+            "a path, or null",
+            self.run_dir is None or (self.run_dir != "" and "\0" not in self.run_dir),
+        )
 
     def settings(self) -> dict[str, Any]:
         """Every setting by its dotted key, in a fixed order."""
-        return dict(flatten("", dataclasses.asdict(self)))
+        return dict(flatten(dataclasses.asdict(self)))
 
     def yaml(self) -> str:
         """The tree as a YAML file that `--config` takes."""
@@ -100,10 +108,10 @@ class Config:
 GROUPS = tuple(f.name for f in dataclasses.fields(Config) if f.default_factory is not dataclasses.MISSING)
 
 
-def flatten(prefix: str, tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Nested settings by dotted key."""
+def flatten(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Settings by dotted key, those of a group one by one."""
     for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten(f"{prefix}{key}.", value)
+        if key in GROUPS and isinstance(value, Mapping):
+            yield from ((f"{key}.{name}", below) for name, below in value.items())
         else:
-            yield prefix + key, value
+            yield key, value

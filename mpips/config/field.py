@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from functools import cache
 from typing import Any, Literal
 
 from mpips.config.config import Config
 
 
+@cache
 def fields(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
     """Dotted key -> (type, help) of every setting."""
     hints = typing.get_type_hints(cls)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpips.config.error import ConfigError, meant
+from mpips.config.error import ConfigError, check, unknown
 from mpips.config.field import allowed, fields
 
 PREFIX = "--mpips."
@@ -103,7 +103,7 @@ def texts(flags: Iterable[Flag]) -> Texts:
     kinds = {key: kind for key, (kind, _) in known().items()}
     for flag in flags:
         if flag.key not in kinds:
-            raise ConfigError(f"{flag.name}: no such setting{meant(flag.name, [PREFIX + key for key in kinds])}")
+            raise unknown(flag.name, [PREFIX + key for key in kinds])
         if flag.text is None:
             raise ConfigError(f"{flag.name}: given nothing, allowed: {allowed(kinds[flag.key])}")
         found[flag.key] = flag.text, f"flag {flag.name}"
@@ -118,11 +118,11 @@ def from_launcher(environ: Mapping[str, str]) -> Texts:
     """
     try:
         given = json.loads(environ.get(SET, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         given = None
     if not isinstance(given, dict) or not all(isinstance(text, str) for text in given.values()):
-        raise ConfigError(f'{SET}: given {environ[SET]!r}, allowed: what mpips run --set writes there, e.g. {{"clip": "1.0"}}')
+        check(SET, environ[SET], 'what mpips run --set writes there, e.g. {"clip": "1.0"}', False)
     for key in given:
         if key not in known():
-            raise ConfigError(f"{key}: no such setting{meant(key, known())}")
+            raise ConfigError(f"{unknown(key, known())} (--set)")
     return {key: (text, "--set") for key, text in given.items()}

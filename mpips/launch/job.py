@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from mpips.config import BAD_CONFIGURATION
 from mpips.launch.command import Plan
 from mpips.launch.keeper import AFTER_TERM, FOLDER, end_all, kept
 from mpips.launch.watch import Failure, Stderr, Watch, first_failure
@@ -135,8 +136,8 @@ def run(plan: Plan, view: View, *, timeout: float | None = None) -> Outcome:
             follow(job, watch, view, progress, stderr)
         reports = watch.failures(until=job.ended_at)
         failure = first_failure(reports, stderr)
-        status = exit_status(job, watch, failed=bool(reports))
-        if status not in (0, PREEMPTED):
+        status = exit_status(job, watch, reports)
+        if status not in (0, PREEMPTED, BAD_CONFIGURATION):  # whose one line has been said
             explain(view, job, watch.run_dir(), failure)
         if status == 0 and watch.run_dir():
             view.tell(f"run folder {watch.run_dir()}")
@@ -210,19 +211,19 @@ def take(watch: Watch, view: View, progress: Progress) -> None:
             view.note(event)
 
 
-def exit_status(job: Job, watch: Watch, *, failed: bool) -> int:
-    """0, 1, 75, or the status that the script has ended with after its run.
+def exit_status(job: Job, watch: Watch, reports: list[dict[str, object]]) -> int:
+    """0, 1, 2, 75, or the status that the script has ended with after its run.
 
     DONE says that the run is complete. Of what comes after it DONE excuses MPI's own finalisation alone, which may die or hang.
 
     Args:
-        failed: whether a rank has reported a failure.
+        reports: the ranks' own, of failures.
     """
     code = job.process.returncode
-    if failed:
-        return 1
-    if code == PREEMPTED:
-        return PREEMPTED
+    if reports:
+        return int(str(reports[0]["status"]))
+    if code in (PREEMPTED, BAD_CONFIGURATION):
+        return code
     if watch.done():
         excused = job.ended_by == AFTER_END or (code >= DIED and watch.left() >= watch.ranks and not job.ended_by)
         return 0 if excused else code if 0 <= code < DIED else 1

@@ -6,6 +6,7 @@ Invariant: reading only; nothing here waits, and a file that is missing or half 
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import time
@@ -94,7 +95,7 @@ class Watch:
         """The run folder, once rank 0 has said it."""
         if self.tail is None:
             with suppress(OSError):
-                self.tail = Tail(Path((self.folder / "run_dir").read_text().strip()) / "events.jsonl")
+                self.tail = Tail(Path(os.fsdecode((self.folder / "run_dir").read_bytes())) / "events.jsonl")
         return self.tail.path.parent if self.tail else None
 
     def events(self) -> list[dict[str, object]]:
@@ -121,7 +122,8 @@ class Watch:
         for path in self.folder.glob("failure_*.json"):
             with suppress(OSError, ValueError, KeyError, TypeError):
                 report = dict(json.loads(path.read_text()))
-                reports.append({**report, "time": float(report["time"]), "rank": int(report["rank"])})
+                numbers = {"time": float(report["time"]), "rank": int(report["rank"]), "status": int(report["status"])}
+                reports.append({**report, **numbers})
         return sorted((report for report in reports if report["time"] <= until), key=lambda report: report["time"])
 
 

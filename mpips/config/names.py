@@ -1,0 +1,42 @@
+"""Settings that are names in a table of another module, and what is no such name."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+from mpips.config.config import Config
+from mpips.config.error import check
+
+
+def check_mode(name: str, modes: Iterable[str]) -> None:
+    """Raise ConfigError for what is none of the modes."""
+    known = list(modes)
+    check("mode", name, ", ".join(known), name in known)
+
+
+def check_rule(name: str, rules: Iterable[str]) -> None:
+    """Raise ConfigError for what is neither one of the rules nor the full name of a class."""
+    known = list(rules)
+    place, _, attribute = name.rpartition(":" if ":" in name else ".")
+    allowed = f"{', '.join(known)}, or a class by its name, package.module:Class"
+    check("rule", name, allowed, name in known or bool(place and attribute))
+
+
+def check_names(config: Config) -> None:
+    """The same of a configuration in a process that does not wait for torch, as the modules with the tables do."""
+    check_mode(config.mode, _names("mpips.mode", "MODES"))
+    check_rule(config.rule, _names("mpips.rule", "RULES"))
+
+
+def _names(module: str, table: str) -> list[str]:
+    """The names that a module's own lines give its table."""
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    for line in ast.parse(Path(spec.origin).read_text()).body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.target.id == table:
+            assert isinstance(line.value, ast.Dict)
+            return [ast.literal_eval(name) for name in line.value.keys if name is not None]
+    raise AssertionError(f"{module} has no table {table}")

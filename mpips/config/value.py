@@ -1,0 +1,111 @@
+"""A setting's value: what its type says, from a text or from Python, or a ConfigError."""
+
+from __future__ import annotations
+
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Literal
+
+import yaml
+
+from mpips.config.config import Config
+from mpips.config.error import check
+from mpips.config.field import allowed
+from mpips.config.file import NULL, Bare, FileError, value_of
+
+LARGEST = 2**53  # settings travel as float64
+WHOLE = re.compile(r"[+-]?[0-9]{1,400}")
+NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|\.?(inf|nan))", re.IGNORECASE)
+
+
+def typed(key: str, kind: Any, given: Any) -> Any:
+    """A setting's value as its type, `kind`, has it.
+
+    Args:
+        key: the setting's.
+        kind: its type.
+        given: a `Bare` text is what a person wrote, to be read as this type; all else is to be of it.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    try:
+        value = _read(kind, given) if isinstance(given, Bare) else _taken(kind, given)
+    except (ValueError, OverflowError):  # a number of too many digits
+        value = _Wrong
+    check(key, given, allowed(kind), value is not _Wrong)
+    if isinstance(value, int):
+        check(key, given, "a whole number from -2^53 to 2^53", abs(value) <= LARGEST)
+    return value
+
+
+def bare(kind: Any, text: str) -> Any:
+    """A text of the command line or a variable as one that stands bare in a file; a list is one there, too."""
+    if typing.get_origin(kind) is tuple:
+        with suppress(FileError, yaml.YAMLError):
+            value = value_of(text)
+            return text if value is None else value
+        return text
+    return Bare(text)
+
+
+class _Wrong:
+    """No value of the type."""
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    """What X | Y allows; a type alone."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+
+
+def _read(kind: Any, text: Bare) -> Any:
+    *_, last = options = _options(kind)
+    if type(None) in options:
+        if text in NULL:
+            return None
+        last = options[0]
+        if not text:
+            return _Wrong
+    if last is bool:
+        return {"true": True, "false": False}.get(text.lower(), _Wrong)
+    if last is int:
+        return int(text) if WHOLE.fullmatch(text) else _Wrong
+    if last is float:
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan")) if NUMBER.fullmatch(text) else _Wrong
+    return _taken(last, str(text))
+
+
+def _taken(kind: Any, given: Any) -> Any:
+    options = _options(kind)
+    if given is None:
+        return None if type(None) in options else _Wrong
+    if isinstance(given, os.PathLike):
+        given = os.fspath(given)
+    kind = options[0]
+    if typing.get_origin(kind) is tuple:
+        whole = isinstance(given, list | tuple) and all(isinstance(item, str) for item in given)
+        return tuple(map(str, given)) if whole else _Wrong
+    if typing.get_origin(kind) is Literal:
+        return given if isinstance(given, str) and given in typing.get_args(kind) else _Wrong
+    if kind is str:
+        return str(given) if isinstance(given, str) and (given or len(options) == 1) else _Wrong
+    if isinstance(given, bool) or kind is bool:
+        return given if isinstance(given, bool) and kind is bool else _Wrong
+    if kind is float:
+        return float(given) if isinstance(given, int | float) else _Wrong
+    return int(given) if isinstance(given, int) else _Wrong
+
+
+def built(values: Mapping[str, Any]) -> Config:
+    """The tree of settings by dotted key."""
+    tree: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        group, dot, name = key.rpartition(".")
+        (groups.setdefault(group, {}) if dot else tree)[name] = value
+    hints = typing.get_type_hints(Config)
+    return Config(**tree, **{group: hints[group](**branch) for group, branch in groups.items()})

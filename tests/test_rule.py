@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -521,11 +523,12 @@ class Odd(Rule):
     needs = "columns"  # type: ignore[assignment]
 
 
-def no_argument() -> Rule:
-    return Own(7)
+class Leaving(Own):
+    def __init__(self) -> None:
+        sys.exit("no")
 
 
-@pytest.mark.parametrize(("own", "bad"), [(f"{__name__}:Own", 2), (f"{__name__}.Own", 2), (f"{__name__}:no_argument", 7)])
+@pytest.mark.parametrize(("own", "bad"), [(f"{__name__}:Own", 2), (f"{__name__}.Own", 2)])
 def test_a_rule_of_somebody_else_s_is_found_by_its_name(own: str, bad: int) -> None:
     rule, last = choose(Config(rule=own, robust=Robust(bad=2)))
     assert isinstance(rule, Own)
@@ -535,17 +538,25 @@ def test_a_rule_of_somebody_else_s_is_found_by_its_name(own: str, bad: int) -> N
 @pytest.mark.parametrize(
     ("own", "reason"),
     [
-        ("no.such.module:Rule", "cannot be loaded .No module named 'no'"),
+        ("no.such.module:Rule", "cannot be loaded .ModuleNotFoundError: No module named 'no'"),
         (f"{__name__}:Missing", "cannot be loaded .*no attribute 'Missing'"),
-        (f"{__name__}:LEAST", "is no class or function"),
-        (f"{__name__}:naive_krum", "cannot be made .*missing"),
-        ("collections:Counter", "has no check; derive it from mpips.rule.Rule"),
+        (f"{__name__}:LEAST", "is no class derived from mpips.rule.Rule"),
+        (f"{__name__}:naive_krum", "is no class derived"),
+        (f"{__name__}:Leaving", "cannot be made .SystemExit: no"),
+        ("collections:Counter", "is no class derived"),
+        ("sys:exit", "is no class derived"),
+        ("builtins:input", "is no class derived"),
+        ("leaves:Rule", "cannot be loaded .SystemExit: 0"),
+        ("breaks:Rule", "cannot be loaded .SyntaxError"),
         (f"{__name__}:Odd", "says needs or then as none may"),
         (":x", "allowed: mean"),
         ("..x", "cannot be loaded"),
     ],
 )
-def test_a_bad_name_is_an_error_of_one_line(own: str, reason: str) -> None:
+def test_a_bad_name_is_an_error_of_one_line(own: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("leaves.py").write_text("import sys\nsys.exit(0)\n")
+    Path("breaks.py").write_text("def (\n")
+    monkeypatch.syspath_prepend(".")
     with pytest.raises(ConfigError, match=reason) as caught:
         choose(Config(rule=own))
     assert "\n" not in str(caught.value)

@@ -27,9 +27,8 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any
 
-from mpips.config import Config, ConfigError
+from mpips.config import Config, ConfigError, check_rule, cut, shown
 from mpips.rule.coordinate import Median, SignMajority, TrimmedMean, strips
 from mpips.rule.gram import Bulyan, CentredClipping, GeometricMedian, Krum, MultiKrum
 from mpips.rule.mean import Mean, NormClip
@@ -65,28 +64,33 @@ def choose(config: Config) -> tuple[Rule, Needs]:
     return rule, "rows" if config.deterministic else last
 
 
-def _load(name: str) -> Callable[..., Any]:
-    """A rule outside this package: `package.module:Class` or `package.module.Class`."""
+def _load(name: str) -> type[Rule]:
+    """A rule outside this package: `package.module:Class` or `package.module.Class`.
+
+    Nothing of somebody else's but the module's own lines and such a class's constructor is called: not `sys:exit`.
+    """
+    check_rule(name, RULES)
     place, _, attribute = name.rpartition(":" if ":" in name else ".")
-    if not place or not attribute:
-        raise ConfigError(f"rule: given {name!r}, allowed: {', '.join(RULES)}, or a class by its name, package.module:Class")
     try:
         found = getattr(importlib.import_module(place), attribute)
-    except Exception as error:  # whatever a module of somebody else's raises when it is imported
-        raise ConfigError(f"rule: given {name!r}, which cannot be loaded ({' '.join(str(error).split())})") from None
-    if not callable(found):
-        raise ConfigError(f"rule: given {name!r}, which is no class or function")
-    return found  # type: ignore[no-any-return]
+    except (Exception, SystemExit) as error:  # whatever a module of somebody else's raises when it is imported
+        raise ConfigError(f"rule: given {shown(name)}, which cannot be loaded ({_why(error)})") from None
+    if not (isinstance(found, type) and issubclass(found, Rule)):
+        raise ConfigError(f"rule: given {shown(name)}, which is no class derived from mpips.rule.Rule")
+    return found
 
 
-def _make(make: Callable[..., Any], config: Config) -> Rule:
+def _why(error: BaseException) -> str:
+    """An exception in part of a line."""
+    return cut(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def _make(make: Callable[..., Rule], config: Config) -> Rule:
     try:
         names = inspect.signature(make).parameters
         rule = make(**{name: value for name, value in vars(config.robust).items() if name in names})
-    except Exception as error:  # whatever a rule of somebody else's raises
-        raise ConfigError(f"rule: given {config.rule!r}, which cannot be made ({' '.join(str(error).split())})") from None
-    lacks = [name for name in dir(Rule) if not name.startswith("_") and not hasattr(rule, name)]
-    if lacks or getattr(rule, "needs", None) not in ("sum", "rows", "gram") or rule.then not in ("sum", "rows"):
-        reason = f"has no {lacks[0]}; derive it from mpips.rule.Rule" if lacks else "says needs or then as none may"
-        raise ConfigError(f"rule: given {config.rule!r}, which {reason}")
-    return rule  # type: ignore[no-any-return]
+    except (Exception, SystemExit) as error:  # whatever a rule of somebody else's raises
+        raise ConfigError(f"rule: given {shown(config.rule)}, which cannot be made ({_why(error)})") from None
+    if getattr(rule, "needs", None) not in ("sum", "rows", "gram") or rule.then not in ("sum", "rows"):
+        raise ConfigError(f"rule: given {shown(config.rule)}, which says needs or then as none may")
+    return rule

@@ -642,6 +642,7 @@ def test_print_config_prints_on_rank_0_and_ends_all(
     rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", str(rank))
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")  # else MPI would be asked
     _parsed("--print_config", "--clip", "2")
     with pytest.raises(SystemExit) as end:
         mpips.connect(mlp(), lambda p: None, seed=4)  # type: ignore[arg-type, return-value]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from mpips.config.error import ConfigError, check, shown
 
-
 ANSWERS = ("no", "auto", "aside")  # of `resume`; all else is a path
 
 

@@ -10,7 +10,8 @@
             optimizer.step()  # push, combine, step on the server, pull
         ps.validate(lambda: accuracy(model, test_set))
 
-Importing this package does not initialise MPI. It takes flags that begin with `--mpips.` out of `sys.argv`.
+Importing this package does not initialise MPI. It takes flags that begin with `--mpips.` out of `sys.argv`, and remembers
+SIGUSR1, which ends a run with a checkpoint, from then on.
 """
 
 __version__ = "0.1.0"
@@ -18,6 +19,8 @@ __version__ = "0.1.0"
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from mpips import process
 
 if TYPE_CHECKING:
     from mpips.client import Client
@@ -67,5 +70,6 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module 'mpips' has no attribute {name!r}")
 
 
+process.begin()
 if any(word.startswith("--mpips.") for word in sys.argv[1:]):
     import_module("mpips.config").take_flags()

@@ -5,18 +5,16 @@ The failing rank's traceback goes to its log, to the screen and to the launcher,
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
+from mpips import process
 from mpips.config import BAD_CONFIGURATION, ConfigError
 from mpips.contract import ContractError
 from mpips.exchange import SERVER, Exchange
@@ -28,7 +26,6 @@ PATIENCE = 0.5  # seconds for rank 0 to say what a rank that refuses a setting w
 TOGETHER = (CallError, ContractError, NonFiniteError)  # raised on all ranks at once, with one text
 
 
-_notes: list[Callable[[], None]] = []
 _failures: list[BaseException] = []
 
 
@@ -73,7 +70,7 @@ def _tell(
         if exchange.rank != SERVER:
             exchange.wait(patience=3)  # rank 0 prints and ends all
     with suppress(Exception):
-        _tell_launcher(exchange.rank, text, status)
+        process.tell_launcher(exchange.rank, text, status)
     if exchange.size > 1 and not issubclass(kind, ConfigError):
         text = f"mpips: rank {exchange.rank} on {socket.gethostname()} failed:\n{text}"
     stop_copying()  # it is in the log
@@ -82,26 +79,8 @@ def _tell(
         sys.stderr.flush()
 
 
-def _tell_launcher(rank: int, text: str, status: int) -> None:
-    if launch := os.environ.get("MPIPS_LAUNCH_DIR"):
-        facts = {"time": time.time(), "rank": rank, "host": socket.gethostname(), "status": status, "traceback": text}
-        Path(launch, f"failure_{rank}.json").write_text(json.dumps(facts))
-
-
 def tell_left(rank: int) -> None:
     """Tell the launcher that this rank's program has come to its end."""
     if launch := os.environ.get("MPIPS_LAUNCH_DIR"):
         with suppress(OSError):
             Path(launch, f"left_{rank}").touch()
-
-
-def on_preemption(note: Callable[[], None]) -> None:
-    """Call `note`, and no longer that of a run before, when SIGUSR1 comes, unless the script handles it itself."""
-    _notes[:] = [note]
-    if signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL:
-        return
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        _notes[0]()  # nothing else happens in the handler
-
-    signal.signal(signal.SIGUSR1, handler)

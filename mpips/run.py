@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from mpips import blueprint, clipping, failure, folder, report, rng, wrapped
+from mpips import blueprint, clipping, failure, folder, process, report, rng, wrapped
 from mpips.client import Client
 from mpips.config import Config, ConfigError, no_folder
 from mpips.data import Place
@@ -118,7 +118,7 @@ def _connect(
     exchange, again = _Process.exchange, _Process.count > 0
     if exchange is None:
         exchange = _Process.exchange = join(config)
-        atexit.register(_leave, exchange)
+        atexit.register(_leave, exchange, os.getpid())
     elif _Process.run:
         _Process.run.end_before_another()
     _Process.count += 1
@@ -137,7 +137,7 @@ def _connect(
             raise
         _end_process(exchange)
     run = _Process.run = _begin(start)
-    failure.on_preemption(run.preempt)
+    process.on_preemption(run.preempt)
     if run.worker == 0 and not again and torch.initial_seed() != run.seed:
         print(
             "mpips: torch is not seeded alike on all ranks, so what the script has drawn before connect (a split, targets) "
@@ -152,7 +152,7 @@ def _serve(start: Start) -> Start:
     """Serve a run, and begin the next one if the workers do; else SystemExit."""
     server = start.server
     assert server
-    failure.on_preemption(partial(setattr, server, "signalled", True))
+    process.on_preemption(partial(setattr, server, "signalled", True))
     server.serve()
     if server.control.stop == Stop.PREEMPTED:
         _preempted(server)
@@ -206,13 +206,21 @@ def _end_process(exchange: Exchange) -> NoReturn:
         exchange.wait(patience=None)
         failure.tell_left(exchange.rank)
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _exit(exchange, status)
+
+
+def _exit(exchange: Exchange, status: int) -> NoReturn:
+    """End the process now, with this status."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # on a full disk
+            stream.flush()
     exchange.finalize()
     os._exit(status)
 
 
-def _leave(exchange: Exchange) -> None:
+def _leave(exchange: Exchange, born: int) -> None:
+    if os.getpid() != born:  # a child that the script has forked: the run is not its own
+        return
     try:
         run = _Process.run
         if run:
@@ -223,10 +231,7 @@ def _leave(exchange: Exchange) -> None:
             exchange.wait(patience=None)
             failure.tell_left(exchange.rank)
         if run and run.preempted and _Process.status is None:  # the script has ended by itself in the same moment
-            sys.stdout.flush()
-            sys.stderr.flush()
-            exchange.finalize()
-            os._exit(failure.PREEMPTED)
+            _exit(exchange, failure.PREEMPTED)
     except Exception:  # at exit nobody else would end the other ranks
         sys.excepthook(*sys.exc_info())
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer, SparseAdam
 
-from mpips import failure, stdout
+from mpips import failure, process, stdout
 from mpips.config import BAD_CONFIGURATION, Config, ConfigError, Resolved, check_resume, check_run_dir, show, trace, whence
 from mpips.contract import settle
 from mpips.environment import launch
@@ -191,6 +191,7 @@ def refused(error: ConfigError) -> BaseException:
         with suppress(ImportError, RuntimeError):  # no MPI to say it through
             _settle(_joined(partial(_meet, Config())), str(error))
     _say(error)
+    process.ends_with(BAD_CONFIGURATION)
     return SystemExit(BAD_CONFIGURATION)
 
 

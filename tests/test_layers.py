@@ -34,9 +34,11 @@ LAYERS = [
     {"data"},
     {"buffers", "trainable", "plan", "ready", "rng"},
     {"flat", "config", "outer", "hyper", "joint", "stdout"},
+    {"process"},
+    {"environment"},
 ]
 HEIGHT = {noun: -depth for depth, nouns in enumerate(LAYERS) for noun in nouns}
-HOMES = {"mpi4py": {"exchange", "bench"}, "h5py": {"checkpoint", "bench"}, "rich": {"screen", "launch", "cli"}}
+HOMES = {"mpi4py": {"exchange", "bench", "process"}, "h5py": {"checkpoint", "bench"}, "rich": {"screen", "launch", "cli"}}
 NOUNS = sorted(
     {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")} - {"__init__", "__main__"}
 )

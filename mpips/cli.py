@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mpips import __version__, stdout
 from mpips.bench import flags
 from mpips.config import BAD_CONFIGURATION, ConfigError, whole_line
+from mpips.process import emit
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line, status 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        emit(2, f"{self.prog}: {message}\n")
+        self.exit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if file is not None and file is sys.stdout:  # help, which argparse would lose without a word
@@ -66,13 +68,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status."""
+    """Run one verb; returns the exit status, which is not 0 if the verb's answer could not be written."""
     own, script = _split(whole_line() if argv is None else list(argv))
     try:
         return _run(own, script)
     except stdout.OutputError as error:
         if str(error):
-            print(f"mpips {own[0]}: {error}", file=sys.stderr)
+            emit(2, f"mpips {own[0]}: {error}\n")
         return error.status
 
 
@@ -87,7 +89,7 @@ def _run(own: list[str], script: list[str]) -> int:
     except (VerbError, OSError, ConfigError) as error:
         setting = isinstance(error, ConfigError)  # said as a rank says it
         status = BAD_CONFIGURATION if setting else getattr(error, "status", 1)
-        print(f"mpips: {error}" if setting else f"mpips {own[0]}: {error}", file=sys.stderr)
+        emit(2, f"mpips: {error}\n" if setting else f"mpips {own[0]}: {error}\n")
         if options.json:
             stdout.write(json.dumps({"exit": status, "error": str(error)}))
         return int(status)
@@ -248,9 +250,9 @@ def run_verb(options: argparse.Namespace) -> int:
     if options.dry_run:
         stdout.write(json.dumps(asdict(planned)) if options.json else str(planned))
         return 0
-    print(planned, file=sys.stderr)
+    emit(2, f"{planned}\n")
     for warning in planned.warnings:
-        print(f"mpips: warning: {warning}", file=sys.stderr)
+        emit(2, f"mpips: warning: {warning}\n")
     outcome = run(planned, view(json_wanted=options.json), timeout=options.timeout)
     if options.json:
         stdout.write(json.dumps(asdict(outcome)))
@@ -306,7 +308,7 @@ def _load(path: Path) -> tuple[Path, dict[str, Any]]:
         warnings.simplefilter("always")
         found = (checkpoint.newest(path / "checkpoints") or checkpoint.newest(path)) if path.is_dir() else path
     for warning in passed_over:
-        print(f"mpips: warning: {warning.message}", file=sys.stderr)
+        emit(2, f"mpips: warning: {warning.message}\n")
     if found is None:
         raise VerbError(f"{path}: no whole checkpoint in it; give a run folder that has checkpoints/*.h5")
     try:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import pwd
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -231,6 +233,16 @@ def find_mpiexec() -> Mpiexec:
     )
 
 
+def home() -> dict[str, str]:
+    """HOME where it is not set, as in a service's environment: without it Open MPI's mpiexec does nothing."""
+    if os.environ.get("HOME"):
+        return {}
+    try:
+        return {"HOME": pwd.getpwuid(os.getuid()).pw_dir}
+    except KeyError:  # a user without an entry, as in a container
+        return {"HOME": tempfile.gettempdir()}
+
+
 def recognise(text: str) -> tuple[str, str]:
     """(family, version) from what `mpiexec --version` printed."""
     openmpi = re.search(r"(?:Open MPI|OpenRTE)\)? v?(\d+(?:\.\d+)+)", text)
@@ -337,7 +349,13 @@ def _output(command: list[str]) -> str | None:
     """What a command printed; None when it failed or took too long."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=CHILD_TIMEOUT, stdin=subprocess.DEVNULL
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=CHILD_TIMEOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **home()},
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -22,6 +22,8 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
+from mpips.process import emit
+
 LOG = logging.getLogger("mpips")
 VALIDATED = ("round", "epoch", "value", "name")  # validations.csv
 FIXED = ("round", "epoch", "version", "samples", "loss", "lr")  # metrics.csv, then the script's own
@@ -66,7 +68,7 @@ def log_to(folder: Path, rank: int, run: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             _copy(stream, path)
-    handler = logging.FileHandler(path)
+    handler = logging.FileHandler(path, encoding="utf-8", errors="surrogateescape")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
@@ -165,11 +167,11 @@ class Table:
             return ""
         wanted = self.count if self._before else 0
         beside = self._path.with_name(f".{self._path.name}")
-        with beside.open("w") as file:
+        with beside.open("w", encoding="utf-8") as file:
             file.write(self._head)
             found = self._copy(wanted, file)
         beside.replace(self._path)  # at no time is the table shorter than the checkpoint counts
-        self._file = self._path.open("a", buffering=1 << 16)
+        self._file = self._path.open("a", buffering=1 << 16, encoding="utf-8")
         self.count -= wanted - found
         lacking = f"{self._before} has {found} of the {wanted} rows before this checkpoint: the table lacks them"
         return lacking if found < wanted else ""
@@ -179,7 +181,7 @@ class Table:
         found = 0
         with suppress(OSError):
             if self._before:
-                with self._before.open(errors="replace") as before:
+                with self._before.open(encoding="utf-8", errors="replace") as before:
                     for row in takewhile(self._is_row, islice(before, 1, 1 + wanted)):
                         file.write(row)
                         found += 1
@@ -209,7 +211,7 @@ class Table:
         """All rows, from the file."""
         if self._path is None or not self._path.exists():
             return []
-        with self._path.open(newline="") as file:
+        with self._path.open(newline="", encoding="utf-8") as file:
             return list(csv.reader(file))[1:]
 
 
@@ -260,7 +262,8 @@ class Report:
         """Once, before the first round."""
         if self.folder is not None:
             self._begin()
-            (self.folder / "config.yaml").write_text(f"# run {self.run}\n{config_yaml}")
+            settings = f"# run {self.run}\n{config_yaml}"
+            (self.folder / "config.yaml").write_bytes(settings.encode("utf-8", "surrogateescape"))
             (self.folder / "env.json").write_text(json.dumps({"run": self.run, **environment}, indent=2, default=str) + "\n")
         self.event("start", run=self.run, **facts, run_dir=str(self.folder))
         self.line("{workers} worker(s), {mpi}, torch {torch} on {device}, {parameters:,} trainable parameters"
@@ -313,7 +316,7 @@ class Report:
         if self.folder is None or self._drawn or not (always or now - self._last_line >= LINE_EVERY):
             return
         self._last_line = now
-        print(f"mpips: {text}", flush=True)
+        emit(1, f"mpips: {text}\n")
 
     def flush(self, lasting: bool = False) -> None:
         """Everything so far is in the files; the tables' rows on the disk, if they are to be `lasting`."""

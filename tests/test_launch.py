@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -81,6 +82,22 @@ def test_an_allocation_has_the_cores_of_all_its_nodes(machine, tmp_path):
     nodes.write_text("a\na\nb\n")
     for name in ("PBS_NODEFILE", "LSB_DJOB_HOSTFILE"):
         assert plan(16, ["x.py"], environ={name: str(nodes)}, mpiexec=MPICH).variables["OMP_NUM_THREADS"] == "1"
+
+
+def test_without_a_home_the_users_own_is_given(machine, monkeypatch):
+    monkeypatch.delenv("HOME")
+    assert Path(plan(2, ["x.py"], environ={}, mpiexec=OPENMPI_5).variables["HOME"]).is_dir()
+    assert "HOME" not in plan(2, ["x.py"], environ={"HOME": "/h"}, mpiexec=OPENMPI_5).variables
+
+
+@pytest.mark.parametrize(
+    ("mpiexec", "name"), [(OPENMPI_5, "PRTE_MCA_prte_tmpdir_base"), (OPENMPI_4, "OMPI_MCA_orte_tmpdir_base")]
+)
+def test_open_mpi_keeps_its_files_where_files_can_be_made(machine, mpiexec, name):
+    usable = tempfile.gettempdir()
+    assert plan(2, ["x.py"], environ={"TMPDIR": "/sys"}, mpiexec=mpiexec).variables[name] == usable
+    assert name not in plan(2, ["x.py"], environ={"TMPDIR": usable}, mpiexec=mpiexec).variables
+    assert name not in plan(2, ["x.py"], environ={}, mpiexec=mpiexec).variables
 
 
 @pytest.mark.parametrize("hosts", [["--hostfile", "h"], ["--host=a,b"], ["-f", "h"]])
@@ -190,6 +207,23 @@ def test_outcome_tells_how_far_the_run_came(fake, tmp_path):
     outcome = fake("run_dir(); event('round', round=7); event('validate', value=0.5); event('checkpoint', path='c.h5')")
     assert (outcome.rounds, outcome.value, outcome.checkpoint) == (7, 0.5, "c.h5")
     assert (outcome.run_dir, outcome.failed_rank) == (str(tmp_path / "run"), None)
+
+
+DIED = "(launch / 'process_1').write_text('0'); print('PID 1 RUNNING AT h', file=sys.stderr)\n"
+DIED += f"print({'TERMINATED WITH THE EXIT STRING: Segmentation fault (signal 11)'!r}, file=sys.stderr)\nsys.exit(11)"
+
+
+@pytest.mark.parametrize(("left", "status"), [("", 1), ("(launch / 'left_0').touch()\n", 0)])
+def test_a_death_after_done_is_told_from_a_status_of_the_same_number(fake, left, status):
+    """MPICH's mpiexec ends with the signal's number; in MPI's finalisation that is no failure."""
+    outcome = fake(f"run_dir(); done()\n{left}{DIED}")
+    assert (outcome.exit, outcome.failed_rank) == (status, 0 if status else None)
+
+
+def test_a_run_folder_of_any_name_is_found(fake):
+    outcome = fake("folder = pathlib.Path(os.fsdecode(b'l\\xe4ufe ')).absolute(); folder.mkdir(); (launch / 'run_dir')."
+                   "write_bytes(os.fsencode(folder)); done()")  # fmt: skip
+    assert (outcome.exit, Path(outcome.run_dir).name) == (0, os.fsdecode(b"l\xe4ufe "))
 
 
 def test_a_hang_after_done_is_ended_and_is_success(fake, monkeypatch):
@@ -311,6 +345,34 @@ def test_mpiexec_names_the_rank_that_fell(text, rank, number):
     assert (stderr.rank, stderr.signal) == (rank, number)
 
 
+HYDRA = """
+===================================================================================
+=   BAD TERMINATION OF ONE OF YOUR APPLICATION PROCESSES
+=   PID 4364 RUNNING AT vm
+=   EXIT CODE: 7
+=   CLEANING UP REMAINING PROCESSES
+=   YOU CAN IGNORE THE BELOW CLEANUP MESSAGES
+===================================================================================
+"""
+BY_SIGNAL = "YOUR APPLICATION TERMINATED WITH THE EXIT STRING: Bus error (signal 7)\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "rank", "number"),
+    [
+        (HYDRA + BY_SIGNAL, 3, 7),
+        (HYDRA, 3, None),  # it ended with status 7
+        (HYDRA.replace("4364", "1") + BY_SIGNAL, None, 7),
+        ("Abort(3) on node 1: application called MPI_Abort(MPI_COMM_WORLD, 3) - process 1\n" + HYDRA + BY_SIGNAL, 1, None),
+    ],
+)
+def test_a_rank_that_mpich_names_by_its_process(tmp_path, text, rank, number):
+    (tmp_path / "process_4364").write_text("3")
+    stderr = Stderr(Watch(tmp_path, 4).rank_of)
+    stderr.feed(text.encode())
+    assert (stderr.rank, stderr.signal) == (rank, number)
+
+
 def test_a_killed_rank_comes_before_the_reports_of_those_who_noticed():
     noticed = [{"rank": 0, "time": 1.0, "traceback": "MPI_ERR_PROC_FAILED"}]
     failure = first_failure(noticed, listened(PRTERUN))
@@ -365,12 +427,13 @@ exit $code
 class Launcher:
     """`mpips run -n 2` as a process, and the ranks that it started."""
 
-    def __init__(self, folder, source, mpiexec=None, flags=()):
+    def __init__(self, folder, source, mpiexec=None, flags=(), before="", stdin=subprocess.DEVNULL):
         script = folder / "script.py"
         script.write_text("import os, signal, sys, time\nopen(f'pid{os.getpid()}', 'w').close()\n" + source)
-        argv = [sys.executable, "-c", DRIVER, str(mpiexec or ""), "run", "-n", "2", *flags, str(script)]
+        argv = [sys.executable, "-c", before + DRIVER, str(mpiexec or ""), "run", "-n", "2", *flags, str(script)]
         self.folder = folder
-        self.process = subprocess.Popen(argv, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        streams = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(argv, cwd=folder, **streams, text=True)
 
     def pids(self):
         return [int(path.name[3:]) for path in self.folder.glob("pid*")]
@@ -439,13 +502,52 @@ def test_a_second_signal_ends_stubborn_ranks_now(tmp_path, fake_mpiexec):
     assert time.monotonic() - began < 8
 
 
-def test_usr1_reaches_the_ranks_and_75_comes_back(tmp_path, fake_mpiexec):
-    source = "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n" + SLEEP
-    launcher = Launcher(tmp_path, source, fake_mpiexec).up()
-    launcher.process.send_signal(signal.SIGUSR1)
+PREEMPTIBLE = "time.sleep(1)\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n" + SAY + "run_dir(); event('start')\n"
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_usr1_reaches_the_ranks_once_they_can_end_with_75(tmp_path, fake_mpiexec, early):
+    launcher = Launcher(tmp_path, PREEMPTIBLE + SLEEP, fake_mpiexec)
+    for _ in range(2 if early else 0):
+        while not launcher.pids():
+            time.sleep(0.02)
+        launcher.process.send_signal(signal.SIGUSR1)
+        time.sleep(0.1)
+    launcher.up()
+    if not early:
+        launcher.process.send_signal(signal.SIGUSR1)
     status, output = launcher.end()
     assert (status, launcher.all_gone()) == (75, True)
     assert "--mpips.resume auto" in output.splitlines()[-1]
+
+
+def test_usr1_before_the_launcher_has_started_anything_is_remembered(tmp_path, fake_mpiexec):
+    before = "import os, signal, mpips; os.kill(os.getpid(), signal.SIGUSR1)\n"
+    status, _ = Launcher(tmp_path, PREEMPTIBLE + SLEEP, fake_mpiexec, before=before).end()
+    assert status == 75
+
+
+def test_what_is_on_stdin_is_left_to_who_started_the_launcher(tmp_path, fake_mpiexec):
+    launcher = Launcher(tmp_path, "sys.stdin.read()", fake_mpiexec, stdin=subprocess.PIPE)
+    launcher.process.stdin.write("next line")
+    assert launcher.end()[0] == 0  # the pipe is still open: who reads it waits
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (0, 1, 2)])
+def test_closed_streams_end_no_run(tmp_path, fake_mpiexec, closed):
+    source = (
+        "time.sleep(0.5); assert pathlib.Path(os.environ['MPIPS_LAUNCH_DIR']).is_dir(); (folder / str(os.getpid())).touch()"
+    )
+    before = f"import os; [os.close(number) for number in {closed}]\n"
+    assert Launcher(tmp_path, SAY + source, fake_mpiexec, before=before).end()[0] == 0
+    assert len(list((tmp_path / "run").iterdir())) == 2
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_full_disk_under_a_stream_ends_no_run(tmp_path, fake_mpiexec, stream):
+    before = f"import os; os.dup2(os.open('/dev/full', os.O_WRONLY), {stream})\n"
+    source = "print('a' * 99999); print('b' * 99999, file=sys.stderr); sys.exit(75)"
+    assert Launcher(tmp_path, source, fake_mpiexec, before=before).end()[0] == 75
 
 
 # The real mpiexec

@@ -55,6 +55,15 @@ def test_tail_passes_over_torn_lines_and_starts_again_on_a_new_file(tmp_path):
     assert tail.read() == [{"event": "new"}]
 
 
+def test_tail_gives_lines_of_any_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(screen.progress, "READ_AT_ONCE", 16)
+    path = tmp_path / "events.jsonl"
+    written = [{"event": "trainable", "tensors": ["x" * 100]}, {"event": "validate", "value": 1}]
+    path.write_text("".join(json.dumps(event) + "\n" for event in written))
+    tail = Tail(path)
+    assert [event for _ in range(9) for event in tail.read()] == written
+
+
 def progressed(*events):
     progress = Progress()
     for event in events:
@@ -154,7 +163,7 @@ class Terminal:
 def terminal(monkeypatch):
     terminal = Terminal(100)
     monkeypatch.setattr(screen, "_size", lambda: (terminal.width, 24))
-    monkeypatch.setattr(screen, "_emit", lambda stream, data: terminal.feed(data))
+    monkeypatch.setattr(screen, "emit", lambda stream, data: terminal.feed(data))
     monkeypatch.setattr(screen, "DRAW_EVERY", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     return terminal
@@ -245,7 +254,7 @@ def test_the_live_screen_needs_a_real_terminal(monkeypatch, tty, term, json_want
 def test_no_color_is_respected(terminal, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     sent = []
-    monkeypatch.setattr(screen, "_emit", lambda stream, data: sent.append(data))
+    monkeypatch.setattr(screen, "emit", lambda stream, data: sent.append(data))
     Screen().show(progressed(START, round_event()))
     assert b"training" in b"".join(sent)
     assert not re.search(rb"\x1b\[[0-9;]*3[0-7]m", b"".join(sent))

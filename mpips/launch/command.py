@@ -9,13 +9,14 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mpips.config import SET
-from mpips.environment import Mpiexec, cores, find_mpiexec, physical_cores
+from mpips.environment import Mpiexec, cores, find_mpiexec, home, physical_cores
 
 HOST_FLAGS = {
     "--host",
@@ -31,6 +32,7 @@ HOST_FLAGS = {
 }
 NODE_FILES = ("PBS_NODEFILE", "LSB_DJOB_HOSTFILE")  # a line for each slot: its node's name
 BIND = {4: "OMPI_MCA_hwloc_base_binding_policy", 5: "PRTE_MCA_hwloc_default_binding_policy"}
+SESSIONS = {4: "OMPI_MCA_orte_tmpdir_base", 5: "PRTE_MCA_prte_tmpdir_base"}
 CROWD = {
     4: {"OMPI_MCA_rmaps_base_oversubscribe": "1"},
     5: {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"},
@@ -63,7 +65,7 @@ def plan(
     """The command that starts `size` ranks of `script` (a file and its flags), with mpips' `settings` above all others."""
     mpiexec = mpiexec or find_mpiexec()
     here = None if HOST_FLAGS & {argument.split("=")[0] for argument in mpi_args} else _nodes(environ)
-    wanted = {"PYTHONUNBUFFERED": "1", **_variables(mpiexec, size, here)}  # MPICH's ranks write to pipes
+    wanted = {"PYTHONUNBUFFERED": "1", **_variables(mpiexec, size, here, environ)}  # MPICH's ranks write to pipes
     chosen = {name: value for name, value in wanted.items() if name not in environ}
     if timeout is not None:
         chosen["MPIEXEC_TIMEOUT"] = str(timeout)  # the one watchdog that all mpiexecs know
@@ -75,7 +77,7 @@ def plan(
     return Plan(command, chosen, size, _crowded(size, here))
 
 
-def _variables(mpiexec: Mpiexec, size: int, nodes: int | None) -> dict[str, str]:
+def _variables(mpiexec: Mpiexec, size: int, nodes: int | None, environ: Mapping[str, str]) -> dict[str, str]:
     """What lets a newcomer's machine run it: root, few cores, torch's threads. `nodes` is None when it is not known."""
     wanted: dict[str, str] = {}
     if nodes:
@@ -85,6 +87,10 @@ def _variables(mpiexec: Mpiexec, size: int, nodes: int | None) -> dict[str, str]
     series = 4 if 0 < mpiexec.major < 5 else 5
     if os.geteuid() == 0:
         wanted |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    wanted |= home()
+    given, usable = environ.get("TMPDIR"), tempfile.gettempdir()
+    if given and os.path.abspath(given) != usable:  # read-only or full: there Open MPI could not begin
+        wanted[SESSIONS[series]] = usable
     wanted[BIND[series]] = "none"  # by default a rank with all its torch threads is bound to one core
     if nodes and size > nodes * physical_cores():
         wanted |= CROWD[series]

@@ -9,7 +9,6 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from mpips import process
 from mpips.config import BAD_CONFIGURATION
 from mpips.launch.command import Plan
 from mpips.launch.keeper import AFTER_TERM, FOLDER, end_all, kept
@@ -58,6 +58,7 @@ class Job:
     folder: Path
     limit: float  # when --timeout is over; mpiexec itself watches it, we only where it does not
     asked: deque[int] = field(default_factory=deque)  # signals that have come and are not yet forwarded
+    preempted: bool = False  # SIGUSR1 has come, and waits for the run to begin
     ended_by: str = ""  # why the launcher ended it; "" while it runs or ended by itself
     ended_at: float = float("inf")  # by the wall clock, as in the ranks' failure reports
     kill_at: float = float("inf")
@@ -90,12 +91,18 @@ class Job:
             self.ended_by = self.ended_by or TIMEOUT
         return not self.selector.get_map() or time.monotonic() > self.exited_at + AFTER_EXIT
 
-    def forward(self, view: View) -> None:
-        """Pass signals on to mpiexec, which passes them to the ranks; a second wish to stop ends them now."""
+    def forward(self, view: View, begun: bool) -> None:
+        """Pass signals on to mpiexec, which passes them to the ranks; a second wish to stop ends them now.
+
+        Args:
+            begun: whether all ranks have come so far that SIGUSR1 does not kill them, but ends them with a checkpoint.
+        """
         while self.asked:
             number = signal.Signals(self.asked.popleft())
             if number not in GRACE:
-                self._signal(number)
+                self.preempted = True
+                if not begun:
+                    view.tell(f"{number.name}: ending the run with a checkpoint, once it has begun")
             elif self.ended_by:
                 self.kill_at = 0.0
             else:
@@ -103,6 +110,9 @@ class Job:
                 self.kill_at = time.monotonic() + GRACE[number]
                 self.ended_by, self.ended_at = f"by {number.name}", time.time()
                 view.tell(f"{number.name}: ending the ranks within {GRACE[number]:.0f} s; once more to end them now")
+        if self.preempted and begun:
+            self.preempted = False
+            self._signal(signal.SIGUSR1)
 
     def mind(self, done: bool) -> None:
         """Look at the clock: a hang after DONE, the run's own time limit, patience after a signal."""
@@ -131,12 +141,13 @@ def run(plan: Plan, view: View, *, timeout: float | None = None) -> Outcome:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mpips-") as name:
         folder = Path(name)
-        watch, progress, stderr = Watch(folder, plan.ranks), Progress(), Stderr()
+        watch, progress = Watch(folder, plan.ranks), Progress()
+        stderr = Stderr(watch.rank_of)
         with kept(folder), started(plan, folder, timeout) as job:
             follow(job, watch, view, progress, stderr)
         reports = watch.failures(until=job.ended_at)
         failure = first_failure(reports, stderr)
-        status = exit_status(job, watch, reports)
+        status = exit_status(job, watch, reports, died=stderr.signal is not None)
         if status not in (0, PREEMPTED, BAD_CONFIGURATION):  # whose one line has been said
             explain(view, job, watch.run_dir(), failure)
         if status == 0 and watch.run_dir():
@@ -160,27 +171,27 @@ def run(plan: Plan, view: View, *, timeout: float | None = None) -> Outcome:
 def started(plan: Plan, folder: Path, timeout: float | None) -> Iterator[Job]:
     """The running job, its signals forwarded; at the end of the block everything of it that still runs is ended."""
     environ = {**os.environ, **plan.variables, FOLDER: str(folder)}
-    # A terminal's own Ctrl-C reaches only us (new session), and a terminal's keyboard is not for the ranks.
-    stdin = subprocess.DEVNULL if sys.stdin is None or sys.stdin.isatty() else None
-    asked: deque[int] = deque()
+    asked: deque[int] = deque([signal.SIGUSR1] if process.preempted() else [])
 
     def ask(number: int, frame: FrameType | None) -> None:
         asked.append(number)
 
     before = {number: signal.signal(number, ask) for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN}
     try:
+        # A terminal's own Ctrl-C reaches only us (new session). What is on our stdin is for whoever started us: a shell's
+        # `while read` loop, a keyboard.
         with subprocess.Popen(
             plan.command,
             env=environ,
-            stdin=stdin,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
             start_new_session=True,
-        ) as process:
+        ) as mpiexec:
             try:
                 limit = float("inf") if timeout is None else time.monotonic() + timeout
-                yield Job(process, folder, limit, asked)
+                yield Job(mpiexec, folder, limit, asked)
             finally:
                 end_all(folder, patience=AFTER_TERM)
     finally:
@@ -195,8 +206,8 @@ def follow(job: Job, watch: Watch, view: View, progress: Progress, stderr: Stder
             view.write(stream, data)
             if stream == 2 and not job.ended_by:  # what the ranks say as we end them is no failure
                 stderr.feed(data)
-        job.forward(view)
         take(watch, view, progress)
+        job.forward(view, begun="start" in progress.latest)
         view.show(progress)
         job.mind(watch.done() and watch.left() >= watch.ranks)
     take(watch, view, progress)
@@ -211,22 +222,24 @@ def take(watch: Watch, view: View, progress: Progress) -> None:
             view.note(event)
 
 
-def exit_status(job: Job, watch: Watch, reports: list[dict[str, object]]) -> int:
+def exit_status(job: Job, watch: Watch, reports: list[dict[str, object]], *, died: bool) -> int:
     """0, 1, 2, 75, or the status that the script has ended with after its run.
 
     DONE says that the run is complete. Of what comes after it DONE excuses MPI's own finalisation alone, which may die or hang.
 
     Args:
         reports: the ranks' own, of failures.
+        died: whether a rank was ended by a signal; of which MPICH's mpiexec makes a status like any other.
     """
     code = job.process.returncode
+    died = died or code >= DIED
     if reports:
         return int(str(reports[0]["status"]))
     if code in (PREEMPTED, BAD_CONFIGURATION):
         return code
     if watch.done():
-        excused = job.ended_by == AFTER_END or (code >= DIED and watch.left() >= watch.ranks and not job.ended_by)
-        return 0 if excused else code if 0 <= code < DIED else 1
+        excused = job.ended_by == AFTER_END or (died and watch.left() >= watch.ranks and not job.ended_by)
+        return 0 if excused else code if code >= 0 and not died else 1
     return 0 if code == 0 and watch.run_dir() is None and not job.ended_by else 1
 
 

@@ -11,6 +11,7 @@ import re
 import signal
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,15 @@ from mpips.screen import Tail
 
 CLOCKS = 2.0  # seconds by which a file server's clock may differ from ours
 
-# mpiexec's own words about who fell first: (rank, signal or nothing).
+# mpiexec's own words about who fell first: rank or process, perhaps the signal.
 BLAME = (
     re.compile(r"process rank (?P<rank>\d+) with PID .* exited on\s+signal (?P<signal>\d+)", re.DOTALL),
     re.compile(r"MPI_ABORT was invoked on rank (?P<rank>\d+)"),
     re.compile(r"Process name: \[[^\]]*,(?P<rank>\d+)\]"),
     re.compile(r"application called MPI_Abort\(.*\) - process (?P<rank>\d+)"),
+    re.compile(r"PID (?P<pid>\d+) RUNNING AT "),  # MPICH's says who, and some lines later of what
 )
+OF_SIGNAL = re.compile(r"TERMINATED WITH THE EXIT STRING: .*\(signal (?P<signal>\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,18 @@ class Failure:
 
 
 class Stderr:
-    """Listens to the ranks' stderr for the first traceback and for mpiexec's word on who failed first."""
+    """Listens to the ranks' stderr for the first traceback and for mpiexec's word on who failed first.
+
+    Args:
+        rank_of: which rank a process is.
+    """
 
     BEGINS = re.compile(r'Traceback \(most recent call last\)|  File ".*", line \d+$')  # the second: a SyntaxError
     CHAINED = ("Traceback (most", "During handling of", "The above exception")
 
-    def __init__(self) -> None:
+    def __init__(self, rank_of: Callable[[int], int | None] = lambda pid: None) -> None:
         self.half = b""
+        self._rank_of, self._blamed, self._by_pid = rank_of, False, False
         self.block: list[str] = []
         self.complete = False
         self.recent: deque[str] = deque(maxlen=3)  # mpiexec's sentences break over lines
@@ -75,11 +83,14 @@ class Stderr:
 
     def _blame(self, line: str) -> None:
         self.recent.append(line)
-        for pattern in BLAME if self.rank is None else ():
-            found = pattern.search("\n".join(self.recent))
-            if found:
-                self.rank = int(found["rank"])
-                self.signal = int(found["signal"]) if "signal" in found.groupdict() else None
+        if self._by_pid and self.signal is None and (found := OF_SIGNAL.search(line)):
+            self.signal = int(found["signal"])
+        for pattern in BLAME if not self._blamed else ():
+            if match := pattern.search("\n".join(self.recent)):
+                words = match.groupdict()
+                self._blamed, self._by_pid = True, "pid" in words
+                self.rank = self._rank_of(int(words["pid"])) if self._by_pid else int(words["rank"])
+                self.signal = int(words["signal"]) if "signal" in words else None
                 return
 
 
@@ -115,6 +126,12 @@ class Watch:
     def left(self) -> int:
         """How many ranks have come to the end of their program; only MPI's own finalisation is still before them."""
         return len(list(self.folder.glob("left_*")))
+
+    def rank_of(self, pid: int) -> int | None:
+        """Which rank that process is, if it is on this machine and has imported mpips."""
+        with suppress(OSError, ValueError):
+            return int((self.folder / f"process_{pid}").read_text())
+        return None
 
     def failures(self, until: float) -> list[dict[str, object]]:
         """The ranks' own failure reports of up to that moment, first failure first."""

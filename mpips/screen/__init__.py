@@ -11,6 +11,7 @@ import sys
 import time
 from typing import Protocol
 
+from mpips.process import emit
 from mpips.screen.frame import frame
 from mpips.screen.progress import Event, Progress, Tail, describe, progress_line
 
@@ -50,13 +51,13 @@ class Lines:
 
     def write(self, stream: int, data: bytes) -> None:
         """Pass the bytes on."""
-        _emit(stream, data)
+        emit(stream, data)
         self.half = 0 if data.endswith(b"\n") else stream
 
     def tell(self, text: str) -> None:
         """One line, never glued to a half line of a rank."""
         self._end_line()
-        _emit(2, f"mpips: {text}\n".encode())
+        emit(2, f"mpips: {text}\n")
 
     def note(self, event: Event) -> None:
         """A line for the events that matter in a log."""
@@ -77,7 +78,7 @@ class Lines:
 
     def _end_line(self) -> None:
         if self.half:
-            _emit(self.half, b"\n")
+            emit(self.half, b"\n")
         self.half = 0
 
 
@@ -100,7 +101,7 @@ class Screen:
     def write(self, stream: int, data: bytes) -> None:
         """Whole lines go above the region; a half line waits for its end."""
         if stream == 2 and not sys.stderr.isatty():
-            return _emit(2, data)
+            return emit(2, data)
         complete = data.rfind(b"\n") + 1
         lines, self.halves[stream] = self.halves[stream] + data[:complete], data[complete:]
         if not complete:
@@ -110,8 +111,8 @@ class Screen:
 
     def tell(self, text: str) -> None:
         """One line above the region."""
-        line = f"mpips: {text}\n".encode()
-        return self._draw(above=line) if sys.stderr.isatty() else _emit(2, line)
+        line = f"mpips: {text}\n".encode("utf-8", "surrogateescape")
+        return self._draw(above=line) if sys.stderr.isatty() else emit(2, line)
 
     def note(self, event: Event) -> None:
         """Only what must not scroll out of the region's last events."""
@@ -145,7 +146,8 @@ class Screen:
         # A narrower terminal has wrapped the old lines by itself: count the rows that they take now.
         rows = sum(max(1, -(-line // width)) for line in self.drawn)
         erase = f"\r\x1b[{rows}A\x1b[J" if rows else ""
-        _emit(1, erase.encode() + above + "".join(f"\x1b[0m{line}\x1b[0m\n" for line in self.frame).encode())
+        below = "".join(f"\x1b[0m{line}\x1b[0m\n" for line in self.frame)
+        emit(1, erase.encode() + above + below.encode("utf-8", "surrogateescape"))
         self.drawn = [Text.from_ansi(line).cell_len for line in self.frame]
 
 
@@ -153,13 +155,6 @@ def view(*, json_wanted: bool) -> View:
     """The live screen on a real terminal, lines anywhere else."""
     live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not json_wanted
     return Screen() if live else Lines()
-
-
-def _emit(stream: int, data: bytes) -> None:
-    file = sys.stdout if stream == 1 else sys.stderr
-    file.flush()
-    file.buffer.write(data)
-    file.buffer.flush()
 
 
 def _size() -> tuple[int, int]:

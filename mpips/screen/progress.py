@@ -35,6 +35,8 @@ class Tail:
                     self.offset = 0  # begun anew: a resumed run may truncate what was written after its checkpoint
                 file.seek(self.offset)
                 data = file.read(READ_AT_ONCE)
+                while b"\n" not in data and (more := file.read(READ_AT_ONCE)):  # a line may be of any length
+                    data += more
         except OSError:
             return []
         complete = data.rfind(b"\n") + 1

@@ -198,6 +198,7 @@ class MpiExchange:
             return None
         assert found
         (rows, pull, *parts), gates = found
+        gates.members = next(members for members in nodes if self.rank in members)
         meeting: Meeting = gates
         if on_devices:
             own, pulls, places = on_devices

@@ -10,6 +10,7 @@ Imported with the package: little but the standard library, until it is needed.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import json
 import os
 import select
@@ -47,7 +48,7 @@ def begin() -> None:
     told = launch()
     if told.launcher and told.size != 1 and not _is_of_a_rank():
         atexit.register(_leave, os.getpid())
-        _tell_process(told.rank)
+        _write_fault(told.rank)
 
 
 def open_streams() -> None:
@@ -187,11 +188,12 @@ def tell_launcher(rank: int, text: str, status: int) -> None:
         Path(folder, f"failure_{rank}.json").write_text(json.dumps(facts))
 
 
-def _tell_process(rank: int | None) -> None:
-    """Tell `mpips run` which process this rank is: of one that dies MPICH's mpiexec says nothing else."""
-    if rank is not None and (folder := os.environ.get("MPIPS_LAUNCH_DIR")):
+def _write_fault(rank: int | None) -> None:
+    """Let a crash leave word in the folder of `mpips run`: of a rank that dies MPICH's mpiexec tells a status, no more."""
+    folder = os.environ.get("MPIPS_LAUNCH_DIR")
+    if rank is not None and folder and "OMPI_COMM_WORLD_RANK" not in os.environ and not faulthandler.is_enabled():
         with suppress(OSError):
-            Path(folder, f"process_{os.getpid()}").write_text(str(rank))
+            faulthandler.enable(Path(folder, f"fault_{rank}").open("w"))  # noqa: SIM115  for as long as the process lives
 
 
 def _watch(launcher: int) -> None:

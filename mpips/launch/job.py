@@ -141,12 +141,11 @@ def run(plan: Plan, view: View, *, timeout: float | None = None) -> Outcome:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mpips-") as name:
         folder = Path(name)
-        watch, progress = Watch(folder, plan.ranks), Progress()
-        stderr = Stderr(watch.rank_of)
+        watch, progress, stderr = Watch(folder, plan.ranks), Progress(), Stderr()
         with kept(folder), started(plan, folder, timeout) as job:
             follow(job, watch, view, progress, stderr)
         reports = watch.failures(until=job.ended_at)
-        failure = first_failure(reports, stderr)
+        failure = first_failure(reports, stderr, watch.fault())
         status = exit_status(job, watch, reports, died=stderr.signal is not None)
         if status not in (0, PREEMPTED, BAD_CONFIGURATION):  # whose one line has been said
             explain(view, job, watch.run_dir(), failure)
@@ -204,8 +203,8 @@ def follow(job: Job, watch: Watch, view: View, progress: Progress, stderr: Stder
     while not job.over():
         for stream, data in job.read():
             view.write(stream, data)
-            if stream == 2 and not job.ended_by:  # what the ranks say as we end them is no failure
-                stderr.feed(data)
+            if not job.ended_by:  # what the ranks say as we end them is no failure
+                (stderr.feed if stream == 2 else stderr.hear)(data)
         take(watch, view, progress)
         job.forward(view, begun="start" in progress.latest)
         view.show(progress)

@@ -11,7 +11,6 @@ import re
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +19,16 @@ from mpips.screen import Tail
 
 CLOCKS = 2.0  # seconds by which a file server's clock may differ from ours
 
-# mpiexec's own words about who fell first: rank or process, perhaps the signal.
+# mpiexec's own words about who fell first: (rank, signal or nothing).
 BLAME = (
     re.compile(r"process rank (?P<rank>\d+) with PID .* exited on\s+signal (?P<signal>\d+)", re.DOTALL),
     re.compile(r"MPI_ABORT was invoked on rank (?P<rank>\d+)"),
     re.compile(r"Process name: \[[^\]]*,(?P<rank>\d+)\]"),
     re.compile(r"application called MPI_Abort\(.*\) - process (?P<rank>\d+)"),
-    re.compile(r"PID (?P<pid>\d+) RUNNING AT "),  # MPICH's says who, and some lines later of what
 )
-OF_SIGNAL = re.compile(r"TERMINATED WITH THE EXIT STRING: .*\(signal (?P<signal>\d+)\)")
+# MPICH's, on stdout: only that one has fallen. The process that it names is one of those that it has ended then.
+HYDRA = re.compile(rb"TERMINATED WITH THE EXIT STRING: [^\n]*\(signal (?P<signal>\d+)\)")
+LONGEST = 200  # bytes of that
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,26 @@ class Failure:
 
 
 class Stderr:
-    """Listens to the ranks' stderr for the first traceback and for mpiexec's word on who failed first.
-
-    Args:
-        rank_of: which rank a process is.
-    """
+    """Listens to the ranks' stderr, and stdout, for the first traceback and for mpiexec's word on who failed first."""
 
     BEGINS = re.compile(r'Traceback \(most recent call last\)|  File ".*", line \d+$')  # the second: a SyntaxError
     CHAINED = ("Traceback (most", "During handling of", "The above exception")
 
-    def __init__(self, rank_of: Callable[[int], int | None] = lambda pid: None) -> None:
+    def __init__(self) -> None:
         self.half = b""
-        self._rank_of, self._blamed, self._by_pid = rank_of, False, False
         self.block: list[str] = []
         self.complete = False
         self.recent: deque[str] = deque(maxlen=3)  # mpiexec's sentences break over lines
         self.rank: int | None = None
         self.signal: int | None = None
+        self._last = b""
+
+    def hear(self, data: bytes) -> None:
+        """Take what was read from stdout."""
+        data = self._last + data
+        if found := HYDRA.search(data):
+            self.signal = int(found["signal"])
+        self._last = data[-LONGEST:]
 
     def feed(self, data: bytes) -> None:
         """Take what was read; lines may come in pieces."""
@@ -83,14 +86,12 @@ class Stderr:
 
     def _blame(self, line: str) -> None:
         self.recent.append(line)
-        if self._by_pid and self.signal is None and (found := OF_SIGNAL.search(line)):
-            self.signal = int(found["signal"])
-        for pattern in BLAME if not self._blamed else ():
-            if match := pattern.search("\n".join(self.recent)):
-                words = match.groupdict()
-                self._blamed, self._by_pid = True, "pid" in words
-                self.rank = self._rank_of(int(words["pid"])) if self._by_pid else int(words["rank"])
-                self.signal = int(words["signal"]) if "signal" in words else None
+        for pattern in BLAME if self.rank is None else ():
+            found = pattern.search("\n".join(self.recent))
+            if found:
+                self.rank = int(found["rank"])
+                if "signal" in found.groupdict():
+                    self.signal = int(found["signal"])
                 return
 
 
@@ -127,11 +128,14 @@ class Watch:
         """How many ranks have come to the end of their program; only MPI's own finalisation is still before them."""
         return len(list(self.folder.glob("left_*")))
 
-    def rank_of(self, pid: int) -> int | None:
-        """Which rank that process is, if it is on this machine and has imported mpips."""
-        with suppress(OSError, ValueError):
-            return int((self.folder / f"process_{pid}").read_text())
-        return None
+    def fault(self) -> Failure | None:
+        """The first rank that has crashed, with where it was, if it has left word of that."""
+        found = [path for path in self.folder.glob("fault_*") if path.stat().st_size]
+        if not found:
+            return None
+        first = min(found, key=lambda path: path.stat().st_mtime)
+        text = first.read_text(errors="replace").partition("\nExtension modules:")[0]
+        return Failure(int(first.name.removeprefix("fault_")), text.rstrip())
 
     def failures(self, until: float) -> list[dict[str, object]]:
         """The ranks' own failure reports of up to that moment, first failure first."""
@@ -144,9 +148,11 @@ class Watch:
         return sorted((report for report in reports if report["time"] <= until), key=lambda report: report["time"])
 
 
-def first_failure(reports: list[dict[str, object]], stderr: Stderr) -> Failure:
+def first_failure(reports: list[dict[str, object]], stderr: Stderr, fault: Failure | None = None) -> Failure:
     """Who failed first: a rank that died by a signal left no report, and the reports of the others are collateral."""
     ranks = [report["rank"] for report in reports]
+    if fault is not None and stderr.rank is None:
+        return Failure(fault.rank, fault.text, len(set(ranks) - {fault.rank}))
     if stderr.signal is not None and stderr.rank not in ranks:
         text = f"ended by signal {stderr.signal}: {signal.strsignal(stderr.signal)}"
         return Failure(stderr.rank, text, len(ranks))

@@ -33,6 +33,7 @@ LOOK_EVERY = 1.0  # seconds between two looks at whether the launcher lives
 PATIENCE = 10.0  # seconds to be ended by a rank that has left
 ANSWER = 30.0  # seconds after MPI's initialisation for the others to say whether they have joined; some may not know of mpips
 
+closed: set[int] = set()  # of descriptors 0 to 2, those that were when mpips was imported
 _status = 0  # with which this process is known to end, if that is not 0
 _joined = False  # whether this process has joined the other ranks
 _asked = False  # whether SIGUSR1 has come
@@ -57,6 +58,7 @@ def open_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
+            closed.add(number)
             opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
             os.set_inheritable(opened, True)
             if getattr(sys, name) is None:

@@ -7,6 +7,8 @@ import signal
 import sys
 from contextlib import suppress
 
+from mpips import process
+
 FAILED = 1
 CUT = 128 + signal.SIGPIPE  # what a shell says of a command whose reader, `head` say, has had enough
 
@@ -25,7 +27,7 @@ def write(text: str) -> None:
     Raises:
         OutputError: stdout is closed, its disk is full, or nobody reads it any more.
     """
-    if sys.stdout is None:
+    if 1 in process.closed:
         raise OutputError("stdout is closed, expected a terminal, file or pipe")
     try:
         print(text, flush=True)

@@ -143,8 +143,9 @@ def event(kind, **facts):
     with (folder / "events.jsonl").open("a") as file:
         file.write(json.dumps({"time": time.time(), "event": kind, "rank": 0, **facts}) + "\\n")
 def run_dir():
-    (launch / "beside").write_text(str(folder))
-    (launch / "beside").rename(launch / "run_dir")
+    beside = launch / f"beside{os.getpid()}"  # of each rank of a fake run
+    beside.write_text(str(folder))
+    beside.rename(launch / "run_dir")
 def fail(rank, text, ago=0.0, status=1):
     report = {"time": time.time() - ago, "rank": rank, "host": "h", "traceback": text, "status": status}
     (launch / f"failure_{rank}.json").write_text(json.dumps(report))
@@ -395,7 +396,8 @@ def test_events_of_an_earlier_run_are_not_this_run(tmp_path):
 # Signals, with the launcher as a process of its own
 
 DRIVER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
 from mpips.environment import Mpiexec
 from mpips.launch import command, job, keeper
 from mpips.cli import main
@@ -496,7 +498,15 @@ def test_a_second_signal_ends_stubborn_ranks_now(tmp_path, fake_mpiexec):
     assert time.monotonic() - began < 8
 
 
-PREEMPTIBLE = "time.sleep(1)\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n" + SAY + "run_dir(); event('start')\n"
+PREEMPTIBLE = (
+    "time.sleep(1)\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n"
+    + SAY
+    + """
+open(f'up{os.getpid()}', 'w').close()
+while len(list(pathlib.Path().glob('up*'))) < 2: time.sleep(0.02)  # as in a run, which begins when all have come
+run_dir(); event('start')
+"""
+)
 
 
 @pytest.mark.parametrize("early", [False, True])

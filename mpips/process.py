@@ -49,7 +49,7 @@ def begin() -> None:
     told = launch()
     if told.launcher and told.size != 1 and not _is_of_a_rank():
         atexit.register(_leave, os.getpid())
-        _write_fault(told.rank)
+        _leave_word(told.rank)
 
 
 def open_streams() -> None:
@@ -190,10 +190,14 @@ def tell_launcher(rank: int, text: str, status: int) -> None:
         Path(folder, f"failure_{rank}.json").write_text(json.dumps(facts))
 
 
-def _write_fault(rank: int | None) -> None:
-    """Let a crash leave word in the folder of `mpips run`: of a rank that dies MPICH's mpiexec tells a status, no more."""
+def _leave_word(rank: int | None) -> None:
+    """Let `mpips run` know this process, and a crash of it: of a rank that dies MPICH's mpiexec tells a status, no more."""
     folder = os.environ.get("MPIPS_LAUNCH_DIR")
-    if rank is not None and folder and "OMPI_COMM_WORLD_RANK" not in os.environ and not faulthandler.is_enabled():
+    if rank is None or not folder:
+        return
+    with suppress(OSError):
+        Path(folder, f"process_{rank}").write_text(str(os.getpid()))
+    if "OMPI_COMM_WORLD_RANK" not in os.environ and not faulthandler.is_enabled():
         with suppress(OSError):
             faulthandler.enable(Path(folder, f"fault_{rank}").open("w"))  # noqa: SIM115  for as long as the process lives
 

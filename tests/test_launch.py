@@ -5,6 +5,7 @@ Most runs use a fake mpiexec, a shell script that starts one or more copies of t
 
 import json
 import os
+import selectors
 import shlex
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from mpips import launch
 from mpips.environment import Mpiexec, find_mpiexec
 from mpips.launch import command, job, keeper, plan
+from mpips.launch.ranks import Fallen, Ranks
 from mpips.launch.watch import CLOCKS, Failure, Stderr, Watch, first_failure
 from mpips.screen import Lines
 
@@ -366,6 +368,67 @@ def test_a_crashed_rank_says_itself_where_it_was(tmp_path, number):
     assert failure.rank == 3
     assert {signal.SIGSEGV: "Segmentation fault", signal.SIGBUS: "Bus error"}[number] in failure.text
     assert "in crash" in failure.text
+
+
+def test_the_rank_that_was_killed_first_is_named(fake, capfd):
+    """As under MPICH, whose mpiexec ends the others and says how one of all has ended."""
+    outcome = fake("""
+        import subprocess
+        run_dir()
+        ranks = [subprocess.Popen(['sleep', '60']) for _ in range(3)]
+        for rank, child in enumerate(ranks):
+            (launch / f'process_{rank}').write_text(str(child.pid))
+        time.sleep(0.5)
+        ranks[1].kill()
+        time.sleep(0.5)
+        fail(0, 'rank 1 is gone')
+        for rank in ranks[0], ranks[2]:
+            rank.terminate()
+        print('YOUR APPLICATION TERMINATED WITH THE EXIT STRING: Terminated (signal 15)')
+        sys.exit(15)
+    """)
+    assert outcome.failed_rank == 1
+    assert capfd.readouterr().err.endswith("ended by signal 9: Killed\n")
+
+
+def fell(status):
+    return Fallen(2, status, time=5.0)
+
+
+def test_how_a_rank_fell_is_its_status_else_what_mpiexec_says_of_one():
+    heard = Stderr()
+    heard.hear(BY_SIGNAL)
+    assert first_failure([], heard, None, fell(-15)).text == "ended by signal 15: Terminated"
+    assert first_failure([], heard, None, fell(3)).text == "ended with status 3"
+    assert first_failure([], heard, None, fell(None)) == Failure(2, "ended by signal 9: Killed")
+    heard.feed(b"Traceback (most recent call last):\nValueError: early\n")
+    assert first_failure([], heard, None, fell(None)).text.endswith("ValueError: early")
+    before, after = ({"rank": 0, "time": time, "traceback": "failed"} for time in (4.0, 6.0))
+    assert first_failure([before], heard, None, fell(None)).text == "failed"
+    assert first_failure([after], heard, None, fell(None)) == Failure(2, "ended by signal 9: Killed", 1)
+
+
+def test_a_rank_that_came_to_its_end_has_not_fallen(tmp_path):
+    with selectors.DefaultSelector() as selector:
+        ranks = Ranks(tmp_path, selector)
+        environ = {**os.environ, keeper.FOLDER: str(tmp_path)}
+        sleeping = [subprocess.Popen(["sleep", "60"], env=environ) for _ in range(2)]
+        (tmp_path / "process_0").write_text("")  # being written
+        (tmp_path / "process_1").write_text(str(os.getpid()))  # another machine's number, here somebody else's process
+        ranks.look()
+        for rank, child in zip((0, 2), sleeping, strict=True):
+            (tmp_path / f"process_{rank}").write_text(str(child.pid))
+        (tmp_path / "left_2").touch()
+        ranks.look()
+        for child in sleeping[::-1]:
+            child.kill()
+            for key, _ in selector.select(5):
+                ranks.note(key.fd)
+            child.wait()
+        assert [(one.rank, one.status) for one in ranks.fallen] == [(2, -9), (0, -9)]
+        assert ranks.first(until=time.time()) == ranks.fallen[1]
+        assert ranks.first(until=0.0) is None
+        ranks.close()
 
 
 def test_a_killed_rank_comes_before_the_reports_of_those_who_noticed():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import run
 from test_failure import LOOP, PREAMBLE, script, trouble
 from test_under_mpi import MPICH
 
@@ -84,6 +85,16 @@ def test_a_rank_that_ends_before_connect_ends_all(how: str, library: str, mpirun
     assert "rank 1 on " in done.stderr or "ValueError: early" in done.stderr
     assert ended - (tmp_path / "trouble").stat().st_mtime < 10
     assert not (tmp_path / "run" / "DONE").exists()
+
+
+def test_under_mpich_too_the_rank_that_was_killed_is_named(tmp_path: Path) -> None:
+    if not MPICH.exists():
+        pytest.skip("no Python with MPICH")
+    body = trouble("if (ps.worker, ps.round) == (1, 3): os.kill(os.getpid(), 9)")
+    done = run([str(MPICH.with_name("mpips")), "run", "-n", "4", str(script(tmp_path, body))], tmp_path, timeout=60)
+    assert done.returncode == 1
+    log = tmp_path / "run" / "logs" / "rank_0002.log"
+    assert done.stderr.endswith(f"mpips: rank 2 failed first; its log: {log}\nended by signal 9: Killed\n")
 
 
 def test_ranks_that_all_end_before_connect_end_as_they_would(mpirun: Any, tmp_path: Path) -> None:

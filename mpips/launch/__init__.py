@@ -3,6 +3,7 @@
 command  what to run: mpiexec, its environment, the printed line
 foresee  what is wrong with its settings, before a rank is started
 job      running it: output, signals, time limits, exit status
+ranks    which of their processes ended first
 watch    what the run says about itself: run folder, DONE, failures
 keeper   ending every process of a run, also when the launcher is killed
 """

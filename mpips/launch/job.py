@@ -22,6 +22,7 @@ from mpips import process
 from mpips.config import BAD_CONFIGURATION
 from mpips.launch.command import Plan
 from mpips.launch.keeper import AFTER_TERM, FOLDER, end_all, kept
+from mpips.launch.ranks import Ranks
 from mpips.launch.watch import Failure, Stderr, Watch, first_failure
 from mpips.screen import Progress, View
 
@@ -67,15 +68,20 @@ class Job:
 
     def __post_init__(self) -> None:
         self.selector = selectors.DefaultSelector()
+        self.ranks = Ranks(self.folder, self.selector)
         for stream, file in ((1, self.process.stdout), (2, self.process.stderr)):
             assert file is not None
             self.selector.register(file, selectors.EVENT_READ, stream)
 
     def read(self) -> Iterator[tuple[int, bytes]]:
         """(stream, bytes) that came within a tick."""
+        self.ranks.look()
         if not self.selector.get_map():
             time.sleep(TICK)
         for key, _ in self.selector.select(TICK):
+            if key.data is self.ranks:
+                self.ranks.note(key.fd)
+                continue
             data = os.read(key.fd, 1 << 16)
             if data:
                 yield int(key.data), data
@@ -145,7 +151,7 @@ def run(plan: Plan, view: View, *, timeout: float | None = None) -> Outcome:
         with kept(folder), started(plan, folder, timeout) as job:
             follow(job, watch, view, progress, stderr)
         reports = watch.failures(until=job.ended_at)
-        failure = first_failure(reports, stderr, watch.fault())
+        failure = first_failure(reports, stderr, watch.fault(), job.ranks.first(until=job.ended_at))
         status = exit_status(job, watch, reports, died=stderr.signal is not None)
         if status not in (0, PREEMPTED, BAD_CONFIGURATION):  # whose one line has been said
             explain(view, job, watch.run_dir(), failure)
@@ -190,7 +196,9 @@ def started(plan: Plan, folder: Path, timeout: float | None) -> Iterator[Job]:
         ) as mpiexec:
             try:
                 limit = float("inf") if timeout is None else time.monotonic() + timeout
-                yield Job(mpiexec, folder, limit, asked)
+                job = Job(mpiexec, folder, limit, asked)
+                yield job
+                job.ranks.close()
             finally:
                 end_all(folder, patience=AFTER_TERM)
     finally:

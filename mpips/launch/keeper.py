@@ -77,11 +77,12 @@ def _signal_all(folder: Path, number: signal.Signals) -> int:
 
 def processes(folder: Path) -> list[int]:
     """The processes that were born with this run's folder in their environment."""
-    mark = f"{FOLDER}={folder}\0".encode()
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended, or it is somebody else's
-            environ = (entry / "environ").read_bytes()
-            if environ.startswith(mark) or b"\0" + mark in environ:
-                found.append(int(entry.name))
-    return found
+    return [pid for entry in Path("/proc").glob("[0-9]*") if is_of(folder, pid := int(entry.name))]
+
+
+def is_of(folder: Path, pid: int) -> bool:
+    """Whether a process was born with this run's folder in its environment."""
+    mark = f"\0{FOLDER}={folder}\0".encode()
+    with suppress(OSError):  # it has ended, or it is somebody else's
+        return mark in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+    return False

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpips.launch.ranks import Fallen
 from mpips.screen import Tail
 
 CLOCKS = 2.0  # seconds by which a file server's clock may differ from ours
@@ -148,14 +149,29 @@ class Watch:
         return sorted((report for report in reports if report["time"] <= until), key=lambda report: report["time"])
 
 
-def first_failure(reports: list[dict[str, object]], stderr: Stderr, fault: Failure | None = None) -> Failure:
+def first_failure(
+    reports: list[dict[str, object]], stderr: Stderr, fault: Failure | None = None, fallen: Fallen | None = None
+) -> Failure:
     """Who failed first: a rank that died by a signal left no report, and the reports of the others are collateral."""
     ranks = [report["rank"] for report in reports]
-    if fault is not None and stderr.rank is None:
-        return Failure(fault.rank, fault.text, len(set(ranks) - {fault.rank}))
-    if stderr.signal is not None and stderr.rank not in ranks:
-        text = f"ended by signal {stderr.signal}: {signal.strsignal(stderr.signal)}"
-        return Failure(stderr.rank, text, len(ranks))
+    if stderr.rank is None:  # MPICH's mpiexec names nobody
+        if fault is not None:
+            return Failure(fault.rank, fault.text, len(set(ranks) - {fault.rank}))
+        noticed = fallen is not None and all(float(str(report["time"])) > fallen.time for report in reports)
+        if fallen and noticed and fallen.rank not in ranks:
+            traceback = "" if reports else "\n".join(stderr.block)
+            return Failure(fallen.rank, _ended(fallen.status, stderr.signal, traceback), len(ranks))
+    if stderr.signal is not None and stderr.rank not in ranks and not (stderr.rank is None and reports):
+        return Failure(stderr.rank, _ended(-stderr.signal, None, ""), len(ranks))
     if reports:
         return Failure(int(str(ranks[0])), str(reports[0].get("traceback", "")), len(ranks) - 1)
     return Failure(stderr.rank, "\n".join(stderr.block))
+
+
+def _ended(status: int | None, heard: int | None, traceback: str) -> str:
+    """How a rank that has left no report ended: its status where that is known, else mpiexec's word on one of all."""
+    if status is None and not traceback and heard is not None:
+        status = -heard
+    if status is not None and status < 0:
+        return f"ended by signal {-status}: {signal.strsignal(-status)}"
+    return traceback or ("" if status is None else f"ended with status {status}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,14 +109,17 @@ class Keeping:
     Args:
         saved: what the checkpoint of a resumed run has of them, by name; empty for a new run.
         optimizers: the script's; torch's schedulers of them are kept unasked.
+        tell: takes a line for the screen.
 
     Attributes:
         behind: whether `catch_up` is still to be called, once, before the first step.
         own_state: the numbers of those optimizers that step on the workers, which then have their state.
     """
 
-    def __init__(self, saved: Mapping[str, Tree], optimizers: Sequence[Optimizer]) -> None:
-        self._saved, self._optimizers = dict(saved), optimizers
+    def __init__(
+        self, saved: Mapping[str, Tree], optimizers: Sequence[Optimizer], tell: Callable[[str], object] = print
+    ) -> None:
+        self._saved, self._optimizers, self._tell = dict(saved), optimizers, tell
         self._objects: dict[str, Any] = {}
         self._groups = unpack(self._saved.pop(GROUPS)) if saved else []
         self.behind, self._resumed = True, bool(saved)
@@ -130,10 +133,16 @@ class Keeping:
             if not all(callable(getattr(thing, call, None)) for call in ("state_dict", "load_state_dict")):
                 given = f"given a {type(thing).__name__}"
                 raise TypeError(f"ps.keep({name}=...): {given}, expected an object with state_dict and load_state_dict")
-            if name in self._saved:
-                thing.load_state_dict(unpack(self._saved.pop(name)))
+            if name not in self._objects:
+                self._give_back(name, thing)
             pack(thing.state_dict(), name)  # what cannot be kept is refused here
             self._objects[name] = thing
+
+    def _give_back(self, name: str, thing: Any) -> None:
+        if name in self._saved:
+            thing.load_state_dict(unpack(self._saved.pop(name)))
+        elif self._resumed:
+            self._tell(f"mpips: resume: the checkpoint has no {name!r}: it goes on from what the script has made it")
 
     def _put_groups(self) -> None:
         """Give the optimizers' groups the numbers that they had."""
@@ -173,8 +182,7 @@ class Keeping:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # in the run that went before
         stepping = {f"{OWN}{which}": self._stepping[which] for which in self.own_state}
         for name, thing in (found | stepping).items():
-            if name in self._saved:
-                thing.load_state_dict(unpack(self._saved.pop(name)))
+            self._give_back(name, thing)
         self._put_groups()  # a scheduler made since connect has set what a new run begins with
 
     def tree(self) -> dict[str, Tree]:

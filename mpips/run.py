@@ -399,7 +399,7 @@ class Run:
         self._exchange, self._server, self._worker = start.exchange, start.server, start.worker
         self.worker, self.workers = self._worker.index, start.workers
         self._several = len(self.optimizers) > 1
-        self._keeping = Keeping(start.kept, self.optimizers)
+        self._keeping = Keeping(start.kept, self.optimizers, self.print)
         self._worker.kept = self._keeping.tree
         self._values: dict[str, float] = start.resumed.get("values", {})
         self._worker.replica.flat.sparse = any(isinstance(o, torch.optim.SparseAdam) for o in self.optimizers)
@@ -470,7 +470,7 @@ class Run:
     def keep(self, **objects: Any) -> None:
         """Keep objects of the script's in the checkpoint: averages, teachers, trackers, schedulers that are not torch's.
 
-        A resumed run gives each its state back here.
+        A resumed run gives each its state back here; of one that the checkpoint does not have a line is printed.
 
         Args:
             objects: name=object; each has `state_dict` and `load_state_dict`.

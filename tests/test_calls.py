@@ -266,6 +266,34 @@ def test_what_the_script_keeps_is_in_the_file_and_given_back(size: int) -> None:
         assert all(torch.equal(resumed.own[name], whole.own[name]) for name in whole.own)
 
 
+def test_what_a_checkpoint_does_not_have_of_what_is_kept_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """It went on from its beginning without a word."""
+
+    def program(e: Exchange, epochs: int, **kept: Average) -> None:
+        model = mlp()
+        optimizer = sgd(model.parameters())
+        ps = mpips.connect(model, optimizer, exchange=e, run_dir="run", resume="auto")
+        schedulers = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9) for _ in kept]
+        ps.keep(**kept)
+        ps.keep(**kept)  # once more is no other
+        for _ in ps.epochs(epochs):
+            for x, y in ps.batches(data(48), 8):
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            for scheduler in schedulers:
+                scheduler.step()
+
+    words = "mpips: resume: the checkpoint has no {!r}: it goes on from what the script has made it\n"
+    World(3).run(lambda e: program(e, 1))
+    assert "has no" not in capsys.readouterr().out
+    World(3).run(lambda e: program(e, 2, average=Average(mlp())))
+    out = capsys.readouterr().out
+    assert [out.count(words.format(name)) for name in ("average", "ExponentialLR")] == [1, 1]
+    assert out.count("has no") == 2
+    World(3).run(lambda e: program(e, 3, average=Average(mlp())))
+    assert "has no" not in capsys.readouterr().out
+
+
 def test_what_cannot_be_kept_is_refused_where_it_is_said() -> None:
     ps = mpips.connect(mlp(), sgd, exchange=World(1).ends[0], run_dir="run")
     with pytest.raises(TypeError, match=r"ps\.keep\(thing=\.\.\.\): given a int, expected an object with state_dict"):

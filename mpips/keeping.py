@@ -30,51 +30,54 @@ def pack(state: Any, name: str) -> Tree:
         TypeError: it holds something else than tensors, arrays, numbers, texts, and dicts, lists and tuples of these.
     """
     tensors: dict[str, Tensor] = {}
+    return {"text": json.dumps(_strip(state, "", name, tensors)), "tensors": tensors}
 
-    def strip(value: Any, place: str) -> Any:
-        if isinstance(value, (Tensor, np.ndarray)):
-            tensors[place] = torch.as_tensor(value).detach()
-            return {"tensor": place, "array": isinstance(value, np.ndarray)}
-        if isinstance(value, np.generic):
-            return value.item()
-        if isinstance(value, PLAIN):
-            return value
-        if isinstance(value, Mapping):
-            return {"dict": [[strip(k, place), strip(v, f"{place}.{k}" if place else str(k))] for k, v in value.items()]}
-        if isinstance(value, (list, tuple, set)):
-            kind = type(value).__mro__[-2].__name__
-            return {kind: [strip(v, f"{place}.{at}" if place else str(at)) for at, v in enumerate(value)]}
-        raise TypeError(
-            f"the state of {name} holds a {type(value).__name__} at {place or 'its top'}; a checkpoint holds tensors, arrays, "
-            f"numbers, texts, and dicts, lists and tuples of these"
-        )
 
-    return {"text": json.dumps(strip(state, "")), "tensors": tensors}
+# No functions inside `pack` and `unpack`: one that calls itself is a cycle, which would hold the tensors until Python looks.
+def _strip(value: Any, place: str, name: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, (Tensor, np.ndarray)):
+        tensors[place] = torch.as_tensor(value).detach()
+        return {"tensor": place, "array": isinstance(value, np.ndarray)}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, PLAIN):
+        return value
+    under = f"{place}." if place else ""
+    if isinstance(value, Mapping):
+        items = value.items()
+        return {"dict": [[_strip(k, place, name, tensors), _strip(v, f"{under}{k}", name, tensors)] for k, v in items]}
+    if isinstance(value, (list, tuple, set)):
+        kind = type(value).__mro__[-2].__name__
+        return {kind: [_strip(v, f"{under}{at}", name, tensors) for at, v in enumerate(value)]}
+    raise TypeError(
+        f"the state of {name} holds a {type(value).__name__} at {place or 'its top'}; a checkpoint holds tensors, arrays, "
+        f"numbers, texts, and dicts, lists and tuples of these"
+    )
 
 
 def unpack(tree: Tree) -> Any:
     """What `pack` was given."""
+    return _dress(json.loads(tree["text"]), tree["tensors"])
 
-    def dress(value: Any) -> Any:
-        if isinstance(value, dict) and "tensor" in value:
-            tensor = tree["tensors"][value["tensor"]].clone()
-            return tensor.numpy() if value["array"] else tensor
-        if isinstance(value, dict):
-            ((kind, items),) = value.items()
-            if kind == "dict":
-                return {dress(k): dress(v) for k, v in items}
-            return {"list": list, "tuple": tuple, "set": set}[kind](map(dress, items))
-        return value
 
-    return dress(json.loads(tree["text"]))
+def _dress(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict) and "tensor" in value:
+        tensor = tensors[value["tensor"]].clone()
+        return tensor.numpy() if value["array"] else tensor
+    if isinstance(value, dict):
+        ((kind, items),) = value.items()
+        if kind == "dict":
+            return {_dress(k, tensors): _dress(v, tensors) for k, v in items}
+        return {"list": list, "tuple": tuple, "set": set}[kind](_dress(item, tensors) for item in items)
+    return value
 
 
 def schedulers(optimizer: Optimizer) -> list[LRScheduler]:
     """Torch's schedulers of this optimizer, but for those that are parts of another."""
     holders = gc.get_referrers(optimizer)
-    if attributes := [holder for holder in holders if type(holder) is dict and "_last_lr" in holder]:
-        holders += gc.get_referrers(*attributes)
-    found = [o for o in holders if issubclass(type(o), LRScheduler) and vars(o).get("optimizer") is optimizer]
+    attributes = [holder for holder in holders if type(holder) is dict and "_last_lr" in holder]
+    owners = gc.get_referrers(*attributes) if attributes else []  # `holders` is one of them: not to be put into itself
+    found = [o for o in (*holders, *owners) if issubclass(type(o), LRScheduler) and vars(o).get("optimizer") is optimizer]
     parts = {id(part) for o in found for part in vars(o).get("_schedulers", ())}
     return [o for o in found if id(o) not in parts]
 

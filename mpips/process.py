@@ -160,7 +160,9 @@ def _leave(born: int) -> None:
         from mpi4py import MPI
     except (ImportError, RuntimeError):  # then the others have not joined either
         return
-    missing = [] if MPI.Is_finalized() else _attend(False, ANSWER)
+    if MPI.Is_finalized():  # then nobody waits for this rank in MPI's initialisation
+        return
+    missing = _attend(False, ANSWER)
     if len(missing) in (0, MPI.COMM_WORLD.size):
         return
     if MPI.COMM_WORLD.rank == missing[0]:

@@ -148,10 +148,10 @@ def _check_state(state: Mapping[str, Mapping[str, Any]], parameters: Mapping[str
 
 def as_now(saved: Tree, now: Mapping[str, Any]) -> Tree:
     """A saved group with tuples and tensors where the optimizer has them: JSON knows neither."""
+    return {k: _alike(v, now.get(k)) for k, v in saved.items()}
 
-    def alike(value: Any, own: Any) -> Any:
-        if isinstance(own, tuple):
-            return tuple(map(alike, value, own))
-        return torch.tensor(value, dtype=own.dtype, device=own.device) if isinstance(own, Tensor) else value
 
-    return {k: alike(v, now.get(k)) for k, v in saved.items()}
+def _alike(value: Any, own: Any) -> Any:
+    if isinstance(own, tuple):
+        return tuple(map(_alike, value, own))
+    return torch.tensor(value, dtype=own.dtype, device=own.device) if isinstance(own, Tensor) else value

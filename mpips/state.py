@@ -6,8 +6,8 @@ It travels as one blob of plain arrays; nothing is pickled.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,17 +99,15 @@ class RankState:
         for kind in STREAMS:
             arrays |= {f"{kind} {name}": value for name, value in tree.pop(kind).items()}
         arrays["words"] = np.frombuffer(json.dumps(_strip(tree, arrays)).encode(), dtype=np.uint8)
-        file = io.BytesIO()
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-        return file.getvalue()
+        return _join(arrays)
 
     @classmethod
-    def unpack(cls, blob: bytes) -> RankState:
+    def unpack(cls, blob: bytes | memoryview) -> RankState:
         """What `pack` gave."""
-        with np.load(io.BytesIO(blob), allow_pickle=False) as arrays:
-            tree = _dress(json.loads(arrays["words"].tobytes()), arrays)
-            for kind in STREAMS:
-                tree[kind] = {n.removeprefix(f"{kind} "): arrays[n] for n in arrays.files if n.startswith(f"{kind} ")}
+        arrays = _split(blob)
+        tree = _dress(json.loads(arrays["words"].tobytes()), arrays)
+        for kind in STREAMS:
+            tree[kind] = {n.removeprefix(f"{kind} "): array for n, array in arrays.items() if n.startswith(f"{kind} ")}
         tree["own"] = Saved(tree["own"], f"the state of worker {tree['index']} in the checkpoint")
         return cls.from_tree(tree)
 
@@ -146,15 +144,35 @@ def _tensor(raw: np.ndarray, dtype: torch.dtype, shape: list[int]) -> Tensor:
 
 def pack_all(states: list[RankState]) -> bytes:
     """Several ranks' states as one blob."""
-    file = io.BytesIO()
-    np.savez(file, **{str(i): np.frombuffer(s.pack(), dtype=np.uint8) for i, s in enumerate(states)})  # type: ignore[arg-type]
-    return file.getvalue()
+    return _join({str(i): np.frombuffer(state.pack(), dtype=np.uint8) for i, state in enumerate(states)})
 
 
 def unpack_all(blob: bytes) -> list[RankState]:
     """What `pack_all` gave."""
-    with np.load(io.BytesIO(blob), allow_pickle=False) as arrays:
-        return [RankState.unpack(arrays[str(i)].tobytes()) for i in range(len(arrays.files))]
+    return [RankState.unpack(array.data) for array in _split(blob).values()]
+
+
+def _join(arrays: Arrays) -> bytes:
+    """Arrays as one blob: a line of their names, dtypes and shapes, then their bytes.
+
+    Reading numpy's own format leaves cyclic garbage of four functions an array, for as long as Python thinks fit.
+    """
+    if objects := [name for name, array in arrays.items() if array.dtype.hasobject]:
+        raise TypeError(f"{objects[0]}: an array of Python objects, which would have to be pickled; expected numbers")
+    line = json.dumps([[name, array.dtype.str, array.shape] for name, array in arrays.items()])
+    return b"".join([line.encode(), b"\n", *(array.tobytes() for array in arrays.values())])
+
+
+def _split(blob: bytes | memoryview) -> Arrays:
+    """What `_join` was given."""
+    content = bytearray(blob)  # which arrays can be written to
+    at = content.index(b"\n") + 1
+    arrays = {}
+    for name, dtype, shape in json.loads(content[: at - 1]):
+        count = math.prod(shape)
+        arrays[name] = np.frombuffer(content, dtype, count, at).reshape(shape)
+        at += arrays[name].nbytes
+    return arrays
 
 
 def for_worker(states: list[RankState], index: int, workers: int) -> RankState | None:

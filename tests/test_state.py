@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mpips import checkpoint, rng
 from mpips.data import Place, left
+from mpips.keeping import pack, unpack
 from mpips.state import RankState, for_worker, pack_all, unpack_all
 
 BUFFERS = [
@@ -60,8 +62,21 @@ def test_a_place_survives_wire_and_file() -> None:
 def test_nothing_is_pickled() -> None:
     own = state(buffers={"b": torch.ones(2)})
     own.streams["odd"] = np.array([object()])
-    with pytest.raises(ValueError, match="allow_pickle"):
-        RankState.unpack(own.pack())
+    with pytest.raises(TypeError, match="streams odd: an array of Python objects"):
+        own.pack()
+
+
+def test_what_has_travelled_leaves_nothing_for_the_garbage_collector() -> None:
+    """Each array that numpy had read left four functions in a cycle: 5 KB a checkpoint, of a server of two workers."""
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            RankState.unpack(state(buffers={"b": torch.ones(2)}).pack())
+            unpack(pack({"a": [torch.ones(2), {"b": (1, None)}]}, "thing"))
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("count", [0, 1, 12])

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, mpiexec_of, run
 
-pytestmark = [pytest.mark.mpi_skip, pytest.mark.timeout(600)]
+LAUNCH = 1500  # seconds that one launch of all may take, where two suites share two cores; what hangs is ended by HANG
+pytestmark = [pytest.mark.mpi_skip, pytest.mark.timeout(2 * LAUNCH)]
 HANG = 60  # seconds that one collective test may take
 MPICH = Path(os.environ.get("MPICH_PYTHON", ROOT / ".venv-mpich" / "bin" / "python"))
 
@@ -31,7 +32,7 @@ def outcomes(python: str, ranks: int, logs: Path, skip: list[str], *tests: str) 
         *(f"--deselect={name}" for name in skip),
         *tests,
     ]
-    done = run(command, ROOT, timeout=500, environment={"PYTEST_RANK_LOGS": str(logs)})
+    done = run(command, ROOT, timeout=LAUNCH, environment={"PYTEST_RANK_LOGS": str(logs)})
     notes = (
         [line.split(" ", 1) for line in (logs / "progress").read_text().splitlines()] if (logs / "progress").exists() else []
     )

@@ -530,7 +530,7 @@ class Run:
             raise RuntimeError("ps.step() in a run of several optimizers: call the step of the one that is meant")
         self._said = float(loss.detach() if isinstance(loss, Tensor) else loss), samples, metrics
         try:
-            wrapped.step(self.optimizers[0])
+            self.optimizers[0].step()
         finally:
             self._said = None
         self._worker.replica.flat.clear()

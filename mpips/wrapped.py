@@ -9,7 +9,7 @@ from __future__ import annotations
 import copyreg
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any, Protocol
 
 import torch
@@ -118,9 +118,24 @@ def _caller() -> Any:
 @cache
 def _class_of(given: Any) -> Any:
     made: Any = type(given.__name__, (Wrapped, given), {"given_class": given, "__module__": given.__module__})
-    made.step = Optimizer.profile_hook_step(made.step)
-    made.step.hooked = True
+    made.step = _hooked(made.step)
     return made
+
+
+def _hooked(step: Any) -> Any:
+    """With torch's hooks and profiler around it where somebody uses them: a twentieth of a small round."""
+    whole: Any = Optimizer.profile_hook_step(step)
+
+    @wraps(step)
+    def stepping(self: Any, *args: Any, **kwargs: Any) -> Any:
+        looked_at = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        if looked_at or hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+            return whole(self, *args, **kwargs)
+        return step(self, *args, **kwargs)
+
+    stepping.hooked = True  # type: ignore[attr-defined]  # or torch would wrap it again
+    return stepping
 
 
 def wrap(optimizer: Optimizer, run: Stepping) -> None:
@@ -142,22 +157,6 @@ def wrap(optimizer: Optimizer, run: Stepping) -> None:
     given: Any = type(own)
     own.__class__ = _class_of(given)
     own._mpips = run
-
-
-def step(optimizer: Optimizer) -> None:
-    """Call the optimizer's step; where it has no hooks, without what torch has around it for them."""
-    own: Any = optimizer
-    hooks = (
-        own._optimizer_step_pre_hooks,
-        own._optimizer_step_post_hooks,
-        _global_optimizer_pre_hooks,
-        _global_optimizer_post_hooks,
-    )
-    if any(hooks):
-        own.step()
-    else:
-        own._opt_called = True
-        own._mpips.optimizer_step(None)
 
 
 def unwrap(optimizer: Optimizer) -> None:

@@ -51,6 +51,7 @@ def end_all_on_exception(exchange: Exchange) -> None:
                 os._exit(status)  # Python's own status after an excepthook is 1
 
     sys.excepthook = hook
+    process.guarded()
 
 
 def _tell(

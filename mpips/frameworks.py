@@ -26,7 +26,7 @@ import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
-from mpips import start
+from mpips import process, start
 from mpips.config import ConfigError
 from mpips.data.loader import sharded
 from mpips.data.samples import samples_in
@@ -333,6 +333,7 @@ def _workers() -> Any:
     if start.workers() == 1:
         return None
     mpi = import_module("mpi4py.MPI")
+    process.join()
     return mpi.COMM_WORLD.Split(start.worker_index() >= 0, mpi.COMM_WORLD.rank)
 
 

@@ -36,6 +36,7 @@ ANSWER = 30.0  # seconds after MPI's initialisation for the others to say whethe
 closed: set[int] = set()  # of descriptors 0 to 2, those that were when mpips was imported
 _status = 0  # with which this process is known to end, if that is not 0
 _joined = False  # whether this process has joined the other ranks
+_guarded = False  # whether an exception ends all ranks by itself
 _asked = False  # whether SIGUSR1 has come
 _note: Callable[[], None] | None = None
 
@@ -48,7 +49,7 @@ def begin() -> None:
             signal.signal(signal.SIGUSR1, _preempt)
     told = launch()
     if told.launcher and told.size != 1 and not _is_of_a_rank():
-        atexit.register(_leave, os.getpid())
+        atexit.register(leave, os.getpid())
         _leave_word(told.rank)
 
 
@@ -117,15 +118,24 @@ def ends_with(status: int) -> None:
     _status = status
 
 
-def join() -> None:
-    """Meet the other ranks in MPI: none of them has ended without joining. Their launcher is watched from now on.
+def guarded() -> None:
+    """Note that an exception on this rank ends all from now on."""
+    global _guarded
+    _guarded = True
 
+
+def join() -> None:
+    """Meet the other ranks in MPI, once, before anything else is done with them: none has ended without joining.
+
+    Their launcher is watched from now on.
     Returns only if all have joined; else one that has not ends this process, too.
 
     Raises:
         RuntimeError: it does not.
     """
     global _joined
+    if _joined:
+        return
     _joined = True
     if missing := _attend(True, float("inf")):
         time.sleep(PATIENCE)
@@ -148,13 +158,17 @@ def _attend(joins: bool, patience: float) -> list[int]:
     return [rank for rank, word in enumerate(said) if not word]
 
 
-def _leave(born: int) -> None:
-    """At the end of a rank that has not joined: end the others, if they have.
+def leave(born: int) -> None:
+    """At the end of a rank that has not joined, or failed before an exception ended all: end the others, if they have joined.
 
-    To tell them it takes part in MPI's initialisation, that they wait in. Open MPI's mpiexec ends them itself when one fails.
+    To tell them it takes part in MPI's initialisation, that they wait in. Open MPI's mpiexec ends them itself when one fails,
+    if that has not initialised MPI, whose finalisation would wait for them.
     """
-    failed = _status or hasattr(sys, "last_value")
-    if _joined or os.getpid() != born or (failed and "OMPI_COMM_WORLD_SIZE" in os.environ):
+    if _guarded or os.getpid() != born:
+        return
+    failed = bool(_status) or hasattr(sys, "last_value")
+    begun = "mpi4py.MPI" in sys.modules
+    if (_joined and not failed) or (failed and not begun and "OMPI_COMM_WORLD_SIZE" in os.environ):
         return
     try:
         from mpi4py import MPI
@@ -162,7 +176,7 @@ def _leave(born: int) -> None:
         return
     if MPI.Is_finalized():  # then nobody waits for this rank in MPI's initialisation
         return
-    missing = _attend(False, ANSWER)
+    missing = [MPI.COMM_WORLD.rank] if failed and begun else _attend(False, ANSWER)  # they may wait anywhere
     if len(missing) in (0, MPI.COMM_WORLD.size):
         return
     if MPI.COMM_WORLD.rank == missing[0]:

@@ -120,6 +120,7 @@ if ps.worker == 0:
 """
 
 LIGHTNING = """
+import os
 import sys
 
 import lightning
@@ -130,6 +131,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from mpips import frameworks
 
+BEST = {"monitor": "right", "mode": "max"}
+plain_folder = "plain" + os.environ.get("OMPI_COMM_WORLD_RANK", "0")  # its old checkpoints are removed
 inputs = torch.randn(52, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 labels = inputs[:, :3].argmax(1)
 
@@ -155,7 +158,6 @@ class Module(lightning.LightningModule):
 
 def train(batch, shared):
     torch.manual_seed(0)
-    folder = "shared" if shared else "plain"
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=1,
@@ -165,7 +167,7 @@ def train(batch, shared):
         logger=lightning.pytorch.loggers.CSVLogger(".") if shared else False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[ModelCheckpoint(save_last=True, **({"monitor": "right", "mode": "max"} if shared else {"dirpath": folder}))],
+        callbacks=[ModelCheckpoint(save_last=True, **(BEST if shared else {"dirpath": plain_folder}))],
         **({"strategy": frameworks.lightning()} if shared else {}),
     )
     module = Module()
@@ -185,7 +187,7 @@ def train(batch, shared):
 resume = {False: None, True: None}
 epochs = 3
 if sys.argv[1:] == ["resume"]:
-    resume, epochs = {False: "plain/last.ckpt", True: "lightning_logs/version_0/checkpoints/last.ckpt"}, 5
+    resume, epochs = {False: f"{plain_folder}/last.ckpt", True: "lightning_logs/version_0/checkpoints/last.ckpt"}, 5
 plain, _ = train(8, False)
 shared, trainer = train(4, True)
 if trainer.is_global_zero:
@@ -313,7 +315,7 @@ def test_lightning_on_3_ranks_is_one_on_the_joined_batch_and_resumes(mpirun: Sta
     assert done.stdout.count("worker 0 has 2") == 1
     (version,) = (tmp_path / "lightning_logs").iterdir()
     mine, theirs = (
-        torch.load(folder / "last.ckpt", weights_only=False) for folder in (version / "checkpoints", tmp_path / "plain")
+        torch.load(folder / "last.ckpt", weights_only=False) for folder in (version / "checkpoints", tmp_path / "plain0")
     )
     assert mine["global_step"] == theirs["global_step"]
     torch.testing.assert_close(mine["state_dict"], theirs["state_dict"], rtol=1e-9, atol=1e-11)

@@ -87,6 +87,24 @@ def test_a_rank_that_ends_before_connect_ends_all(how: str, library: str, mpirun
     assert not (tmp_path / "run" / "DONE").exists()
 
 
+BARRIER = "MPI.COMM_WORLD.Barrier()"
+
+
+@pytest.mark.parametrize("library", ["openmpi", "mpich"])
+@pytest.mark.parametrize(("before", "others"), [("pass", "pass"), ("pass", BARRIER), ("process.join()", BARRIER)])
+def test_an_exception_ends_all_where_mpi_has_begun(before: str, others: str, library: str, mpirun: Any, tmp_path: Path) -> None:
+    """MPI's finalisation waited for the others, and so they for this rank."""
+    if library == "mpich" and not MPICH.exists():
+        pytest.skip("no Python with MPICH")
+    body = f"from mpi4py import MPI\nfrom mpips import process\n{before}\nif rank == 1: raise ValueError('early')\n{others}\n"
+    text = script(tmp_path, body + LOOP.format(trouble="pass"))
+    done = mpirun(3, text, timeout=40, python=str(MPICH) if library == "mpich" else sys.executable)
+    assert done.returncode == 1
+    assert "ValueError: early" in done.stderr
+    assert "rank 1 on " in done.stderr
+    assert not (tmp_path / "run" / "DONE").exists()
+
+
 def test_under_mpich_too_the_rank_that_was_killed_is_named(tmp_path: Path) -> None:
     if not MPICH.exists():
         pytest.skip("no Python with MPICH")

@@ -207,7 +207,8 @@ def test_resume_names_a_file_or_a_run_folder(solo: Any, tmp_path: Path) -> None:
     missing = solo(SCRIPT, "--resume", "nothing.h5")
     assert (missing.returncode, missing.stderr) == (
         2,
-        "mpips: resume: given 'nothing.h5', allowed: no, auto, aside, or an existing checkpoint or run folder (flag --resume)\n",
+        "mpips: resume: given 'nothing.h5', allowed: no, auto, aside, or an existing checkpoint or run folder "
+        "(flag --resume)\n",
     )
 
 

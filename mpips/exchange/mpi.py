@@ -66,7 +66,9 @@ def local_rank() -> int:
     told = launch()
     if told.local_rank is not None:
         return told.local_rank
-    node = _library().COMM_WORLD.Split_type(_library().COMM_TYPE_SHARED)
+    mpi = _library()
+    process.join()
+    node = mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)
     number = int(node.rank)
     node.Free()
     return number
@@ -135,7 +137,12 @@ def _fitting(MPI: Any) -> Any:
 
 @cache
 def _finalize_at_exit(MPI: Any) -> None:
-    atexit.register(_finalize, MPI, os.getpid())
+    atexit.register(_end, MPI, os.getpid())
+
+
+def _end(mpi: Any, born: int) -> None:
+    process.leave(born)  # before MPI's finalisation, which would wait for the others
+    _finalize(mpi, born)
 
 
 def _finalize(mpi: Any, born: int) -> None:

@@ -76,9 +76,8 @@ class Watch:
         print(f"{'':>20} {'after warm-up':>14} {'at the end':>14} {'most':>14} {'per 1,000 rounds':>17}")
         for name, values in self.seen.items():
             after, growth = values[warm:], slope(self.rounds[warm:], values[warm:])
-            if name.endswith("library"):
-                continue
-            flat &= growth <= FLAT if name.split()[-1] in ("memory", "bytes") else after[0] >= after[-1]
+            if not name.endswith("library"):
+                flat &= growth <= FLAT if name.split()[-1] in ("memory", "bytes") else after[0] >= after[-1]
             print(f"{name:>20} {after[0]:14,.0f} {after[-1]:14,.0f} {max(after):14,.0f} {growth:17,.1f}")
         return flat
 

@@ -3,8 +3,8 @@
 A tiny model trains for so many rounds, with a checkpoint every so often and a validation an epoch. At each checkpoint worker 0
 looks at all ranks: resident memory, descriptors, threads, mappings of shared memory; and at the files. Slopes are least squares
 over what is seen after the warm-up, the first tenth. Status 1 if one is above 1 KB per 1,000 rounds, or any number has changed.
-Memory is what is the process's own, anonymous or shared. Pages of the libraries' files are the kernel's, which maps them 64 KB at
-a time when code is first run and takes them back when it needs room; they are shown, and not judged. Linux only.
+Memory is what is the process's own, anonymous or shared. Pages of the libraries' files are the kernel's, which maps them 64 KB
+at a time when code is first run and takes them back when it needs room; they are shown, and not judged. Linux only.
 """
 
 from __future__ import annotations

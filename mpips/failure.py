@@ -15,15 +15,18 @@ from pathlib import Path
 from types import TracebackType
 
 from mpips import process
+from mpips.checkpoint import CheckpointError
 from mpips.config import BAD_CONFIGURATION, ConfigError
 from mpips.contract import ContractError
 from mpips.exchange import SERVER, Exchange
 from mpips.message import CallError, NonFiniteError
 from mpips.report import LOG, stop_copying
+from mpips.snapshot import SnapshotError
 
 FAILED, PREEMPTED = 1, 75  # exit statuses; 75 is EX_TEMPFAIL: start again with --mpips.resume auto
 PATIENCE = 0.5  # seconds for rank 0 to say what a rank that refuses a setting would say
 TOGETHER = (CallError, ContractError, NonFiniteError)  # raised on all ranks at once, with one text
+SAYS_ALL = (*TOGETHER, CheckpointError, SnapshotError)  # the place in the code says nothing that the text does not
 
 
 _failures: list[BaseException] = []
@@ -66,10 +69,10 @@ def _tell(
         if exchange.rank != SERVER:
             time.sleep(PATIENCE)  # where all refuse alike rank 0 prints and ends all
         text = f"mpips: {error}{f', on rank {exchange.rank}' if exchange.rank != SERVER else ''}\n"
-    if issubclass(kind, TOGETHER):
-        text = f"{kind.__name__}: {error}\n"  # the place in the code says nothing that the text does not
-        if exchange.rank != SERVER:
-            exchange.wait(patience=3)  # rank 0 prints and ends all
+    if issubclass(kind, SAYS_ALL):
+        text = f"{kind.__name__}: {error}\n"
+    if issubclass(kind, TOGETHER) and exchange.rank != SERVER:
+        exchange.wait(patience=3)  # rank 0 prints and ends all
     with suppress(Exception):
         process.tell_launcher(exchange.rank, text, status)
     if exchange.size > 1 and not issubclass(kind, ConfigError):

@@ -20,8 +20,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 
@@ -122,6 +123,11 @@ def guarded() -> None:
     """Note that an exception on this rank ends all from now on."""
     global _guarded
     _guarded = True
+
+
+def is_guarded() -> bool:
+    """Whether an exception on this rank ends all."""
+    return _guarded
 
 
 def join() -> None:
@@ -226,27 +232,44 @@ def _watch(launcher: int) -> None:
     os._exit(1)
 
 
-def _alive(pid: int) -> bool:
+def stat(pid: int) -> list[str]:
+    """What the kernel says of a process, from its state on, as proc(5) lists it; nothing if there is none."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
-        return False
+        return []
+
+
+def _alive(pid: int) -> bool:
+    return stat(pid)[:1] not in ([], ["Z"], ["X"])
+
+
+def _ancestors() -> Iterator[int]:
+    pid = os.getppid()
+    while pid > 1:
+        yield pid
+        pid = int((stat(pid)[1:2] or ["0"])[0])
 
 
 def _launcher() -> int | None:
     """The process that has started this rank: its nearest ancestor without the rank's variables; None if unknown."""
-    pid = os.getppid()
-    while pid > 1 and _same(_environ(pid)):
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            return None
-    return pid if pid > 1 and _alive(pid) else None
+    found = next((pid for pid in _ancestors() if not _has_variables(pid)), None)
+    return found if found and _alive(found) else None
 
 
 def _is_of_a_rank() -> bool:
-    """Whether a process with this rank's variables has started this one: a rank, or a shell that a rank's script runs in."""
-    return _same(_environ(os.getppid()))
+    """Whether a Python with this rank's variables has started this one, perhaps through a shell.
+
+    A shell alone is none: the rank's command is wrapped in it.
+    """
+    return any(map(_runs_python, takewhile(_has_variables, _ancestors())))
+
+
+def _runs_python(pid: int) -> bool:
+    try:
+        return "python" in os.path.basename(os.readlink(f"/proc/{pid}/exe"))
+    except OSError:
+        return False
 
 
 def _environ(pid: int) -> Mapping[str, str]:
@@ -258,5 +281,7 @@ def _environ(pid: int) -> Mapping[str, str]:
     return dict(os.fsdecode(pair).partition("=")[::2] for pair in pairs)
 
 
-def _same(environ: Mapping[str, str]) -> bool:
+def _has_variables(pid: int) -> bool:
+    """Whether a process has begun with the variables that tell this rank from its launcher."""
+    environ = _environ(pid)
     return all(environ.get(name) == os.environ.get(name) for name in MARKS)

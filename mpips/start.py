@@ -26,7 +26,6 @@ from mpips.rule import RuleError, choose
 from mpips.trainable import Trainable, freeze
 
 Joined = TypeVar("Joined")
-_end: list[Exchange] = []  # this process's end, once it has one
 
 
 def configure(**settings: Any) -> Config:
@@ -48,7 +47,7 @@ def configure(**settings: Any) -> Config:
     except ConfigError as error:
         raise refused(whence(error, origins)) from None
     if resolved.print_config:
-        if _joined(mpi.launched) > 1 and not _end:
+        if _joined(mpi.launched) > 1 and not process.is_guarded():
             _settle(_meet(config), config)
         if _launched_rank() == 0:
             _print_settings(resolved)
@@ -141,7 +140,6 @@ def join(config: Config) -> Exchange:
     else:
         exchange = _joined(partial(_meet, config))
         _settle(exchange, config)
-    _end.append(exchange)
     failure.end_all_on_exception(exchange)
     if config.cuda_aware:
         _prove(exchange)
@@ -186,7 +184,7 @@ def refused(error: ConfigError) -> BaseException:
     Ranks that have not joined do so for this. Of those that have, an exception on one ends all.
     """
     if _joined(mpi.launched) > 1:
-        if _end:
+        if process.is_guarded():
             return error
         with suppress(ImportError, RuntimeError):  # no MPI to say it through
             _settle(_joined(partial(_meet, Config())), str(error))

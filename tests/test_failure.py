@@ -145,6 +145,16 @@ REFUSALS = {
 }  # fmt: skip
 
 
+def test_a_later_run_s_setting_that_one_rank_refuses_is_one_line(mpirun: Any, tmp_path: Path) -> None:
+    again = (
+        "\nps.close()\nmpips.connect(model, torch.optim.SGD(model.parameters(), lr=0.1), clip=-1.0 if rank == 2 else None)\n"
+    )
+    done = mpirun(3, script(tmp_path, LOOP.format(trouble="pass") + again), timeout=40)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("mpips: clip: given -1.0, allowed: a number above 0, on rank 2\n") == 1
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("what", REFUSALS)
 def test_a_setting_is_refused_in_one_line_whichever_rank_has_it(what: str, mpirun: Any, tmp_path: Path) -> None:
     first, line = REFUSALS[what]

@@ -414,12 +414,15 @@ def test_a_rank_that_came_to_its_end_has_not_fallen(tmp_path):
         environ = {**os.environ, keeper.FOLDER: str(tmp_path)}
         sleeping = [subprocess.Popen(["sleep", "60"], env=environ) for _ in range(2)]
         (tmp_path / "process_0").write_text("")  # being written
-        (tmp_path / "process_1").write_text(str(os.getpid()))  # another machine's number, here somebody else's process
+        strange = subprocess.Popen(["sleep", "60"])
+        (tmp_path / "process_1").write_text(str(strange.pid))  # another machine's number, here somebody else's process
         ranks.look()
         for rank, child in zip((0, 2), sleeping, strict=True):
             (tmp_path / f"process_{rank}").write_text(str(child.pid))
         (tmp_path / "left_2").touch()
         ranks.look()
+        strange.kill()
+        strange.wait()
         for child in sleeping[::-1]:
             child.kill()
             for key, _ in selector.select(5):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run
+from conftest import mpiexec_of, run
 from test_failure import LOOP, PREAMBLE, script, trouble
 from test_under_mpi import MPICH
 
@@ -88,10 +88,13 @@ def test_a_rank_that_ends_before_connect_ends_all(how: str, library: str, mpirun
 
 
 BARRIER = "MPI.COMM_WORLD.Barrier()"
+ASKED = "from mpips.exchange import mpi; mpi._library()"  # by which the end of MPI is ours
 
 
 @pytest.mark.parametrize("library", ["openmpi", "mpich"])
-@pytest.mark.parametrize(("before", "others"), [("pass", "pass"), ("pass", BARRIER), ("process.join()", BARRIER)])
+@pytest.mark.parametrize(
+    ("before", "others"), [("pass", "pass"), ("pass", BARRIER), ("process.join()", BARRIER), (ASKED, "pass")]
+)
 def test_an_exception_ends_all_where_mpi_has_begun(before: str, others: str, library: str, mpirun: Any, tmp_path: Path) -> None:
     """MPI's finalisation waited for the others, and so they for this rank."""
     if library == "mpich" and not MPICH.exists():
@@ -127,6 +130,20 @@ def test_what_a_rank_starts_is_no_rank() -> None:
     inner = "from mpips import process; print(process._is_of_a_rank())"
     outer = f"import subprocess, sys; {inner}; sys.stdout.flush(); subprocess.run([sys.executable, '-c', {inner!r}])"
     assert python(outer, **RANK).stdout.split() == ["False", "True"]
+    shell = ["sh", "-c", '"$0" -c "$1"; true', sys.executable]
+    wrapped = subprocess.run([*shell, inner], env={**os.environ, **RANK}, capture_output=True, text=True)
+    assert wrapped.stdout == "False\n"  # sh is what the launcher has started
+    through = f"import subprocess, sys; from mpips import process; subprocess.run([*{shell!r}, {inner!r}])"
+    assert python(through, **RANK).stdout == "True\n"
+
+
+def test_a_rank_in_a_wrapper_that_ends_before_connect_ends_all(tmp_path: Path) -> None:
+    """`mpirun ./bind.sh python train.py`: the others waited for ever, as the rank took the shell for a rank."""
+    text = script(tmp_path, "if rank == 1: sys.exit(0)\n" + LOOP.format(trouble="pass"))
+    command = [*mpiexec_of(sys.executable), "-n", "3", "sh", "-c", '"$0" "$1"; exit $?', sys.executable, str(text)]
+    done = run(command, tmp_path, timeout=40)
+    assert done.returncode == 1
+    assert "mpips: rank 1 on " in done.stderr
 
 
 def test_a_rank_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:

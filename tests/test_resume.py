@@ -212,6 +212,18 @@ def test_resume_names_a_file_or_a_run_folder(solo: Any, tmp_path: Path) -> None:
     )
 
 
+def test_a_checkpoint_that_is_not_this_run_s_is_refused_in_one_line(solo: Any, tmp_path: Path) -> None:
+    """It was 30 lines of two tracebacks, the reason last."""
+    solo(SCRIPT, "--run_dir", "whole", "--checkpoint.keep", "100")
+    early = tmp_path / "whole" / "checkpoints" / "round_00000008.h5"
+    other = solo(SCRIPT, "--run_dir", "other", "--resume", early, "--optimizer", "sgd")
+    assert (other.returncode, other.stderr.count("\n")) == (1, 1)
+    assert other.stderr.startswith(f"SnapshotError: {early}: the checkpoint has optimizer Adam, this run SGD")
+    damaged = solo(SCRIPT, "--run_dir", "other", "--resume", SCRIPT)
+    assert (damaged.returncode, damaged.stderr.count("\n")) == (1, 1)
+    assert damaged.stderr.startswith(f"CheckpointError: {SCRIPT}: no SHA-256 for it")
+
+
 def test_gradients_not_yet_pushed_survive_the_end_of_an_epoch() -> None:
     """5 batches an epoch, a step every 3: two batches of each epoch wait for the next."""
 

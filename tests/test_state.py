@@ -86,6 +86,7 @@ def test_all_ranks_travel_together_and_in_order(count: int) -> None:
     assert len(again) == count
     for a, b in zip(states, again, strict=True):
         assert_same(a, b)
+        assert all(array.flags.writeable for array in b.streams.values())
 
 
 def test_with_as_many_workers_each_takes_its_own_up() -> None:

@@ -113,6 +113,13 @@ def test_hooks_run_once_a_step_where_the_script_calls_it() -> None:
     assert seen == ["pre", "post"] * 2
 
 
+def test_the_profiler_sees_a_step_as_torch_s_own() -> None:
+    model, optimizer, _ = connected()
+    with torch.profiler.profile() as profile:
+        one_step(model, optimizer)
+    assert [event.name for event in profile.events() or () if "Optimizer.step#Adam.step" in event.name]
+
+
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
 def test_a_copy_is_a_plain_optimizer(how: Any) -> None:
     _, optimizer, _ = connected()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpips.launch.keeper import is_of
+from mpips.process import stat
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,5 @@ class Ranks:
 
 def _status(pid: int) -> int | None:
     """How a process has ended, as long as its parent has not asked."""
-    with suppress(OSError, ValueError, IndexError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        if fields[0] == "Z":
-            return os.waitstatus_to_exitcode(int(fields[49]))
-    return None
+    fields = stat(pid)
+    return os.waitstatus_to_exitcode(int(fields[49])) if fields[:1] == ["Z"] else None

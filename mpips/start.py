@@ -161,6 +161,8 @@ def _settle(exchange: Exchange, settings: Config | str) -> None:
         if exchange.rank == 0:
             print(f"mpips: {line}", file=sys.stderr, flush=True)
         exchange.finalize()
+        if exchange.rank != 0:  # once another has ended mpiexec may drop what rank 0 has said
+            time.sleep(failure.PATIENCE)
         raise SystemExit(BAD_CONFIGURATION)
 
 

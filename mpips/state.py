@@ -158,7 +158,7 @@ def _join(arrays: Arrays) -> bytes:
     Reading numpy's own format leaves cyclic garbage of four functions an array, for as long as Python thinks fit.
     """
     if objects := [name for name, array in arrays.items() if array.dtype.hasobject]:
-        raise TypeError(f"{objects[0]}: an array of Python objects, which would have to be pickled; expected numbers")
+        raise TypeError(f"{objects[0]}: an array of Python objects, expected one of numbers")
     line = json.dumps([[name, array.dtype.str, array.shape] for name, array in arrays.items()])
     return b"".join([line.encode(), b"\n", *(array.tobytes() for array in arrays.values())])
 

@@ -215,7 +215,7 @@ def _exit(exchange: Exchange, status: int) -> NoReturn:
         with suppress(Exception):  # on a full disk
             stream.flush()
     exchange.finalize()
-    os._exit(status)
+    process.end(status)
 
 
 def _leave(exchange: Exchange, born: int) -> None:

@@ -189,7 +189,7 @@ def placed(
     pull = torch.zeros(held.pull, dtype=torch.uint8)
     gates = SimpleNamespace(leads=False, arrive=lambda meanwhile=None: None, release=lambda: None)
 
-    def mapped(node: Any, sizes: list[int], awake: float) -> Any:
+    def mapped(node: Any, sizes: list[int], awake: float, waits: Any) -> Any:
         assert sizes[:2] == [0, 0], "messages are not in the host's memory"
         return [torch.zeros(size, dtype=torch.uint8) for size in sizes], gates
 
@@ -205,6 +205,7 @@ def placed(
     communicator = SimpleNamespace(Split=lambda color, key: None)
     end = SimpleNamespace(
         rank=12,
+        _waits=None,
         _bucket=1 << 20,
         _cuda_aware=cuda_aware,
         compare=lambda word: [word] * 3,

@@ -118,6 +118,18 @@ def test_under_mpich_too_the_rank_that_was_killed_is_named(tmp_path: Path) -> No
     assert done.stderr.endswith(f"mpips: rank 2 failed first; its log: {log}\nended by signal 9: Killed\n")
 
 
+@pytest.mark.parametrize("library", ["openmpi", "mpich"])
+def test_a_worker_may_take_long_to_end_and_its_status_counts(library: str, mpirun: Any, tmp_path: Path) -> None:
+    """MPICH's mpiexec kills the others when a process has gone without the MPI library's own handlers at its end."""
+    if library == "mpich" and not MPICH.exists():
+        pytest.skip("no Python with MPICH")
+    late = "import atexit, os, time\nif os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK')) == '2': "
+    path = script(tmp_path, LOOP.format(trouble="pass") + "sys.exit(3 * (rank == 2))\n")
+    path.write_text(late + "atexit.register(time.sleep, 1)\n" + path.read_text())  # registered first, and so the last to run
+    done = mpirun(3, path, timeout=60, python=str(MPICH) if library == "mpich" else sys.executable)
+    assert done.returncode == 3
+
+
 def test_ranks_that_all_end_before_connect_end_as_they_would(mpirun: Any, tmp_path: Path) -> None:
     done = mpirun(2, script(tmp_path, "print('over')"), timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "over\nover\n", "")

@@ -11,6 +11,7 @@ for a worker that computes.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -32,10 +33,11 @@ class Conversation:
     Args:
         mpi: the module mpi4py.MPI.
         comm: the communicator.
+        waits: a context for the time of each wait.
     """
 
-    def __init__(self, mpi: Any, comm: Any) -> None:
-        self._comm, self._byte = comm, mpi.BYTE
+    def __init__(self, mpi: Any, comm: Any, waits: AbstractContextManager[None]) -> None:
+        self._comm, self._byte, self._waits = comm, mpi.BYTE, waits
         self._status = mpi.Status()
         self._empty = mpi.buffer.allocate(0)
         self._buffer = mpi.buffer.fromaddress
@@ -46,7 +48,8 @@ class Conversation:
         """At the server: the next request, into `message` or `message[tail:]`; who sent it, and whether it is whole."""
         data, start = self._memory(message), tail * message.element_size()
         whole, short = len(data), len(data) - start
-        found = self._probe() or patiently(self._probe)
+        with self._waits:
+            found = self._probe() or patiently(self._probe)
         rank, length = self._status.source, self._status.count
         if length == whole > 0:
             found.Recv(data)
@@ -74,7 +77,8 @@ class Conversation:
         if 0 < len(data) <= SMALL:
             return self._comm.Isend(data, SERVER, ASK)
         sent = self._comm.Issend(self._empty, SERVER, ASK)
-        patiently(sent.Test)
+        with self._waits:
+            patiently(sent.Test)
         self._give(SERVER, data)
         return sent
 
@@ -83,7 +87,8 @@ class Conversation:
         data, end = self._memory(answer), short * answer.element_size()
         coming = self._comm.Irecv(data if len(data) <= SMALL else data[:SMALL], SERVER, ANSWER)
         gone = sent.Test()  # while there is time
-        patiently(partial(coming.Test, self._status))
+        with self._waits:
+            patiently(partial(coming.Test, self._status))
         length = self._status.count
         if not gone:
             sent.Wait()

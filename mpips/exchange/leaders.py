@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -26,30 +27,37 @@ class MpiLeaders:
         comm: the leaders' communicator, which is in their nodes' order.
         staging: for what is on a device.
         bucket: the most bytes of it that are staged at a time.
+        waits: a context for the time of each wait.
         beside: whether this rank computes meanwhile, and is to have its core.
     """
 
-    def __init__(self, mpi: Any, comm: Any, staging: Staging, bucket: int, beside: bool = False) -> None:
+    def __init__(
+        self, mpi: Any, comm: Any, staging: Staging, bucket: int, waits: AbstractContextManager[None], beside: bool = False
+    ) -> None:
+        self._waits = waits
         self._mpi, self._comm, self._staging, self._bucket, self._computes = mpi, comm, staging, bucket, beside
         self.node = comm.rank
         self._begun: list[Any] = []
 
     def sum(self, values: Tensor) -> None:
         """See `Leaders`; here those that are early wait for the others, without burning a core."""
-        patiently(self._comm.Iallreduce(self._mpi.IN_PLACE, values.numpy(), op=self._mpi.SUM).Test)
+        with self._waits:
+            patiently(self._comm.Iallreduce(self._mpi.IN_PLACE, values.numpy(), op=self._mpi.SUM).Test)
 
     def merge(self, values: Tensor, op: Op) -> None:
         """See `Leaders`."""
         how, first = self._mpi.MIN if op == "min" else self._mpi.SUM, self.node == 0
         for memory in self._staging.through(self._parts(values), read=True, written=first):
             given = (self._mpi.IN_PLACE, memory_of(memory)) if first else (memory_of(memory), None)
-            self._comm.Reduce(*given, op=how, root=0)
+            with self._waits:
+                self._comm.Reduce(*given, op=how, root=0)
 
     def tell(self, message: Tensor) -> None:
         """See `Leaders`."""
         first = self.node == 0
         for memory in self._staging.through(self._parts(message), read=first, written=not first):
-            self._comm.Bcast(memory_of(memory), root=0)
+            with self._waits:
+                self._comm.Bcast(memory_of(memory), root=0)
 
     def _parts(self, message: Tensor) -> list[Tensor]:
         largest = self._bucket if message.is_cuda else LARGEST
@@ -71,9 +79,10 @@ class MpiLeaders:
     def _wait(self, begun: list[Any]) -> None:
         """Not in MPI's own call, which keeps a core busy until the slowest node is there."""
         asleep = time.perf_counter() + (0 if self._computes else AWAKE)
-        while not self._mpi.Request.Testall(begun):
-            if time.perf_counter() > asleep:
-                time.sleep(PAUSE)
+        with self._waits:
+            while not self._mpi.Request.Testall(begun):
+                if time.perf_counter() > asleep:
+                    time.sleep(PAUSE)
 
     def progress(self) -> None:
         """See `Leaders`."""

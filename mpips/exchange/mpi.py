@@ -35,6 +35,7 @@ from mpips.exchange.rooted import RootRooms
 from mpips.exchange.semaphore import AWAKE
 from mpips.exchange.sharded import ShardedRooms
 from mpips.exchange.staging import Staging, finish, memory_of
+from mpips.exchange.waits import Waits, Watch
 from mpips.rule import Needs
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 BLOB = 0  # tag
 COUNTERS = {call: (f"{call} calls", f"{call} bytes") for call in ("combine", "publish", "ask", "reply")}  # made once: 0.5 us
-MPICH_PATIENCE = 0.5  # seconds for other ranks to finalize
+_watches: list[Watch] = []  # this process's, to be stopped before MPI is let go of
 
 
 class LaunchError(RuntimeError):
@@ -84,7 +85,16 @@ def connect(bucket: int, cuda_aware: bool, ranks_per_node: int = 0) -> MpiExchan
     MPI = _library()
     process.join()
     _share_cores(MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).size)
-    return MpiExchange(MPI.COMM_WORLD.Dup(), bucket, cuda_aware, ranks_per_node)
+    return MpiExchange(MPI.COMM_WORLD.Dup(), bucket, cuda_aware, ranks_per_node, _watched(MPI))
+
+
+@cache
+def _watched(MPI: Any) -> Waits:
+    """This process's waits, and that it is said whom they are for, where MPI lets a thread beside another call it."""
+    waits = Waits()
+    if MPI.COMM_WORLD.size > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+        _watches.append(Watch(MPI, MPI.COMM_WORLD.Dup(), waits))
+    return waits
 
 
 def _library() -> Any:
@@ -148,6 +158,8 @@ def _end(mpi: Any, born: int) -> None:
 def _finalize(mpi: Any, born: int) -> None:
     """Let go of MPI, once, in the process that has initialised it."""
     if os.getpid() == born and not mpi.Is_finalized():
+        while _watches:
+            _watches.pop().stop()
         mpi.Finalize()
 
 
@@ -167,9 +179,12 @@ def _crowded() -> bool:
 class MpiExchange:
     """One rank's end of a communicator; see `mpips.exchange.Exchange`."""
 
-    def __init__(self, comm: MPI.Comm, bucket: int, cuda_aware: bool, ranks_per_node: int = 0) -> None:
+    def __init__(
+        self, comm: MPI.Comm, bucket: int, cuda_aware: bool, ranks_per_node: int = 0, waits: Waits | None = None
+    ) -> None:
         from mpi4py import MPI
 
+        self._waits = waits or Waits()
         self._mpi: Any = MPI
         self.comm = comm
         self.rank, self.size = comm.rank, comm.size
@@ -178,7 +193,7 @@ class MpiExchange:
         self._bucket, self._cuda_aware, self._ranks_per_node = bucket, cuda_aware, ranks_per_node
         self._staging, self._asked, self._answer = (Staging(cuda_aware) for _ in range(3))
         self._rows = torch.empty(0)
-        self._conversation = Conversation(MPI, comm)
+        self._conversation = Conversation(MPI, comm, self._waits)
         self._threads = MPI.Query_thread() >= MPI.THREAD_SERIALIZED  # a rank that asks makes no other call meanwhile
         self._beside = ThreadPoolExecutor(1, "mpips-beside")  # has no thread until it is used
         self._asking = False
@@ -199,13 +214,12 @@ class MpiExchange:
         staged = contents.device.type == "cuda"
         awake = 0.0 if contents.overlap else AWAKE  # a thread that yields keeps Python's lock
         wanted = self._sizes(node.size, len(nodes), contents, staged)
-        found = mapped(node, [0, 0, *wanted[2:]] if staged else wanted, awake)
+        found = mapped(node, [0, 0, *wanted[2:]] if staged else wanted, awake, self._waits)
         on_devices = devices.mapped(node, contents) if staged and found else None
         if not all(word[0] for word in self.compare(bytes([bool(found and (on_devices or not staged))]) + bytes(31))):
             return None
         assert found
         (rows, pull, *parts), gates = found
-        gates.members = next(members for members in nodes if self.rank in members)
         meeting: Meeting = gates
         if on_devices:
             own, pulls, places = on_devices
@@ -218,7 +232,8 @@ class MpiExchange:
         if len(nodes) == 1:
             return Room(nodes[0], self.rank, board, parts, meeting, contents)
         comm = self.comm.Split(0 if gates.leads else self._mpi.UNDEFINED, self.rank)
-        leaders = MpiLeaders(self._mpi, comm, self._staging, self._bucket, contents.overlap) if gates.leads else None
+        ends = self._mpi, comm, self._staging, self._bucket, self._waits, contents.overlap
+        leaders = MpiLeaders(*ends) if gates.leads else None
         kind = ShardedRooms if contents.together else RootRooms
         return kind(nodes, self.rank, board, parts, meeting, contents, leaders, self._bucket)
 
@@ -269,10 +284,15 @@ class MpiExchange:
         parts = [raw[part] for part in pieces(raw.numel(), 1, self._bucket)]
         for memory in self._staging.through(parts, read=serves, written=not serves):
             self._count("publish", memory)
-            self.comm.Bcast(memory_of(memory), root=SERVER)
+            with self._waits:
+                self.comm.Bcast(memory_of(memory), root=SERVER)
 
     def collect(self, blob: bytes) -> list[bytes]:
         """See `Exchange`."""
+        with self._waits:
+            return self._collect(blob)
+
+    def _collect(self, blob: bytes) -> list[bytes]:
         if self.rank != SERVER:
             self.comm.Send(np.array([len(blob)], dtype=np.int64), dest=SERVER, tag=BLOB)
             data = np.frombuffer(blob, dtype=np.uint8)
@@ -292,7 +312,8 @@ class MpiExchange:
     def compare(self, digest: bytes) -> list[bytes]:
         """See `Exchange`."""
         everyone = np.empty((self.size, 32), dtype=np.uint8)
-        self.comm.Allgather(np.frombuffer(digest, dtype=np.uint8), everyone)
+        with self._waits:
+            self.comm.Allgather(np.frombuffer(digest, dtype=np.uint8), everyone)
         return [row.tobytes() for row in everyone]
 
     def receive(self, message: Tensor, tail: int) -> tuple[int, bool]:
@@ -347,8 +368,6 @@ class MpiExchange:
     def finalize(self) -> None:
         """See `Exchange`."""
         _finalize(self._mpi, os.getpid())
-        if "MPICH" in self.name:  # whose mpiexec kills ranks that are still at it when another has ended
-            time.sleep(MPICH_PATIENCE)
 
     def abort(self, status: int) -> None:
         """See `Exchange`."""
@@ -370,27 +389,29 @@ class MpiExchange:
                 self.abort(1)
             return here
 
-        patiently(all_here)
+        with self._waits:
+            patiently(all_here)
 
     def _reduce(self, parts: Sequence[Tensor]) -> None:
         serves = self.rank == SERVER
         for memory in self._staging.through(parts, read=True, written=serves):
             self._count("combine", memory)
-            if serves:
-                self.comm.Reduce(self._mpi.IN_PLACE, memory_of(memory), root=SERVER)
-            else:
-                self.comm.Reduce(memory_of(memory), None, root=SERVER)
+            given: tuple[Any, Any] = (self._mpi.IN_PLACE, memory_of(memory)) if serves else (memory_of(memory), None)
+            with self._waits:
+                self.comm.Reduce(*given, self._mpi.SUM, SERVER)
 
     def _gather(self, message: Tensor, parts: Sequence[slice], apply: Apply) -> None:
         travelling = self._staging.through([message[part] for part in parts], read=True, written=False)
         for part, memory in zip(parts, travelling, strict=True):
             self._count("combine", memory)
             if self.rank != SERVER:
-                self.comm.Gather(memory_of(memory), None, root=SERVER)
+                with self._waits:
+                    self.comm.Gather(memory_of(memory), None, root=SERVER)
                 continue
             rows = self._room_for(self.size * memory.numel(), memory)
             finish(rows)  # `apply` may still read what came last
-            self.comm.Gather(memory_of(memory), memory_of(rows), root=SERVER)
+            with self._waits:
+                self.comm.Gather(memory_of(memory), memory_of(rows), root=SERVER)
             apply(part, rows.view(self.size, -1).to(message.device))
 
     def _room_for(self, numel: int, like: Tensor) -> Tensor:

@@ -20,10 +20,6 @@ _at_once = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock: f
 _waiting = ctypes.CDLL(None, use_errno=True)
 
 
-class _Timespec(ctypes.Structure):
-    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
-
-
 class Semaphore:
     """One at an address that several processes map.
 
@@ -47,19 +43,13 @@ class Semaphore:
         """Add one, and wake who waits for it."""
         _at_once.sem_post(self._at)
 
-    def take(self, meanwhile: Callable[[], object] | None = None, late: Callable[[], float] | None = None) -> None:
-        """Wait until it is above zero, and subtract one; `meanwhile` is called again and again, with pauses.
-
-        `late` is called when the waiting gets long; it says in how many seconds it is to be called again.
-        """
+    def take(self, meanwhile: Callable[[], object] | None = None) -> None:
+        """Wait until it is above zero, and subtract one; `meanwhile` is called again and again, with pauses."""
         attempt, at = _at_once.sem_trywait, self._at
         if not attempt(at):
             return
-        due = time.perf_counter() + (late() if late else float("inf"))
         while meanwhile:
             meanwhile()
-            if late and time.perf_counter() > due:
-                due = time.perf_counter() + late()
             time.sleep(PAUSE)
             if not attempt(at):
                 return
@@ -67,10 +57,6 @@ class Semaphore:
         while time.perf_counter() < awake:
             os.sched_yield()
             if not attempt(at):
-                return
-        while late:
-            until = time.time() + late()
-            if not _waiting.sem_timedwait(at, ctypes.byref(_Timespec(int(until), int(until % 1 * 1e9)))):
                 return
         while _waiting.sem_wait(at):  # a signal came: its Python handler runs between two calls
             pass

@@ -232,8 +232,9 @@ class MpiExchange:
         if len(nodes) == 1:
             return Room(nodes[0], self.rank, board, parts, meeting, contents)
         comm = self.comm.Split(0 if gates.leads else self._mpi.UNDEFINED, self.rank)
-        ends = self._mpi, comm, self._staging, self._bucket, self._waits, contents.overlap
-        leaders = MpiLeaders(*ends) if gates.leads else None
+        leaders = None
+        if gates.leads:
+            leaders = MpiLeaders(self._mpi, comm, self._staging, self._bucket, self._waits, contents.overlap)
         kind = ShardedRooms if contents.together else RootRooms
         return kind(nodes, self.rank, board, parts, meeting, contents, leaders, self._bucket)
 

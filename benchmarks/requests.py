@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from mpips.exchange.mpi import MpiExchange
+from mpips.comm.mpi import MpiExchange
 
 SIZES = {"4 KB": 1 << 12, "64 KB": 1 << 16, "1 MB": 1 << 20}  # bytes each way
 ROUND = 50  # round trips of one kind before it is the other's turn

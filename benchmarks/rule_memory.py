@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mpips.combine import combine, contribute
+from mpips.comm.mpi import connect
 from mpips.config import Config, Robust
-from mpips.exchange.mpi import connect
-from mpips.message import Push, Row, replicate
-from mpips.rule import RULES, choose
+from mpips.model.message import Push, Row, replicate
+from mpips.reduce.aggregate import combine, contribute
+from mpips.rules import RULES, choose
 
 BUCKET = 16_000_000  # bytes, as `bucket_mb` has it
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from mpi4py import MPI
 
-from mpips.bench.clock import measure
+from mpips.cli.bench.clock import measure
 
 WARM = 2  # rounds of each that are not counted
 

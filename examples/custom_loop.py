@@ -19,8 +19,8 @@ from digits import accuracy, digits
 from torch import Tensor, nn
 
 import mpips
-from mpips.folder import new_folder
-from mpips.report import Report
+from mpips.report.run_report import Report
+from mpips.run.run_folder import new_folder
 
 
 def work(worker: mpips.Worker, model: nn.Module, data: list[Tensor], args: argparse.Namespace) -> None:

@@ -14,23 +14,23 @@ Importing this package does not initialise MPI. It takes flags that begin with `
 SIGUSR1, which ends a run with a checkpoint, from then on.
 """
 
-__version__ = "0.1.0"
-
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from mpips import process
+from mpips.process import __version__ as __version__
+from mpips.process import lifecycle as process
 
 if TYPE_CHECKING:
-    from mpips.client import Client
-    from mpips.clients import Clients
     from mpips.config import Config, ConfigError, add_arguments
-    from mpips.parameter_server import ParameterServer
-    from mpips.run import Run, connect
-    from mpips.server import Server
-    from mpips.start import configure, device, join, worker_index, workers
-    from mpips.worker import Worker
+    from mpips.data.clients import Clients
+    from mpips.run import frameworks
+    from mpips.run.run import Run, connect
+    from mpips.run.start import configure, device, join, worker_index, workers
+    from mpips.server.parameter_server import ParameterServer
+    from mpips.server.round_server import Server
+    from mpips.worker.async_worker import Client
+    from mpips.worker.round_worker import Worker
 
 __all__ = [
     "Client",
@@ -45,20 +45,21 @@ __all__ = [
     "configure",
     "connect",
     "device",
+    "frameworks",
     "join",
     "worker_index",
     "workers",
 ]
 
 _HOMES = {
-    "mpips.client": ("Client",),
-    "mpips.clients": ("Clients",),
+    "mpips.worker.async_worker": ("Client",),
+    "mpips.data.clients": ("Clients",),
     "mpips.config": ("Config", "ConfigError", "add_arguments"),
-    "mpips.parameter_server": ("ParameterServer",),
-    "mpips.run": ("Run", "connect"),
-    "mpips.server": ("Server",),
-    "mpips.start": ("configure", "device", "join", "worker_index", "workers"),
-    "mpips.worker": ("Worker",),
+    "mpips.server.parameter_server": ("ParameterServer",),
+    "mpips.run.run": ("Run", "connect"),
+    "mpips.server.round_server": ("Server",),
+    "mpips.run.start": ("configure", "device", "join", "worker_index", "workers"),
+    "mpips.worker.round_worker": ("Worker",),
 }
 
 
@@ -67,6 +68,8 @@ def __getattr__(name: str) -> object:
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(home), name)
+    if name == "frameworks":
+        return import_module("mpips.run.frameworks")
     raise AttributeError(f"module 'mpips' has no attribute {name!r}")
 
 

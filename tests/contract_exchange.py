@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpips.exchange import SERVER, Exchange, ExchangeError, share
+from mpips.comm import SERVER, Exchange, ExchangeError, share
 
 Program = Callable[[Exchange], Any]
 

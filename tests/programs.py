@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mpips
-from mpips.exchange import Exchange
+from mpips.comm import Exchange
 
 Data = tuple[Tensor, Tensor]
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import mpips
 from mpips import checkpoint
+from mpips.comm import Exchange
+from mpips.comm.simulated import Killed, World
 from mpips.config import ConfigError
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import Killed, World
 
 EPOCHS = 10  # of 20 batches: 200 steps
 INF = 10**9

@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mpips
-from mpips import cli
+from mpips.cli import main as cli
+from mpips.cli.launch import command
 from mpips.config import Config, ConfigError, fields, resolve, take_flags
 from mpips.config import flags as parsers
 from mpips.config import line as on_line
-from mpips.environment import Mpiexec
-from mpips.launch import command
+from mpips.process.environment import Mpiexec
 
 FIELDS = {key: kind for key, (kind, _) in fields().items()}
 DEEP = 3000

@@ -14,12 +14,12 @@ import pytest
 import torch
 from test_examples import small_mnist
 
-from mpips import cli
-from mpips.bench import picture
-from mpips.bench.agreement import difference
-from mpips.bench.case import BOUNDS, case, variants
-from mpips.bench.gradient import WIDTH, Gradient, Loss, initial, numel, parts_of
-from mpips.bench.limit import Line
+from mpips.cli import main as cli
+from mpips.cli.bench import picture
+from mpips.cli.bench.agreement import difference
+from mpips.cli.bench.case import BOUNDS, case, variants
+from mpips.cli.bench.gradient import WIDTH, Gradient, Loss, initial, numel, parts_of
+from mpips.cli.bench.limit import Line
 
 pytestmark = pytest.mark.skipif(
     any(int(os.environ.get(name, 1)) > 1 for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")),
@@ -34,7 +34,7 @@ FACTS = {"cores", "hosts", "load", "torch", "threads", "settings", "repeats"}
 @pytest.fixture
 def bench(solo: Start) -> Start:
     """`mpips bench ...` as from a shell."""
-    return lambda *words, **keywords: solo("-m", "mpips.cli", "bench", *words, timeout=150, **keywords)
+    return lambda *words, **keywords: solo("-m", "mpips.cli.main", "bench", *words, timeout=150, **keywords)
 
 
 def cases(done: subprocess.CompletedProcess[str]) -> list[dict[str, float]]:
@@ -111,20 +111,20 @@ def test_scaling_is_one_table_of_several_launches(bench: Start) -> None:
 
 
 def test_under_mpirun_rank_0_alone_speaks(mpirun: Start) -> None:
-    found = cases(mpirun(2, "-m", "mpips.cli", "bench", "round", "--mb", "0.1", *SHORT, "--json"))
+    found = cases(mpirun(2, "-m", "mpips.cli.main", "bench", "round", "--mb", "0.1", *SHORT, "--json"))
     assert [each["n"] for each in found] == [2]
 
 
 def test_one_process_is_asked_for_where_there_is_no_job_for_mpirun(mpirun: Start) -> None:
-    done = mpirun(2, "-m", "mpips.cli", "bench", "checkpoint", "--mb", "1")
+    done = mpirun(2, "-m", "mpips.cli.main", "bench", "checkpoint", "--mb", "1")
     assert done.returncode == 2
     assert "expected one process" in done.stderr
 
 
 WRONG = """
     import sys
-    from mpips.bench import raw_mpi
-    from mpips.bench.__main__ import main
+    from mpips.cli.bench import raw_mpi
+    from mpips.cli.bench.__main__ import main
 
     def without_bcast(self):
         if self._comm.rank:

@@ -12,10 +12,10 @@ from programs import OPTIMIZERS, cnn, data, train
 from torch import Tensor, nn
 
 import mpips
-from mpips.buffers import Buffers
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import World
-from mpips.flat import LayoutError
+from mpips.comm import Exchange
+from mpips.comm.simulated import World
+from mpips.model.buffers import Buffers
+from mpips.model.flat import LayoutError
 
 POLICIES = ["mean", "server", "local"]
 NUMBERS = {  # what worker k has in each buffer after its step

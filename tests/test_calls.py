@@ -15,9 +15,10 @@ from programs import data, metrics, mlp
 from torch import nn
 
 import mpips
-from mpips import checkpoint, service
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import World
+from mpips import checkpoint
+from mpips.comm import Exchange
+from mpips.comm.simulated import World
+from mpips.server import base as service
 
 PLACES = pytest.mark.parametrize("shares", [False, True], ids=["messages", "shared memory"])
 

@@ -8,20 +8,21 @@ import textwrap
 import pytest
 import torch
 
-from mpips import checkpoint, cli
-from mpips.environment import Mpiexec
-from mpips.launch import command
+from mpips import checkpoint
+from mpips.cli import main as cli
+from mpips.cli.launch import command
+from mpips.process.environment import Mpiexec
 
 
 def run(*words, cwd=None, **keywords):
-    argv = [sys.executable, "-m", "mpips.cli", *words]
+    argv = [sys.executable, "-m", "mpips.cli.main", *words]
     return subprocess.run(argv, capture_output=True, text=True, timeout=60, cwd=cwd, **keywords)
 
 
 def test_help_is_light_and_states_the_exit_statuses():
     source = """
-        import sys, mpips.cli
-        try: mpips.cli.main(["--help"])
+        import sys, mpips.cli.main
+        try: mpips.cli.main.main(["--help"])
         except SystemExit as end: assert end.code == 0
         print([name for name in ("torch", "h5py", "mpi4py", "numpy", "rich") if name in sys.modules])
     """

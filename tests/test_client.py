@@ -9,9 +9,9 @@ import torch
 from test_parameter_server import ASYNC, counter, push, run_and_stop, serve_and, set_gradients
 
 import mpips
+from mpips.comm import SERVER, Exchange, ExchangeError
+from mpips.comm.simulated import World
 from mpips.config import Config, Local, Staleness
-from mpips.exchange import SERVER, Exchange, ExchangeError
-from mpips.exchange.simulated import World
 
 OVERLAP = Config(mode="async", overlap=True)
 

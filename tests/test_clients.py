@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from mpips import rng
-from mpips.clients import Clients, chosen, hosts
 from mpips.data import Common, Place, Share
+from mpips.data.clients import Clients, chosen, hosts
+from mpips.process import rng
 
 
 class Numbers(Dataset):  # type: ignore[type-arg]

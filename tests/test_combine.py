@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mpips.combine import combine, contribute
+from mpips.comm import SERVER, Apply, Exchange
+from mpips.comm.simulated import World
 from mpips.config import Config, Robust
-from mpips.exchange import SERVER, Apply, Exchange
-from mpips.exchange.simulated import World
-from mpips.message import Push, Row, replicate
-from mpips.rule import RULES, Needs, Rule, choose
+from mpips.model.message import Push, Row, replicate
+from mpips.reduce.aggregate import combine, contribute
+from mpips.rules import RULES, Needs, Rule, choose
 
 Run = Callable[[Program, int], list[Any]]
 WIDE = Robust(radius=1e9)  # nothing is clipped

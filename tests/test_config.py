@@ -36,8 +36,8 @@ from mpips.config import (
     trace,
     whole_line,
 )
-from mpips.message import COLUMNS
-from mpips.report import FIXED
+from mpips.model.message import COLUMNS
+from mpips.report.run_report import FIXED
 
 FIELDS = fields()
 

@@ -8,11 +8,11 @@ import pytest
 from programs import cnn, mlp
 from torch import nn
 
-from mpips import contract
+from mpips.comm import Exchange
+from mpips.comm.simulated import World
 from mpips.config import Config
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import World
-from mpips.message import replicate
+from mpips.model.message import replicate
+from mpips.server import contract
 
 
 def lines(model: nn.Module, **settings: object) -> list[str]:

@@ -18,17 +18,20 @@ from conftest import ROOT, run
 from programs import data, mlp, train
 from torch import Tensor
 
-from mpips import cli, cost, plan
-from mpips.cost import Job, Machine, Phase, memory, predict, schedule
-from mpips.cost.round import Travel
-from mpips.exchange import sharded, simulated
-from mpips.exchange.room import Contents
-from mpips.exchange.sharded import sizes
-from mpips.exchange.simulated import SimulatedExchange, World
-from mpips.exchange.simulated_room import Leaders
-from mpips.flat import lay_out
-from mpips.plan import FLIGHT, GRAIN, SMALL
-from mpips.slices import start
+from mpips.cli import cost
+from mpips.cli import main as cli
+from mpips.cli.cost import Job, Machine, Phase, memory, predict, schedule
+from mpips.cli.cost.round import Travel
+from mpips.comm import reduce_scatter as sharded
+from mpips.comm import simulated
+from mpips.comm.node_group import Contents
+from mpips.comm.reduce_scatter import sizes
+from mpips.comm.simulated import SimulatedExchange, World
+from mpips.comm.simulated_group import Leaders
+from mpips.model import layout as plan
+from mpips.model.flat import lay_out
+from mpips.model.layout import FLIGHT, GRAIN, SMALL
+from mpips.reduce.sharded_step import setup as start
 
 WIRES = pytest.mark.parametrize("wire", ["full", "bfloat16"])
 SHAPES = pytest.mark.parametrize(("nodes", "ranks"), [(2, 1), (2, 2), (3, 1), (4, 3), (5, 2)])

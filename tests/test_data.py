@@ -37,12 +37,12 @@ from torch.utils.data import (
     random_split,
 )
 
-from mpips import rng
 from mpips.data import Place, left
 from mpips.data.common import Common
 from mpips.data.loader import sharded
 from mpips.data.samples import samples_in
 from mpips.data.share import Share
+from mpips.process import rng
 
 SEED, EPOCH = 11, 3
 Taken = tuple[list[Any], int, int | None]  # a batch's numbers, its items and samples

@@ -18,11 +18,12 @@ import torch
 from test_resume import assert_same
 from test_slices import ELEMENTWISE, assert_alike, odd
 
-from mpips.exchange import ExchangeError, devices, simulated
-from mpips.exchange.devices import Fenced
-from mpips.exchange.mpi import MpiExchange
-from mpips.exchange.simulated import World
-from mpips.exchange.simulated_room import Gates
+from mpips.comm import ExchangeError, simulated
+from mpips.comm import cuda_ipc as devices
+from mpips.comm.cuda_ipc import Fenced
+from mpips.comm.mpi import MpiExchange
+from mpips.comm.simulated import World
+from mpips.comm.simulated_group import Gates
 
 TAKEN_OVER = [
     "a_run_resumes_under_another_plan",
@@ -181,7 +182,7 @@ def placed(
     monkeypatch: pytest.MonkeyPatch, nodes: list[list[int]], cuda_aware: bool = False
 ) -> tuple[Any, list[Any], list[Any]]:
     """The room that MPI's third rank, 12, gets, whose memory is this process'; what it waited for, and what was pinned."""
-    from mpips.exchange import mpi
+    from mpips.comm import mpi
 
     waited, pinned = list[Any](), list[Any]()
     held = replace(test_room.contents(True), device=torch.device("cuda"))

@@ -12,11 +12,11 @@ import torch
 from test_rooms import DTYPES, MAKE, SHAPES, Shape, cut, even, rounds, uneven
 from test_slices import Odd, assert_alike
 
-from mpips.exchange import simulated
-from mpips.exchange.devices import Fenced
-from mpips.exchange.sharded import ShardedRooms
-from mpips.exchange.simulated import SimulatedExchange, World
-from mpips.exchange.simulated_room import Gates
+from mpips.comm import simulated
+from mpips.comm.cuda_ipc import Fenced
+from mpips.comm.reduce_scatter import ShardedRooms
+from mpips.comm.simulated import SimulatedExchange, World
+from mpips.comm.simulated_group import Gates
 
 small_pieces = test_rooms.small_pieces
 tiny_pieces = test_rooms.tiny_pieces

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mpips import environment
+from mpips.process import environment
 
 OPENMPI_5 = "mpiexec (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/"
 OPENMPI_4 = "mpirun (Open MPI) 4.1.4\n\nReport bugs to http://www.open-mpi.org/community/help/"
@@ -155,7 +155,7 @@ def test_reads_the_commit_as_git_does(tmp_path):
 
 def test_environment_is_cheap(tmp_path):
     source = (
-        "import sys; from mpips.environment import environment; environment();"
+        "import sys; from mpips.process.environment import environment; environment();"
         "print([name for name in ('torch', 'h5py', 'mpi4py', 'numpy', 'rich') if name in sys.modules])"
     )
     output = subprocess.check_output([sys.executable, "-c", source], text=True, timeout=20, cwd=tmp_path)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from contract_exchange import ExchangeContract, Program, RequestsContract
 
-from mpips.exchange import SERVER
+from mpips.comm import SERVER
 
 
 def on_mpi(program: Program, bucket: int = 100_000) -> list[Any]:
     """Run a program on all ranks of this job; every rank gets all results."""
     from mpi4py import MPI
 
-    from mpips.exchange.mpi import MpiExchange
+    from mpips.comm.mpi import MpiExchange
 
     comm = MPI.COMM_WORLD.Dup()
     result = program(MpiExchange(comm, bucket, cuda_aware=False))
@@ -68,7 +68,7 @@ class TestRequests(RequestsContract):
 class TestRequestsInPieces(RequestsContract):
     @pytest.fixture(autouse=True)
     def small_limits(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from mpips.exchange import conversation
+        from mpips.comm import p2p as conversation
 
         monkeypatch.setattr(conversation, "SMALL", 40)
         monkeypatch.setattr(conversation, "LARGEST", 30_000)
@@ -154,7 +154,7 @@ def test_a_rank_that_waits_leaves_its_core_to_others() -> None:
 def test_more_than_2_to_the_31_bytes() -> None:
     from mpi4py import MPI
 
-    from mpips.exchange.mpi import MpiExchange
+    from mpips.comm.mpi import MpiExchange
 
     if MPI.COMM_WORLD.size > 2:
         pytest.skip("2 ranks are enough for 2 GiB each")
@@ -190,7 +190,7 @@ def test_the_server_memory_for_rows_is_that_of_a_bucket() -> None:
     ],
 )
 def test_more_ranks_than_cores_are_noticed(variables: dict[str, str], crowded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mpips.exchange.mpi import _crowded
+    from mpips.comm.mpi import _crowded
 
     monkeypatch.setattr(os, "environ", variables)
     assert _crowded() == crowded

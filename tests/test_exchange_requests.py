@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpips.exchange import SERVER, ExchangeError
-from mpips.exchange.simulated import Killed, SimulatedExchange, World
+from mpips.comm import SERVER, ExchangeError
+from mpips.comm.simulated import Killed, SimulatedExchange, World
 
 MESSAGE = torch.zeros(2)  # 8 bytes
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from contract_exchange import ExchangeContract, Program, RequestsContract
 
-from mpips.exchange import ExchangeError
-from mpips.exchange.simulated import Killed, SimulatedExchange, World
+from mpips.comm import ExchangeError
+from mpips.comm.simulated import Killed, SimulatedExchange, World
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

@@ -171,7 +171,7 @@ def test_a_setting_is_refused_in_one_line_whichever_rank_has_it(what: str, mpiru
 def test_a_folder_that_only_the_server_s_machine_has_is_no_fault(mpirun: Any, tmp_path: Path) -> None:
     """A worker without it writes no log of its own; what only the server reads it does not look for."""
     first = "os.environ |= {'MPIPS_RUN_DIR': '/proc/none', 'MPIPS_RESUME': 'nowhere'} if rank else {'MPIPS_RUN_DIR': 'run'}\n"
-    hide = "from pathlib import Path\nfrom mpips import report\n"
+    hide = "from pathlib import Path\nfrom mpips.report import run_report as report\n"
     hide += "if rank: report.log_to = lambda folder, rank, run, real=report.log_to: real(Path('/proc/none'), rank, run)\n"
     done = mpirun(3, script(tmp_path, first + hide + LOOP.format(trouble="pass").replace(', run_dir="run"', "")))
     assert (done.returncode, done.stderr) == (0, "")

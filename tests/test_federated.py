@@ -17,13 +17,13 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import mpips
 from mpips import Clients
-from mpips.clients import chosen
+from mpips.algorithms.modes import choose_mode
+from mpips.comm import Exchange
+from mpips.comm.simulated import Killed, World
 from mpips.config import Config, ConfigError, Outer
 from mpips.config import Local as LocalSettings
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import Killed, World
-from mpips.message import NonFiniteError
-from mpips.mode import choose_mode
+from mpips.data.clients import chosen
+from mpips.model.message import NonFiniteError
 
 SIZES = (30, 7, 22, 1, 40, 12, 3)
 ROUNDS, BATCH, LR, SEED = 4, 8, 0.1, 5

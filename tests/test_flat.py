@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import mpips
 from mpips.checkpoint.layout import BITS, NATIVE
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import World
-from mpips.flat import ALIGNMENT, STORED, Flat, LayoutError, lay_out, unwrap
+from mpips.comm import Exchange
+from mpips.comm.simulated import World
+from mpips.model.flat import ALIGNMENT, STORED, Flat, LayoutError, lay_out, unwrap
 
 Batches = list[Tensor]
 

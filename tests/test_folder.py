@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import mpips
-from mpips import checkpoint, folder, report
+from mpips import checkpoint
+from mpips.comm.simulated import World
 from mpips.config import ConfigError, check_resume
-from mpips.exchange.simulated import World
-from mpips.snapshot import SnapshotError
+from mpips.optim.snapshot import SnapshotError
+from mpips.report import run_report as report
+from mpips.run import run_folder as folder
 
 
 def run(name: str, *steps: int) -> Path:
@@ -98,7 +100,7 @@ def test_a_folder_is_held_by_one_process() -> None:
     Path("run").mkdir()
     folder.hold(Path("run").absolute())
     folder.hold(Path("run").absolute())  # of the same process
-    code = "from pathlib import Path; from mpips import folder; folder.hold(Path('run').absolute())"
+    code = "from pathlib import Path; from mpips.run import run_folder as folder; folder.hold(Path('run').absolute())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert other.returncode
     assert f"which process {os.getpid()} on {socket.gethostname()} writes to" in other.stderr

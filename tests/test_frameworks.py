@@ -280,7 +280,7 @@ def test_trainer_loads_its_best_weights_on_every_worker(mpirun: Start, tmp_path:
 def test_trainer_is_refused_or_told_its_device(capfd: pytest.CaptureFixture[str]) -> None:
     library = pytest.importorskip("transformers")
     config = library.GPT2Config(vocab_size=8, n_positions=8, n_embd=4, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
-    from mpips import frameworks, start
+    from mpips.run import frameworks, start
 
     def trainer(**given: Any) -> Any:
         args = library.TrainingArguments("out", use_cpu=True, report_to=[], per_device_train_batch_size=4)

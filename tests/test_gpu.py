@@ -11,8 +11,8 @@ from programs import MODELS, OPTIMIZERS, data, in_order, sha
 from test_exchange_mpi import as_simulated, on_mpi
 
 import mpips
-from mpips.exchange import SERVER, Exchange
-from mpips.exchange.simulated import World
+from mpips.comm import SERVER, Exchange
+from mpips.comm.simulated import World
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mpips
-from mpips.exchange import SERVER, Exchange
-from mpips.exchange.simulated import World
+from mpips.comm import SERVER, Exchange
+from mpips.comm.simulated import World
 
 EPOCHS = 10  # of 20 batches: 200 steps
 

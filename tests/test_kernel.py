@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpips.exchange.board import FEW, Board, Rows
-from mpips.slices.kernel import ONE_THREAD, Terms, add_up, divide, is_finite
+from mpips.comm.peer_buffers import FEW, Board, Rows
+from mpips.reduce.sharded_step.kernels import ONE_THREAD, Terms, add_up, divide, is_finite
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 
@@ -73,8 +73,8 @@ def test_what_is_not_finite_is_seen_wherever_it_is(bad: float, arrays: bool, len
 
 OVERFLOW = """
 import numpy as np, torch
-from mpips.exchange.board import Rows
-from mpips.slices.kernel import add_up, is_finite
+from mpips.comm.peer_buffers import Rows
+from mpips.reduce.sharded_step.kernels import add_up; from mpips.reduce.sharded_step.kernels import is_finite
 for values in ((3e38, 3e38), (np.inf, -np.inf)):
     rows = Rows(torch.full((100,), value) for value in values)
     rows.arrays = [row.numpy() for row in rows]

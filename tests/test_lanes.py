@@ -14,13 +14,13 @@ from test_exchange_mpi import on_mpi
 from test_rule import LEAST, each_rule, together
 from torch import Tensor
 
-from mpips.combine import WEIGHT
+from mpips.comm import SERVER, Exchange
+from mpips.comm.simulated import World
 from mpips.config import Config, Robust
-from mpips.exchange import SERVER, Exchange
-from mpips.exchange.simulated import World
-from mpips.lanes import combine, contribute
-from mpips.message import Contribution, Push, Row
-from mpips.rule import choose
+from mpips.model.message import Contribution, Push, Row
+from mpips.reduce.aggregate import WEIGHT
+from mpips.reduce.client_rows import combine, contribute
+from mpips.rules import choose
 
 Hosted = Sequence[Sequence[int]]  # for each rank the rows of its clients
 HOSTED: dict[str, Hosted] = {

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from mpips import launch
-from mpips.environment import Mpiexec, find_mpiexec
-from mpips.launch import command, job, keeper, plan
-from mpips.launch.ranks import Fallen, Ranks
-from mpips.launch.watch import CLOCKS, Failure, Stderr, Watch, first_failure
-from mpips.screen import Lines
+from mpips.cli import launch
+from mpips.cli.launch import command, job, keeper, plan
+from mpips.cli.launch.ranks import Fallen, Ranks
+from mpips.cli.launch.watch import CLOCKS, Failure, Stderr, Watch, first_failure
+from mpips.cli.screen import Lines
+from mpips.process.environment import Mpiexec, find_mpiexec
 
 pytestmark = pytest.mark.skipif(
     any(int(os.environ.get(name, 1)) > 1 for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")),
@@ -464,9 +464,9 @@ def test_events_of_an_earlier_run_are_not_this_run(tmp_path):
 DRIVER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
-from mpips.environment import Mpiexec
-from mpips.launch import command, job, keeper
-from mpips.cli import main
+from mpips.process.environment import Mpiexec
+from mpips.cli.launch import command; from mpips.cli.launch import job; from mpips.cli.launch import keeper
+from mpips.cli.main import main
 keeper.AFTER_TERM = 0.3
 if sys.argv[1]:
     command.find_mpiexec = lambda: Mpiexec(sys.argv[1], "unknown", "")

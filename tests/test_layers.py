@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,83 +13,78 @@ import pytest
 import mpips
 
 PACKAGE = Path(mpips.__file__).parent
-LAYERS = [
-    {"cli"},
-    {"bench", "cost"},
-    {"launch", "frameworks"},
-    {"screen", "run"},
-    {"start", "loop", "blueprint", "wrapped", "clipping"},
-    {"failure", "folder", "keeping"},
-    {"client"},
-    {"server", "parameter_server", "worker"},
-    {"service"},
-    {"mode"},
-    {"federated", "elastic", "streaming"},
-    {"slices"},
-    {"update", "pieces"},
-    {"optimizer", "lanes"},
-    {"snapshot", "contract", "combine", "state"},
-    {"exchange", "checkpoint", "report"},
-    {"stopping", "staleness", "environment"},
-    {"message", "rule", "clients"},
-    {"data"},
-    {"buffers", "trainable", "plan", "ready", "rng"},
-    {"flat", "config", "outer", "hyper", "joint", "stdout"},
-    {"process"},
-    {"environment"},
+LEVELS = [
+    {"run", "cli"},
+    {"worker"},
+    {"server"},
+    {"reduce"},
+    {"algorithms"},
+    {"comm", "optim"},
+    {"data", "model", "report", "rules"},
+    {"checkpoint", "config", "process"},
 ]
-HEIGHT = {noun: -depth for depth, nouns in enumerate(LAYERS) for noun in nouns}
-HOMES = {"mpi4py": {"exchange", "bench", "process"}, "h5py": {"checkpoint", "bench"}, "rich": {"screen", "launch", "cli"}}
-NOUNS = sorted(
-    {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")} - {"__init__", "__main__"}
-)
-
-
-def sources(noun: str) -> list[Path]:
-    folder = PACKAGE / noun
-    return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{noun}.py"]
+LEVEL = {box: -depth for depth, boxes in enumerate(LEVELS) for box in boxes}
+HOMES = {"mpi4py": ("comm/", "process/", "cli/bench/"), "h5py": ("checkpoint/", "cli/bench/"), "rich": ("cli/",)}
+MODULES = {".".join(path.with_suffix("").relative_to(PACKAGE.parent).parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imported(path: Path) -> set[str]:
-    """Modules imported anywhere in a file, also lazily; `from mpips import x` counts as mpips.x."""
+    """Modules imported anywhere in a file, also lazily, but for the type checker; `from mpips import x` counts as mpips.x."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"mpips.{alias.name}" for alias in node.names} if node.module == "mpips" else {node.module}
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in MODULES or node.module == "mpips" else node.module for name in whole}
     return names
 
 
-def test_every_module_has_a_layer() -> None:
-    assert set(NOUNS) == set(HEIGHT)
+def within(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
 
 
-@pytest.mark.parametrize("noun", NOUNS)
-def test_imports_point_down(noun: str) -> None:
-    for path in sources(noun):
+def test_every_box_has_a_level() -> None:
+    boxes = {within(path).split("/")[0] for path in MODULES.values()} - {"__init__.py"}
+    assert boxes == set(LEVEL)
+    assert len(boxes) <= 15
+    assert len(LEVELS) <= 8
+
+
+@pytest.mark.parametrize("box", LEVEL)
+def test_imports_point_down(box: str) -> None:
+    for path in (PACKAGE / box).rglob("*.py"):
         for name in imported(path):
-            parts = name.split(".")
-            if parts[0] == "mpips" and len(parts) > 1 and parts[1] in HEIGHT and parts[1] != noun:
-                assert HEIGHT[parts[1]] < HEIGHT[noun], f"{path.name} imports {name}"
+            _, _, other = name.partition("mpips.")
+            other = other.split(".")[0]
+            assert other in ("", box) or other not in LEVEL or LEVEL[other] < LEVEL[box], f"{within(path)} imports {name}"
+
+
+def test_modules_have_no_import_circle() -> None:
+    order = TopologicalSorter({name: imported(path) & set(MODULES) for name, path in MODULES.items()})
+    order.prepare()
 
 
 @pytest.mark.parametrize("library", HOMES)
 def test_some_libraries_have_one_home(library: str) -> None:
-    users = {noun for noun in NOUNS for path in sources(noun) for name in imported(path) if name.split(".")[0] == library}
-    assert users <= HOMES[library]
+    users = [path for path in MODULES.values() if any(name.split(".")[0] == library for name in imported(path))]
+    assert [within(path) for path in users if not within(path).startswith(HOMES[library])] == []
 
 
-def test_only_run_and_the_exchange_ask_for_the_servers_rank() -> None:
-    users = {noun for noun in NOUNS for path in sources(noun) if "SERVER" in path.read_text()}
-    assert users <= {"run", "exchange", "contract", "failure"}
+def test_few_ask_for_the_servers_rank() -> None:
+    users = {within(path) for path in MODULES.values() if "SERVER" in path.read_text()}
+    assert {name for name in users if not name.startswith("comm/")} == {"run/run.py", "run/failure.py", "server/contract.py"}
 
 
 def test_importing_mpips_starts_nothing() -> None:
-    program = "import sys, mpips, mpips.cli; print([m for m in ('mpi4py', 'torch', 'h5py') if m in sys.modules])"
+    program = "import sys, mpips, mpips.cli.main; print([m for m in ('mpi4py', 'torch', 'h5py') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert out.stdout.strip() == "[]"
-    program = "import sys, mpips.run; print('mpi4py' in sys.modules)"
+    program = "import sys, mpips.run.run; print('mpi4py' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert out.stdout.strip() == "False"
 

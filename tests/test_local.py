@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import mpips
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import Killed, World
-from mpips.message import NonFiniteError
+from mpips.comm import Exchange
+from mpips.comm.simulated import Killed, World
+from mpips.model.message import NonFiniteError
 
 Make = Callable[[Any], torch.optim.Optimizer]
 LR, BATCH, EPOCHS = 0.05, 16, 3

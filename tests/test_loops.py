@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mpips
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import World
+from mpips.comm import Exchange
+from mpips.comm.simulated import World
 
 D = torch.float64
 Mine = Callable[[int], Data]

@@ -9,10 +9,10 @@ import torch
 from programs import cnn, mlp
 from torch import Tensor, nn
 
+from mpips.comm.simulated import World
 from mpips.config import Config
-from mpips.exchange.simulated import World
-from mpips.flat import ALIGNMENT
-from mpips.message import COLUMNS, LIMBS, Control, NonFiniteError, Replica, Row, replicate, wire_dtype
+from mpips.model.flat import ALIGNMENT
+from mpips.model.message import COLUMNS, LIMBS, Control, NonFiniteError, Replica, Row, replicate, wire_dtype
 
 
 def made(net: nn.Module | None = None, size: int = 3, **settings: object) -> Replica:

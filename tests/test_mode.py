@@ -11,11 +11,11 @@ import torch
 from programs import data, mlp, train
 
 import mpips
+from mpips.algorithms.modes import MODES, choose_mode, takes_weights
+from mpips.comm import Exchange
+from mpips.comm.simulated import World
 from mpips.config import Config, ConfigError, Local, Outer, Staleness
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import World
-from mpips.mode import MODES, choose_mode, takes_weights
-from mpips.snapshot import SnapshotError
+from mpips.optim.snapshot import SnapshotError
 
 
 def sgd(params: Any) -> torch.optim.Optimizer:

@@ -14,8 +14,8 @@ from programs import OPTIMIZERS, data, mlp, train
 from test_exchange_mpi import on_mpi
 from torch import Tensor, nn
 
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import World
+from mpips.comm import Exchange
+from mpips.comm.simulated import World
 
 FEDAVG: dict[str, Any] = {"mode": "fedavg"}
 LOCAL: dict[str, Any] = {"mode": "local_sgd", "local": {"steps": 3}}

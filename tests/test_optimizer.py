@@ -17,12 +17,12 @@ from torch.optim import lr_scheduler
 
 import mpips
 from mpips import checkpoint
+from mpips.comm import Exchange
+from mpips.comm.simulated import World
 from mpips.config import Config, ConfigError
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import World
-from mpips.message import CallError, Replica, replicate
-from mpips.optimizer import FlatOptimizer
-from mpips.snapshot import SnapshotError, put_model, take_model
+from mpips.model.message import CallError, Replica, replicate
+from mpips.optim.flat_optimizer import FlatOptimizer
+from mpips.optim.snapshot import SnapshotError, put_model, take_model
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 OPTIM = torch.optim

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpips import checkpoint, snapshot
-from mpips.outer import FedAdagrad, FedAdam, FedYogi, SlowMo
+from mpips import checkpoint
+from mpips.optim import snapshot
+from mpips.optim.server_optimizer import FedAdagrad, FedAdam, FedYogi, SlowMo
 
 SGD, Optimizer = torch.optim.SGD, torch.optim.Optimizer
 MAKE: dict[str, Callable[[Any], Optimizer]] = {

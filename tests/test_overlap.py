@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mpips
-from mpips import plan
-from mpips.exchange import Exchange, sharded
-from mpips.exchange.simulated import World
-from mpips.flat import lay_out
-from mpips.ready import Ready
+from mpips.comm import Exchange
+from mpips.comm import reduce_scatter as sharded
+from mpips.comm.simulated import World
+from mpips.model import layout as plan
+from mpips.model.bucket_ready import Ready
+from mpips.model.flat import lay_out
 
 BUCKET = 640  # bytes
 
@@ -372,7 +373,7 @@ def test_resume_is_exact_though_the_next_batch_was_loaded_before_the_checkpoint(
 def test_over_mpi_the_bits_are_the_same(neighbours: int, settings: dict[str, Any]) -> None:
     from mpi4py import MPI
 
-    from mpips.exchange.mpi import MpiExchange
+    from mpips.comm.mpi import MpiExchange
 
     comm = MPI.COMM_WORLD
     settings = {"model": mlp, **settings}

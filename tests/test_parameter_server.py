@@ -13,11 +13,11 @@ from test_exchange_mpi import on_mpi
 from torch import nn
 
 import mpips
+from mpips.comm import SERVER, Exchange
+from mpips.comm.simulated import World
 from mpips.config import Config, ConfigError, Staleness
-from mpips.exchange import SERVER, Exchange
-from mpips.exchange.simulated import World
-from mpips.message import CONTROL_BYTES, NonFiniteError, Stop
-from mpips.parameter_server import Dealing, Kept
+from mpips.model.message import CONTROL_BYTES, NonFiniteError, Stop
+from mpips.server.parameter_server import Dealing, Kept
 
 Work = Callable[[mpips.Client], Any]
 ASYNC = Config(mode="async")
@@ -392,8 +392,8 @@ def test_dealing() -> None:
 def test_kept_contributions_and_their_buffers(by_share: bool) -> None:
     from programs import cnn
 
-    from mpips.exchange.simulated import World
-    from mpips.message import replicate
+    from mpips.comm.simulated import World
+    from mpips.model.message import replicate
 
     replica = replicate(cnn(), Config(), 1, World(1).ends[0].allocate)
     push, kept = replica.push, Kept(replica.push)

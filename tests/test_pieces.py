@@ -9,17 +9,18 @@ import torch
 from test_resume import assert_same
 from torch import Tensor, nn, optim
 
-from mpips import hyper, plan
+from mpips.comm import Exchange
+from mpips.comm.simulated import World
 from mpips.config import Config
 from mpips.data import Place
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import World
-from mpips.message import replicate
-from mpips.optimizer import FlatOptimizer
-from mpips.outer import FedAdam, SlowMo
-from mpips.pieces import Cut, Pieces, where
-from mpips.plan import divide
-from mpips.state import RankState
+from mpips.model import layout as plan
+from mpips.model.layout import divide
+from mpips.model.message import replicate
+from mpips.optim import hyperparameters as hyper
+from mpips.optim.flat_optimizer import FlatOptimizer
+from mpips.optim.server_optimizer import FedAdam, SlowMo
+from mpips.reduce.sharded_optimizer import Cut, Pieces, where
+from mpips.server.rank_state import RankState
 
 
 @pytest.fixture(autouse=True)

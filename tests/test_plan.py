@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpips import plan
-from mpips.flat import ALIGNMENT, Slot, lay_out
-from mpips.plan import GRAIN, LEAST, buckets, divide, pieces, share, steps
+from mpips.model import layout as plan
+from mpips.model.flat import ALIGNMENT, Slot, lay_out
+from mpips.model.layout import GRAIN, LEAST, buckets, divide, pieces, share, steps
 
 Sizes = list[int]
 sizes = st.lists(st.one_of(st.integers(0, 40), st.integers(0, 20_000)), min_size=1, max_size=8).filter(any)

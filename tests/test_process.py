@@ -39,7 +39,7 @@ def test_streams_that_are_none_can_be_written_to() -> None:
 
 
 def test_emit_drops_what_cannot_be_written_and_goes_on() -> None:
-    full = "import os, mpips\nfrom mpips.process import emit\nos.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
+    full = "import os, mpips\nfrom mpips.process.lifecycle import emit\nos.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
     done = python(full + "emit(1, 'x' * 99999)\nemit(2, 'l\\udce4ufe')\n")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "l\udce4ufe")
 
@@ -88,7 +88,7 @@ def test_a_rank_that_ends_before_connect_ends_all(how: str, library: str, mpirun
 
 
 BARRIER = "MPI.COMM_WORLD.Barrier()"
-ASKED = "from mpips.exchange import mpi; mpi._library()"  # by which the end of MPI is ours
+ASKED = "from mpips.comm import mpi; mpi._library()"  # by which the end of MPI is ours
 
 
 @pytest.mark.parametrize("library", ["openmpi", "mpich"])
@@ -99,7 +99,8 @@ def test_an_exception_ends_all_where_mpi_has_begun(before: str, others: str, lib
     """MPI's finalisation waited for the others, and so they for this rank."""
     if library == "mpich" and not MPICH.exists():
         pytest.skip("no Python with MPICH")
-    body = f"from mpi4py import MPI\nfrom mpips import process\n{before}\nif rank == 1: raise ValueError('early')\n{others}\n"
+    begun = f"from mpi4py import MPI\nfrom mpips.process import lifecycle as process\n{before}\n"
+    body = f"{begun}if rank == 1: raise ValueError('early')\n{others}\n"
     text = script(tmp_path, body + LOOP.format(trouble="pass"))
     done = mpirun(3, text, timeout=40, python=str(MPICH) if library == "mpich" else sys.executable)
     assert done.returncode == 1
@@ -139,13 +140,13 @@ RANK = {"PMI_RANK": "1", "PMI_SIZE": "2", "OMPI_COMM_WORLD_SIZE": "1"}
 
 
 def test_what_a_rank_starts_is_no_rank() -> None:
-    inner = "from mpips import process; print(process._is_of_a_rank())"
+    inner = "from mpips.process import lifecycle as process; print(process._is_of_a_rank())"
     outer = f"import subprocess, sys; {inner}; sys.stdout.flush(); subprocess.run([sys.executable, '-c', {inner!r}])"
     assert python(outer, **RANK).stdout.split() == ["False", "True"]
     shell = ["sh", "-c", '"$0" -c "$1"; true', sys.executable]
     wrapped = subprocess.run([*shell, inner], env={**os.environ, **RANK}, capture_output=True, text=True)
     assert wrapped.stdout == "False\n"  # sh is what the launcher has started
-    through = f"import subprocess, sys; from mpips import process; subprocess.run([*{shell!r}, {inner!r}])"
+    through = f"import subprocess, sys; from mpips.process import lifecycle as process; subprocess.run([*{shell!r}, {inner!r}])"
     assert python(through, **RANK).stdout == "True\n"
 
 
@@ -161,7 +162,7 @@ def test_a_rank_in_a_wrapper_that_ends_before_connect_ends_all(tmp_path: Path) -
 def test_a_rank_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
     """The launcher has started a shell, that one the rank; so nobody near the rank notices."""
     inner = (
-        "import os, threading, time\nfrom mpips import process\n"
+        "import os, threading, time\nfrom mpips.process import lifecycle as process\n"
         "threading.Thread(target=process._watch, args=(process._launcher(),), daemon=True).start()\n"
         "open('up', 'w').write(str(os.getpid()))\ntime.sleep(60)"
     )

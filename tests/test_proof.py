@@ -7,10 +7,11 @@ import os
 import pytest
 import torch
 
-from mpips import start
+from mpips.comm import Exchange
+from mpips.comm import cuda_probe as proof
+from mpips.comm.simulated import World
 from mpips.config import Config
-from mpips.exchange import Exchange, proof
-from mpips.exchange.simulated import World
+from mpips.run import start
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mpips.report import LOG, Report, log_to, rank_states, stop_copying
-from mpips.screen import Tail
+from mpips.cli.screen import Tail
+from mpips.report.run_report import LOG, Report, log_to, rank_states, stop_copying
 
 
 def rows(report: Report, numbers: range) -> None:

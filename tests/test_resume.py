@@ -12,8 +12,9 @@ import torch
 from conftest import ROOT
 from programs import OPTIMIZERS, data, dropout_mlp, metrics, sha, train
 
-from mpips import checkpoint, snapshot
-from mpips.exchange.simulated import Killed, World
+from mpips import checkpoint
+from mpips.comm.simulated import Killed, World
+from mpips.optim import snapshot
 
 SCRIPT = ROOT / "tests" / "resumable.py"
 
@@ -367,7 +368,7 @@ def test_what_a_script_does_after_a_step_is_in_the_checkpoint_of_that_step(world
 
 
 def test_a_script_whose_name_begins_alike_is_not_resumed() -> None:
-    from mpips import folder
+    from mpips.run import run_folder as folder
 
     for name in ("test-big", "test-2"):
         other = Path("runs", f"2026-01-01-000000-{name}", "checkpoints")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mpips import checkpoint, rng
+from mpips import checkpoint
+from mpips.process import rng
 
 
 @pytest.fixture(autouse=True)

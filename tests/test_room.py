@@ -21,13 +21,15 @@ from programs import OPTIMIZERS, cnn, data, sha, train
 from test_exchange_mpi import as_simulated, on_mpi
 from torch import Tensor
 
-from mpips.exchange import ExchangeError, memory, node, simulated
-from mpips.exchange.board import Board
-from mpips.exchange.room import Contents, Room
-from mpips.exchange.semaphore import SIZE, Semaphore
-from mpips.exchange.simulated import SimulatedExchange, World
-from mpips.exchange.simulated_room import Gates
-from mpips.flat import ALIGNMENT
+from mpips.comm import ExchangeError, simulated
+from mpips.comm import barrier as node
+from mpips.comm import shared_memory as memory
+from mpips.comm.node_group import Contents, Room
+from mpips.comm.peer_buffers import Board
+from mpips.comm.semaphore import SIZE, Semaphore
+from mpips.comm.simulated import SimulatedExchange, World
+from mpips.comm.simulated_group import Gates
+from mpips.model.flat import ALIGNMENT
 
 LENGTH, TAIL, LINES, ROUNDS = 40, 30, 4, 3
 

@@ -22,15 +22,16 @@ from test_slices import SAMPLES, Odd, assert_alike, differ, grouped, is_sharded,
 from torch import Tensor, nn, optim
 
 import mpips
-from mpips import plan
+from mpips.comm import Exchange, simulated
+from mpips.comm import reduce_scatter as sharded
+from mpips.comm.node_group import Contents
+from mpips.comm.reduce_scatter import ShardedRooms, length
+from mpips.comm.simulated import Killed, SimulatedExchange, World
+from mpips.comm.simulated_group import Gates, Leaders
 from mpips.config import Config, ConfigError, resolve
-from mpips.exchange import Exchange, sharded, simulated
-from mpips.exchange.room import Contents
-from mpips.exchange.sharded import ShardedRooms, length
-from mpips.exchange.simulated import Killed, SimulatedExchange, World
-from mpips.exchange.simulated_room import Gates, Leaders
-from mpips.message import NonFiniteError
-from mpips.plan import share
+from mpips.model import layout as plan
+from mpips.model.layout import share
+from mpips.model.message import NonFiniteError
 
 Shape = list[int]
 SHAPES: list[Shape] = [[2, 2], [1, 3], [3, 1], [1, 1, 1], [2, 1, 2], [4, 4]]
@@ -946,7 +947,7 @@ def test_auto_shares_between_nodes_what_is_large(monkeypatch: pytest.MonkeyPatch
         net = mlp()
         return is_sharded(train(e, net, OPTIMIZERS["adam"](net.parameters()), data(30), 7))
 
-    monkeypatch.setattr("mpips.slices.start.SMALL", 1000)
+    monkeypatch.setattr("mpips.reduce.sharded_step.setup.SMALL", 1000)
     assert on_nodes([2, 2]).run(program) == [True] * 3
 
 
@@ -1079,7 +1080,7 @@ def on_mpi(program: Callable[[Any], Any], ranks_per_node: int, bucket: int = 300
     """Run a program on all ranks of this job, neighbours on nodes of their own; every rank gets all workers' results."""
     from mpi4py import MPI
 
-    from mpips.exchange.mpi import MpiExchange
+    from mpips.comm.mpi import MpiExchange
 
     comm = MPI.COMM_WORLD.Dup()
     exchange = MpiExchange(comm, bucket, cuda_aware=False, ranks_per_node=ranks_per_node)

@@ -37,11 +37,11 @@ from test_slices import Odd, assert_alike, differ, is_shared
 from torch import Tensor, nn, optim
 
 import mpips
-from mpips.exchange import Exchange, simulated
-from mpips.exchange.room import Contents
-from mpips.exchange.rooted import RootRooms
-from mpips.exchange.simulated import Killed, SimulatedExchange, World
-from mpips.exchange.simulated_room import Gates, Leaders
+from mpips.comm import Exchange, simulated
+from mpips.comm.node_group import Contents
+from mpips.comm.root_reduce import RootRooms
+from mpips.comm.simulated import Killed, SimulatedExchange, World
+from mpips.comm.simulated_group import Gates, Leaders
 
 small_pieces = test_rooms.small_pieces
 BUCKETS = pytest.mark.parametrize("bucket", [3000, 1 << 24], ids=["several buckets", "one bucket"])

@@ -17,8 +17,8 @@ from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
 from mpips.config import Config, ConfigError, Robust
-from mpips.rule import RULES, Mean, Rule, RuleError, choose
-from mpips.rule.coordinate import ascending
+from mpips.rules import RULES, Mean, Rule, RuleError, choose
+from mpips.rules.coordinate import ascending
 
 numbers = st.floats(-1e3, 1e3, width=32)
 LEAST = {"trimmed": 3, "krum": 5, "multikrum": 5, "bulyan": 7}  # contributions it takes with bad=1
@@ -33,7 +33,7 @@ def rule_of(name: str, **settings: Any) -> Rule:
 
 
 def together(rule: Rule, values: Tensor, weights: Tensor) -> Tensor:
-    """The rule on whole `values` in one piece, straight from the protocol's words; `mpips.combine` is held against it."""
+    """The rule on whole `values` in one piece, from the protocol's words; `mpips.reduce.aggregate` is held against it."""
     rows, out = values * weights.unsqueeze(1), torch.full_like(values[0], 7.0)
     if rule.needs != "gram":
         for row, weight in zip(rows, weights.tolist(), strict=True):
@@ -540,7 +540,7 @@ def test_a_rule_of_somebody_else_s_is_found_by_its_name(own: str, bad: int) -> N
     [
         ("no.such.module:Rule", "cannot be loaded .ModuleNotFoundError: No module named 'no'"),
         (f"{__name__}:Missing", "cannot be loaded .*no attribute 'Missing'"),
-        (f"{__name__}:LEAST", "is no class derived from mpips.rule.Rule"),
+        (f"{__name__}:LEAST", "is no class derived from mpips.rules.Rule"),
         (f"{__name__}:naive_krum", "is no class derived"),
         (f"{__name__}:Leaving", "cannot be made .SystemExit: no"),
         ("collections:Counter", "is no class derived"),

@@ -14,9 +14,9 @@ from programs import data, metrics, mlp
 from torch import nn
 
 import mpips
-import mpips.message
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import World
+import mpips.model.message
+from mpips.comm import Exchange
+from mpips.comm.simulated import World
 
 
 def sgd(params: Any) -> torch.optim.Optimizer:
@@ -302,12 +302,12 @@ def test_a_call_that_one_worker_alone_makes_is_an_error_on_all_and_not_a_hang(ca
 
         try:
             loop(e, body)
-        except mpips.message.CallError as error:
+        except mpips.model.message.CallError as error:
             said.append(str(error))
             raise
 
     words = rf"do not make the same calls: worker 0 \(rank 1\) .*; worker 1 \(rank 2\) at ps\.{call}\(\)"
-    with pytest.raises(mpips.message.CallError, match=words):
+    with pytest.raises(mpips.model.message.CallError, match=words):
         World(3).run(program)
     assert len(said) == 3
     assert len(set(said)) == 1
@@ -320,7 +320,7 @@ def test_a_worker_that_has_ended_validates_no_more() -> None:
             ps.validate(lambda: 1.0)
 
     words = r"worker 0 \(rank 1\) at the end of its script; worker 1 \(rank 2\) at ps\.validate\(\)"
-    with pytest.raises(mpips.message.CallError, match=words):
+    with pytest.raises(mpips.model.message.CallError, match=words):
         World(3).run(program)
 
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, launch_environment
 from one_node_slurm import wait
 
-from mpips.environment import LAUNCHERS
+from mpips.process.environment import LAUNCHERS
 
 FILES = [file for folder in ("pbs", "lsf", "flux") for file in sorted((ROOT / folder).iterdir())]
 COMMON = "# ---- from here on"

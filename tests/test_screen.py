@@ -10,10 +10,10 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from mpips import screen
-from mpips.screen import Lines, Progress, Screen, Tail, view
-from mpips.screen.frame import frame
-from mpips.screen.progress import describe, progress_line
+from mpips.cli import screen
+from mpips.cli.screen import Lines, Progress, Screen, Tail, view
+from mpips.cli.screen.frame import frame
+from mpips.cli.screen.progress import describe, progress_line
 
 START = {
     "event": "start", "size": 4, "workers": 3, "server_trains": False, "script": "digits.py", "mpi": "Open MPI 5.0.11",

@@ -13,12 +13,13 @@ from programs import data, mlp
 from torch import nn
 
 import mpips
-from mpips import checkpoint, hyper
+from mpips import checkpoint
+from mpips.comm import ExchangeError
+from mpips.comm.simulated import SimulatedExchange, World
 from mpips.config import Config, Stopping
-from mpips.exchange import ExchangeError
-from mpips.exchange.simulated import SimulatedExchange, World
-from mpips.message import COLUMNS, LIMBS, Stop
-from mpips.report import Report
+from mpips.model.message import COLUMNS, LIMBS, Stop
+from mpips.optim import hyperparameters as hyper
+from mpips.report.run_report import Report
 
 
 def sgd(params: Any) -> torch.optim.Optimizer:

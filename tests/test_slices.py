@@ -17,11 +17,11 @@ from test_resume import assert_same, last
 from torch import Tensor, nn, optim
 
 import mpips
-from mpips import plan
-from mpips.contract import ContractError
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import World
-from mpips.message import CallError, NonFiniteError
+from mpips.comm import Exchange
+from mpips.comm.simulated import World
+from mpips.model import layout as plan
+from mpips.model.message import CallError, NonFiniteError
+from mpips.server.contract import ContractError
 
 Make = Callable[[Any], optim.Optimizer]
 SAMPLES = (5, 11, 7, 3)  # of each worker's batches: weights that are no powers of two
@@ -209,7 +209,7 @@ def test_no_schedule_changes_a_bit(size: int) -> None:
 
 def test_auto_shards_what_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     for small, sharded in ((plan.SMALL, False), (1000, True)):
-        monkeypatch.setattr("mpips.slices.start.SMALL", small)
+        monkeypatch.setattr("mpips.reduce.sharded_step.setup.SMALL", small)
         odd(sharing(3), ELEMENTWISE["sgd"], torch.float32, (True, sharded))
 
 
@@ -448,7 +448,7 @@ def test_a_run_resumes_on_another_number_of_ranks(name: str, before: int, after:
 
 
 def test_killed_anywhere_and_resumed() -> None:
-    from mpips.exchange.simulated import Killed
+    from mpips.comm.simulated import Killed
 
     def run(world: World, folder: str, **settings: Any) -> list[str]:
         def program(exchange: Exchange) -> str:

@@ -15,8 +15,8 @@ from test_slices import ELEMENTWISE, WORLDS, assert_alike, is_shared, odd, shari
 from torch import Tensor, optim
 
 import mpips
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import World
+from mpips.comm import Exchange
+from mpips.comm.simulated import World
 
 small_pieces = test_slices.small_pieces
 PLANS = pytest.mark.parametrize("chosen", ["root", "sharded"])

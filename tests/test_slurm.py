@@ -23,7 +23,7 @@ from conftest import ROOT, launch_environment
 from one_node_slurm import Slurm, wait
 
 from mpips import checkpoint
-from mpips.exchange import SERVER
+from mpips.comm import SERVER
 
 FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
 COMMON = "# ---- from here on"

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from programs import Transformer, cnn, mlp
 from torch import nn
 
-from mpips import checkpoint, snapshot
+from mpips import checkpoint
+from mpips.comm.simulated import World
 from mpips.config import Config
-from mpips.exchange.simulated import World
-from mpips.message import Replica, replicate
-from mpips.snapshot import SnapshotError
+from mpips.model.message import Replica, replicate
+from mpips.optim import snapshot
+from mpips.optim.snapshot import SnapshotError
 
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
 keys = st.integers() | st.text(max_size=4)

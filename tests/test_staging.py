@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpips.exchange.staging import Staging
+from mpips.comm.staging import Staging
 
 
 class Late:

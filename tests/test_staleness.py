@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpips import checkpoint
+from mpips.algorithms.staleness import POLICIES, Compensation, compensation
 from mpips.config import Staleness, allowed, fields
-from mpips.staleness import POLICIES, Compensation, compensation
 
 LATE = [0, 1, 2, 4, 5, 9]
 SETTINGS = st.builds(Staleness, bound=st.integers(0, 100), power=st.floats(0, 10))

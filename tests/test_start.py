@@ -11,9 +11,9 @@ import torch
 from test_environment import LAUNCHED
 
 import mpips
-from mpips import start
-from mpips.environment import LAUNCHERS
-from mpips.exchange import mpi
+from mpips.comm import mpi
+from mpips.process.environment import LAUNCHERS
+from mpips.run import start
 
 ALONE = [launcher.name for launcher in LAUNCHERS if launcher.size]
 

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpips import checkpoint, rng
+from mpips import checkpoint
 from mpips.data import Place, left
-from mpips.keeping import pack, unpack
-from mpips.state import RankState, for_worker, pack_all, unpack_all
+from mpips.process import rng
+from mpips.run.keeping import pack, unpack
+from mpips.server.rank_state import RankState, for_worker, pack_all, unpack_all
 
 BUFFERS = [
     torch.tensor(3),

@@ -41,7 +41,7 @@ def shell(folder: Path, words: list[str], redirected: str) -> tuple[int, list[st
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    every = [(name, ["-m", "mpips.cli", *words]) for name, words in COMMANDS.items()]
+    every = [(name, ["-m", "mpips.cli.main", *words]) for name, words in COMMANDS.items()]
     return [*every, ("print_config", ["train.py", "--mpips.print_config"])]
 
 
@@ -60,6 +60,6 @@ def test_a_reader_that_has_had_enough_ends_it_without_a_word(name: str, words: l
 
 @pytest.mark.parametrize("name", ["inspect", "export", "plan", "dry-run"])
 def test_a_closed_stdout_is_one_line_and_a_status(name: str, folder: Path) -> None:
-    status, lines = shell(folder, ["-m", "mpips.cli", *COMMANDS[name]], ">&-")
+    status, lines = shell(folder, ["-m", "mpips.cli.main", *COMMANDS[name]], ">&-")
     assert (status, lines) == (1, [f"mpips {COMMANDS[name][0]}: stdout is closed, expected a terminal, file or pipe"])
     assert (folder / "model.pt").exists() == (name == "export")  # what is not printing was done

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from mpips.config import Stopping
-from mpips.message import Stop
-from mpips.stopping import Patience
+from mpips.model.message import Stop
+from mpips.server.early_stopping import Patience
 
 NAN, INF = math.nan, math.inf
 

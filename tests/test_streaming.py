@@ -18,14 +18,14 @@ from torch.nn.utils import parameters_to_vector
 
 import mpips
 from mpips import checkpoint
-from mpips import mode as modes
+from mpips.algorithms import modes
+from mpips.algorithms.modes import choose_mode, make_update
+from mpips.algorithms.streaming_diloco import Streaming
+from mpips.comm import Exchange
+from mpips.comm.simulated import Killed, World
 from mpips.config import ConfigError, resolve
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import Killed, World
-from mpips.message import Control, NonFiniteError, Replica, replicate
-from mpips.mode import choose_mode, make_update
-from mpips.optimizer import FlatOptimizer
-from mpips.streaming import Streaming
+from mpips.model.message import Control, NonFiniteError, Replica, replicate
+from mpips.optim.flat_optimizer import FlatOptimizer
 
 Make = Callable[[Any], torch.optim.Optimizer]
 BATCH, EPOCHS, STEPS = 16, 3, 4

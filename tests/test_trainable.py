@@ -15,13 +15,14 @@ from programs import OPTIMIZERS, Transformer, data, in_order, mlp, plain, sha
 from torch import Tensor, nn
 
 import mpips
-from mpips import checkpoint, hyper
+from mpips import checkpoint
+from mpips.comm import Exchange
+from mpips.comm.simulated import World
 from mpips.config import ConfigError
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import World
-from mpips.flat import ALIGNMENT, Flat
-from mpips.message import COLUMNS, CONTROL_BYTES, LIMBS
-from mpips.trainable import freeze
+from mpips.model.flat import ALIGNMENT, Flat
+from mpips.model.message import COLUMNS, CONTROL_BYTES, LIMBS
+from mpips.model.trainable import freeze
+from mpips.optim import hyperparameters as hyper
 
 ADAPTERS = ["*.lora_*", "head.*"]
 

@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mpips
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import World
+from mpips.comm import Exchange
+from mpips.comm.simulated import World
 
 STEPS = 200
 Connect = Callable[[Any, Any], Any]

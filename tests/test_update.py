@@ -7,10 +7,10 @@ import torch
 from programs import cnn, mlp
 from torch import nn
 
+from mpips.algorithms.update import Gradient
+from mpips.comm.simulated import World
 from mpips.config import Config
-from mpips.exchange.simulated import World
-from mpips.message import Replica, Row, replicate
-from mpips.update import Gradient
+from mpips.model.message import Replica, Row, replicate
 
 
 def worker(net: nn.Module, index: int = 0, workers: int = 2) -> tuple[Replica, Gradient]:

@@ -12,7 +12,7 @@ import pytest
 from test_failure import script
 from test_under_mpi import MPICH
 
-from mpips.exchange.waits import AGAIN, LATE, UNUSUAL, Told, Waits
+from mpips.comm.waits import AGAIN, LATE, UNUSUAL, Told, Waits
 
 
 def stall(told: Told, begun: float, seconds: float, waiting: list[int]) -> list[str]:
@@ -66,7 +66,7 @@ def test_a_wait_is_over_when_it_is_left() -> None:
 
 
 SLOW = """
-from mpips.exchange import waits
+from mpips.comm import waits
 waits.LATE, waits.PERIOD, waits.FRESH, waits.UNUSUAL = 1.0, 0.1, 0.3, 0  # ranks may have come to connect late
 torch.manual_seed(1)
 model = torch.nn.Linear(3, 1)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from programs import data, mlp
 
 import mpips
+from mpips.comm.simulated import SimulatedExchange, World
 from mpips.config import Config
-from mpips.exchange.simulated import SimulatedExchange, World
-from mpips.worker import place_of
+from mpips.worker.round_worker import place_of
 
 
 def beside_a_server(work: Any, size: int = 2) -> list[Any]:

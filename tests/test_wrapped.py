@@ -16,9 +16,9 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import mpips
+from mpips.comm import Exchange
+from mpips.comm.simulated import World
 from mpips.config import ConfigError
-from mpips.exchange import Exchange
-from mpips.exchange.simulated import World
 
 SHARED = pytest.mark.parametrize("shares", [False, True], ids=["messages", "shared memory"])
 

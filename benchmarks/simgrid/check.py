@@ -1,7 +1,7 @@
 """The cost model against SimGrid: `python benchmarks/simgrid/check.py --nodes 8 64 256 --model-mb 100 --gbit 200`.
 
-Writes what the leaders of so many nodes would post in a round, as `mpips.cost.schedule` has it from the plan's own code, and
-replays it with SimGrid's MPI on a simulated network: a full-duplex link for each node, and a switch that never limits. Only
+Writes what the leaders of so many nodes would post in a round, as `mpips.cli.cost.schedule` has it from the plan's own code,
+and replays it with SimGrid's MPI on a simulated network: a full-duplex link for each node, and a switch that never limits. Only
 what travels is compared, in both: nothing is computed, posting a message takes no time. Needs smpicc and smpirun (Debian:
 libsimgrid-dev).
 """
@@ -18,8 +18,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mpips.cost import Job, Machine, Schedule, predict, schedule
-from mpips.plan import FLIGHT
+from mpips.cli.cost import Job, Machine, Schedule, predict, schedule
+from mpips.model.layout import FLIGHT
 
 REPLAY = Path(__file__).with_name("replay.c")
 PLATFORM = """\

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mpips
-from mpips.exchange.simulated import World
+from mpips.comm.simulated import World
 
 WORKERS, BAD, BATCH = 11, 2, 32  # Bulyan needs 4 * 2 + 3 workers
 MOMENTUM = 0.9  # of the server, or of every worker

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mpips
-from mpips.exchange.simulated import World
+from mpips.comm.simulated import World
 
 WORKERS, STEPS = 4, 2000
 BOUNDS: list[int | None] = [0, 1, 2, 4, 8, 16, None]

@@ -27,8 +27,8 @@ def check_rule(name: str, rules: Iterable[str]) -> None:
 
 def check_names(config: Config) -> None:
     """The same of a configuration in a process that does not wait for torch, as the modules with the tables do."""
-    check_mode(config.mode, _names("mpips.mode", "MODES"))
-    check_rule(config.rule, _names("mpips.rule", "RULES"))
+    check_mode(config.mode, _names("mpips.algorithms.modes", "MODES"))
+    check_rule(config.rule, _names("mpips.rules", "RULES"))
 
 
 def _names(module: str, table: str) -> list[str]:

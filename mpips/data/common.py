@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpips import rng
 from mpips.data.generators import Generators
+from mpips.process import rng
 
 Loop = tuple[int, int]  # epoch, and which loop of it
 NO_LOOP: Loop = (-1, -1)

@@ -1,0 +1,164 @@
+"""Elastic averaging (Zhang et al. 2015, arXiv 1412.6651): workers with weights of their own, tied to the server's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import SGD
+
+from mpips.algorithms.update import Local
+from mpips.config import ConfigError
+from mpips.model.message import Control, Pull, Row
+
+
+class Elastic(Local):
+    """EASGD, algorithm 1: every tau steps d = alpha (x - centre), x <- x - d, centre <- centre + d.
+
+    As in the paper the gradient is that at x, and d that before the local step. The server's answers do not land in the model
+    but in `centre`; -d is pushed, and the server steps with learning rate 1.
+
+    Attributes:
+        centre: the message that the server's weights arrive in.
+    """
+
+    pulls_first = True
+    wants_weights = False
+
+    def __init__(self, *seat: Any, **named: Any) -> None:
+        super().__init__(*seat, **named)
+        replica = self.replica
+        self.centre = Pull(
+            replica.flat, replica.buffers, lambda n, dtype, device: replica.pull.message.new_zeros(n, dtype=dtype)
+        )
+        rate = self.config.local.moving_rate
+        self.rate = 0.9 / self.workers if rate is None else rate
+        self._own: Tensor | None = None  # the worker's weights while the model holds the centre
+        self._buffers: dict[str, Tensor] = {}  # and its buffers
+
+    @property
+    def pending(self) -> bool:  # type: ignore[override]
+        """Never: what is between two pulls on the spring stays the worker's own."""
+        return False
+
+    def place(self, out: Tensor) -> Tensor:
+        """x, `(numel,)`, which is written to `out`."""
+        return out.copy_(self.inner.whole)
+
+    def about_to_push(self) -> bool:
+        """Whether the centre is needed for the step at hand."""
+        return self._taken + 1 >= self.steps
+
+    def step(self, loss: float, samples: float, control: Control) -> bool:
+        """A local step; the last one before a push also gives way to the spring."""
+        if not self.about_to_push():
+            super().step(loss, samples, control)
+            return self._bad is not None
+        whole = self.inner.whole
+        pull = self.place(self.anchor).sub_(self.centre.weights).mul_(self.rate)
+        super().step(loss, samples, control)
+        if self._bad is None:  # else the server will not take it
+            whole.sub_(pull)
+        if whole is not self.replica.flat.weights:
+            self.replica.flat.weights.copy_(whole)
+        return True
+
+    def park(self) -> None:
+        """Leave the centre in the model, which is the server's memory where that is on this rank; keep what is the worker's."""
+        flat, buffers = self.replica.flat, self.replica.buffers
+        if self._own is None:
+            self._own = self.inner.whole.clone()
+            self._buffers = {} if self.here else {name: buffer.clone() for name, buffer in buffers.named.items()}
+        elif self.here:
+            return  # the server may have stepped it since
+        flat.weights.copy_(self.centre.weights)
+        if not self.here:
+            buffers.load(self.centre.buffers)
+
+    def unpark(self) -> None:
+        """The worker goes on: its own weights back into the model."""
+        if self._own is None:
+            return
+        if self.here:
+            self.centre.weights.copy_(self.replica.flat.weights)
+        self.inner.whole.copy_(self._own)
+        self.replica.flat.weights.copy_(self._own)
+        for name, buffer in self._buffers.items():
+            self.replica.buffers.named[name].data.copy_(buffer)
+        self._own, self._buffers = None, {}
+
+    def write_nothing(self, row: Row, metrics: int) -> None:
+        """See `Gradient`."""
+        super().write_nothing(row, metrics)
+        self._lend()
+
+    def _lend(self) -> None:
+        """During a round the server on this rank has its memory."""
+        if self.here:
+            self.park()
+
+    def write(self, row: Row, metrics: Sequence[float]) -> None:
+        """See `Gradient.write`; the weight is 1, and buffers stay the worker's own."""
+        push = self.replica.push
+        push.clear_behind()
+        push.gradients.copy_(self.anchor).neg_()
+        row.weight, row.steps, self._taken = 1.0, float(self._taken), 0
+        self.replica.buffers.write(push.floats, push.limbs, row.weight, self.first)
+        self.seal(row, metrics)
+        self._lend()
+
+    def received(self) -> None:
+        """The first weights are those of the server; later ones land in the centre."""
+        if self.here and self._own is not None:
+            self.unpark()
+            return
+        self._own, self._buffers = None, {}
+        self.inner.refresh()
+        self.centre.weights.copy_(self.replica.flat.weights)
+        for buffer, served in zip(self.centre.buffers, self.replica.pull.buffers, strict=True):
+            buffer.copy_(served)
+
+    def tree(self) -> dict[str, Any]:
+        """The worker's optimizer, its own weights and buffers, and where it is between two pulls on the spring."""
+        own, buffers = self.inner.whole if self._own is None else self._own, self._buffers or dict(self.replica.buffers.named)
+        weights = dict(self.replica.flat.named(own))
+        return {"inner": self.inner.tree(), "weights": weights, "buffers": buffers, "taken": self._taken}
+
+    def put(self, tree: dict[str, Any]) -> None:
+        """See `Gradient`; a worker that is new begins at the server's weights."""
+        super().put(tree)
+        if "weights" in tree:
+            for name, view in self.replica.flat.named(self.inner.whole):
+                view.copy_(tree["weights"][name])
+            self.replica.flat.weights.copy_(self.inner.whole)
+            for name, buffer in self.replica.buffers.named.items():
+                buffer.copy_(tree["buffers"][name])
+            self._taken = int(tree["taken"])
+            self.park()  # until the loop goes on
+
+
+class ElasticMomentum(Elastic):
+    """EAMSGD, algorithm 2: v <- delta v - lr g(x + delta v), x <- x + v, and every tau steps the spring pulls at x.
+
+    What torch's SGD steps, and the model has, is where the next gradient is taken: x + delta v, v = -lr times its momentum.
+    """
+
+    def __init__(self, *seat: Any, **named: Any) -> None:
+        super().__init__(*seat, **named)
+        own = self.inner.torch
+        if not isinstance(own, SGD) or not all(g["nesterov"] for g in own.param_groups):
+            raise ConfigError(
+                "optimizer: given another with mode eamsgd, allowed: torch.optim.SGD(momentum=..., nesterov=True)"
+            )
+
+    def place(self, out: Tensor) -> Tensor:
+        """See `Elastic`."""
+        super().place(out)
+        views = dict(zip(self.inner.weights, (view for _, view in self.replica.flat.named(out)), strict=True))
+        for group in self.inner.torch.param_groups:
+            for p in group["params"]:
+                momentum = self.inner.torch.state.get(p, {}).get("momentum_buffer")
+                if momentum is not None:  # else there has been no step
+                    views[p].add_(momentum, alpha=float(group["lr"]) * group["momentum"])
+        return out

@@ -1,0 +1,1 @@
+"""The command `mpips`: its verbs, the launcher, the screen, benchmarks, predictions."""

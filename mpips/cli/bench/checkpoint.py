@@ -1,0 +1,140 @@
+"""A checkpoint, durable and verified, against what only copies or only writes the same bytes.
+
+mpips writes weights and momentum of a run through `ps.save()`: HDF5, SHA-256, fsync, rename. All files are fsynced; none is
+read from the page cache again before the measurement is over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import mpips
+from mpips import checkpoint
+from mpips.cli.bench.agreement import difference
+from mpips.cli.bench.case import Case, case, rate
+from mpips.cli.bench.clock import WARM
+from mpips.cli.bench.error import BenchError
+from mpips.cli.bench.facts import facts
+from mpips.cli.bench.gradient import initial, numel
+from mpips.cli.bench.own import Own, Parts, connected, join, momentum_sgd
+
+MB = 1 << 20
+Write = Callable[[], Path | None]
+
+
+def checkpoints(options: argparse.Namespace) -> list[Case]:
+    """One case for each size, in this process."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    cases = []
+    for mb in options.mb:
+        print(f"mpips bench: {mb:g} MB", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(prefix="mpips-bench-", dir=options.folder) as name:
+            cases.append(one_size(numel(mb * MB / 2), Path(name), options.repeats))
+    return cases
+
+
+def one_size(count: int, folder: Path, repeats: int) -> Case:
+    """All variants, interleaved, with `count` weights and as much momentum."""
+    model = Parts(initial(count))
+    exchange = join()
+    with connected(exchange, model, momentum_sgd(fused=True), folder) as ps:
+        save = Save(ps, model)
+        state = torch.cat([initial(count), initial(count)])
+        writers: dict[str, Write] = {"mpips": save.write, **others(state, folder)}
+        seconds: dict[str, list[float]] = {name: [] for name in writers}
+        for repeat in range(WARM + repeats):
+            save.train()
+            for name, taken in turn(writers):
+                seconds[name] += [taken] if repeat >= WARM else []
+        save.check()
+        check_files(state, folder)
+    found = case({"n": 1, "mb": 8 * count / MB}, seconds)
+    where = {"repeats": repeats, "folder": str(folder.parent), "file_bytes": save.nbytes}
+    return found | rate(found, "mb_per_s", found["mb"]) | where | facts(library=False)
+
+
+def turn(writers: dict[str, Write]) -> Iterator[tuple[str, float]]:
+    """Seconds that each takes; nothing is left to be written back when the next begins."""
+    for name, write in writers.items():
+        os.sync()
+        begun = time.perf_counter()
+        file = write()
+        taken = time.perf_counter() - begun
+        if file is not None and not file.exists():
+            raise BenchError(f"{name}: {file.name} is not there when the call returns; no times given")
+        yield name, taken
+
+
+class Save:
+    """mpips' own."""
+
+    def __init__(self, ps: mpips.Run, model: Parts) -> None:
+        self._ps, self._model = ps, model
+        self.nbytes = 0
+
+    def train(self) -> None:
+        """One round, so that there is something new to save; outside of a `batches` loop when it returns."""
+        own = Own(self._ps, 0, self._model)
+        own.fill()
+        own.round()
+        own.leave()
+
+    def write(self) -> Path:
+        """Write the checkpoint."""
+        self._ps.save()
+        return self._file
+
+    @property
+    def _file(self) -> Path:
+        return self._ps.folder / "checkpoints" / f"round_{self._ps.round:08d}.h5"
+
+    def check(self) -> None:
+        """What was written is whole, and is the weights."""
+        self.nbytes = self._file.stat().st_size
+        held = checkpoint.load(self._file)["parameters"]
+        weights = [p.detach() for p in self._model.parts]
+        if difference(weights, [held[f"parts.{number}"] for number in range(len(weights))]) != 0:
+            raise BenchError("mpips: the checkpoint holds other weights than the model; no times given")
+
+
+def others(state: Tensor, folder: Path) -> dict[str, Write]:
+    """A copy in memory; write and fsync of the bytes; torch.save and fsync."""
+    target = np.ones_like(state.numpy())
+
+    def memcpy() -> None:
+        np.copyto(target, state.numpy())
+
+    def raw_write() -> Path:
+        with (folder / "raw").open("wb", buffering=0) as file:
+            rest = state.numpy().data.cast("B")
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        return folder / "raw"
+
+    def torch_save() -> Path:
+        half = state.numel() // 2
+        with (folder / "torch.pt").open("wb") as file:
+            torch.save({"parameters": state[:half].clone(), "momentum": state[half:].clone()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        return folder / "torch.pt"
+
+    return {"memcpy": memcpy, "raw_write": raw_write, "torch_save": torch_save}
+
+
+def check_files(state: Tensor, folder: Path) -> None:
+    """The others have written all bytes."""
+    same = np.array_equal(np.fromfile(folder / "raw", np.float32), state.numpy())
+    if not same or (folder / "torch.pt").stat().st_size < state.nbytes:
+        raise BenchError("raw_write or torch_save: the file does not hold the bytes; no times given")

@@ -1,0 +1,72 @@
+"""A round: gradients in place on every rank, until every rank has the new weights."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+from mpips.cli.bench.agreement import ROUNDED, ROUNDING, agree
+from mpips.cli.bench.case import Case, case, rate
+from mpips.cli.bench.clock import Variant, interleave
+from mpips.cli.bench.facts import communicator, facts, leaders
+from mpips.cli.bench.gloo import Gloo, join_gloo, leave_gloo
+from mpips.cli.bench.gradient import initial, numel
+from mpips.cli.bench.limit import limit
+from mpips.cli.bench.own import Own, Parts, connected, join, momentum_sgd
+from mpips.cli.bench.raw_mpi import RawMpi
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+MB = 1 << 20
+
+
+def rounds(options: argparse.Namespace) -> list[Case]:
+    """One case for each size; on every rank."""
+    join()  # first: it says how MPI is to be started
+    comm = communicator()
+    hosts = leaders(comm)
+    join_gloo(comm, len(hosts))
+    sizes = [mb * MB for mb in options.mb] if options.kind != "small" else [kb * 1024 for kb in options.kb]
+    batch = options.rounds if options.kind == "small" else 1
+    cases = []
+    for nbytes in sizes:
+        if comm.rank == 0:
+            print(f"mpips bench: {comm.size} ranks, {nbytes / MB:g} MB", file=sys.stderr, flush=True)
+        cases.append(one_size(comm, hosts, numel(nbytes), options.repeats, batch, options.step == "fused"))
+        gc.collect()
+    leave_gloo()
+    return cases
+
+
+def one_size(comm: MPI.Comm, hosts: list[int], count: int, repeats: int, batch: int, fused: bool) -> Case:
+    """All variants on a model of `count` float32, interleaved; a measurement is `batch` rounds."""
+    make, scratch, model = momentum_sgd(fused), torch.zeros(count), Parts(initial(count))
+    bound = limit(comm, hosts, 4 * count)
+    raw, gloo = (kind(comm, initial(count), scratch, make) for kind in (RawMpi, Gloo))
+    label = {"n": comm.size, "mb": 4 * count / MB}
+    with connected(join(), model, make) as ps:
+        own = Own(ps, comm.rank, model)
+        variants: dict[str, Variant] = {"mpips": own, "limit": bound, "raw_mpi": raw, "ddp_gloo": gloo}
+        seconds = interleave(comm, variants, repeats, batch)
+        weights = {
+            "mpips": own.weights,
+            **{name: split(them.weights[0], own) for name, them in (("raw_mpi", raw), ("ddp_gloo", gloo))},
+        }
+        allowed = ROUNDING if ps.config.wire == "full" else ROUNDED
+        off = agree(comm, weights, f"{label['n']} ranks, {label['mb']:g} MB", allowed)
+    seconds["limit"] = [bound.scale * taken for taken in seconds["limit"]]
+    found = case(label, seconds, batch)
+    if batch > 1:
+        found |= rate(found, "rounds_per_s", 1)
+    said = {"repeats": repeats, "rounds": batch, "difference": off, "allowed": allowed, "step": "fused" if fused else "plain"}
+    return found | said | facts(len(hosts))
+
+
+def split(weights: torch.Tensor, own: Own) -> list[torch.Tensor]:
+    """Flat weights in the parts of mpips' model."""
+    return list(torch.split(weights, [part.numel() for part in own.weights]))

@@ -1,0 +1,144 @@
+"""Training end to end, the same batches for all: one process without mpips, DDP, and mpips.
+
+One process trains on what the workers' batches are together, so the arithmetic is the same and so are the weights. While it
+does, the other ranks sleep. `plain` has one core; `plain_threads` has as many as the ranks have together, as torch's threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mpips
+from mpips.cli.bench.agreement import agree
+from mpips.cli.bench.case import Case, case, rate
+from mpips.cli.bench.clock import Variant, interleave
+from mpips.cli.bench.facts import communicator, facts, leaders
+from mpips.cli.bench.gloo import join_gloo, leave_gloo
+from mpips.cli.bench.own import connected, join, momentum_sgd
+from mpips.process.environment import cores
+
+Data = tuple[Tensor, Tensor]  # (n, 28, 28) uint8, (n,) int64
+ROUNDING = 1e-4  # of 1 + |weight|: training carries the rounding of some hundred steps on
+
+
+def train(options: argparse.Namespace) -> list[Case]:
+    """One case; on every rank."""
+    join()
+    comm = communicator()
+    hosts = leaders(comm)
+    join_gloo(comm, len(hosts))
+    if comm.rank == 0:
+        print(f"mpips bench: {comm.size} ranks train", file=sys.stderr, flush=True)
+    each, steps, make = options.batch_size, options.steps, momentum_sgd(fused=False)
+    whole = load(options.data, steps * each * comm.size)
+    mine = tuple(torch.unflatten(part, 0, (steps, comm.size, each))[:, comm.rank].flatten(0, 1).contiguous() for part in whole)
+    together = min(comm.size, cores()) if len(hosts) == 1 else cores()
+    ddp = nn.parallel.DistributedDataParallel(network())
+    model = network()
+    with connected(join(), model, make) as ps:
+        plain = Plain(network(), whole, each * comm.size)
+        threaded = Plain(network(), whole, each * comm.size, together)
+        own, theirs = Mpips(ps, model, (mine[0], mine[1]), each, options.repeats), Plain(ddp, (mine[0], mine[1]), each)
+        theirs.alone = False
+        variants: dict[str, Variant] = {"mpips": own, "plain": plain, "plain_threads": threaded, "ddp_gloo": theirs}
+        seconds = interleave(comm, variants, options.repeats)
+        weights = {"mpips": list(model.parameters()), "ddp_gloo": list(ddp.parameters())}
+        if comm.rank == 0:
+            weights |= {"plain": list(plain.model.parameters()), "plain_threads": list(threaded.model.parameters())}
+        with torch.no_grad():
+            off = agree(comm, weights, f"training on {comm.size} ranks", ROUNDING)
+    leave_gloo()
+    found = case({"n": comm.size, "batch_size": each}, seconds, steps)
+    found |= rate(found, "samples_per_s", each * comm.size)
+    found["efficiency"] = found["plain_to_mpips"] / (together if len(hosts) == 1 else comm.size)
+    said = {"repeats": options.repeats, "steps": steps, "difference": off, "allowed": ROUNDING, "together": together}
+    return [found | said | facts(len(hosts))]
+
+
+def network() -> nn.Module:
+    """A small CNN for MNIST; without BatchNorm, whose statistics are of a worker's own batch."""
+    torch.manual_seed(0)
+
+    def block(a: int, b: int) -> list[nn.Module]:
+        return [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+
+    return nn.Sequential(nn.Unflatten(1, (1, 28)), *block(1, 16), *block(16, 32), nn.Flatten(), nn.Linear(1568, 10))
+
+
+def load(file: Path | None, count: int) -> Data:
+    """So many images and labels: of the file, from its beginning, again and again if need be; else made up."""
+    if file is None:
+        return made_up(count)
+    import h5py
+
+    with h5py.File(file) as f:
+        images, labels = (torch.from_numpy(f["train"][name][:count]) for name in ("images", "labels"))
+    chosen = torch.arange(count) % len(images)
+    return images[chosen], labels.long()[chosen]
+
+
+def made_up(count: int) -> Data:
+    """Noise with a bright square, whose place is the label: it can be learned."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 60, (count, 28, 28), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 10, (count,), generator=generator)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        row, column = 2 + 13 * (label // 5), 5 * (label % 5)
+        image[row : row + 10, column : column + 5] += 180
+    return images, labels
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of a batch."""
+    return F.cross_entropy(model(x / 255), y)
+
+
+class Plain:
+    """The ordinary loop: of one process on all batches, or of a DDP worker on its own."""
+
+    def __init__(self, model: nn.Module, data: Data, batch_size: int, threads: int = 1) -> None:
+        self.model, self.alone = model, True
+        self._batches = list(zip(*(torch.split(part, batch_size) for part in data), strict=True))
+        self._optimizer = momentum_sgd(fused=False)(list(model.parameters()))
+        self._threads = threads
+
+    def fill(self) -> None:
+        """The number of threads."""
+        torch.set_num_threads(self._threads)
+
+    def round(self) -> None:
+        """One epoch."""
+        for x, y in self._batches:
+            self._optimizer.zero_grad()
+            torch.autograd.backward(loss_of(self.model, x, y))
+            self._optimizer.step()
+
+
+class Mpips:
+    """The loop of a script that uses mpips."""
+
+    alone = False
+
+    def __init__(self, ps: mpips.Run, model: nn.Module, data: Data, batch_size: int, repeats: int) -> None:
+        self._ps, self._model, self._data, self._batch_size = ps, model, data, batch_size
+        self._epochs = iter(ps.epochs(1_000_000 + repeats))  # more than there will be: the last would write a checkpoint
+
+    def fill(self) -> None:
+        """Begin an epoch."""
+        torch.set_num_threads(1)
+        next(self._epochs)
+
+    def round(self) -> None:
+        """One epoch."""
+        batches: Iterable[Data] = self._ps.batches(self._data, self._batch_size, shuffle=False, shard=False)
+        for x, y in batches:
+            loss = loss_of(self._model, x, y)
+            torch.autograd.backward(loss)
+            self._ps.step(loss)

@@ -1,0 +1,55 @@
+"""What lies in memory during a round, beside the activations and what torch keeps for itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpips.cli.cost.job import MODEL, Job
+from mpips.comm import multi_node as rooms
+from mpips.comm import reduce_scatter as sharded
+
+SHARED = ("push messages", "weights", "words", "words", "words", "words", "window", "outbox")  # in the order of `sizes`
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something in memory.
+
+    Attributes:
+        rank: bytes of the rank that has most of it; of what a node's ranks share, an equal part each.
+        node: bytes of the node that has most of it.
+    """
+
+    rank: float
+    node: float
+
+
+def memory(job: Job) -> dict[str, Item]:
+    """All there is in it; what a plan does not have is left out."""
+    items = _shared(job) if job.size > 1 else _own(job)
+    lengths = [MODEL.itemsize * count for count in job.served]
+    served = Item(max(lengths), max(sum(lengths[at : at + job.ranks]) for at in range(0, job.size, job.ranks)))
+    if job.travels != MODEL:
+        items["masters"] = served
+    items["optimizer"] = Item(job.state * served.rank, job.state * served.node)
+    return {name: item for name, item in items.items() if item.node}
+
+
+def _shared(job: Job) -> dict[str, Item]:
+    """The parts of a room."""
+    contents = job.contents
+    parts = contents.sizes(job.ranks)
+    if job.nodes > 1:
+        own = sharded.sizes(contents, job.ranks, job.nodes, job.bucket)
+        parts = own if job.sharded else rooms.sizes(contents, job.ranks)
+    items = {name: Item(0, 0) for name in SHARED}
+    for name, part in zip(SHARED, parts, strict=False):
+        items[name] = Item(items[name].rank + part / job.ranks, items[name].node + part)
+    words = items["words"]  # reports, verdict, the tails' sum; and what each rank hears of that
+    return items | {"words": Item(words.rank + job.tail, words.node + job.tail * job.ranks)}
+
+
+def _own(job: Job) -> dict[str, Item]:
+    """Each rank's messages."""
+    push, pull = job.model + job.tail, job.contents.pull
+    return {"push messages": Item(push, push * job.ranks), "weights": Item(pull, pull * job.ranks)}

@@ -1,0 +1,430 @@
+"""The command `mpips`: its verbs, their flags, their exit statuses.
+
+Invariant: a verb imports what it needs when it runs, so that help and errors come at once; bad usage is one line that
+says which flag, what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mpips import __version__
+from mpips.cli.bench import flags
+from mpips.config import BAD_CONFIGURATION, ConfigError, whole_line
+from mpips.process.lifecycle import emit
+from mpips.report import stdout
+
+if TYPE_CHECKING:
+    import torch
+
+STATUSES = """\
+exit statuses:
+  0   success
+  1   the run or the verb failed
+  2   bad usage or configuration
+  75  preempted: checkpoint written, start again with --mpips.resume auto"""
+TAKES_VALUE = ("-n", "-np", "--mpi-args", "--timeout", "--set")
+MOST_RANKS = 1_000_000  # that plan lists
+LONGEST_VALUE = 60  # characters of an attribute shown by inspect
+
+
+class VerbError(Exception):
+    """A verb failed: exit status 1."""
+
+    status = 1
+
+
+class UsageError(VerbError):
+    """It cannot be done as it was asked: exit status 2."""
+
+    status = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and no guessing of abbreviated flags."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        """One line, status 2."""
+        emit(2, f"{self.prog}: {message}\n")
+        self.exit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is not None and file is sys.stdout:  # help, which argparse would lose without a word
+            stdout.write(message.removesuffix("\n"))
+        else:
+            super()._print_message(message, file)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status, which is not 0 if the verb's answer could not be written."""
+    own, script = _split(whole_line() if argv is None else list(argv))
+    try:
+        return _run(own, script)
+    except stdout.OutputError as error:
+        if str(error):
+            emit(2, f"mpips {own[0]}: {error}\n")
+        return error.status
+
+
+def _run(own: list[str], script: list[str]) -> int:
+    parser = _parser()
+    options, unknown = parser.parse_known_args(own, argparse.Namespace(script=script))
+    if unknown:
+        hint = "; the script's own flags go after the script, a setting into --set KEY=VALUE" if own[0] == "run" else ""
+        parser.error(f"{own[0]}: {unknown[0]!r} given, expected the flags that mpips {own[0]} --help lists{hint}")
+    try:
+        return int(options.verb(options))
+    except (VerbError, OSError, ConfigError) as error:
+        setting = isinstance(error, ConfigError)  # said as a rank says it
+        status = BAD_CONFIGURATION if setting else getattr(error, "status", 1)
+        emit(2, f"mpips: {error}\n" if setting else f"mpips {own[0]}: {error}\n")
+        if options.json:
+            stdout.write(json.dumps({"exit": status, "error": str(error)}))
+        return int(status)
+    except KeyboardInterrupt:
+        return 1
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """For `run`: our flags, and the script with its own. For the other verbs all is ours.
+
+    By hand, because argparse would look for our flags among the script's.
+    """
+    if argv[:1] != ["run"]:
+        return argv, []
+    own, at = ["run"], 1
+    while at < len(argv) and argv[at].startswith("-") and argv[at] != "--":
+        if argv[at] in TAKES_VALUE and at + 1 < len(argv):
+            # Joined: argparse refuses a value that itself begins with a dash, as mpiexec's flags do.
+            own += [f"{argv[at]}={argv[at + 1]}"] if argv[at].startswith("--") else argv[at : at + 2]
+            at += 2
+        else:
+            own.append(argv[at])
+            at += 1
+    return own, argv[at + 1 :] if argv[at : at + 1] == ["--"] else argv[at:]
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="mpips", description="An MPI parameter server for PyTorch.", epilog=STATUSES)
+    parser.add_argument("--version", action="version", version=f"mpips {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    run = _verb(verbs, "run", run_verb, "start a script on N ranks and watch it",
+                usage="mpips run -n N [flags] script.py [the script's own flags]")  # fmt: skip
+    run.add_argument("-n", "-np", dest="size", type=_whole, metavar="N", help="ranks: the server and N-1 workers")
+    run.add_argument("--dry-run", action="store_true", help="print the command and do nothing")
+    run.add_argument("--mpi-args", type=_words, default=[], metavar='"..."', help="further flags for mpiexec")
+    run.add_argument("--timeout", type=_seconds, metavar="S", help="end the run after S seconds")
+    run.add_argument("--set", type=_setting, action="append", default=[], metavar="KEY=VALUE",
+                     help="a setting of mpips, e.g. clip=1.0, whatever the script's line says; may be repeated")  # fmt: skip
+    run.add_argument("--print_config", action="store_true", help="print all settings and where each comes from, and end")
+
+    inspect = _verb(verbs, "inspect", inspect_verb, "show what a checkpoint holds")
+    inspect.add_argument("file", type=Path, metavar="FILE", help="a checkpoint, or a run folder (its newest one)")
+
+    export = _verb(verbs, "export", export_verb, "write a checkpoint's model as a state_dict")
+    export.add_argument("file", type=Path, metavar="FILE", help="a checkpoint, or a run folder (its newest one)")
+    export.add_argument("--to", type=_target, required=True, metavar="PATH", help="x.pt or x.safetensors")
+
+    _verb(verbs, "env", env_verb, "describe this machine, for a bug report")
+
+    text = "measure mpips beside raw MPI, DDP and the hardware's limit, interleaved in one run"
+    flags.add_kinds(_verb(verbs, "bench", bench_verb, text))
+    _add_plan(verbs)
+    return parser
+
+
+def _add_plan(verbs: argparse._SubParsersAction[Parser]) -> None:
+    add = _verb(
+        verbs, "plan", plan_verb, "predict memory, bytes and time of a round on machines that are not here"
+    ).add_argument
+    add("--nodes", type=_whole, required=True, metavar="N", help="nodes")
+    add("--ranks-per-node", type=_whole, required=True, metavar="H", help="ranks of each; rank 0 is the server")
+    add("--model-mb", type=_number(1e-5, 1e6), required=True, metavar="MB", help="the model, of float32, in 10^6 bytes")
+    add("--gbit", type=_number(1e-3, 1e6), required=True, metavar="G", help="Gbit/s of a node's link, each way")
+    add("--latency-us", type=_number(0, 1e6), default=2.0, metavar="US", help="until a message arrives (2)")
+    add("--message-us", type=_number(0, 1e6), default=0.5, metavar="US", help="to begin and end one send or receive (0.5)")
+    add(
+        "--memory-gbs",
+        type=_number(1e-3, 1e6),
+        default=200.0,
+        metavar="G",
+        help="GB/s that a node's ranks read and write (200)",
+    )
+    add("--wire", choices=["full", "bfloat16"], default="full", help="between nodes, as the setting (full)")
+    add("--plan", choices=["auto", "root", "sharded"], default="auto", help="who steps, as the setting (auto)")
+    add("--bucket-mb", type=_number(0.001, 1000), default=16.0, metavar="MB", help="as the setting (16)")
+    add(
+        "--optimizer-floats",
+        type=_number(0, 100),
+        default=2.0,
+        metavar="K",
+        help="kept of each parameter: Adam 2, momentum 1 (2)",
+    )
+
+
+def _verb(verbs: argparse._SubParsersAction[Parser], name: str, call: Callable[..., int], text: str, **keywords: Any) -> Parser:
+    parser = verbs.add_parser(name, help=text, description=text, epilog=STATUSES, **keywords)
+    parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
+    parser.set_defaults(verb=call)
+    return parser
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected a whole number of at least 1")
+    return int(text)
+
+
+def _seconds(text: str) -> int:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected a number of seconds above 0")
+    return math.ceil(seconds)  # MPIEXEC_TIMEOUT takes whole ones
+
+
+def _number(least: float, most: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        try:
+            found = float(text)
+        except ValueError:
+            found = math.nan
+        if not least <= found <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} given, expected a number from {least:g} to {most:g}")
+        return found
+
+    return number
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected words as in a shell ({error})") from error
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, _, value = text.partition("=")
+    if not key or key == text:
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected KEY=VALUE, e.g. clip=1.0")
+    return key, value
+
+
+def _target(text: str) -> Path:
+    if Path(text).suffix not in WRITERS:
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected a name that ends in {' or '.join(WRITERS)}")
+    return Path(text)
+
+
+def run_verb(options: argparse.Namespace) -> int:
+    """Start a script on N ranks."""
+    from mpips.cli.launch import foresee, plan, run
+    from mpips.cli.screen import view
+
+    if options.size is None:
+        raise UsageError("argument -n: nothing given, expected the number of ranks, at least 1")
+    if not options.script or not Path(options.script[0]).is_file():
+        given = repr(options.script[0]) if options.script else "nothing"
+        raise UsageError(f"script: {given} given, expected a Python file that exists, after the flags of run")
+    settings = dict(options.set) | ({"print_config": "true"} if options.print_config else {})
+    foresee(settings, options.script, options.mpi_args)
+    try:
+        planned = plan(options.size, options.script, mpi_args=options.mpi_args, timeout=options.timeout, settings=settings)
+    except FileNotFoundError as error:
+        raise UsageError(str(error)) from error
+    if options.dry_run:
+        stdout.write(json.dumps(asdict(planned)) if options.json else str(planned))
+        return 0
+    emit(2, f"{planned}\n")
+    for warning in planned.warnings:
+        emit(2, f"mpips: warning: {warning}\n")
+    outcome = run(planned, view(json_wanted=options.json), timeout=options.timeout)
+    if options.json:
+        stdout.write(json.dumps(asdict(outcome)))
+    return outcome.exit
+
+
+def inspect_verb(options: argparse.Namespace) -> int:
+    """Show what a checkpoint holds."""
+    path, tree = _load(options.file)
+    counted = {id(leaf): math.prod(leaf.shape) for leaf in tree.get("parameters", {}).values()}  # tied ones once
+    facts = {"file": str(path), "bytes": path.stat().st_size, "sha256": "verified"}
+    facts |= {name: tree.get(name) for name in ("round", "version", "epoch")}
+    facts["parameters"] = sum(counted.values())
+    if options.json:
+        stdout.write(json.dumps({**facts, "tree": _described(tree)}, default=str))
+        return 0
+    lines = [f"{name:11}{value:,}" if isinstance(value, int) else f"{name:11}{value}" for name, value in facts.items()]
+    stdout.write("\n".join([*lines, *_outline(tree)]))
+    return 0
+
+
+def _described(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree with each dataset replaced by its shape, dtype and bytes."""
+    return {name: _described(leaf) if isinstance(leaf, Mapping)
+            else {"shape": list(leaf.shape), "dtype": _dtype(leaf), "bytes": leaf.nbytes} if hasattr(leaf, "shape")
+            else leaf for name, leaf in tree.items()}  # fmt: skip
+
+
+def _outline(tree: Mapping[str, Any], indent: str = "  ") -> Iterator[str]:
+    """One line for each group, dataset and attribute."""
+    for name, leaf in tree.items():
+        if isinstance(leaf, Mapping):
+            yield f"{indent}{name}/"
+            yield from _outline(leaf, indent + "  ")
+        elif hasattr(leaf, "shape"):
+            yield f"{indent}{name:32} {tuple(leaf.shape)!s:16} {_dtype(leaf):9} {leaf.nbytes:,} bytes"
+        else:
+            text = repr(leaf)
+            yield f"{indent}{name} = {text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + '...'}"
+
+
+def _dtype(leaf: Any) -> str:
+    return str(leaf.dtype).removeprefix("torch.")
+
+
+def _load(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint and what it holds; of a run folder, the newest that is whole."""
+    from mpips import checkpoint
+
+    if not path.exists():
+        raise UsageError(f"FILE: {str(path)!r} given, expected a checkpoint or a run folder that exists")
+    with warnings.catch_warnings(record=True) as passed_over:
+        warnings.simplefilter("always")
+        found = (checkpoint.newest(path / "checkpoints") or checkpoint.newest(path)) if path.is_dir() else path
+    for warning in passed_over:
+        emit(2, f"mpips: warning: {warning.message}\n")
+    if found is None:
+        raise VerbError(f"{path}: no whole checkpoint in it; give a run folder that has checkpoints/*.h5")
+    try:
+        return found, checkpoint.load(found)
+    except checkpoint.CheckpointError as error:
+        raise VerbError(str(error)) from error
+
+
+def export_verb(options: argparse.Namespace) -> int:
+    """Write a checkpoint's model as a state_dict."""
+    path, tree = _load(options.file)
+    if not tree.get("parameters"):
+        raise VerbError(f"{path}: holds no parameters, only {', '.join(tree) or 'nothing'}; give a run's checkpoint")
+    state = _state_dict(tree)
+    target: Path = options.to
+    if not target.absolute().parent.is_dir():
+        raise UsageError(f"argument --to: {str(target)!r} given, expected a name in a folder that exists")
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        WRITERS[target.suffix](state, beside)
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        beside.replace(target)
+    except RuntimeError as error:  # torch's word for a full disk
+        raise VerbError(f"{target}: cannot be written ({error})") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    facts = {"file": str(path), "to": str(target), "tensors": len(state), "bytes": target.stat().st_size}
+    stdout.write(
+        json.dumps(facts) if options.json else f"{target}: {len(state)} tensors, {facts['bytes']:,} bytes, from {path}"
+    )
+    return 0
+
+
+def _state_dict(tree: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Parameters and buffers under the names that `load_state_dict` expects; tied ones stay one tensor."""
+    import torch
+
+    return {name: torch.as_tensor(leaf) for name, leaf in {**tree["parameters"], **tree.get("buffers", {})}.items()}
+
+
+def _write_pt(state: dict[str, torch.Tensor], path: Path) -> None:
+    import torch
+
+    torch.save(state, path)
+
+
+def _write_safetensors(state: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise VerbError('export to .safetensors needs a package: pip install "mpips[export]"') from error
+    # The format has no shared memory: a tied parameter's second name gets a copy of its own.
+    save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, path)
+
+
+WRITERS = {".pt": _write_pt, ".safetensors": _write_safetensors}
+
+
+def env_verb(options: argparse.Namespace) -> int:
+    """Describe this machine."""
+    from mpips.process.environment import report
+
+    facts = report()
+    stdout.write(json.dumps(facts) if options.json else "\n".join(_listing(facts)))
+    return 0
+
+
+def bench_verb(options: argparse.Namespace) -> int:
+    """Measure, and show the figures."""
+    from mpips.cli.bench.error import BenchError
+    from mpips.cli.bench.session import bench
+
+    try:
+        return bench(options)
+    except BenchError as error:
+        raise (UsageError if error.status == UsageError.status else VerbError)(str(error)) from error
+
+
+def plan_verb(options: argparse.Namespace) -> int:
+    """Predict a round."""
+    if options.nodes * options.ranks_per_node > MOST_RANKS:
+        given = f"{options.nodes} x {options.ranks_per_node}"
+        raise UsageError(f"arguments --nodes, --ranks-per-node: {given} given, expected at most {MOST_RANKS:,} ranks")
+    from mpips.cli import cost
+
+    job = cost.Job.of(
+        options.nodes,
+        options.ranks_per_node,
+        1e6 * options.model_mb,
+        plan=options.plan,
+        wire=options.wire,
+        bucket=round(1e6 * options.bucket_mb),
+        state=options.optimizer_floats,
+    )
+    machine = cost.Machine(
+        link=options.gbit * 1e9 / 8,
+        latency=1e-6 * options.latency_us,
+        message=1e-6 * options.message_us,
+        memory=1e9 * options.memory_gbs,
+    )
+    found = cost.predict(job, machine)
+    stdout.write(json.dumps(cost.facts(job, machine, found)) if options.json else cost.table(job, machine, found))
+    return 0
+
+
+def _listing(facts: Mapping[str, object], indent: str = "") -> Iterator[str]:
+    """`name: value`, groups indented."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}{name}:{'' if value else ' -'}"
+            yield from _listing(value, indent + "  ")
+        else:
+            yield f"{indent}{name}: {'-' if value is None else value}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

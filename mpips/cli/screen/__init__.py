@@ -1,0 +1,166 @@
+"""Where a run is shown: one live screen on a real terminal, plain lines anywhere else.
+
+Invariant: only the launcher draws, because only it owns the real terminal (Open MPI gives every rank a fake one). What
+the ranks print reaches the user byte for byte; the live region stays below it and is redrawn, never scrolled away.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Protocol
+
+from mpips.cli.screen.frame import frame
+from mpips.cli.screen.progress import Event, Progress, Tail, describe, progress_line
+from mpips.process.lifecycle import emit
+
+__all__ = ["Lines", "Progress", "Screen", "Tail", "View", "view"]
+
+LINE_EVERY = 10.0  # seconds between progress lines when there is no terminal: a batch log should stay readable
+DRAW_EVERY = 0.2  # seconds between two live frames
+LOUD = ("start", "plan", "resume", "stop", "warning", "error", "done")  # events worth a line of their own without a screen
+
+
+class View(Protocol):
+    """Where the launcher shows a run: what the ranks print, its own words, the progress."""
+
+    def write(self, stream: int, data: bytes) -> None:
+        """Pass on what the ranks wrote to stdout (1) or stderr (2)."""
+
+    def tell(self, text: str) -> None:
+        """Say something of the launcher's own, on stderr: stdout is the script's."""
+
+    def note(self, event: Event) -> None:
+        """An event has come."""
+
+    def show(self, progress: Progress) -> None:
+        """Called often; shows the progress when it is time."""
+
+    def close(self, progress: Progress) -> None:
+        """Nothing more comes from the ranks."""
+
+
+class Lines:
+    """For files, pipes and dumb terminals: everything passes as it comes, with a progress line now and then."""
+
+    def __init__(self) -> None:
+        self.half = 0  # the stream whose last line has not ended; 0 when none
+        self.next_line = time.monotonic() + LINE_EVERY
+        self.shown: Event | None = None
+
+    def write(self, stream: int, data: bytes) -> None:
+        """Pass the bytes on."""
+        emit(stream, data)
+        self.half = 0 if data.endswith(b"\n") else stream
+
+    def tell(self, text: str) -> None:
+        """One line, never glued to a half line of a rank."""
+        self._end_line()
+        emit(2, f"mpips: {text}\n")
+
+    def note(self, event: Event) -> None:
+        """A line for the events that matter in a log."""
+        text = describe(event)
+        if text and event.get("event") in LOUD:
+            self.tell(text)
+
+    def show(self, progress: Progress) -> None:
+        """A progress line, if there is progress and the last one is old enough."""
+        now = progress.latest.get("round")
+        if now and now is not self.shown and "done" not in progress.latest and time.monotonic() >= self.next_line:
+            self.shown, self.next_line = now, time.monotonic() + LINE_EVERY
+            self.tell(progress_line(progress))
+
+    def close(self, progress: Progress) -> None:
+        """What follows begins on a line of its own."""
+        self._end_line()
+
+    def _end_line(self) -> None:
+        if self.half:
+            emit(self.half, b"\n")
+        self.half = 0
+
+
+class Screen:
+    """For a real terminal: the ranks' lines scroll by above one region that is redrawn in place.
+
+    Not rich's Live: that re-wraps and re-colours what is printed above it, and the ranks' lines must stay as they are.
+    """
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(file=sys.stdout, force_terminal=True, highlight=False)  # honours NO_COLOR
+        self.started = time.monotonic()
+        self.next_frame = 0.0
+        self.frame: list[str] = []
+        self.drawn: list[int] = []  # the visible widths of the lines on the terminal now
+        self.halves = {1: b"", 2: b""}
+
+    def write(self, stream: int, data: bytes) -> None:
+        """Whole lines go above the region; a half line waits for its end."""
+        if stream == 2 and not sys.stderr.isatty():
+            return emit(2, data)
+        complete = data.rfind(b"\n") + 1
+        lines, self.halves[stream] = self.halves[stream] + data[:complete], data[complete:]
+        if not complete:
+            self.halves[stream] = lines + data
+            return None
+        return self._draw(above=lines)
+
+    def tell(self, text: str) -> None:
+        """One line above the region."""
+        line = f"mpips: {text}\n".encode("utf-8", "surrogateescape")
+        return self._draw(above=line) if sys.stderr.isatty() else emit(2, line)
+
+    def note(self, event: Event) -> None:
+        """Only what must not scroll out of the region's last events."""
+        if event.get("event") in ("warning", "error"):
+            self.tell(describe(event) or "")
+
+    def show(self, progress: Progress) -> None:
+        """Draw a new frame, a few times a second."""
+        if time.monotonic() >= self.next_frame:
+            self.next_frame = time.monotonic() + DRAW_EVERY
+            self._render(progress)
+            self._draw()
+
+    def close(self, progress: Progress) -> None:
+        """Leave the last frame where it is; what follows is printed below it."""
+        rest = b"".join(half + b"\n" for half in self.halves.values() if half)
+        self.halves = {1: b"", 2: b""}
+        self._render(progress)
+        self._draw(above=rest)
+        self.frame, self.drawn = [], []
+
+    def _render(self, progress: Progress) -> None:
+        width, height = _size()
+        self.frame = frame(self.console, progress, time.monotonic() - self.started, width - 1, height - 1)
+
+    def _draw(self, above: bytes = b"") -> None:
+        """Erase the region, print `above`, draw the region again: in one write, so that nothing flickers."""
+        from rich.text import Text
+
+        width, _ = _size()
+        # A narrower terminal has wrapped the old lines by itself: count the rows that they take now.
+        rows = sum(max(1, -(-line // width)) for line in self.drawn)
+        erase = f"\r\x1b[{rows}A\x1b[J" if rows else ""
+        below = "".join(f"\x1b[0m{line}\x1b[0m\n" for line in self.frame)
+        emit(1, erase.encode() + above + below.encode("utf-8", "surrogateescape"))
+        self.drawn = [Text.from_ansi(line).cell_len for line in self.frame]
+
+
+def view(*, json_wanted: bool) -> View:
+    """The live screen on a real terminal, lines anywhere else."""
+    live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not json_wanted
+    return Screen() if live else Lines()
+
+
+def _size() -> tuple[int, int]:
+    """Columns and lines of the terminal; a terminal that says 0 has not been told its size."""
+    try:
+        columns, lines = os.get_terminal_size(sys.stdout.fileno())
+    except OSError:
+        columns, lines = 0, 0
+    return max(20, columns or 80), max(6, lines or 24)

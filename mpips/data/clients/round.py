@@ -1,0 +1,61 @@
+"""Which clients train in a round, and on which worker."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+from mpips.data.clients.draw import counted, permutation
+
+
+def chosen(seed: int, round: int, count: int, fraction: float) -> list[int]:
+    """The clients of a round, in ascending order: max(1, round(fraction * count)) of them, uniformly without replacement.
+
+    Args:
+        seed, round: decide which, so all ranks choose the same.
+        count: how many clients there are.
+        fraction: which part of them, from 0 (one client) to 1 (all); C of FedAvg (McMahan et al. 2017, algorithm 1).
+
+    Raises:
+        ValueError: if `count` is below 1 or `fraction` not from 0 to 1.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction={fraction!r} given; expected a number from 0 to 1")
+    drawn = permutation(counted("count", count), "chosen", seed, round)
+    return sorted(drawn[: _part(fraction, count)].tolist())
+
+
+def _part(fraction: float, count: int) -> int:
+    return max(1, round(fraction * count))
+
+
+def hosts(chosen: Sequence[int], workers: int, pinned: bool, sizes: Sequence[int] | None = None) -> list[list[int]]:
+    """For each worker the clients it hosts, in the order of `chosen`.
+
+    Args:
+        chosen: the clients of the round.
+        workers: how many workers there are.
+        pinned: whether a client is always on the same worker, k % workers, because it has state of its own. Else the largest
+            go first, each to the worker with least to do (Graham 1969: at most 4/3 of the best that can be).
+        sizes: the work of each client, chosen or not, as `Clients.sizes`; all alike if None.
+
+    Raises:
+        ValueError: if `workers` is below 1.
+    """
+    counted("workers", workers)
+    worker_of = {k: k % workers for k in chosen} if pinned else _balanced(chosen, workers, sizes)
+    hosted: list[list[int]] = [[] for _ in range(workers)]
+    for k in chosen:
+        hosted[worker_of[k]].append(k)
+    return hosted
+
+
+def _balanced(chosen: Sequence[int], workers: int, sizes: Sequence[int] | None) -> dict[int, int]:
+    work = {k: 1 if sizes is None else sizes[k] for k in chosen}
+    free = [(0, 0, worker) for worker in range(workers)]  # its work, its clients, its number
+    worker_of = {}
+    for k in sorted(chosen, key=lambda k: (-work[k], k)):
+        load, clients, worker = free[0]
+        worker_of[k] = worker
+        heapq.heapreplace(free, (load + work[k], clients + 1, worker))
+    return worker_of

@@ -1,0 +1,157 @@
+"""The server's state as a tree of plain tensors, numbers and texts, by parameter name, and back.
+
+A restored server goes on with the same bits. Everything that comes back is checked against the model first, so a snapshot of
+another model changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mpips.model.message import Replica
+
+Tree = dict[str, Any]
+# Optimizers of torch's that keep, element by element, what has the parameter's shape.
+SHAPED = {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
+
+
+class SnapshotError(ValueError):
+    """A snapshot that does not belong to this model or optimizer: names the first tensor that differs."""
+
+
+def to_json(value: Any) -> str:
+    """Nested dicts (with any keys), lists, tuples and numbers as text that `from_json` restores exactly."""
+    return json.dumps(_encode(value))
+
+
+def from_json(text: str) -> Any:
+    """What `to_json` was given; tuples come back as lists."""
+    return _decode(json.loads(text))
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        kind = "counter" if isinstance(value, Counter) else "dict"
+        return {kind: [[_encode(k), _encode(v)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_encode(v) for v in value]
+    return value.item() if isinstance(value, (Tensor, np.generic)) else value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        ((kind, pairs),) = value.items()
+        items = {_decode(k): _decode(v) for k, v in pairs}
+        return Counter(items) if kind == "counter" else items
+    return [_decode(v) for v in value] if isinstance(value, list) else value
+
+
+def take_model(replica: Replica, changed: Mapping[str, Tensor] | None = None) -> Tree:
+    """All parameters, trained, frozen and tied, and all buffers, by name; frozen ones that have `changed` as they are there."""
+    flat = replica.flat
+    parameters: dict[str, Tensor] = dict(flat.named(replica.pull.weights))  # a worker here may be on its way from them
+    parameters |= {name: p.data for name, p in flat.frozen.items()} | dict(changed or {})
+    parameters |= {alias: parameters[name] for alias, name in flat.aliases.items()}
+    return {"parameters": parameters, "buffers": dict(replica.buffers.named)}
+
+
+def put_model(tree: Tree, replica: Replica) -> None:
+    """Put `take_model`'s tensors back into the model.
+
+    Raises:
+        SnapshotError: before anything is changed, if names, shapes or dtypes are not the model's.
+    """
+    for kind, ours in take_model(replica).items():
+        check_same(kind, ours, tree[kind])
+    for kind, ours in take_model(replica).items():
+        for name, tensor in ours.items():
+            tensor.detach().copy_(tree[kind][name])
+    replica.buffers.store(replica.pull.buffers)
+
+
+def check_same(kind: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> None:
+    """Raise SnapshotError for the first tensor whose dtype or shape differs, or which only one of both has."""
+    for name in [*ours, *theirs]:
+        mine = f"{ours[name].dtype} {tuple(ours[name].shape)}" if name in ours else "nothing"
+        other = theirs.get(name)
+        saved = f"{other.dtype} {tuple(other.shape)}" if isinstance(other, Tensor) else "nothing"
+        if mine != saved:
+            raise SnapshotError(f"{kind[:-1]} {name}: the checkpoint has {saved}, the model {mine}; give the model it is of")
+
+
+def take_optimizer(optimizer: Optimizer, kind: str, names: Mapping[Tensor, str]) -> Tree:
+    """Class, parameter groups and state of an optimizer, by parameter name."""
+    members = [[names[p] for p in group["params"] if p in names] for group in optimizer.param_groups]
+    state = {names[p]: {str(k): v for k, v in kept.items()} for p, kept in optimizer.state.items() if p in names}
+    return optimizer_tree(optimizer, kind, members, state)
+
+
+def optimizer_tree(optimizer: Optimizer, kind: str, members: Sequence[Sequence[str]], state: Tree) -> Tree:
+    """The same, given the names of each group's parameters and the state by name."""
+    groups = [{**group, "params": list(names)} for group, names in zip(optimizer.param_groups, members, strict=True)]
+    return {"class": kind, "groups": to_json(groups), "state": state, "entries": _entries(state)}
+
+
+def _entries(state: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many there are: that a parameter has no state yet, and that it is missing, look alike."""
+    return sum(value is not None for kept in state.values() for value in kept.values())
+
+
+def put_optimizer(tree: Tree, optimizer: Optimizer, kind: str, names: Mapping[Tensor, str]) -> None:
+    """Put `take_optimizer`'s state back.
+
+    Raises:
+        SnapshotError: the optimizer is of another class or has other groups, or not all of its state is there.
+    """
+    if tree["class"] != kind:
+        raise SnapshotError(f"the checkpoint has optimizer {tree['class']}, this run {kind}")
+    saved_groups = from_json(tree["groups"])
+    ours = [[names[p] for p in group["params"] if p in names] for group in optimizer.param_groups]
+    if [group["params"] for group in saved_groups] != ours:
+        raise SnapshotError("the checkpoint's optimizer has other parameter groups; build the optimizer as in that run")
+    if (found := _entries(tree["state"])) != tree["entries"]:
+        raise SnapshotError(f"optimizer/state: the checkpoint has {found} of {tree['entries']} entries; use another checkpoint")
+    if kind in SHAPED and type(optimizer).__module__.startswith("torch.optim."):
+        _check_state(tree["state"], {name: p for p, name in names.items()})
+    order = [name for group in ours for name in group]
+    groups = [as_now(saved, now) for saved, now in zip(saved_groups, optimizer.param_groups, strict=True)]
+    start = 0
+    for group, members in zip(groups, ours, strict=True):
+        group["params"] = list(range(start, start := start + len(members)))
+    state = {order.index(name): dict(kept) for name, kept in tree["state"].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for p, kept in optimizer.state.items():  # torch has cast all to the parameter's dtype; NAdam's product is float32
+        for key, value in kept.items():
+            if isinstance(value, Tensor):
+                kept[key] = value.to(tree["state"][names[p]][key].dtype)
+
+
+def _check_state(state: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, Tensor]) -> None:
+    """What is kept of a parameter has its shape or is one number; anything else would fail at the first step, or be spread."""
+    for name, kept in state.items():
+        for key, value in kept.items():
+            shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+            if shape not in ((), (1,), tuple(parameters[name].shape)):
+                raise SnapshotError(
+                    f"optimizer/state/{name}/{key}: the checkpoint has the shape {shape}, the parameter "
+                    f"{tuple(parameters[name].shape)}; use another checkpoint"
+                )
+
+
+def as_now(saved: Tree, now: Mapping[str, Any]) -> Tree:
+    """A saved group with tuples and tensors where the optimizer has them: JSON knows neither."""
+    return {k: _alike(v, now.get(k)) for k, v in saved.items()}
+
+
+def _alike(value: Any, own: Any) -> Any:
+    if isinstance(own, tuple):
+        return tuple(map(_alike, value, own))
+    return torch.tensor(value, dtype=own.dtype, device=own.device) if isinstance(own, Tensor) else value

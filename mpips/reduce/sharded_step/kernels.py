@@ -1,0 +1,55 @@
+"""What is computed on one slice of a room's rows: of few elements by numpy, of more by torch. The bits are the same."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpips.comm.peer_buffers import Rows
+
+Terms = list[tuple[int, float]]  # a row, and what it is multiplied by; others may hold anything
+Total = Any  # a tensor, or the array of its memory
+ONE_THREAD = 1 << 13  # elements of which BLAS makes the inner product by itself, whatever the number of its threads
+warnings.filterwarnings("ignore", category=RuntimeWarning, module=__name__.replace(".", r"\."))  # sums are looked at here
+
+
+def add_up(rows: Rows, terms: Terms) -> Total:
+    """The sum of the rows times their factors, in their order, in the memory of the first."""
+    if rows.arrays is not None and len(terms) == len(rows) > 1 and all(factor == 1 for _, factor in terms):
+        first, *others = rows.arrays
+        for other in others:
+            np.add(first, other, out=first)
+        return first
+    out = rows[0]
+    if not terms:
+        return out.zero_()
+    (k, factor), *more = terms
+    if factor != 1:
+        torch.mul(rows[k], factor, out=out)
+    elif k:
+        out.copy_(rows[k])
+    for k, factor in more:
+        out.add_(rows[k], alpha=factor)
+    return out
+
+
+def is_finite(total: Total) -> bool:
+    """Whether all of it is, unless it is so large that its square, or its sum, is not."""
+    if isinstance(total, Tensor):
+        return math.isfinite(torch.dot(total, total).item())
+    return math.isfinite(total.dot(total) if len(total) <= ONE_THREAD else total.sum())
+
+
+def divide(total: Total, whole: float) -> None:
+    """By the sum of weights, in place; not by 0, of nothing."""
+    if whole in (0, 1):
+        return
+    if isinstance(total, Tensor):
+        total.div_(whole)
+    else:
+        np.divide(total, whole, out=total)

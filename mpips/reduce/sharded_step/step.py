@@ -1,0 +1,357 @@
+"""What a rank does with the slices that it serves, and what it is told; see the package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpips.comm import Exchange
+from mpips.comm.node_group import Room
+from mpips.comm.peer_buffers import Rows
+from mpips.comm.reduce_scatter import ShardedRooms
+from mpips.config import Config
+from mpips.model.bucket_ready import Ready
+from mpips.model.layout import both
+from mpips.model.message import BAD, WEIGHT, Replica
+from mpips.optim import hyperparameters as hyper
+from mpips.optim.flat_optimizer import FlatOptimizer
+from mpips.reduce.aggregate import prepare
+from mpips.reduce.sharded_optimizer import Pieces
+from mpips.reduce.sharded_step.kernels import Terms, add_up, divide, is_finite
+from mpips.rules import Rule
+
+TAKE, FACTOR, SCALE, SETTINGS = range(4)  # of the verdict
+ADOPT = 2.0  # as TAKE: not a step, but the weights themselves
+
+
+class Slices:
+    """This rank's slices.
+
+    Args:
+        room: where the messages lie.
+        replica: the model in them.
+        rule: combines; needs "sum".
+        optimizer: steps this rank's slices; None where it serves none.
+        config: the settings.
+        exchange: this rank's end.
+        clip: the largest norm of what is stepped with.
+
+    Attributes:
+        faults: see `Work`; the index of the first tensor of each rank's that is not finite.
+    """
+
+    def __init__(
+        self,
+        room: Room,
+        replica: Replica,
+        rule: Rule,
+        optimizer: Pieces | FlatOptimizer | None,
+        config: Config,
+        exchange: Exchange,
+        clip: float | None,
+    ) -> None:
+        self.room, self.replica, self.config, self._clip = room, replica, config, clip
+        self._push, self._rule, self._optimizer = replica.push, rule, optimizer
+        self._prepares = type(rule).prepare is not Rule.prepare
+        self._gradients = replica.flat.numel
+        self._alone = len(room.nodes) == 1
+        self._terms: Terms | None = None  # the rows of this room that count, and what they are multiplied by
+        self._counted: Terms = []  # the same of what is multiplied already
+        self._whole = 0.0
+        self._weights: list[float] = []  # what `_terms` was made of last, and what it was then
+        self._weighed: tuple[Terms | None, float] = None, 0.0
+        self._exchange = exchange
+        self.ready: Ready | None = None
+        if isinstance(room, ShardedRooms) and config.overlap:
+            self.ready = Ready(room.push_steps, replica.flat.slots)
+        self._rounds = not self._alone and room.contents.wire != room.contents.dtype
+        self._watches = not (self._alone or room.together)  # whether it alone sees the sum over all nodes
+        self._begun: tuple[float, Callable[[], None]] | None = None
+        self._moved = False
+        self._active: slice | None = None  # what of the body a round is about, if that is not all of it
+        self._faulty = False
+        self.faults = torch.full((room.contents.lines,), math.inf, dtype=torch.float64)
+        own = hyper.read(optimizer.torch) if isinstance(optimizer, Pieces) else []
+        self._verdict = torch.zeros(SETTINGS + len(own), dtype=torch.float64)
+
+    @property
+    def plan(self) -> str:
+        """The plan's name."""
+        return "sharded" if self.room.together else "root"
+
+    @property
+    def how(self) -> str:
+        """How the contributions come together."""
+        nodes, wire = self.room.nodes, str(self.room.contents.wire).removeprefix("torch.")
+        memory = "memory of GPUs, by CUDA IPC" if self.room.contents.device.type == "cuda" else "shared memory"
+        return memory if self._alone else f"{memory}, {wire} between {len(nodes)} nodes"
+
+    def begin(self, weight: float) -> None:
+        """Bring slices together as soon as gradients of them are there: `ready` is told, then `combine` called.
+
+        Raises:
+            RuntimeError: it has begun already.
+        """
+        assert self.ready
+        if self._begun:
+            raise RuntimeError(
+                "a second ps.backward() before ps.step(): the gradients of the first are on their way; to accumulate, call "
+                "loss.backward() for all batches but the last"
+            )
+        self.ready.begin()
+        self._begun = weight, self._exchange.beside(partial(self._combine, weight, self.ready))
+
+    def end(self) -> None:
+        """This rank's push message is written.
+
+        Raises:
+            ValueError: its weight is another than that which bringing slices together was begun with.
+        """
+        weight = self._push.weight(self.room.rank)
+        if self._begun and self._begun[0] != weight:
+            raise ValueError(
+                f"ps.step() was given samples={weight:.0f} after ps.backward() with samples={self._begun[0]:.0f}; expected the "
+                f"same: gradients are weighted before they leave"
+            )
+        if self._begun and self.ready:
+            self.ready.end()
+
+    def combine(self) -> None:
+        """This rank's push message is written: bring slices together, or wait until they are."""
+        begun, self._begun = self._begun, None
+        if begun:
+            begun[1]()
+        else:
+            self._combine(self._push.weight(self.room.rank), None)
+
+    def _combine(self, weight: float, ready: Ready | None) -> None:
+        self._terms, self._whole = None, 0.0
+        self._active = self.replica.active
+        if self._faulty:
+            self.faults.fill_(math.inf)
+        self._faulty = False
+        if self._prepares:
+            prepare(self.room.rank, self._push, self._rule)
+        self.room.combine(weight, self._push.heard.message, self, ready)
+
+    def add(self, part: slice, rows: Rows) -> None:
+        """The sum of one slice over this room's ranks; on one node the mean."""
+        if self._active and self._passes(part):
+            return
+        if self._terms is None:
+            self._weigh()
+        behind = part.start >= self._gradients  # BatchNorm's statistics, multiplied already
+        terms = self._counted if behind else self._terms
+        assert terms is not None
+        total = add_up(rows, terms)
+        if not behind and not is_finite(total):
+            guilty = [k for k, _ in terms if k and not _all_finite(rows[k])]
+            for k in guilty or [0]:  # the first row holds the sum by now
+                self._blame(self.room.members[k], part, rows[k])
+        if self._alone:
+            divide(total, self._total() if behind else self._whole)
+
+    def join(self, part: slice, sums: Sequence[Tensor]) -> None:
+        """The sum of one slice over all rooms."""
+        total = sums[0].to(self._push.message.dtype, copy=True)
+        for one in sums[1:]:
+            total.add_(one)
+        if part.start < self._gradients and not is_finite(total) and (self._rounds or all(map(_all_finite, sums))):
+            self._blame(0, part, total)  # nobody's alone; or it became infinite when it was rounded
+        self.room.combined[part].copy_(total)  # which is one of those
+
+    def finish(self, part: slice, total: Tensor) -> None:
+        """The mean of one slice: its sum divided by that of the weights."""
+        if self._alone or (self._active and self._passes(part)):
+            return
+        if self._watches and part.start < self._gradients and not is_finite(total):
+            self._judge(part, total)
+        if not self._whole:
+            self._whole = self._total()
+        divide(total, self._whole)
+
+    def say(self, faults: Tensor) -> None:
+        """Which ranks of this room are to blame, in their rows of this rank's tail, which is the sum of theirs."""
+        for rank, slot in enumerate(faults.tolist()):
+            if slot < math.inf:
+                self._push.rows[rank, BAD] = 1 + slot
+
+    def _total(self) -> float:
+        """The sum of all weights, as the mean by messages adds them up: they may be no whole numbers."""
+        return float(self._push.heard.rows[not self.config.server_trains :, WEIGHT].sum())
+
+    def _judge(self, part: slice, total: Tensor) -> None:
+        """The sum over all rooms is not finite: to blame is whom a room has named, or nobody alone."""
+        named = [(rank, row[BAD]) for rank, row in enumerate(self._push.heard.table()) if row[BAD] and row[WEIGHT]]
+        for rank, bad in named:
+            self._faulty, self.faults[rank] = True, bad - 1
+        if not named:
+            self._blame(0, part, total)
+
+    def _passes(self, part: slice) -> bool:
+        """Whether a part of the gradients is not what the round is about."""
+        assert self._active
+        inside = both(part, self._active)
+        return bool(part.start < self._gradients and inside.start >= inside.stop)
+
+    def _weigh(self) -> None:
+        """What each row is multiplied by; of equal weights, where all are known, only who has one matters."""
+        weights = self._push.heard.weights() if self._alone else self.room.said.tolist()
+        if self._alone and weights == self._weights:
+            self._terms, self._whole = self._weighed
+            return
+        self._counted = [(k, 1.0) for k, weight in enumerate(weights) if weight]
+        alike = self._alone and self._push.raw and len({weights[k] for k, _ in self._counted}) <= 1
+        by_weight = self._push.raw and not alike  # else multiplied already
+        self._terms = [(k, weights[k]) for k, _ in self._counted] if by_weight else self._counted
+        if self._alone:
+            self._whole = float(len(self._counted)) if alike else self._total()
+        self._weights, self._weighed = weights, (self._terms, self._whole)
+
+    def _blame(self, rank: int, part: slice, values: Tensor) -> None:
+        """What a rank has in this slice is not finite: note in which tensor, unless it is large and no more."""
+        self._faulty = True
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            at = part.start + int(bad[0])
+            slot = max(i for i, s in enumerate(self.replica.flat.slots) if s.offset <= at)
+            self.faults[rank] = min(float(self.faults[rank]), slot)
+
+    def guilty(self) -> dict[int, int]:
+        """At the server: which ranks' contributions are not finite, with the index of a tensor."""
+        if not self.room.together and not self._faulty:
+            return {}
+        found = self.room.report(self.faults, "min")
+        named = {rank: int(slot) for rank, slot in enumerate(found.tolist()) if slot < math.inf}
+        return {rank: slot for rank, slot in named.items() if rank or len(named) == 1 or not self._rounds}
+
+    def step(self, present: Sequence[float], clip: float | None, scale: float = 1.0, times: float = 1.0) -> None:
+        """At the server: step, and have the others step; see `FlatOptimizer.step`."""
+        self._moved = True
+        if not isinstance(self._optimizer, Pieces):
+            assert self._optimizer
+            self._optimizer.step(present, clip, scale, times)
+            return
+        self._tell(1.0, scale, times)
+        factor = times
+        if clip is not None:
+            norms = [norm * times for norm in self._norms(self.room.report(self._measure(present), "sum").tolist())]
+            factor *= _factor([norm for norm, seen in zip(norms, present, strict=False) if seen], clip, self._push.message)
+            self._tell(1.0, scale, factor)
+        self._optimizer.step(present, factor, scale)
+
+    def adopt(self) -> None:
+        """At the server: take what is combined for the new weights, and have the others do so."""
+        self._moved = True
+        assert self._optimizer
+        if isinstance(self._optimizer, Pieces):
+            self._tell(ADOPT, 1.0)
+        self._optimizer.adopt()
+
+    def skip(self) -> None:
+        """At the server: no step is taken in this round."""
+        if isinstance(self._optimizer, Pieces):
+            self._tell(0.0, 1.0)
+
+    def _tell(self, take: float, scale: float, factor: float = 1.0) -> None:
+        assert isinstance(self._optimizer, Pieces)
+        self._verdict.copy_(torch.tensor([take, factor, scale, *hyper.read(self._optimizer.torch)], dtype=torch.float64))
+        self.room.verdict(self._verdict)
+
+    def follow(self) -> None:
+        """On the other ranks: do as the server judges."""
+        if not isinstance(self._optimizer, Pieces):
+            return
+        self.room.report(self.faults, "min")
+        self.room.verdict(self._verdict)
+        if not self._verdict[TAKE]:
+            return
+        if self._verdict[TAKE] == ADOPT:
+            self._optimizer.adopt()
+            self._moved = True
+            return
+        present = self._push.heard.present()
+        if self._clip is not None:
+            self.room.report(self._measure(present), "sum")
+            self.room.verdict(self._verdict)
+        _, factor, scale, *numbers = self._verdict.tolist()
+        hyper.write(self._optimizer.torch, numbers)
+        self._optimizer.step(present, factor, scale)
+        self._moved = True
+
+    def _measure(self, present: Sequence[float]) -> Tensor:
+        """The norms of those combined gradients that this rank measures, whole tensors, as `clip_grad_norm_` measures them.
+
+        If there are several nodes, which have parts of a tensor, it is the squares of the norms of these parts.
+        """
+        norms = torch.zeros_like(self.faults)
+        for n, slot in enumerate(self.replica.flat.slots):
+            for span in self.room.spans if present[n] else []:
+                start, stop = max(span.start, slot.offset), min(span.stop, slot.offset + slot.numel)
+                if not self._alone and start < stop:
+                    norms[n] += float(torch.linalg.vector_norm(self.room.combined[start:stop], dtype=torch.float64)) ** 2
+                elif self._alone and span.start <= slot.offset + slot.numel // 2 < span.stop:
+                    norms[n] = _norm(slot.shaped(self.room.board.whole(slot.span)))
+        return norms
+
+    def _norms(self, measured: list[float]) -> list[float]:
+        """Of whole tensors, from the sum of all that was measured."""
+        return [math.sqrt(square) for square in measured] if not self._alone else measured
+
+    def publish(self, control: Any = None, weights: Tensor | None = None) -> None:
+        """The weights are stepped; the server adds what else it has to say, or other weights, `(numel,)`."""
+        pull = self.replica.pull
+
+        def fill() -> None:
+            if control is not None:
+                pull.control = control
+            if weights is not None:
+                pull.weights.copy_(weights)
+
+        self.room.publish(fill, self._moved, weights is not None)
+        self._moved = False
+
+    @property
+    def lr(self) -> float:
+        """The first group's learning rate."""
+        assert self._optimizer
+        return self._optimizer.lr
+
+    @property
+    def torch(self) -> Any:
+        """The script's optimizer."""
+        assert self._optimizer
+        return self._optimizer.torch
+
+    def own(self) -> dict[str, Any]:
+        """The optimizer's state on this rank, for the server's checkpoint."""
+        return self._optimizer.own() if isinstance(self._optimizer, Pieces) else {}
+
+    def tree(self, elsewhere: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """The whole optimizer, given the other ranks' `own`."""
+        assert self._optimizer
+        return self._optimizer.tree(elsewhere) if isinstance(self._optimizer, Pieces) else self._optimizer.tree()
+
+    def put(self, tree: dict[str, Any]) -> None:
+        """Nothing is put back once slices are served."""
+        raise RuntimeError("a checkpoint is put back before the first round")
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    """Of a gradient, with the kernel that `clip_grad_norm_` takes on its device."""
+    return torch._foreach_norm([tensor])[0] if tensor.is_cuda else torch.linalg.vector_norm(tensor)
+
+
+def _factor(norms: list[float], clip: float, like: Tensor) -> float:
+    """What `clip_grad_norm_` multiplies by, computed as it does."""
+    total = torch.linalg.vector_norm(torch.tensor(norms, dtype=like.dtype, device=like.device))
+    return float(torch.clamp(clip / (total + 1e-6), max=1.0))

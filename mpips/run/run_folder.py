@@ -1,0 +1,178 @@
+"""Where a run writes, and from which checkpoint it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import itertools
+import os
+import re
+import socket
+import time
+from pathlib import Path
+
+from mpips import checkpoint
+from mpips.config import ANSWERS, Config, ConfigError
+from mpips.report.run_report import script_name
+
+_used: set[str] = set()  # run folders given in this process
+_held: dict[Path, int] = {}  # those that it has locked, and the files: a lock is gone when its file is closed
+
+
+def new_folder(count: int = 1) -> Path:
+    """Make a folder for a new run of this script, of its run number `count`, that no other run has.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    now = time.strftime("%Y-%m-%d-%H%M%S")
+    for number in itertools.count(1):
+        folder = Path("runs", f"{now}{f'.{number}' if number > 1 else ''}-{_name(count)}").absolute()
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir: given none, and {str(folder)!r} cannot be made ({error.strerror}), allowed: a folder that can be "
+                f"made, by --mpips.run_dir"
+            ) from error
+        return folder
+    raise AssertionError
+
+
+def hold(folder: Path) -> None:
+    """Let no other run write to a run's folder until this process ends.
+
+    Raises:
+        ConfigError: another does.
+    """
+    path = folder / ".lock"
+    if path in _held:
+        return
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # POSIX allows both
+        owner = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
+        os.close(file)
+        raise ConfigError(
+            f"run_dir: given {str(folder)!r}, which {owner} writes to, allowed: for each run a folder of its own, by "
+            f"--mpips.run_dir"
+        ) from error
+    except OSError:  # a file system that knows no locks
+        os.close(file)
+        return
+    _held[path] = file
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def of_run(config: Config, count: int) -> Config:
+    """The settings of a script's run number `count`, from 1.
+
+    One in the folder of an earlier run gets one beside it. What `resume` names is the first run's; later ones are new.
+    """
+    if count > 1 and config.resume not in ANSWERS:
+        config = dataclasses.replace(config, resume="no")
+    given = config.run_dir
+    if given is None:
+        return config
+    again = given in _used
+    _used.add(given)
+    return dataclasses.replace(config, run_dir=f"{given}-{count}") if again else config
+
+
+def check_new(config: Config) -> None:
+    """Raise ConfigError if a run that is new is to write where another has."""
+    if config.run_dir and config.resume == "no" and holds_run(Path(config.run_dir)):
+        raise _holds_another(Path(config.run_dir), "to go on with that run, by --mpips.resume auto")
+
+
+def holds_run(folder: Path) -> bool:
+    """Say whether a run has begun in a folder; one that was refused before leaves no more than its log and events."""
+    return any((folder / name).exists() for name in ("env.json", "metrics.csv")) or _has_checkpoints(folder)
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any(folder.glob("checkpoints/*.h5"))
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a run's folder to the first of `<name>.1`, `<name>.2`, ... that is free, and return that.
+
+    Raises:
+        ConfigError: another process writes to it, or it cannot be renamed.
+    """
+    hold(folder)
+    for number in itertools.count(1):
+        aside = folder.with_name(f"{folder.name}.{number}")
+        if os.path.lexists(aside):
+            continue
+        try:
+            folder.rename(aside)
+        except OSError as error:
+            raise ConfigError(
+                f"resume: given 'aside', but {str(folder)!r} cannot be renamed ({error.strerror}), allowed: another run_dir"
+            ) from error
+        os.close(_held.pop(folder / ".lock"))
+        return aside
+    raise AssertionError
+
+
+def _name(count: int) -> str:
+    return script_name() if count == 1 else f"{script_name()}.run{count}"
+
+
+def last_folder(count: int = 1) -> Path | None:
+    """The run of this script, its run number `count`, that has been written to last, of those that have a checkpoint."""
+    ours = re.compile(rf"\d{{4}}-\d\d-\d\d-\d{{6}}(\.\d+)?-{re.escape(_name(count))}")
+    runs = [path.absolute() for path in Path("runs").glob("*") if ours.fullmatch(path.name) and _has_checkpoints(path)]
+    return max(runs, key=_written, default=None)
+
+
+def _written(folder: Path) -> float:
+    events = folder / "events.jsonl"  # a run that goes on changes nothing else at once
+    return (events if events.exists() else folder).stat().st_mtime
+
+
+def folders(run_dir: str | None, resume: str, count: int = 1) -> tuple[Path, Path | None]:
+    """The run folder, and the checkpoint to go on from if any.
+
+    Raises:
+        ConfigError: the run would write where another has, or there are checkpoints, but every one is damaged.
+    """
+    given = Path(run_dir).absolute() if run_dir else None
+    if resume in ("no", "aside"):
+        if given and resume == "aside" and holds_run(given):
+            given = given.resolve()  # what a link leads to, not the link
+            set_aside(given)
+        return given or new_folder(count), None
+    if resume == "auto":
+        folder = given or last_folder(count) or new_folder(count)
+        return folder, _newest(folder, resume)
+    source = Path(resume).absolute()
+    own = source if source.is_dir() else source.parent.parent if source.parent.name == "checkpoints" else None
+    start = _newest(source, resume) if source.is_dir() else source
+    if given and own and given.exists() and own.exists() and given.samefile(own):
+        return own, start  # whichever way it is written: what lies in it is compared by its path
+    if given and holds_run(given):
+        raise _holds_another(given, "none, which is to go on in the checkpoint's own")
+    return given or own or new_folder(count), start
+
+
+def _holds_another(given: Path, instead: str) -> ConfigError:
+    return ConfigError(
+        f"run_dir: given {str(given)!r}, which holds a run, allowed: a new folder, or {instead}, or to set it aside and begin "
+        f"anew, by --mpips.resume aside"
+    )
+
+
+def _newest(folder: Path, resume: str) -> Path | None:
+    found = checkpoint.newest(folder / "checkpoints")
+    if found is None and _has_checkpoints(folder):
+        raise ConfigError(
+            f"resume: given {resume!r}, but every checkpoint in {str(folder / 'checkpoints')!r} is damaged, allowed: another "
+            f"run, or to begin from nothing, by --mpips.resume aside"
+        )
+    return found

@@ -1,0 +1,1 @@
+"""The server: of rounds, of requests, and what both share."""

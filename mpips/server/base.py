@@ -1,0 +1,719 @@
+"""What both servers are: the model and its optimizer, validation, stopping, checkpoints, the report.
+
+`Server` runs rounds on it, `ParameterServer` answers requests; neither knows of the other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Number
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import mpips
+from mpips import checkpoint
+from mpips.algorithms.modes import Mode, choose_mode, server_optimizer, summed
+from mpips.comm import Exchange, share
+from mpips.config import Config
+from mpips.data import Place
+from mpips.model.message import BEGUN, COLUMNS, DIGEST, DRAWN, LOSS, Call, CallError, Control, Stop, replicate
+from mpips.optim import hyperparameters as hyper
+from mpips.optim import snapshot
+from mpips.optim.flat_optimizer import FlatOptimizer, MakeOptimizer, made
+from mpips.process import rng
+from mpips.reduce.sharded_step import Slices, settle
+from mpips.report.run_report import Report, number
+from mpips.rules import choose
+from mpips.server import contract
+from mpips.server.early_stopping import Patience
+from mpips.server.rank_state import RankState, pack_all, told_streams
+
+WAITING = 3.0  # seconds until it is said who waits for whom
+
+
+class Service:
+    """The state of a server.
+
+    Args:
+        exchange: rank 0's end.
+        model: the model to serve; its parameters are rank 0's copy of the weights.
+        optimizer: an optimizer of the model's parameters, or a function from a list of parameters to one. In modes with steps
+            of the workers' own it is theirs.
+        config: the settings.
+        folder: where checkpoints go; None writes none.
+        report: where metrics and events go.
+        validation_data: makes the validation data, called on the server alone.
+        validate: measures the model on the server at the end of each epoch; called as the `measure` of `validate` is.
+        follows: whether the workers tell their optimizer's hyperparameters with each push, and the server's takes them.
+
+    Attributes:
+        mode: the row of MODES that this run is.
+        replica: the model's flat buffers and messages.
+        optimizer: the server's own step.
+        inner: the workers' optimizer, where they take steps of their own: for its learning rate, and for a worker here.
+        fault: why no rank can go on, to be said with the next message to all; else "".
+        control: what is said to all ranks next.
+        place: the place in the data of a worker on this rank, else the epoch alone.
+        signalled: set to write a checkpoint and end the run at the next round.
+        stop_asked: set to end the run with the next message to all ranks.
+        states: the ranks' packed states of a resumed run, else empty.
+        worker_state: what a worker on this rank has to add to a checkpoint.
+        validation_data: what `load_validation_data` loaded.
+        performances: rank -> its messages and bytes, after `receive_performances_from_nodes`.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        model: nn.Module,
+        optimizer: Optimizer | MakeOptimizer,
+        *,
+        config: Config | None = None,
+        folder: Path | None = None,
+        report: Report | None = None,
+        validation_data: Callable[[], Any] | None = None,
+        validate: Callable[..., Any] | None = None,
+        follows: bool = False,
+    ) -> None:
+        self.exchange, self.model, self.config, self.folder = exchange, model, config or Config(), folder
+        self.mode: Mode = choose_mode(self.config)
+        self.rule, self.last = choose(self.config)
+        self.report = report or Report(None, self.config.metrics)
+        self.trains = exchange.size == 1 or self.config.server_trains
+        self.first = 0 if self.trains else 1  # rank of the first worker
+        self.workers = exchange.size - self.first
+        self.control = Control()
+        self.patience: dict[str, Patience] = {}  # by the name of what is validated, the first one first
+        self.values: dict[str, float] = {}  # the last of each
+        self.place = Place()
+        self.worker_state: Callable[[], RankState] | None = None
+        self.validation_data: Any = None
+        self.performances: dict[int, dict[str, int]] = {}
+        self.last_checkpoint: Path | None = None
+        self.signalled = self.stop_asked = False
+        self._given, self._make_data, self._measure, self._follows = optimizer, validation_data, validate, follows
+        self._waiting: tuple[dict[int, Call], float] = {}, 0.0  # who waits in what, and since when
+        self.digest = ""  # of the contract
+        self._seen = b""  # of the hyperparameters that were followed last
+        self.fault = ""
+        self.states = b""
+        self.kept: dict[str, Any] = {}
+        self.told_state: dict[str, Any] = {}
+        self.slices: Slices | None = None
+        self.optimizer: FlatOptimizer | Slices
+        self._columns = COLUMNS + self.config.metrics
+        self._averaged = [LOSS, *range(len(COLUMNS), len(self._columns))]  # over samples: loss and metrics
+        self._last = exchange.clock()
+
+    def create_model(self) -> None:
+        """Lay the model out flat and make the master weights, the optimizers and the scheduler."""
+        given = made(self._given, self.model)
+        rows = 1 if self.mode.requests else self.exchange.size
+        self._numbers = hyper.read(given)  # with which the run began
+        numbers = len(self._numbers) if self._follows else 0
+        self._terms = hyper.terms(given) if self._follows else []
+        self.replica = replicate(self.model, self.config, rows, self.exchange.allocate, self.mode.vectors, numbers)
+        self.inner = FlatOptimizer(self.replica, given, own=True) if self.mode.local else None
+        self.optimizer = server_optimizer(self.mode, self.config, self.workers, self.replica, given)
+        self.control.lr = self.lr
+        self.check_requires_grad()
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the script's optimizer, as its workers said it last."""
+        return (self.inner or self.optimizer).lr
+
+    def check_requires_grad(self) -> None:
+        """Take note of which parameters are trained: only these travel after the first Bcast."""
+        flat = self.replica.flat
+        trained = sum(slot.numel for slot in flat.slots)
+        frozen = sum(p.numel() for p in flat.frozen.values())
+        self.report.event("trainable", trained=trained, frozen=frozen, tensors=[slot.name for slot in flat.slots])
+
+    def load_validation_data(self) -> None:
+        """Load the validation data, once, on the server alone."""
+        if self._make_data is not None and self.validation_data is None:
+            self.validation_data = self._make_data()
+
+    def broadcast_initial_weights(self) -> None:
+        """Agree with all ranks on the contract, then give them the weights and, if resumed, their own states."""
+        if not hasattr(self, "replica"):
+            self.create_model()
+        self.replica.pull.control = self.control
+        self.digest = contract.begin(self.exchange, self.replica, self.config, self._terms)
+        share(self.exchange, self.states)
+        optimizer = None if isinstance(self.optimizer, Slices) else self.optimizer
+        update = summed(self.mode, self.config)
+        self.slices = settle(self.exchange, self.replica, self.config, self.rule, optimizer, update, self.trains)
+        if self.slices:
+            self.optimizer = self.slices
+        if self.inner:
+            self.inner.rebind()
+        if not self.trains:
+            told_streams(self.exchange, rng.capture())
+        if self.exchange.size > 1 and not self.mode.requests:
+            self._say_plan()
+        self._last = self.exchange.clock()
+
+    def _say_plan(self) -> None:
+        plan, how = (self.slices.plan, self.slices.how) if self.slices else ("root", "messages")
+        self.report.event("plan", plan=plan, exchange=how)
+        self.report.line(f"plan: {plan}, by {how}", always=True)
+        if self.config.wire != "full" and self.config.wire not in how:
+            self.report.event(
+                "warning", message=f"wire: {self.config.wire} is for plan sharded on several nodes; not used here"
+            )
+
+    def step_with(self, scale: float = 1.0, adopt: bool = False, times: float = 1.0) -> None:
+        """One server update with what is combined in the push message.
+
+        Args:
+            scale: what the learning rates are multiplied by.
+            adopt: the message holds new weights: take them as they are.
+            times: what the gradient is multiplied by.
+        """
+        push, pull = self.replica.push, self.replica.pull
+        clip = None if self.mode.local else self.config.clip  # there each worker clips its own steps
+        if self.inner and self.optimizer.torch:
+            for group in self.optimizer.torch.param_groups:
+                if "inner_lr" in group:  # SlowMo's gamma
+                    group["inner_lr"] = self.inner.lr
+        if adopt:
+            self.optimizer.adopt()
+        else:
+            self.optimizer.step(push.heard.present(), clip, scale, times)
+        self.combine_buffers()
+        if push.second is not None and pull.second is not None:
+            pull.second.add_(push.second)
+        self.control.version += 1
+
+    def combine_buffers(self) -> None:
+        """The model's buffers are what came of all workers'."""
+        push = self.replica.push
+        self.replica.buffers.combine(push.floats, push.heard.limbs, self.replica.pull.buffers)
+
+    def follow(self, rows: Sequence[Sequence[float]], limbs: Any, stepping: Sequence[int]) -> None:
+        """Take over the hyperparameters that the workers tell, where they are others than before.
+
+        Args:
+            rows: the workers' rows of the tail.
+            limbs: `(workers, width)`, an array: their numbers.
+            stepping: which of the workers contribute.
+        """
+        if not stepping:
+            return
+        if digests := {k: rows[k] for k in stepping if rows[k][DIGEST]}:
+            self._compare_digests(digests)
+        if not self._follows:
+            return
+        told = limbs if len(stepping) == len(limbs) else limbs[stepping]
+        if self.mode.local:  # each worker's are its own
+            told = told[:1]
+        seen, self._seen = self._seen, told.tobytes()
+        if seen == self._seen:
+            return
+        optimizer = (self.inner or self.optimizer).torch
+        if (told != told[0]).any():
+            self._name_who_differs(optimizer, limbs, stepping)
+            return
+        hyper.write(optimizer, hyper.decode(told[0]))
+
+    def _compare_digests(self, rows: Mapping[int, Sequence[float]]) -> None:
+        """Workers at the same batch of the same loop have the same data and order."""
+        seen: dict[tuple[float, float], dict[int, float]] = {}
+        for k, row in rows.items():
+            seen.setdefault((row[BEGUN], row[DRAWN]), {})[k] = row[DIGEST]
+        for digests in seen.values():
+            if len(set(digests.values())) > 1:
+                self.fault = self._other_data(digests)
+
+    def _name_who_differs(self, optimizer: Optimizer, limbs: Any, stepping: Sequence[int]) -> None:
+        one = stepping[0]
+        other = next(k for k in stepping if (limbs[k] != limbs[one]).any())
+        at = int((limbs[other] != limbs[one]).nonzero()[0][0]) // hyper.LIMBS
+        mine, its = (hyper.decode(limbs[k])[at] for k in (one, other))
+        self.fault = (
+            f"the workers do not agree: worker {one} (rank {one + self.first}) has {hyper.names(optimizer)[at]} = {mine:g}, "
+            f"worker {other} (rank {other + self.first}) has {its:g}; set the optimizer's hyperparameters alike on all workers"
+        )
+
+    def judge(self, bad: dict[int, int]) -> None:
+        """Updates that are not finite, rank -> slot: end the run, or only take note."""
+        rank, slot = next(iter(bad.items()))
+        if self.config.nonfinite == "raise":
+            self.control.culprit, self.control.slot = rank, slot
+        name = self.replica.flat.slots[slot].name
+        self.report.event("warning", message=f"rank {rank}: NaN or Inf in the gradient of {name}", round=self.control.round)
+
+    def obey_ranks(self, rows: Mapping[int, Mapping[str, float]]) -> None:
+        """A rank that was told to end, has left, or asks to stop, ends the run for all in this round."""
+        if self.control.stop == Stop.PREEMPTED:
+            return
+        told = [rank for rank, row in rows.items() if row["signal"]] + [0] * self.signalled
+        left = [rank for rank, row in rows.items() if row["stop"] == 2]
+        asked = [rank for rank, row in rows.items() if row["stop"] == 1] + [0] * self.stop_asked
+        gone = Stop.ENDED if len(left) == self.workers else Stop.LEFT
+        if gone == Stop.LEFT and not any(row["weight"] > 0 for row in rows.values()):
+            left = []  # the others do not train any more either: they may only be slower in coming to their end
+        for stop, ranks in ((Stop.PREEMPTED, told), (gone, left), (Stop.REQUESTED, asked)):
+            if ranks and (stop == Stop.PREEMPTED or not self.control.stop):
+                self.end(stop, ranks)
+                return
+
+    def end(self, why: Stop, ranks: list[int]) -> None:
+        """End the run, as these ranks would have it."""
+        self.control.stop = why
+        self.report.stopped(why.name.lower(), int(self.control.round), ranks)
+
+    def _other_data(self, digests: Mapping[int, float]) -> str:
+        first = next(iter(digests))
+        other = next(k for k in digests if digests[k] != digests[first])
+        return (
+            f"the workers do not have the same data: worker {first} (rank {first + self.first}) and worker {other} (rank "
+            f"{other + self.first}) have drawn other items, or from other data. Seed what makes the data and their order alike "
+            f"on all workers before connect (torch.manual_seed, random_split(..., generator=...)); or, for data that are each "
+            f"worker's own, say shard=False"
+        )
+
+    def send_stop_signal(self) -> None:
+        """Tell all ranks, between rounds, what the control says: whether to stop."""
+        if self.stop_asked and not self.control.stop:
+            self.end(Stop.REQUESTED, [0])
+        if self.slices:
+            self.slices.publish(self.control)
+            return
+        self.replica.pull.control = self.control
+        self.exchange.publish(self.replica.pull.control_message)
+
+    def agree_on_call(self, rows: Mapping[int, Mapping[str, float]]) -> Call:
+        """What all workers wait in, by rank, those apart that are at the end of their script; a fault if it differs."""
+        calls = {rank: Call(int(row["call"])) for rank, row in rows.items()}
+        present = {call for call in calls.values() if call != Call.LEAVE}
+        if present == {Call.AVERAGE, Call.LOOP}:  # who has no batch left has no part in it
+            return Call.AVERAGE
+        measures = calls.get(self.first) != Call.LEAVE or self._measure is not None  # whoever does, is there
+        if len(present) > 1 or (Call.VALIDATE in present and not measures):
+            self.fault = self._apart(calls)
+            return Call.NONE
+        return present.pop() if present else Call.LEAVE
+
+    def find_apart(self, rows: Mapping[int, Mapping[str, float]]) -> None:
+        """A fault if a worker waits in a call while another has begun a later loop, and so has passed it."""
+        for row in rows.values():
+            call = Call(int(row["call"]))
+            if call in (Call.NONE, Call.LOOP, Call.LEAVE, Call.STATE):
+                continue
+            if any(self._has_passed(call, row, other) for other in rows.values() if not other["call"]):
+                self.fault = self._apart({rank: Call(int(other["call"])) for rank, other in rows.items()})
+                return
+
+    @staticmethod
+    def _has_passed(call: Call, row: Mapping[str, float], other: Mapping[str, float]) -> bool:
+        """Whether a worker that steps, with the row `other`, can no longer make the call that another waits in."""
+        return other["begun"] > row["begun"] or (call == Call.AVERAGE and other["weight"] > 0)
+
+    def name_waiting(self, rows: Mapping[int, Mapping[str, float]]) -> None:
+        """Say once who waits for whom; it is no fault where workers take different numbers of steps."""
+        calls = {rank: Call(int(row["call"])) for rank, row in rows.items()}
+        free = (Call.NONE, Call.LOOP, Call.LEAVE, Call.STATE)
+        waiting: dict[int, Call] = {rank: call for rank, call in calls.items() if call not in free}
+        now = self.exchange.clock()
+        if waiting != self._waiting[0]:
+            self._waiting = waiting, now
+        elif waiting and now - self._waiting[1] > WAITING:
+            self._waiting = waiting, math.inf
+            said = f"{self._where(calls)}; who waits goes on when all workers make that call"
+            self.report.event("warning", message=said)
+            self.report.line(said, always=True)
+
+    def _where(self, calls: Mapping[int, Call]) -> str:
+        where: dict[Call, list[str]] = {}
+        for rank, call in calls.items():
+            where.setdefault(call, []).append(f"{rank - self.first} (rank {rank})")
+        return "; ".join(f"worker{'s' * (len(who) > 1)} {', '.join(who)} at {call.text}" for call, who in where.items())
+
+    def _apart(self, calls: Mapping[int, Call]) -> str:
+        there = self._where(calls)
+        return f"the workers do not make the same calls: {there}. Every worker must make each of these calls, in the same order"
+
+    def complain(self) -> None:
+        """Say to all ranks, which listen, why none can go on.
+
+        Raises:
+            CallError: always.
+        """
+        raise CallError(share(self.exchange, self.fault.encode()).decode())
+
+    def take_part(self) -> bool:
+        """Do what all workers have called for; whether they have all left."""
+        call = Call(int(self.control.call))
+        if call == Call.AVERAGE:
+            self.average()
+        elif call != Call.LOOP:
+            self.act(self.converse(b""))
+        return call == Call.LEAVE
+
+    def average(self) -> None:
+        """Bring the workers' gradients together and give every rank what comes of it, without a step."""
+        raise CallError("gradients are averaged in modes with rounds only")
+
+    def converse(self, given: bytes) -> dict[str, Any]:
+        """Hear what every rank has to say to the call, and tell all what comes of it; `given` is what this rank says."""
+        reply: dict[str, Any] = json.loads(share(self.exchange, self.answer(self.exchange.collect(given))))
+        return reply
+
+    def act(self, reply: Mapping[str, Any]) -> None:
+        """Do what the reply to all ranks says."""
+        if reply["save"]:
+            self.save_model()
+        if reply["finish"]:
+            self.write_results(self.report.values)
+            share(self.exchange, b"")  # no worker goes on before DONE is there
+
+    def tell_state(self, slices: dict[str, Any]) -> dict[str, Any]:
+        """Put the optimizer's state together, and tell it to all ranks, one of which has asked.
+
+        Args:
+            slices: the state of those that this rank serves.
+
+        Returns:
+            As `FlatOptimizer.tree`.
+        """
+        blobs = self.exchange.collect(RankState(-1, Place(), {}, slices=slices).pack())
+        tree = self._optimizer_tree([RankState.unpack(blob) for blob in blobs])
+        share(self.exchange, RankState(-1, Place(), {}, own=tree).pack())
+        return tree
+
+    def answer(self, blobs: Sequence[bytes]) -> bytes:
+        """What all workers called for has come, by rank: do the server's part of it, and say what comes of it."""
+        said = [json.loads(blob) for blob in blobs if blob]
+        call = Call(int(self.control.call))
+        left = self.control.stop == Stop.LEFT
+        reply: dict[str, Any] = {"save": call == Call.SAVE, "finish": call == Call.FINISH and not left}
+        if call == Call.LEAVE:  # what came after the last epoch, or without any, is neither saved nor told
+            reply["save"] = not all(words["ended"] for words in said)
+            reply["finish"] = reply["save"] and not left
+            self._spare_weights(said, reply)
+        if call in (Call.BEGIN, Call.MEET):
+            reply["told"] = next((words["told"] for words in said if words.get("told")), "")
+        if call == Call.VALIDATE:
+            name = next(words["name"] for words in said if words)
+            given = next((words["values"] for words in said if words.get("values")), None) or self.measure(name)
+            self.take_values(given)
+            reply |= {"told": list(given), "several": list(given) != [name]}
+        elif call == Call.EPOCH:
+            self._end_epoch(next(words for words in said if words), reply)
+        return json.dumps(reply | {"values": self.values, "stop": int(self.control.stop)}).encode()
+
+    def _spare_weights(self, said: Sequence[Mapping[str, Any]], reply: dict[str, Any]) -> None:
+        """Save no weights that a script has put in the place of the trained ones after the last round, as the best before."""
+        moved = next((words["moved"] for words in said if words["moved"]), "")
+        if reply["save"] and moved and self.replica.push.shared:
+            reply["save"] = False
+            self.report.event(
+                "warning",
+                message=f"no checkpoint of the end: after the last round the script has changed {moved} in place; call "
+                f"ps.save() before",
+            )
+
+    def _end_epoch(self, words: Mapping[str, Any], reply: dict[str, Any]) -> None:
+        if not words["cut"]:
+            if not self.trains:  # else the place is the worker's here, who is there already
+                self.place.next_epoch()
+            if self._measure:
+                self.take_values(self.measure("validation"), epoch=self.place.epoch - 1)
+        every, done = self.config.checkpoint.epochs, self.place.epoch
+        reply["save"] = bool(self.control.stop or done >= words["count"] or (every and done % every == 0))
+
+    def measure(self, name: str) -> dict[str, float]:
+        """Measure the model here, with what `connect` was given for that.
+
+        Raises:
+            CallError: it was given nothing.
+        """
+        if self._measure is None:
+            raise CallError(
+                "ps.validate() without a function: given none to connect either; expected ps.validate(measure) or "
+                "mpips.connect(..., validate=measure)"
+            )
+        self.load_validation_data()
+        return measured(self.model, self._measure, self.validation_data, name)
+
+    def take_values(self, values: Mapping[str, float], epoch: int | None = None) -> None:
+        """Take note of validated values, of the epoch in progress if no other is said, and decide whether to stop."""
+        epoch = self.place.epoch if epoch is None else epoch
+        for name, value in values.items():
+            self.values[name] = value
+            self.check_improvement(value, name)
+            self.report.validated(epoch, int(self.control.round), value, self.patience[name].best, name)
+
+    def validate(self, measure: Callable[..., Any], name: str = "validation") -> float:
+        """Measure the model on this rank and decide whether to stop.
+
+        Args:
+            measure: called with the validation data, if there are any, else without arguments; in eval mode, without grad.
+            name: what the value is, for people.
+        """
+        self.load_validation_data()
+        values = measured(self.model, measure, self.validation_data, name)
+        self.take_values(values)
+        return next(iter(values.values()))
+
+    def check_improvement(self, accuracy: float, name: str = "validation") -> bool:
+        """Take note of a validation's value.
+
+        Returns:
+            True to stop: the target is reached, or there was no gain for `stop.patience` validations. False to go on, and for
+            a value of another name than that which `stop.monitor` says, or which was validated first.
+        """
+        verdict = self.patience.setdefault(name, Patience()).judge(accuracy, self.config.stop)
+        if name != (self.config.stop.monitor or next(iter(self.patience))):
+            return False
+        if verdict and not self.control.stop:
+            self.end(verdict, [0])
+        return verdict != Stop.NO
+
+    def get_queue(self) -> Exchange:
+        """Where the server receives: its end of the exchange."""
+        return self.exchange
+
+    def get_server_iterations(self) -> int:
+        """Rounds done so far."""
+        return int(self.control.round)
+
+    def save_model(self, wandb_run: Any = None) -> Path | None:
+        """Write a checkpoint together with all ranks, which give their own states.
+
+        Args:
+            wandb_run: anything with `save(path)`, such as a Weights & Biases run; it is given the file.
+        """
+        begun = time.perf_counter()
+        own = self.worker_state() if self.worker_state else RankState(-1, self.place, rng.capture())
+        blobs = self.exchange.collect(own.pack())
+        if self.folder is None:
+            return None
+        states = [RankState.unpack(blob) for blob in blobs]
+        self.report.flush(lasting=True)  # the checkpoint counts its rows
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = checkpoint.save(self.folder, int(self.control.round), self.tree(states), self.config.checkpoint.keep)
+        self.last_checkpoint = path
+        seconds, size = time.perf_counter() - begun, path.stat().st_size
+        self.report.event("checkpoint", round=self.control.round, path=str(path), seconds=seconds, bytes=size)
+        if wandb_run is not None:
+            wandb_run.save(str(path))
+        return path
+
+    def tree(self, states: list[RankState]) -> dict[str, Any]:
+        """Everything a run needs to go on, as nested dicts."""
+        report = self.report
+        return {
+            "round": int(self.control.round),
+            "version": int(self.control.version),
+            "epoch": self.place.epoch,
+            "run": report.run,
+            "config": json.dumps(self.config.settings()),
+            "contract": self.digest,
+            "versions": {"mpips": mpips.__version__, "torch": str(torch.__version__)},
+            "world": {"size": self.exchange.size, "workers": self.workers},
+            **snapshot.take_model(self.replica, next((state.frozen for state in states if state.index == 0), {})),
+            **self._optimizer_tree(states),
+            "inner": self.inner.tree() | {"masters": {}} if self.inner else {},
+            "rule": {"name": self.config.rule, **self.rule.tree()},
+            "mode": {"name": self.config.mode, **self.own_tree()},
+            "stopping": {
+                "names": json.dumps(list(self.values)),
+                "value": torch.tensor(list(self.values.values()), dtype=torch.float64),
+                "best": torch.tensor([self.patience[name].best for name in self.values], dtype=torch.float64),
+                "waited": torch.tensor([self.patience[name].waited for name in self.values], dtype=torch.int64),
+            },
+            "given": torch.tensor(self._numbers, dtype=torch.float64),
+            "kept": next((state.kept for state in states if state.index == 0), {}),
+            "metrics": {"rows": report.metrics.count},
+            "validations": {"rows": report.validations.count},
+            "ranks": {str(rank): state.tree() for rank, state in enumerate(states)},
+        }
+
+    def _optimizer_tree(self, states: list[RankState]) -> dict[str, Any]:
+        """The optimizer's part; it is the same, whichever ranks have served which slices."""
+        return self.slices.tree([state.slices for state in states]) if self.slices else self.optimizer.tree()
+
+    def own_tree(self) -> dict[str, Any]:
+        """What this kind of server has to add to a checkpoint: what travels back beside the weights."""
+        second = self.replica.pull.second
+        return {} if second is None else {"second": dict(self.replica.flat.named(second))}
+
+    def put_own(self, tree: dict[str, Any], states: Sequence[RankState]) -> None:
+        """Take back what `own_tree` gave, when the ranks had these states."""
+        if (second := self.replica.pull.second) is not None:
+            ours = dict(self.replica.flat.named(second))
+            snapshot.check_same("seconds", ours, tree["second"])
+            for name, view in ours.items():
+                view.copy_(tree["second"][name])
+
+    def resume(self, path: Path, count: int = 1) -> None:
+        """Go on from a checkpoint, before the initial weights are broadcast.
+
+        The model has been created.
+
+        Args:
+            path: the checkpoint.
+            count: this run's number among those of its script, from 1.
+
+        Raises:
+            CheckpointError: the file is damaged or not a checkpoint.
+            SnapshotError: it is of another model or optimizer, or lacks something.
+        """
+        try:
+            tree = checkpoint.load(path)
+            self._check_run(path, tree["run"], count)
+            self._put(tree, path)
+        except snapshot.SnapshotError as error:
+            raise snapshot.SnapshotError(f"{path}: {error}") from error
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise snapshot.SnapshotError(
+                f"{path}: holds what no run of this version writes ({type(error).__name__}: {error}); use another checkpoint"
+            ) from error
+        self.report.event("resume", round=self.control.round, path=str(path))
+        if path.parent == self.folder and (aside := checkpoint.set_newer_aside(path)):
+            message = f"resume: checkpoints that are newer than {path.name} are in {aside} now"
+            self.report.event("warning", message=message)
+            self.report.line(message, always=True)
+        self.last_checkpoint = path
+
+    def _put(self, tree: dict[str, Any], path: Path) -> None:
+        """Take up what `tree` gave, which was saved at `path`."""
+        for name in self.tree([]):
+            tree[name]  # also those that are there for people
+        saved = tree["mode"]["name"]
+        if saved != self.config.mode and (self.mode.local or tree["inner"]):
+            raise snapshot.SnapshotError(
+                f"the checkpoint is of mode {saved}, this run of {self.config.mode}; give --mpips.mode {saved}"
+            )
+        states = [RankState.from_tree(tree["ranks"][str(rank)]) for rank in range(tree["world"]["size"])]
+        snapshot.put_model(tree, self.replica)
+        self.optimizer.put(tree)
+        self._say_what_changed(tree["given"].tolist())
+        if self.inner:
+            self.inner.put(tree["inner"])
+        if tree["rule"]["name"] == self.config.rule:
+            self.rule.put({key: kept for key, kept in tree["rule"].items() if key != "name"})
+        if saved == self.config.mode:
+            self.put_own(tree["mode"], states)
+        stopping = tree["stopping"]
+        numbers = [stopping[key].tolist() for key in ("value", "best", "waited")]
+        for name, value, best, waited in zip(json.loads(stopping["names"]), *numbers, strict=True):
+            self.values[name], self.patience[name] = value, Patience(best, waited)
+        self.kept = tree["kept"]
+        self.states = pack_all(states)
+        first, taken = states[-1].place, max(state.place.taken for state in states)  # the last is a worker's
+        self.place = Place(first.epoch, first.loop, taken, first.over, validations=first.validations, inside=first.inside)
+        rng.restore(states[0].streams)
+        self.control = Control(int(tree["round"]), int(tree["version"]), active=self.workers, lr=self.lr)
+        metrics, validations = (int(tree[table]["rows"]) for table in ("metrics", "validations"))
+        self.report.restore(metrics, validations, path.parent.parent)
+
+    def _check_run(self, path: Path, run: str, count: int) -> None:
+        """The checkpoint is of the same one of its script's runs, and in the run's own folder of that run itself."""
+        if number(run) != count:
+            raise snapshot.SnapshotError(
+                f"of its script's run number {number(run)}, this is number {count}; expected --mpips.resume auto, by which "
+                f"each goes on with its own, or a checkpoint of the first"
+            )
+        if path.parent != self.folder:
+            return
+        self.report.run = self.report.run or run
+        if run != self.report.run:
+            raise snapshot.SnapshotError(
+                f"of run {run}, its folder of run {self.report.run}; expected --mpips.run_dir with a "
+                f"new folder for what goes on from it"
+            )
+
+    def _say_what_changed(self, before: list[float]) -> None:
+        """Say where the script gives its optimizer other numbers than the run began with: those of the checkpoint count."""
+        optimizer = (self.inner or self.optimizer).torch
+        for name, old, new in zip(hyper.names(optimizer), before, self._numbers, strict=False):
+            if old != new and old == old:
+                message = f"resume: the script gives {name} = {new:g}, the run began with {old:g}; the checkpoint's is used"
+                self.report.event("warning", message=message)
+                self.report.line(message, always=True)
+        self._numbers = before
+
+    def receive_performances_from_nodes(self) -> tuple[int, int]:
+        """Every rank's traffic, once, at the end of the run.
+
+        Returns:
+            Calls made and bytes handed over, summed over the ranks; `performances` has them by rank.
+        """
+        blobs = self.exchange.collect(json.dumps(self.exchange.traffic).encode())
+        self.performances = {rank: json.loads(blob) for rank, blob in enumerate(blobs)}
+        totals = [
+            sum(n for traffic in self.performances.values() for call, n in traffic.items() if call.endswith(kind))
+            for kind in ("calls", "bytes")
+        ]
+        return totals[0], totals[1]
+
+    def write_results(self, accuracy_validation: list[float]) -> None:
+        """Write the results of the run, the validations' values among them, into DONE."""
+        messages, moved = self.receive_performances_from_nodes()
+        value = accuracy_validation[-1] if accuracy_validation else None
+        self.report.done(
+            {
+                "seconds": round(time.time() - self.report.begun, 3),
+                "ranks": self.exchange.size,
+                "rounds": self.get_server_iterations(),
+                "versions": int(self.control.version),
+                "name": self.report.name,
+                "value": value,
+                "validation": accuracy_validation,
+                "stop": Stop(int(self.control.stop)).name.lower(),
+                "checkpoint": None if self.last_checkpoint is None else str(self.last_checkpoint),
+                "messages": messages,
+                "bytes": moved,
+                **self.summary(),
+            }
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What this kind of server has to say of the run at its end."""
+        return {}
+
+
+def measured(model: nn.Module, measure: Callable[..., Any], data: Any, name: str) -> dict[str, float]:
+    """What `measure` says of the model, in eval mode and without grad: numbers by name.
+
+    Args:
+        model: the model; each module is in its own mode again afterwards.
+        measure: called with `data`, or without arguments if that is None.
+        data: the validation data.
+        name: of a single number; several come in a dict, by names of their own.
+
+    Raises:
+        TypeError: it returned something else.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    with torch.no_grad():
+        value = measure() if data is None else measure(data)
+    for module, training in modes.items():  # one by one: a script may keep a frozen part in eval mode
+        module.training = training
+    return {k: _number(v, k) for k, v in value.items()} if isinstance(value, Mapping) else {name: _number(value, name)}
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, (Number, np.generic)) and not isinstance(value, (complex, np.complexfloating)):
+        return float(value)  # type: ignore[arg-type]
+    if isinstance(value, (torch.Tensor, np.ndarray)) and math.prod(value.shape) == 1:
+        return _number(value.item(), name)
+    given = f"a {type(value).__name__} of shape {tuple(value.shape)}" if hasattr(value, "shape") else repr(value)
+    raise TypeError(
+        f"validate(): the function returned {given} for {name!r}; expected a number, or a dict of numbers by "
+        f"name; a function that only prints is called `if ps.worker == 0:`"
+    )

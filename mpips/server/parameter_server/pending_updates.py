@@ -1,0 +1,115 @@
+"""What becomes of a contribution: taken, scaled, compensated, kept for later, or rejected."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from mpips.algorithms.staleness import POLICIES
+from mpips.config import ConfigError
+from mpips.model.message import ROUNDS
+from mpips.optim.flat_optimizer import FlatOptimizer
+from mpips.server.base import Service
+from mpips.server.parameter_server.sent_weights import Sent
+from mpips.server.parameter_server.update_buffer import Kept
+from mpips.server.parameter_server.worker_table import Row
+
+
+class Intake:
+    """The contributions on their way into the weights.
+
+    Args:
+        service: whose optimizer steps; its model has been created.
+
+    Attributes:
+        staleness: staleness -> contributions taken with it.
+        rejected: contributions that were not taken.
+        sent: the weights that contributions were computed at.
+        in_round: with backup workers: whose push of this version has come.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service, config = service, service.config.staleness
+        self._backup = service.config.backup_workers
+        self._policy = config.policy or service.mode.policy
+        enough = service.workers - self._backup if self._backup else config.buffer or service.mode.buffer
+        self._needed = max(1, enough)  # contributions of one update
+        self._kept = Kept(service.replica.push)
+        self.sent = Sent(self._policy, config, service.config.overlap)
+        self._look_up_or_down()
+        self.staleness: Counter[int] = Counter()
+        self.rejected = 0
+        self.in_round: set[int] = set()
+
+    def _look_up_or_down(self) -> None:
+        """The square of a gradient stands for the curvature of what is minimised; of what is maximised, for minus that."""
+        compensation, optimizer = self.sent.compensation, self._service.optimizer
+        if compensation is None or not isinstance(optimizer, FlatOptimizer):
+            return
+        climbs = {bool(group.get("maximize")) for group in optimizer.torch.param_groups}
+        if len(climbs) > 1:
+            allowed = "one whose groups all have maximize, or none has"
+            raise ConfigError(f"optimizer: given another with staleness.policy {self._policy}, allowed: {allowed}")
+        if True in climbs:
+            compensation.strength = -compensation.strength
+
+    def take(self, rank: int, row: Row) -> bool:
+        """Take what lies in the push message as the mode and the policy will have it; whether it was taken."""
+        service, push = self._service, self._service.replica.push
+        version = int(service.control.version)
+        late = int(version - row["round"]) % ROUNDS
+        scale = POLICIES[self._policy](late, service.config.staleness)
+        taken = bool(row["weight"]) and scale > 0 and not (self._backup and late) and not row["bad"]
+        if self._backup and not late:
+            self.in_round.add(rank)
+        if row["bad"]:
+            service.judge({rank: int(row["bad"]) - 1})
+        elif taken:
+            self.staleness[late] += 1
+            self.sent.correct(rank, version - late, push.gradients, service.replica.pull.weights)
+            if self._needed > 1:
+                self._kept.add(row["samples"] if self._backup else scale)
+            else:
+                self._step(scale)
+        elif row["weight"]:
+            self.rejected += 1
+        return taken
+
+    def step_if_enough(self, training: set[int]) -> None:
+        """One update with the mean of what is kept, once it is enough; with backup workers, once enough of them have pushed."""
+        if self._backup:
+            if not self.in_round or len(self.in_round) < min(self._needed, len(training | self.in_round)):
+                return
+            self.in_round.clear()
+        elif self._kept.count < self._needed:
+            return
+        if self._kept.count:
+            self._kept.take(by_share=bool(self._backup))
+            self._step()
+
+    def _step(self, scale: float = 1.0) -> None:
+        """One update with what is in the push message, unless it is finite on every rank but not here."""
+        replica = self._service.replica
+        changed = self._needed > 1 or self.sent.compensation
+        overflow = replica.flat.first_nonfinite(replica.push.gradients) if changed else None
+        if overflow is None:
+            self._service.step_with(scale)
+        else:
+            self._service.judge({self._service.exchange.rank: overflow})
+
+    def summary(self) -> dict[str, Any]:
+        """What there is to say of the run at its end."""
+        return {"staleness": {str(late): n for late, n in sorted(self.staleness.items())}, "rejected": self.rejected}
+
+    def tree(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        own = {"kept": self._kept.tree(), "in_round": sorted(self.in_round), "compensation": self.sent.tree()}
+        return self.summary() | own
+
+    def put(self, tree: dict[str, Any], same_ranks: bool) -> None:
+        """Take back what `tree` gave, on the same ranks or on others."""
+        self.staleness = Counter({int(late): count for late, count in tree["staleness"].items()})
+        self.rejected = tree["rejected"]
+        self._kept.put(tree["kept"])
+        self.in_round = set(tree["in_round"]) if same_ranks else set()
+        self.sent.put(tree["compensation"], same_ranks)

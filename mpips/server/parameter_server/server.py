@@ -1,0 +1,318 @@
+"""One request at a time: what comes is taken, then whoever may go on is answered.
+
+    action_listener    exchange.receive   one request: a pull, or a push that carries the version it was computed from
+    update_parameters  clip, any step     the contribution is taken, scaled, compensated, kept for later, or rejected
+    get_parameters     exchange.reply     what is new since the worker's version; that is also the push's acknowledgement
+
+So no update is lost and no answer is torn. A worker that may not go on yet is simply not answered. All ranks act together on
+
+- the end of a loop (the data, a stop, a NaN), once every rank is there and waits for an answer;
+- a checkpoint: a rank that is told gives its state, asks again, and gets no other answer before the checkpoint is written.
+
+A worker in the middle of something, with batches used and not pushed, is told neither before its next push.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mpips.config import ConfigError
+from mpips.model.message import ROUNDS, Call, Control, Stop
+from mpips.report.run_report import rank_states
+from mpips.server.base import Service
+from mpips.server.parameter_server.batch_queue import Dealing
+from mpips.server.parameter_server.pending_updates import Intake
+from mpips.server.parameter_server.request import BATCH, WEIGHTS
+from mpips.server.parameter_server.turn import Turn
+from mpips.server.parameter_server.worker_table import Roll, Row
+from mpips.server.rank_state import RankState
+
+
+class ParameterServer(Service):
+    """The asynchronous server; see `Service` for its arguments.
+
+    Attributes:
+        intake: what becomes of contributions.
+        roll: the workers.
+        dealing: the batches.
+    """
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        backup = self.config.backup_workers
+        if self.workers > 1 and backup >= self.workers:
+            raise ConfigError(f"backup_workers: given {backup} with {self.workers} workers, allowed: fewer than the workers")
+        self.ahead = self.config.staleness.bound - self.config.overlap  # while a push travels its worker is one clock further
+        ranks = range(self.first, self.first + self.workers)
+        self.roll, self.dealing = Roll(ranks), Dealing(ranks)
+        self._here = Control()  # the answer to a worker on this rank
+        self._owed = False  # a checkpoint, which that worker says when to write
+        self._started = False
+        self._turn = Turn()
+
+    def create_model(self) -> None:
+        """See `Service`."""
+        super().create_model()
+        self.intake = Intake(self)
+
+    def start(self) -> None:
+        """Agree with the workers and give them the weights; a server that runs is stopped before, and starts again."""
+        if self._started:
+            if not self.control.stop:
+                self.stop()
+            self.states = b""  # of a resumed run; what they hold is past
+            self.dealing.clear()
+            self.intake.in_round.clear()
+        self.control.stop, self.control.culprit, self.control.checkpoint, self.stop_asked = Stop.NO, -1, 0, False
+        self.roll.clear()
+        self.broadcast_initial_weights()
+
+    def broadcast_initial_weights(self) -> None:
+        """See `Service`."""
+        super().broadcast_initial_weights()
+        self._started = True
+        for rank in self.roll.clocks:
+            self.intake.sent.remember(rank, int(self.control.version), self.replica.pull.weights)
+
+    def run(self) -> None:
+        """Serve a loop: until every worker has been told that all are done or that the run is to stop, or has closed.
+
+        Raises:
+            NonFiniteError: on all ranks, when a rank's update is not finite and `nonfinite` is "raise".
+        """
+        self.roll.open = self.roll.present
+        self._serve()
+
+    start_server = run
+
+    def serve(self) -> None:
+        """Serve until every worker has left: loop after loop, and between them what all workers call for."""
+        while True:
+            self.run()
+            if self.control.stop == Stop.PREEMPTED or (self.control.call and self.take_part()):
+                return
+
+    def _serve(self) -> None:
+        push = self.replica.push
+        with self._turn:
+            while self.roll.open:
+                rank, whole = self.exchange.receive(push.message, push.tail_at)
+                self.action_listener(rank, whole)
+        self._end_loop()
+        if self.fault:
+            self.complain()
+        self.replica.check_finite(self.control)
+
+    def stop(self) -> int:
+        """End the run: every worker is told with its next answer, and what it had sent before is taken.
+
+        It waits until all are told; a call from within a validation or a step of this server only notes the wish.
+
+        Returns:
+            The version.
+        """
+        self.stop_asked = True
+        if self._turn.free:
+            self._drain()
+        self._turn.wait()
+        return int(self.control.version)
+
+    def _drain(self) -> None:
+        if self.control.stop and not self.roll.open:
+            return
+        self.roll.open = self.roll.open or self.roll.present
+        self._obey({})
+        if self.roll.held:  # of a loop that an exception ended
+            self._answer()
+        self._serve()
+
+    def stop_server(self) -> None:
+        """Only note the wish to end the run for all ranks."""
+        self.stop_asked = True
+
+    def validate(self, measure: Callable[..., Any], name: str = "validation") -> float:
+        """See `Service`."""
+        with self._turn:
+            return super().validate(measure, name)
+
+    def round(self, contributed: bool = True) -> Control:
+        """A request of the worker on this rank, in one process: its push message as it stands."""
+        rank, version = self.exchange.rank, self.control.version
+        self.roll.open = {rank}
+        if self.config.buffers == "server":
+            self.replica.buffers.store(self.replica.pull.buffers)
+        self.action_listener(rank, contributed)
+        while self._here.again:
+            self.roll.held.add(rank)
+            self._answer()
+        self._here.checkpoint, self._owed = float(self._owed), False
+        if not self.roll.open:
+            self._end_loop()
+        self.replica.check_finite(self._here)
+        if contributed or self.control.version > version:
+            self.replica.buffers.load(self.replica.pull.buffers)
+        return self._here
+
+    def action_listener(self, rank: int, whole: bool) -> None:
+        """Deal with the request that lies in the push message: a push if it is whole, else a pull."""
+        row = dict(zip(self._columns, self.replica.push.rows[0].tolist(), strict=True))
+        if rank == self.exchange.rank:
+            row["round"] = self.control.version % ROUNDS
+        self.roll.rows[rank] = row
+        self.roll.held.add(rank)
+        self.dealing.used(rank, int(row["tickets"]))
+        if row["done"] or row["stop"] >= 2:
+            self.dealing.give_back(rank)
+        if whole:
+            self.follow([[*row.values()]], self.replica.push.told(), [0] if row["weight"] > 0 else [])
+            self.update_parameters(rank, row)
+        self._obey({rank: row})
+        self._answer()
+
+    def update_parameters(self, rank: int, row: Row) -> bool:
+        """Take a worker's contribution as the mode and the policy will have it.
+
+        Returns:
+            Whether it was taken, now or for an update to come.
+        """
+        self.roll.clocks[rank] += 1
+        taken = self.intake.take(rank, row)
+        self._note(row)
+        return taken
+
+    def _note(self, row: Row) -> None:
+        """One push in the report, and whether a checkpoint is due."""
+        control, samples = self.control, row["samples"]
+        means = [row[name] / samples if samples else math.nan for name in ("loss", *self.config.metrics)]
+        control.round += 1
+        control.loss, control.lr = means[0], self.lr
+        every = self.config.checkpoint.every
+        if every and control.round % every == 0:
+            control.checkpoint = self._can_save
+        now = self.exchange.clock()
+        speed, self._last = samples / max(now - self._last, 1e-9), now
+        line = (control.round, self.place.epoch, control.version, samples, means[0], control.lr, *means[1:])
+        self.report.round(line, speed, lambda: rank_states(dict(sorted(self.roll.rows.items())), self.trains))
+
+    def _obey(self, rows: Mapping[int, Row]) -> None:
+        """End the run if a rank asks for it; who has left its loop only waits for the loop's end."""
+        if self.control.stop or self.control.culprit >= 0:
+            return
+        self.obey_ranks({rank: {**row, "stop": float(row["stop"] == 1)} for rank, row in rows.items()})
+        if self.control.stop == Stop.PREEMPTED:
+            self.control.checkpoint = self._can_save
+
+    @property
+    def _can_save(self) -> bool:
+        return bool(self.folder) and not self.roll.gone  # a rank that has closed can give no state
+
+    @property
+    def _ending(self) -> bool:
+        return bool(self.control.stop or not self.control.active or self.control.culprit >= 0 or self.fault)
+
+    def _answer(self) -> None:
+        """Answer every rank that waits and may go on; write a checkpoint when all have been told to."""
+        while True:
+            training = self.roll.training
+            self.control.active = len(training)
+            self.control.call = self._called(training)
+            self.control.fault = bool(self.fault)
+            self.intake.step_if_enough(training)
+            self._conclude()
+            going = [rank for rank in sorted(self.roll.held) if self._may_go(rank)]
+            for rank in going:
+                self.roll.held.discard(rank)
+                self.get_parameters(rank)
+            if not self._saved():
+                return
+
+    def _called(self, training: set[int]) -> Call:
+        """What all workers wait in, if they all do."""
+        rows = {rank: self.roll.row(rank) for rank in sorted(self.roll.present)}
+        if training or not rows or not all("call" in row for row in rows.values()):
+            return Call.NONE
+        return self.agree_on_call(rows)
+
+    def _conclude(self) -> None:
+        """The loop ends and ranks have left it: they can take part in nothing further, so that the run ends, too."""
+        left = self.roll.left
+        last_word = self.control.stop in (Stop.NO, Stop.REQUESTED) and self.control.culprit < 0
+        if left and last_word and self._ending and not self.control.checkpoint and self.roll.all_here():
+            self.end(Stop.ENDED if len(left) == self.workers else Stop.LEFT, left)
+
+    def _may_go(self, rank: int) -> bool:
+        roll = self.roll
+        if rank in roll.told:
+            return False
+        if self.control.checkpoint or not roll.settled(rank) or roll.closes(rank):
+            return True
+        if self._ending:
+            return roll.all_here()
+        if rank not in roll.training or rank in self.intake.in_round:
+            return False
+        return not self.mode.bounded or roll.clocks[rank] - roll.slowest <= self.ahead
+
+    def get_parameters(self, rank: int) -> None:
+        """Answer a worker: the control, and the weights if it wants them and has others."""
+        row, control, pull = self.roll.row(rank), Control(**vars(self.control)), self.replica.pull
+        settled, want = self.roll.settled(rank), int(row["want"])
+        told = bool(control.checkpoint) and settled
+        ends = settled and not told and (self._ending or self.roll.closes(rank))
+        control.checkpoint = control.again = float(told)
+        if told:
+            self.roll.told.add(rank)
+        if ends:
+            self.roll.open.discard(rank)
+            if self.roll.closes(rank):
+                self.roll.gone.add(rank)
+        else:
+            control.stop, control.culprit = Stop.NO, -1
+        dealt = want & BATCH and not told and not ends
+        control.ticket = self.dealing.deal(rank) if dealt else -1
+        pull.control = control
+        whole = bool(want & WEIGHTS) and row["round"] != control.version % ROUNDS
+        if whole or rank == self.exchange.rank:
+            self.intake.sent.remember(rank, int(control.version), pull.weights)
+        if rank == self.exchange.rank:
+            self._here = control
+        else:
+            self.exchange.reply(rank, pull.message if whole else pull.control_message)
+
+    def _saved(self) -> bool:
+        """Write the checkpoint that is due, if every rank has been told; whether one was written."""
+        if not self.control.checkpoint or self.roll.told != self.roll.present:
+            return False
+        if self.worker_state is None:
+            self.replica.buffers.load(self.replica.pull.buffers)
+            self.save_model()
+        else:
+            self._owed = True
+        self.control.checkpoint = 0
+        self.roll.told.clear()
+        return True
+
+    def _end_loop(self) -> None:
+        self.roll.end_loop(level=not self.control.stop)
+        self.replica.buffers.load(self.replica.pull.buffers)
+        self.dealing.end_loop(over=not self.control.stop)
+
+    def summary(self) -> dict[str, Any]:
+        """The staleness of all contributions; see `Service`."""
+        return self.intake.summary()
+
+    def own_tree(self) -> dict[str, Any]:
+        """Clocks, staleness so far, what is kept for the next update and by whom, and the batches not used up."""
+        clocks = {str(rank): clock for rank, clock in self.roll.clocks.items()}
+        return super().own_tree() | self.intake.tree() | {"clocks": clocks, "dealing": self.dealing.tree()}
+
+    def put_own(self, tree: dict[str, Any], states: Sequence[RankState]) -> None:
+        """See `Service`."""
+        super().put_own(tree, states)
+        saved, ours = {int(rank): clock for rank, clock in tree["clocks"].items()}, self.roll.clocks
+        self.roll.clocks = {rank: saved.get(rank, min(saved.values(), default=0)) for rank in ours}
+        same = saved.keys() == ours.keys()
+        self.intake.put(tree, same)
+        ahead = {rank: int(state.ahead.get("tickets", 0)) for rank, state in enumerate(states)}
+        self.dealing.put(tree["dealing"], ahead if same else {})

@@ -1,0 +1,284 @@
+"""The server's half of a round, and all that it alone decides.
+
+    collect_updates  combine, rule            the contributions become one
+    update_weights   clip, the server's step  the weights become the next version
+    send_updates     exchange.publish         every rank has them
+
+Rank 0 is the server. It may train as well; then its own contribution is already in the push message.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from mpips.algorithms.modes import judges_clients
+from mpips.comm import ExchangeError
+from mpips.model.message import (
+    ADOPT,
+    BAD,
+    CALL,
+    COLUMNS,
+    DONE,
+    EPOCHS,
+    LOSS,
+    OVERFLOW,
+    ROUND,
+    ROUNDS,
+    SAMPLES,
+    SIGNAL,
+    STEPS,
+    STOP,
+    WEIGHT,
+    WHICH,
+    Call,
+    Control,
+    Stop,
+)
+from mpips.optim.joint import Joint
+from mpips.reduce import client_rows as lanes
+from mpips.reduce.aggregate import Combined, combine, left_out
+from mpips.report.run_report import rank_states
+from mpips.server.base import Service
+
+
+class Updates:
+    """What a round brought.
+
+    Args:
+        rows: the workers' rows of the tail, by rank.
+        columns: their names.
+        first: the rank of the first worker.
+
+    Attributes:
+        rows: see above.
+        totals: their sums, column by column.
+        epsilons: the privacy spent by each rank; empty, as no rank trains with differential privacy.
+    """
+
+    def __init__(self, rows: list[list[float]], columns: tuple[str, ...], first: int) -> None:
+        self.rows, self._columns, self._first = rows, columns, first
+        self._add_up()
+        self.epsilons: list[float] = []
+
+    @property
+    def samples(self) -> dict[int, float]:
+        """Rank -> samples behind its contribution."""
+        return {rank: row[SAMPLES] for rank, row in enumerate(self.rows, self._first)}
+
+    @property
+    def results(self) -> dict[int, dict[str, float]]:
+        """Rank -> its row by column: loss, flags, times, metrics."""
+        return {rank: dict(zip(self._columns, row, strict=True)) for rank, row in enumerate(self.rows, self._first)}
+
+    @property
+    def bad(self) -> dict[int, int]:
+        """Rank -> its first tensor that is not finite, of those who say that they have one."""
+        if not self.totals[BAD]:
+            return {}
+        return {rank: int(row[BAD]) - 1 for rank, row in enumerate(self.rows, self._first) if row[BAD]}
+
+    def leave_out(self, ranks: Iterable[int]) -> None:
+        """Samples, loss and metrics of these count for nothing."""
+        for row in [self.rows[rank - self._first] for rank in ranks if rank >= self._first]:
+            for column in (SAMPLES, LOSS, *range(len(COLUMNS), len(row))):
+                row[column] = 0.0
+        self._add_up()
+
+    def _add_up(self) -> None:
+        self.totals = list(map(sum, zip(*self.rows, strict=True)))
+
+
+class Server(Service):
+    """The synchronous server; see `Service` for its arguments."""
+
+    _at: float = 0  # the round in progress, or the last
+
+    def serve(self) -> None:
+        """Serve until every worker has left: rounds, and between them what all workers call for."""
+        while True:
+            self.start_server()
+            if self.control.stop == Stop.PREEMPTED or (not self.control.active and self.take_part()):
+                return
+
+    def start_server(self) -> None:
+        """Serve rounds until every worker waits, as at the end of its shard, or the run is to stop."""
+        while True:
+            control = self.round()
+            if not control.active or control.stop:
+                return
+
+    def stop_server(self) -> None:
+        """End the run for all ranks, with the next message to them."""
+        self.stop_asked = True
+
+    def round(self, contributed: bool = True) -> Control:
+        """One whole round: collect, combine, step, send, and a checkpoint if one is due.
+
+        Args:
+            contributed: whether a worker on this rank had an update; without one its buffers stay, unless the weights move.
+
+        Raises:
+            NonFiniteError: on all ranks, when a rank's update is not finite and `nonfinite` is "raise".
+        """
+        version = self.control.version
+        updates = self.collect_updates()
+        self.update_weights(updates)
+        self.note(updates)
+        self.send_updates()
+        if self.fault:
+            self.complain()
+        self.replica.check_finite(self.control)
+        if self.control.call == Call.STATE:
+            self.told_state = self.tell_state(self.slices.own() if self.slices else {})
+        if contributed or self.control.version > version:
+            self.replica.buffers.load(self.replica.pull.buffers)
+        if self.control.checkpoint and self.worker_state is None:  # else the worker here says when
+            self.save_model()
+        return self.control
+
+    def collect_updates(self) -> Updates:
+        """Take every worker's contribution of this round; their combination is left in the push message.
+
+        Raises:
+            ExchangeError: a rank is in another round.
+        """
+        push = self.replica.push
+        if not self.trains:
+            push.forget()
+        self._at = self.control.round
+        push = self.replica.push_for(self._at)
+        if self.slices:
+            self.slices.combine()
+            self.combined = Combined(sorted(left_out(push.heard.rows, self.rule)))
+        elif judges_clients(self.mode, self.config):
+            self.combined = lanes.combine(self.exchange, push, self.rule, self.last, self.first, self.config.bucket_mb)
+        else:
+            self.combined = combine(self.exchange, push, self.rule, self.last, self.first)
+        push.spill()
+        rows, expected = push.heard.table()[self.first :], self.control.round % ROUNDS
+        for rank, row in enumerate(rows, self.first):
+            if row[ROUND] != expected:
+                raise ExchangeError(f"rank {rank} is in round {row[ROUND]:.0f}, the server in {self.control.round:.0f}")
+        stepping = [k for k, row in enumerate(rows) if row[WEIGHT] > 0]
+        self.follow(rows, push.heard.told()[self.first :], stepping)
+        return Updates(rows, self._columns, self.first)
+
+    def update_weights(self, updates: Updates) -> None:
+        """One server update with the combined gradient, unless there is none or it is not to be taken."""
+        if self.combined.faulty or self.combined.refused:
+            self._say_what_was_left_out()
+        bad, found, skipped = updates.bad, self._found(), bool(updates.totals[OVERFLOW])
+        self.control.skipped = skipped
+        if skipped:
+            bad, found = {}, {}
+        adopting = {bool(row[ADOPT]) for row in updates.rows if row[WEIGHT]} if updates.totals[ADOPT] else set()
+        if len(adopting) > 1:
+            self.fault = "the workers do not step alike: some by optimizer.step(closure), some without"
+        if bad or found:
+            bad |= found
+            updates.leave_out(bad)
+        if isinstance(self.optimizer.torch, Joint):
+            self._choose(self.optimizer.torch, {int(row[WHICH]) for row in updates.rows if row[WEIGHT]})
+        take = updates.totals[WEIGHT] and not (self.combined.refused or found or self.fault or skipped)
+        if take and not (bad and self.config.nonfinite != "drop"):
+            scale = updates.totals[STEPS] / updates.totals[WEIGHT] if self.mode.normalised else 1.0
+            times = updates.totals[WEIGHT] if self.config.reduction == "sum" else 1.0  # the mean of so many, each of weight 1
+            self.step_with(scale, adopt=True in adopting, times=times)
+        else:
+            self.optimizer.skip()
+        if skipped:  # without a step, but forward has been through BatchNorm
+            self.combine_buffers()
+        if bad:
+            self.judge(bad)
+        if self.config.buffers == "server":
+            self.replica.buffers.store(self.replica.pull.buffers)
+
+    def _choose(self, joint: Joint, stepping: set[int]) -> None:
+        """Which of several optimizers this round is about."""
+        if len(stepping) > 1:
+            self.fault = (
+                f"the workers do not step alike: some with the optimizer number {min(stepping)}, some with number "
+                f"{max(stepping)} of those given to connect; every worker must step them in the same order"
+            )
+        elif stepping:
+            (joint.which,) = stepping
+
+    def _say_what_was_left_out(self) -> None:
+        whose = "client" if judges_clients(self.mode, self.config) else "rank"
+        for number in self.combined.faulty:
+            self.report.event("warning", message=f"{whose} {number}: left out by the rule", round=self.control.round)
+        if self.combined.refused:
+            self.report.event("warning", message=f"no update: {self.combined.refused}", round=self.control.round)
+
+    def _found(self) -> dict[int, int]:
+        """Whose combined gradient is not finite, rank -> slot: of a rank that has not said so, or the server's, if of none."""
+        if not self.slices:
+            overflow = self.replica.flat.first_nonfinite(self.replica.push.gradients)
+            return {} if overflow is None else {self.exchange.rank: overflow}
+        return self.slices.guilty()
+
+    def average(self) -> None:
+        """See `Service`."""
+        push = self.replica.push
+        push.message.zero_()
+        combine(self.exchange, push, self.rule, self.last, self.first)
+        self.exchange.publish(push.message)
+
+    def note(self, updates: Updates) -> None:
+        """What this round means for the next: the control, and the report."""
+        totals, control = updates.totals, self.control
+        samples = totals[SAMPLES]
+        means = [totals[column] / samples if samples else math.nan for column in self._averaged]
+        counts = bool(totals[WEIGHT] or totals[BAD]) or any(not row[CALL] for row in updates.rows)  # else all only wait
+        control.round += counts
+        control.active = len(updates.rows) - totals[DONE]
+        control.call = Call.NONE
+        if totals[CALL]:
+            self._hear_calls(updates)
+            if self.trains and control.call == Call.LOOP:  # a checkpoint of this round is one of the loop's end
+                self.place.over = True
+        control.lr = self.lr
+        if counts:
+            control.loss = means[0]
+        if totals[SIGNAL] or totals[STOP] or self.signalled or self.stop_asked:
+            self.obey_ranks(updates.results)
+        every = self.config.checkpoint.every
+        control.checkpoint = bool(self.folder) and (
+            control.stop == Stop.PREEMPTED or (every > 0 and counts and control.round % every == 0)
+        )
+        control.fault = bool(self.fault)
+        if not counts:
+            return
+        now = self.exchange.clock()
+        speed, self._last = samples / max(now - self._last, 1e-9), now
+        row = (control.round, self.place.epoch, control.version, samples, means[0], control.lr, *means[1:])
+        self.report.round(row, speed, lambda: rank_states(updates.results, self.trains))
+
+    def _hear_calls(self, updates: Updates) -> None:
+        """Some worker waits: see whether all do, for the same."""
+        rows = updates.results
+        if Call.STATE in {row["call"] for row in rows.values()}:
+            self.control.call = Call.STATE
+        elif not self.control.active:
+            self.control.call = self.agree_on_call(rows)
+        else:
+            self.find_apart(rows)
+            self.name_waiting(rows)
+        self.report.epochs = int(max(row[EPOCHS] for row in updates.rows)) or None
+
+    def send_updates(self, weights: Tensor | None = None) -> None:
+        """Send the weights, or these ones (`(numel,)`, the flat layout), and the control to all ranks; `note` has come before.
+
+        With `local.fragments` the round's fragment alone is sent.
+        """
+        if self.slices:
+            self.slices.publish(self.control, weights)
+            return
+        if weights is not None:
+            self.replica.pull.weights.copy_(weights)
+        self.replica.pull.control = self.control
+        for part in self.replica.pull_for(self._at):
+            self.exchange.publish(part)

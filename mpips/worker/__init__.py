@@ -1,0 +1,1 @@
+"""A worker: of rounds, or of a server that answers requests."""

@@ -1,0 +1,723 @@
+"""A training rank's half of a round: push its contribution, pull the new weights.
+
+    push  update.write: the body and this rank's row   exchange.combine
+    pull  exchange.publish: control, weights, buffers  read
+
+The weights land where the model's parameters are; there is nothing to copy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mpips.algorithms.modes import choose_mode, judges_clients, make_update, server_optimizer, summed
+from mpips.comm import Exchange, share
+from mpips.config import Config, ConfigError
+from mpips.data import Common, Place
+from mpips.model.message import LOSS, ROUNDS, SAMPLES, WEIGHT, Call, CallError, Control, Replica, Row, Stop, replicate
+from mpips.optim import hyperparameters as hyper
+from mpips.optim.flat_optimizer import FlatOptimizer, MakeOptimizer, made
+from mpips.process import rng
+from mpips.reduce import client_rows as lanes
+from mpips.reduce.aggregate import combine, contribute
+from mpips.reduce.sharded_step import Slices, settle
+from mpips.rules import choose
+from mpips.server import contract
+from mpips.server.rank_state import RankState, for_worker, told_streams, unpack_all
+
+
+@dataclass
+class Tally:
+    """What has been reported of the steps since the last push: sums over samples."""
+
+    samples: float = 0
+    loss: float = 0
+    metrics: list[float] = field(default_factory=list)
+
+    def add(self, loss: float, samples: float, metrics: Sequence[float]) -> None:
+        """Take note of a step's means."""
+        self.samples += samples
+        self.loss += loss * samples if samples else 0.0
+        sums = [m * samples if samples else 0.0 for m in metrics]
+        self.metrics = [a + b for a, b in zip(self.metrics, sums, strict=True)] if self.metrics else sums
+
+
+class Serving(Protocol):
+    """What a worker needs of the server on the same rank."""
+
+    replica: Replica
+    inner: FlatOptimizer | None
+    optimizer: Any
+    slices: Slices | None
+    states: bytes
+    place: Place
+    worker_state: Callable[[], RankState] | None
+    told_state: dict[str, Any]
+
+    def round(self, contributed: bool = True) -> Control:
+        """One whole round, with this rank's push message as it stands."""
+
+    def save_model(self) -> object:
+        """Write a checkpoint together with all other ranks."""
+
+    def converse(self, given: bytes) -> dict[str, Any]:
+        """Hear what every rank has to say to a call, and tell all what comes of it."""
+
+    def act(self, reply: Mapping[str, Any]) -> None:
+        """Do what the reply to all ranks says."""
+
+
+def place_of(exchange: Exchange, config: Config) -> tuple[int, int]:
+    """This rank's worker number, -1 if it only serves, and the number of workers."""
+    dedicated = exchange.size > 1 and not config.server_trains
+    return exchange.rank - dedicated, exchange.size - dedicated
+
+
+class Worker:
+    """One worker.
+
+    Args:
+        exchange: this rank's end.
+        model: the model to train.
+        config: the settings.
+        server: the server on the same rank, if any, which has begun; it then does the rounds.
+        optimizer: as the server's; used in modes where a worker takes steps of its own, and where it serves slices.
+        tells: whether the optimizer's hyperparameters go to the server with each push.
+
+    Attributes:
+        replica: the model's flat buffers and messages.
+        update: what this worker computes between pull and push.
+        place: where the worker is in its data.
+        index, workers: its number, from 0, and how many there are.
+        done: whether its shard is exhausted; the server is told with the next round.
+        used: batches used up since the last push.
+        control: what the server said last.
+        call: what this worker waits in, if it does.
+        begun: loops over data that it has begun.
+        drawn: batches drawn in the loop in progress.
+        digest: of the data that all workers must have alike; 0 if there is nothing to compare.
+        epochs: how many epochs the script's loop has; 0 if it has not said.
+        which: the optimizer that steps, of several.
+        overflow: whether the script's GradScaler has found an Inf or NaN; then no rank steps.
+        common: the random streams that orders of data are drawn from, alike on all workers.
+        kept: gives what the script keeps in the checkpoint.
+        signalled: set to have the server write a checkpoint and end the run at the next round.
+        stop: 1 to ask the server to end the run, 2 when the script has left its loop.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        model: nn.Module,
+        config: Config | None = None,
+        server: Serving | None = None,
+        optimizer: Optimizer | MakeOptimizer | None = None,
+        tells: bool = False,
+    ) -> None:
+        self.exchange, self.config = exchange, config or Config()
+        self.index, self.workers = place_of(exchange, self.config)
+        self.mode = mode = choose_mode(self.config)
+        rows = 1 if mode.requests else exchange.size
+        given = None if optimizer is None else made(optimizer, model)
+        self.told = hyper.Told(given) if given and tells else None
+        numbers = len(self.told.numbers) if self.told else 0
+        self._terms = hyper.terms(given) if given and tells else []
+        self.replica = (
+            server.replica if server else replicate(model, self.config, rows, exchange.allocate, mode.vectors, numbers)
+        )
+        if self.told:
+            self.replica.push.write_hyper(exchange.rank, self.told.limbs)
+        self._rule, self._last = choose(self.config)
+        self._server = server
+        self.slices: Slices | None = None  # where there is a server here, it has them
+        self.inner = server.inner if server else None
+        if mode.local and not server:
+            if given is None:
+                raise ConfigError(f"optimizer: given none with mode {self.config.mode}, allowed: the workers' optimizer")
+            self.inner = FlatOptimizer(self.replica, given, own=True)
+        self._optimizer: FlatOptimizer | None = None  # of slices of the server's weights, perhaps
+        if given is not None and not server and not mode.requests:
+            self._optimizer = server_optimizer(mode, self.config, self.workers, self.replica, given, masters=False)
+        self.update = make_update(mode, self.config, self.replica, exchange.rank, self.index, self.workers, self.inner)
+        self.update.here = server is not None
+        self.tally = Tally()
+        self.place = Place()
+        self.signalled = False
+        self.stop = self.used = 0
+        self.done = self._told = self._parked = False
+        self.call, self.begun, self.digest, self.drawn, self.epochs = Call.NONE, 0, 0, 0, 0
+        self.kept: Callable[[], dict[str, Any]] = dict
+        self.overflow, self.which = False, 0
+        self._averaging = (0.0, 0.0)
+        self._weight = 0.0  # of the last contribution
+        self._leads = True  # whether, of what all workers have alike, it is this one's that counts
+        self.control = Control()
+        self._kept: Tensor | None = None  # gradients that an idle round must not push
+        self._rest: Callable[[], None] | None = None  # of a round that goes on beside the script
+        self._owes = False  # its part of a checkpoint
+        self._streams: rng.State | None = None
+        if self.config.overlap and mode.gradients:
+            model.register_forward_pre_hook(lambda *_: self.settle())  # no function that deepcopy would follow
+        self._begun = self._left = exchange.clock()
+
+    def receive_initial_weights(self) -> None:
+        """Agree with all ranks, take the server's weights and, if the run is resumed, this worker's own state."""
+        if self._server:
+            states = self._server.states
+        else:
+            contract.begin(self.exchange, self.replica, self.config, self._terms)
+            states = share(self.exchange, b"")
+            update = summed(self.mode, self.config)
+            self.slices = settle(self.exchange, self.replica, self.config, self._rule, self._optimizer, update, trains=True)
+            self._optimizer = None  # what steps here, if anything, is in the slices
+            if self.inner:
+                self.inner.rebind()
+        self.common = _common(self.exchange, self.workers)
+        rng.diverge(self.index)
+        mine = for_worker(unpack_all(states), self.index, self.workers) if states else None
+        if mine is not None:
+            self._restore(mine)
+        self.replica.buffers.load(self.replica.pull.buffers)
+        self.control = self.replica.pull.control
+        self.replica.clear()
+        self.update.received()
+        self.replica.flat.note_weights(moved=False, others=self._elsewhere)
+        self.replica.flat.note_frozen()
+        if mine is not None:
+            self.replica.flat.resume(mine.gradients)
+            self.update.put(mine.own)
+            if tally := mine.own.get("tally"):  # of local steps that are not pushed
+                self.tally = Tally(float(tally["samples"]), float(tally["loss"]), [float(m) for m in tally["metrics"]])
+            self._park()  # until the loop goes on
+        if self._server:
+            self._server.place, self._server.worker_state = self.place, self.state
+
+    def _restore(self, mine: RankState) -> None:
+        self.place = mine.place
+        if mine.orders:
+            self.common.put(mine.orders)
+        if mine.streams:
+            rng.restore(mine.streams)
+        for name, tensor in mine.buffers.items():
+            self.replica.buffers.named[name].copy_(tensor)
+
+    def backward(self, loss: Tensor, samples: float) -> None:
+        """Backward, the last before a step; slices may leave as soon as their gradients are there."""
+        self.settle()
+        slices = self._overlapping
+        if slices is None or slices.ready is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+            return
+        ready, flat = slices.ready, self.replica.flat
+
+        def there(number: int) -> None:
+            self.replica.hand(number)
+            ready.mark(number)
+
+        slices.begin(self.update.weigh(samples))
+        flat.watch = there
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        finally:
+            flat.watch = None
+        flat.collect()
+        for number in ready.rest():
+            there(number)
+
+    def step(self, loss: float, samples: float, metrics: Sequence[float] = (), taken: int = 0) -> Control:
+        """The script has taken a step: push and pull, see both, if the update says that it is time.
+
+        With `overlap` in rounds that goes on while the script does, until `settle`.
+        """
+        self.settle()
+        self._unpark()  # a step outside of loops is taken from this worker's own weights, as any
+        self.look_at_hyper()
+        self._look_at_weights()
+        flat, others = self.replica.flat, {}
+        if self.update.members is not None:
+            others = flat.apart(self.update.members)
+        self._note(loss, samples, metrics, taken)
+        if not self.update.step(loss, samples, self.control) and not (self.done and self.update.pending):
+            return self.control
+        if self._overlapping:
+            self._write()
+            self.replica.flat.clear()  # of what is on its way nothing is left to the script
+            self._streams = rng.capture()  # what it draws from now on belongs to the next round
+            self._rest = self.exchange.beside(self._send_and_receive)
+            return self.control
+        self._push()
+        self.pull()
+        if others:
+            flat.put_back(others)
+        return self.control
+
+    def look_at_hyper(self) -> None:
+        """Take what the script has set in its optimizer's groups since the last step.
+
+        Raises:
+            RuntimeError: it has other groups than at `connect`.
+        """
+        told = self.told
+        if told is None or not told.changed():
+            return
+        if len(told.limbs) != self.replica.push.hyper.shape[1]:
+            raise RuntimeError(
+                "the optimizer has other param_groups than it had at connect; add and remove groups before connect"
+            )
+        self.replica.push.write_hyper(self.exchange.rank, told.limbs)
+        if self.inner:
+            hyper.write(self.inner.torch, told.numbers)
+
+    def _look_at_weights(self) -> None:
+        """Take over what the script has written into the weights itself, where that can be exact.
+
+        Raises:
+            RuntimeError: it cannot: other ranks have other copies, or the same memory.
+        """
+        flat = self.replica.flat
+        changed = flat.changed_weights()
+        if not changed:
+            return
+        own = self.inner if self.update.apart else self._server.optimizer if self._server and self.exchange.size == 1 else None
+        if own is None:
+            changed = [number for number in changed if number not in flat.renormalised]  # whatever that led to: ours is pulled
+            if not changed:
+                return
+            self._refuse(
+                changed[0], "load, reset and clamp weights before connect, and swap an average's in inside ps.validate()"
+            )
+        own.refresh(changed)
+
+    def changed_in_place(self) -> str:
+        """A parameter that the script has changed since the last round where that is not taken over; else nothing."""
+        self.settle()
+        flat = self.replica.flat
+        changed = [n for n in flat.changed_weights() if n not in flat.renormalised] if self._elsewhere else []
+        return flat.slots[changed[0]].name if changed else ""
+
+    def _refuse(self, number: int, instead: str) -> NoReturn:
+        raise RuntimeError(
+            f"the script has changed {self.replica.flat.slots[number].name} in place, outside optimizer.step(), after connect; "
+            f"with several ranks {instead}"
+        )
+
+    @property
+    def _elsewhere(self) -> bool:
+        """Whether the weights are stepped elsewhere, or are those of others, too."""
+        return self.exchange.size > 1 and not self.update.apart
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """In here the script may put other weights in the place of the model's, as an average's, if it puts those back.
+
+        Raises:
+            RuntimeError: it has not.
+        """
+        flat = self.replica.flat
+        before = flat.sums() if self._elsewhere else []
+        yield
+        if before:
+            for number, (now, then) in enumerate(zip(flat.sums(), before, strict=True)):
+                if now != then and number not in flat.renormalised:
+                    self._refuse(number, "put back at the end of what ps.validate() is given the weights that were there")
+            flat.note_weights(moved=False)
+
+    @property
+    def _overlapping(self) -> Slices | None:
+        """The slices that travel while the script goes on, if any do."""
+        if not self.config.overlap:
+            return None
+        slices = self.slices or (self._server.slices if self._server else None)
+        return slices if slices and slices.ready else None
+
+    def _send_and_receive(self) -> None:
+        self._send()
+        self._receive(contributed=True)
+
+    def settle(self) -> None:
+        """Wait for the end of a round that goes on beside, if one does; the model then has the new weights.
+
+        Raises:
+            See `pull`.
+        """
+        rest, self._rest = self._rest, None
+        if rest:
+            rest()
+        if self._owes:
+            self.pay()
+        self._streams = None
+
+    def pay(self) -> None:
+        """Take part in the checkpoint that came due with the last round, now that the script has done what follows a step."""
+        if self._owes:
+            self._owes = False
+            self.save()
+
+    def push(self, loss: float, samples: float, metrics: Sequence[float] = (), taken: int = 0) -> None:
+        """Send the gradient that backward left, or what the mode pushes in its place, and this rank's row.
+
+        Args:
+            loss: the mean loss over the samples.
+            samples: how many samples the gradient is the mean of.
+            metrics: the mean of each of the script's own metrics, in the order of the `metrics` setting.
+            taken: items of the shard that this step has used up.
+        """
+        self.settle()
+        self._note(loss, samples, metrics, taken)
+        self.update.step(loss, samples, self.control)
+        self._push()
+
+    def _note(self, loss: float, samples: float, metrics: Sequence[float], taken: int) -> None:
+        self.place.taken += taken
+        self.tally.add(loss, samples, metrics or [0.0] * len(self.config.metrics))
+
+    def _push(self) -> None:
+        self._write()
+        self._send()
+
+    def _write(self) -> None:
+        """Fill the push message with what has been noted since the last one."""
+        tally, self.tally = self.tally, Tally()
+        row = self._row(samples=tally.samples, loss=tally.loss)
+        self.update.lead = self._leads if self.replica.flat.averaged and self.config.rule == "mean" else None
+        self.update.write(row, tally.metrics or [0.0] * len(self.config.metrics))
+        self._weight = row.weight
+        self.replica.flat.pushed()
+        self.replica.flat.averaged, self.update.lead = False, None
+        if slices := self._overlapping:
+            slices.end()
+
+    def pull(self) -> Control:
+        """Take the new weights and what the server says; gradients are then None.
+
+        Raises:
+            NonFiniteError: on all ranks, when a rank's update is not finite and `nonfinite` is "raise".
+        """
+        self._receive(contributed=True)
+        if self._keeps_gradients:
+            if self._weight != 1 and not self.replica.push.shared and self.replica.wire_is_grad:
+                self.replica.flat.grad.div_(self._weight)  # which it was multiplied by on its way
+            self.replica.flat.pushed()
+        else:
+            self.replica.flat.clear()
+        return self.control
+
+    @property
+    def _keeps_gradients(self) -> bool:
+        """Whether the gradients of a step are still what backward left: in no memory that was multiplied or added to."""
+        push = self.replica.push
+        if self.update.apart or self.exchange.size == 1 or not self.replica.wire_is_grad:
+            return not self.update.apart
+        if not push.shared:
+            return self._server is None and self.config.rule == "mean" and self._weight > 0
+        return push.raw and self.slices is not None and self.slices.room.board.place > 0
+
+    def idle(self) -> Control:
+        """Take part in a round without a new step: with what has not been pushed yet, gradients apart, or with nothing."""
+        self.settle()
+        if self.update.pending:
+            self._push()
+            return self.pull()
+        flat = self.replica.flat
+        if flat.pending:
+            flat.collect()
+        self._kept = flat.grad.clone() if flat.pending else None
+        self.update.write_nothing(self._row(), len(self.config.metrics))
+        if slices := self._overlapping:
+            slices.end()
+        self._send()
+        self._receive(contributed=False)
+        if self.replica.wire_is_grad:
+            flat.grad.zero_() if self._kept is None else flat.grad.copy_(self._kept)
+        self._kept = None
+        return self.control
+
+    def begin(self) -> None:
+        """A new loop over the shard begins."""
+        self._unpark()
+        self.begun, self.drawn = self.begun + 1, 0
+        self.done = self._told = False
+
+    def finish(self) -> None:
+        """The shard is exhausted: take part until every worker's is. The model then has the server's weights."""
+        self.barrier(Call.LOOP)
+
+    def call_for(self, call: Call, said: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None) -> dict[str, Any]:
+        """Call for something together with all workers, and do what the server makes of it.
+
+        Args:
+            call: what for.
+            said: what this worker has to say to it; a function is called when all are there, with the server's weights in
+                the model.
+
+        Returns:
+            The server's reply.
+
+        Raises:
+            CallError: the other workers do not make this call.
+        """
+        parked = self._parked
+        self.barrier(call)
+        reply: dict[str, Any] = {}
+        if self.control.stop != Stop.PREEMPTED:
+            reply = self._take_part(said() if callable(said) else said or {})
+        if not parked and not self.control.stop:
+            self._unpark()
+        return reply
+
+    def barrier(self, call: Call) -> None:
+        """Wait until all workers make this call: take part in the rounds of those that do not yet.
+
+        Raises:
+            CallError: they never will.
+        """
+        self.settle()
+        if call not in (Call.AVERAGE, Call.LEAVE, Call.MEET):  # a step that evaluates the loss several times moves weights
+            self._look_at_weights()
+        self.call, self.done, self._told = call, True, False
+        while True:
+            self.idle()
+            stop = self.control.stop
+            if stop == Stop.PREEMPTED or (stop and call == Call.LOOP) or self._met():
+                break
+        self.call, self.done = Call.NONE, False
+        self.pay()
+        self._park()
+
+    def _met(self) -> bool:
+        """Whether all wait for what this worker does; in another call it takes part where it is at the script's end."""
+        if self.control.active or self.control.call in (Call.NONE, Call.STATE):
+            return False
+        if self.control.call == Call.AVERAGE:
+            self._take_average(counts=self.call == Call.AVERAGE)
+        elif self.control.call not in (self.call, Call.LOOP):
+            self._take_part({})
+        return self.control.call == self.call
+
+    def _take_part(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        given = json.dumps(said).encode() if said else b""
+        if self._server:
+            heard = self._server.converse(given)
+            self._server.act(heard)
+            return heard
+        self.exchange.collect(given)
+        reply: dict[str, Any] = json.loads(share(self.exchange, b""))
+        self.control.stop = reply["stop"]
+        if reply["save"]:
+            self.save()
+        if reply["finish"]:
+            self.give_performance()
+            share(self.exchange, b"")
+        return reply
+
+    def average(self, loss: float = 0.0, samples: float = 1) -> float:
+        """Let every worker's gradients be those of all workers together, without a step.
+
+        Nothing is to be done where there is one worker, or where each takes steps of its own.
+
+        Args:
+            loss: the mean loss over the samples.
+            samples: how many samples the gradient is the mean of.
+
+        Returns:
+            The mean loss over all workers' samples, or with `reduction` sum their sum.
+        """
+        if self.workers == 1 or not self.mode.gradients or self.replica.flat.averaged:
+            return loss
+        self.look_at_hyper()
+        adds = self.config.reduction == "sum"
+        self._averaging = (loss if adds else loss * samples, samples)
+        self.barrier(Call.AVERAGE)
+        return self._averaging[0] if adds else self._averaging[0] / self._averaging[1]
+
+    def _take_average(self, counts: bool) -> None:
+        """This rank's part in bringing gradients together; where its own do not count, it only hears."""
+        replica, push = self.replica, self.replica.push
+        loss, samples = self._averaging if counts else (0.0, 0.0)
+        row, metrics = self._row(samples=samples, loss=loss), [0.0] * len(self.config.metrics)
+        if counts:
+            self.update.write(row, metrics)
+            if push.raw and row.weight != 1:
+                push.gradients.mul_(row.weight)
+        else:
+            push.message.zero_()
+            push.write(self.exchange.rank, row, metrics)
+        if self._server:
+            combine(self.exchange, push, self._rule, self._last, first=self.exchange.rank)
+        else:
+            contribute(self.exchange, push, self._rule, self._last)
+        self.exchange.publish(push.message)
+        if not counts:
+            return
+        rows = push.table()
+        if self.config.reduction == "sum":
+            push.gradients.mul_(sum(row[WEIGHT] for row in rows))
+        self._averaging = (sum(row[LOSS] for row in rows), sum(row[SAMPLES] for row in rows))
+        replica.flat.take_average(push.gradients, push.present())
+        if self.config.buffers == "mean":
+            replica.buffers.combine(push.floats, push.limbs, [buffer.data for buffer in replica.buffers.tensors])
+        self._leads = next(rank for rank, row in enumerate(rows) if row[WEIGHT]) == self.exchange.rank
+
+    def adopt(self, weights: Tensor, loss: float, samples: float, taken: int = 0) -> Control:
+        """A round in which the server takes `weights`, `(numel,)`, which all workers have alike, as they are."""
+        self.settle()
+        self.look_at_hyper()
+        self._note(loss, samples, (), taken)
+        tally, self.tally = self.tally, Tally()
+        row, push, replica = self._row(samples=tally.samples, loss=tally.loss), self.replica.push, self.replica
+        row.adopt, row.weight = 1.0, float(self._leads)
+        row.steps = row.weight
+        push.clear_behind()
+        replica.buffers.write(push.floats, push.limbs, row.weight, self.update.first)
+        push.gradients.copy_(weights)
+        if row.weight:
+            push.presence.fill_(1)
+        elif not push.shared:
+            push.body.zero_()
+        push.write(self.exchange.rank, row, [0.0] * len(self.config.metrics))
+        self._send()
+        self._receive(contributed=True)
+        replica.flat.clear()
+        return self.control
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The whole state of the server's optimizer, as `FlatOptimizer.tree` gives it; the other workers need not ask."""
+        self.settle()
+        self.call = Call.STATE
+        self._state: dict[str, Any] = {}
+        while not self._state and self.control.stop != Stop.PREEMPTED:
+            self.idle()
+        self.call = Call.NONE
+        return self._state
+
+    def _take_state(self) -> None:
+        if self._server:
+            self._state = self._server.told_state
+            return
+        slices = self.slices.own() if self.slices else {}
+        self.exchange.collect(RankState(-1, Place(), {}, slices=slices).pack())
+        self._state = RankState.unpack(share(self.exchange, b"")).own
+
+    def _park(self) -> None:
+        self._parked = True
+        self.update.park()
+
+    def _unpark(self) -> None:
+        if self._parked:
+            self._parked = False
+            self.update.unpark()
+
+    def hear(self) -> None:
+        """Take what the server says between rounds."""
+        if self.slices:
+            self.slices.publish()
+        elif not self._server:
+            self.exchange.publish(self.replica.pull.control_message)
+        self.control = self.replica.pull.control
+
+    def give_performance(self) -> None:
+        """This rank's traffic, at the end of the run."""
+        self.exchange.collect(json.dumps(self.exchange.traffic).encode())
+
+    def state(self) -> RankState:
+        """What only this rank knows."""
+        own = self.replica.buffers.named if self.config.buffers == "local" else {}
+        flat = self.replica.flat
+        if flat.pending and self._kept is None:
+            flat.collect()
+        waiting = self._kept if self._kept is not None else flat.grad
+        pending = dict(flat.named(waiting)) if flat.pending else {}
+        slices = self.slices.own() if self.slices else {}
+        first = self.index == 0
+        return RankState(
+            self.index,
+            self.place,
+            self._streams or rng.capture(),
+            own,
+            pending,
+            self.update.tree() | ({"tally": vars(self.tally)} if self.tally.samples else {}),
+            slices,
+            kept=self.kept() if first else {},
+            orders=self.common.tree(),
+            frozen=flat.changed_frozen() if first and self.exchange.size > 1 else {},
+        )
+
+    def save(self) -> None:
+        """This rank's part of a checkpoint, together with all other ranks."""
+        if not self._server:
+            self.exchange.collect(self.state().pack())
+            return
+        self.update.park()  # what the server writes are the weights in the model
+        self._server.save_model()
+        if not self._parked:
+            self.update.unpark()
+
+    def _row(self, samples: float = 0, loss: float = 0) -> Row:
+        now = self.exchange.clock()
+        row = Row(samples=samples, loss=loss, done=self.done, stop=self.stop, signal=self.signalled)
+        row.round = self.control.round % ROUNDS
+        row.train, row.wait = now - self._left, self._left - self._begun
+        row.overflow, row.which = self.overflow, self.which
+        row.call, row.begun, row.epochs = self.call, self.begun, self.epochs
+        row.digest, row.drawn = self.digest, self.drawn
+        return row
+
+    def _send(self) -> None:
+        """The push message as it stands; where the server is on this rank, it takes it from there."""
+        self._begun = self.exchange.clock()
+        self._told = self.done
+        push = self.replica.push if self._server else self.replica.push_for(self.control.round)
+        if self.slices:
+            self.slices.combine()
+            self.slices.follow()
+        elif not self._server:
+            if judges_clients(self.mode, self.config):
+                lanes.contribute(self.exchange, push, self._rule, self._last, self.config.bucket_mb)
+            else:
+                contribute(self.exchange, push, self._rule, self._last)
+
+    def _receive(self, contributed: bool) -> None:
+        self.control = self._server.round(contributed) if self._server else self._pull_message(contributed)
+        self._owes = bool(self.control.checkpoint)
+        if self.control.call == Call.STATE:
+            self._take_state()
+        self.update.received()
+        if self._parked or self.control.stop:
+            self._park()
+        members, elsewhere = self.update.members if contributed else None, self._elsewhere
+        self.replica.flat.note_weights(elsewhere, members, others=elsewhere)
+        self._left = self.exchange.clock()
+
+    def _pull_message(self, contributed: bool) -> Control:
+        version = self.control.version
+        if self.slices:
+            self.slices.publish()
+        else:
+            for part in self.replica.pull_for(self.control.round):
+                self.exchange.publish(part)
+        self.control = self.replica.pull.control
+        if self.call == Call.LOOP:  # a checkpoint of this round is one of the loop's end
+            self.place.over = not self.control.active
+        if self.control.fault:
+            raise CallError(share(self.exchange, b"").decode())
+        self.replica.check_finite(self.control)
+        if contributed or self.control.version > version:
+            self.replica.buffers.load(self.replica.pull.buffers)
+        return self.control
+
+
+def _common(exchange: Exchange, workers: int) -> Common:
+    """The streams that orders are drawn from: as the server's are now, whatever this worker has drawn before."""
+    own = rng.capture()
+    if exchange.size > 1:
+        rng.restore({name: value for name, value in told_streams(exchange, own).items() if name != "cuda"})
+    common = Common(workers)
+    rng.restore(own)
+    return common

@@ -55,7 +55,7 @@ def test_every_box_has_a_level() -> None:
     assert len(LEVELS) <= 8
 
 
-@pytest.mark.parametrize("box", LEVEL)
+@pytest.mark.parametrize("box", sorted(LEVEL))
 def test_imports_point_down(box: str) -> None:
     for path in (PACKAGE / box).rglob("*.py"):
         for name in imported(path):

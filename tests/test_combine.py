@@ -369,7 +369,7 @@ def test_a_refused_or_empty_round_does_not_move_the_origin() -> None:
         for value, weight in ((5.0, 1.0), (0.0, 0.0), (math.nan, 1.0)):
             give(push, e.rank, torch.full((4,), value), weight, torch.zeros(3))
             combine(e, push, rule, last, 0)
-            results.append(float(rule.tree()["origin"][0]))
+            results.append(float(rule.state_dict()["origin"][0]))
         return results
 
     assert World(1).run(program) == [[5.0, 5.0, 5.0]]

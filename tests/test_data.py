@@ -458,7 +458,7 @@ def test_drawing_an_order_leaves_the_gpu_s_streams_alone(monkeypatch: pytest.Mon
     for workers in (1, 2):
         common, resumed = Common(workers), Common(workers)
         assert taken(share(LOADERS["lazy"](), 0, workers, common))
-        resumed.put(common.tree())
+        resumed.load_state_dict(common.state_dict())
         assert taken(share(LOADERS["lazy"](), 0, workers, resumed))
 
 
@@ -710,7 +710,7 @@ class Interrupted:
         for batch, *found in itertools.islice(batches, steps):
             before.append((*found, numbers(batch), noise()))
             place.taken += found[0]
-        tree, streams = common.tree(), rng.capture()
+        tree, streams = common.state_dict(), rng.capture()
         after = self.take(batches)
         later = self.take(share(data, index, self.workers, common, **self.how).batches(Place(epochs + 1)))
         return before, after, later, place, tree, streams
@@ -721,7 +721,7 @@ class Interrupted:
         data, common = self.make(), Common(self.workers)
         rng.diverge(index)
         noise()
-        common.put(tree)
+        common.load_state_dict(tree)
         batches = share(data, index, self.workers, common, **self.how).batches(place)
         rng.restore(streams)
         after = self.take(batches)
@@ -764,11 +764,11 @@ def test_resuming_between_epochs_is_going_on(kind: str, workers: int) -> None:
         rng.diverge(index)
         for epoch in range(2):
             job.take(share(data, index, workers, common).batches(Place(epoch)))
-        tree, streams = common.tree(), rng.capture()
+        tree, streams = common.state_dict(), rng.capture()
         later = job.take(share(data, index, workers, common).batches(Place(2)))
         seed()
         data, common = job.make(), Common(workers)
-        common.put(tree)
+        common.load_state_dict(tree)
         rng.restore(streams)
         assert job.take(share(data, index, workers, common).batches(Place(2))) == later
 
@@ -786,7 +786,7 @@ def test_a_generator_that_the_script_sets_in_each_epoch_stays_as_it_is_set(how: 
     common = Common(1)
     run(common, range(2))
     resumed = Common(1)
-    resumed.put(common.tree())
+    resumed.load_state_dict(common.state_dict())
     assert run(resumed, range(2, 4)) == whole[2:]
 
 
@@ -794,8 +794,8 @@ def test_a_checkpoint_of_a_resumed_run_that_has_taken_nothing_is_that_it_came_fr
     job = Interrupted(LOADERS["own weighted"], 1, {})
     _, after, later, place, tree, streams = job.run(0, 2)
     common = Common(1)
-    common.put(tree)
-    again = common.tree()
+    common.load_state_dict(tree)
+    again = common.state_dict()
     assert job.resume(0, place, again, streams) == (after, later)
 
 
@@ -819,9 +819,9 @@ def test_each_loop_of_an_epoch_has_generators_of_its_own_or_all_share_one(shared
     run(common, loops[:3], data)
     batches = share(data[1], common=common).batches(Place(1, 1))
     next(batches)
-    tree = common.tree()
+    tree = common.state_dict()
     resumed = Common(1)
-    resumed.put(tree)
+    resumed.load_state_dict(tree)
     assert run(resumed, loops[3:], make(), 2) == [whole[3][1:], *whole[4:]]
 
 
@@ -1398,13 +1398,13 @@ def test_a_dealt_epoch_can_be_resumed(workers: int) -> None:
         rng.diverge(index)
         found = []
         if tree:
-            common.put(tree)
+            common.load_state_dict(tree)
         for epoch in range(1 if tree else 0, 3):
             own = share(given, index, workers, common)
             tickets = iter([*range(own.tickets(epoch, 0)), None])
             batches = own.dealt(epoch, tickets.__next__)
             next(batches)
-            tree = common.tree() if epoch == 1 and not tree else tree
+            tree = common.state_dict() if epoch == 1 and not tree else tree
             found.append([numbers(batch) for batch, *_ in batches])
         return found, tree
 
@@ -1470,11 +1470,11 @@ def test_what_is_not_dealt_is_divided_as_before(kind: str, workers: int) -> None
     seed()
     data = LOADERS["shuffled"]() if kind == "own" else UNDEALT[kind]()
     own, common = share(data, 0, workers, common := Common(workers), own=kind == "own"), common
-    before, streams = common.tree(), rng.capture()
+    before, streams = common.state_dict(), rng.capture()
     assert own.tickets(EPOCH) is None
     with pytest.raises(ValueError, match="not dealt out in batches; iterate over `batches`"):
         own.dealt(EPOCH, lambda: None)
-    after = common.tree()
+    after = common.state_dict()
     assert all((before[name] == after[name]).all() for name in before if name.startswith("now"))
     assert all((streams[name] == state).all() for name, state in rng.capture().items())
     assert next(own.batches(Place(EPOCH)))
@@ -1491,7 +1491,7 @@ def test_what_could_not_be_dealt_goes_on_from_a_checkpoint_all_the_same() -> Non
 
     whole, common, resumed = run(Common(1), range(3)), Common(1), Common(1)
     run(common, range(1))
-    resumed.put(common.tree())
+    resumed.load_state_dict(common.state_dict())
     assert run(resumed, range(1, 3)) == whole[1:]
 
 

@@ -118,14 +118,14 @@ def plainly(net: nn.Module, make: MakeOptimizer, numbers: range, scheduler: Any 
 
 
 def through_a_file(own: FlatOptimizer) -> dict[str, Any]:
-    path = checkpoint.save(Path(), 1, own.tree() | take_model(own.replica))
+    path = checkpoint.save(Path(), 1, own.state_dict() | take_model(own.replica))
     return checkpoint.load(path)
 
 
 def restored(tree: dict[str, Any], net: nn.Module, make: Any) -> FlatOptimizer:
     own = server(net, make)
     put_model(tree, own.replica)
-    own.put(tree)
+    own.load_state_dict(tree)
     return own
 
 

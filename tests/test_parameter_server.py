@@ -375,15 +375,15 @@ def test_dealing() -> None:
     dealing.used(1, 1)
     dealing.give_back(1)
     assert [dealing.deal(2), dealing.deal(2)] == [2, 3], "what came back goes first"
-    assert dealing.tree() == {"next": 4, "waiting": [], "dealt": {"2": [1, 2, 3]}}
+    assert dealing.state_dict() == {"next": 4, "waiting": [], "dealt": {"2": [1, 2, 3]}}
     other = Dealing([1])
-    other.put(dealing.tree(), {})
+    other.load_state_dict(dealing.state_dict(), {})
     assert [other.deal(1) for _ in range(4)] == [1, 2, 3, 4]
     again = Dealing([1, 2])
-    again.put(dealing.tree(), {2: 2})
+    again.load_state_dict(dealing.state_dict(), {2: 2})
     assert [again.deal(1), again.deal(1)] == [3, 4], "the first two are used up for what goes on"
     again.used(2, 2)
-    assert again.tree() == {"next": 5, "waiting": [], "dealt": {"1": [3, 4]}}
+    assert again.state_dict() == {"next": 5, "waiting": [], "dealt": {"1": [3, 4]}}
     dealing.clear()
     assert dealing.deal(1) == 0
 
@@ -401,8 +401,8 @@ def test_kept_contributions_and_their_buffers(by_share: bool) -> None:
         push.body.fill_(value)
         push.limbs.fill_(value)
         kept.add(share)
-    saved, again = kept.tree(), Kept(push)
-    again.put({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in saved.items()})
+    saved, again = kept.state_dict(), Kept(push)
+    again.load_state_dict({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in saved.items()})
     again.take(by_share)
     assert push.gradients[0] == (2.5 / 0.75 if by_share else 2.5 / 2)
     assert push.floats[0] == torch.tensor(2.5 / 0.75), "statistics are no steps"

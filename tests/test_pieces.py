@@ -80,14 +80,14 @@ def test_state_is_cut_up_stepped_and_put_together(name: str, ranks: int) -> None
         own.spread(e, e.rank == 0)
         own.step(give_gradients(whole, 2), 1.0, 1.0)
         states = e.collect(RankState(e.rank, Place(), {}, slices=own.own()).pack() if e.rank else b"")
-        return whole.replica.flat.weights[span].clone(), own.tree(
+        return whole.replica.flat.weights[span].clone(), own.state_dict(
             [unpacked(blob) for blob in states[1:]]
         ) if e.rank == 0 else {}
 
     results = World(ranks).run(program)
     torch.testing.assert_close(torch.cat([weights for weights, _ in results]), expected.replica.flat.weights, rtol=0, atol=0)
-    assert_same(results[0][1], expected.tree())
-    for ours, theirs in zip(by_tensor(results[0][1]), by_tensor(expected.tree()), strict=True):
+    assert_same(results[0][1], expected.state_dict())
+    for ours, theirs in zip(by_tensor(results[0][1]), by_tensor(expected.state_dict()), strict=True):
         assert ours.dtype == theirs.dtype
 
 

@@ -364,7 +364,7 @@ def test_a_step_of_weiszfeld_is_the_papers() -> None:
 def test_centred_clipping_is_the_papers(seed: int, iterations: int) -> None:
     values, last = random_values(6, 4, seed), random_values(1, 4, 100 + seed)[0]
     rule = rule_of("cclip", radius=1.5, iterations=iterations)
-    rule.put({"origin": last.clone()})
+    rule.load_state_dict({"origin": last.clone()})
     assert_close(together(rule, values, torch.arange(1.0, 7.0)), naive_cclip(values, last, 1.5, iterations))
 
 
@@ -446,17 +446,17 @@ def test_an_origin_is_remembered_and_put_back() -> None:
     assert origin is not None
     assert origin.tolist() == [0, 0, 0]
     origin.copy_(torch.tensor([1.0, 2.0, 3.0]))
-    other.put(rule.tree())
+    other.load_state_dict(rule.state_dict())
     assert torch.equal(other.origin(torch.zeros(3)), origin)  # type: ignore[arg-type]
-    other.put({})
-    assert other.tree() == {}
+    other.load_state_dict({})
+    assert other.state_dict() == {}
 
 
 @each_rule
 def test_rules_remember_nothing_at_the_start(name: str) -> None:
     rule = rule_of(name)
-    assert rule.tree() == {}
-    rule.put({})
+    assert rule.state_dict() == {}
+    rule.load_state_dict({})
 
 
 # settings

@@ -92,7 +92,7 @@ def test_the_adaptive_compensation_is_the_paper_s() -> None:
         gradient = torch.tensor(given_, dtype=torch.float64)
         own.correct(rank, gradient, w)
         assert gradient.tolist() == pytest.approx(expected, rel=1e-12)
-    assert own.tree()["mean_square"].tolist() == pytest.approx(squares, rel=1e-12)
+    assert own.state_dict()["mean_square"].tolist() == pytest.approx(squares, rel=1e-12)
 
 
 AWKWARD = [0.0, -0.0, 1e-45, -1e-45, 1e-30, 3e38, -3e38, 1e20]  # zeros, subnormal numbers, squares that are infinite
@@ -202,10 +202,10 @@ def test_it_goes_on_with_the_same_bits_after_a_checkpoint(done: int, adaptive: b
     for rank in range(3):
         own.remember(rank, w)
     go_on(own, w, range(done))
-    tree = checkpoint.load(checkpoint.save(tmp_path, 1, {"staleness": own.tree()}))["staleness"]
+    tree = checkpoint.load(checkpoint.save(tmp_path, 1, {"staleness": own.state_dict()}))["staleness"]
     again, saved = Compensation(adaptive, 0.5, decay=0.9), w.clone()
     again.remember(7, w)
-    again.put(tree)
+    again.load_state_dict(tree)
     assert not again._sent
     for rank in range(3):  # the weights are sent anew
         own.remember(rank, w)
@@ -215,11 +215,11 @@ def test_it_goes_on_with_the_same_bits_after_a_checkpoint(done: int, adaptive: b
 
 
 def test_a_fresh_one_has_a_tree_that_can_be_stored(tmp_path: Path) -> None:
-    tree = checkpoint.load(checkpoint.save(tmp_path, 1, {"staleness": Compensation(True, 1.0).tree()}))["staleness"]
+    tree = checkpoint.load(checkpoint.save(tmp_path, 1, {"staleness": Compensation(True, 1.0).state_dict()}))["staleness"]
     again = Compensation(True, 1.0)
     again.correct(*_late(again))
-    again.put(tree)
-    assert again.tree() == {}
+    again.load_state_dict(tree)
+    assert again.state_dict() == {}
     assert not again._sent
 
 
@@ -232,10 +232,10 @@ def _late(own: Compensation) -> tuple[int, Tensor, Tensor]:
 def test_what_is_put_back_is_copied() -> None:
     own, again = Compensation(True, 1.0), Compensation(True, 1.0)
     own.correct(*_late(own))
-    again.put(own.tree())
-    before = again.tree()["mean_square"].clone()
+    again.load_state_dict(own.state_dict())
+    before = again.state_dict()["mean_square"].clone()
     own.correct(1, *tensors(1, 2))
-    assert torch.equal(again.tree()["mean_square"], before)
+    assert torch.equal(again.state_dict()["mean_square"], before)
 
 
 def test_the_policies_that_compensate() -> None:

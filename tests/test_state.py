@@ -56,7 +56,7 @@ def test_any_buffer_survives_the_wire(number: int) -> None:
 def test_a_place_survives_wire_and_file() -> None:
     own = state(3, {"b": torch.ones(2)}, epoch=4, loop=1, taken=9, over=True, cuts=[[1, 2], [3, 0, 4]])
     assert_same(RankState.unpack(own.pack()), own)
-    path = checkpoint.save(Path(), 1, {"ranks": {"0": own.tree()}})
+    path = checkpoint.save(Path(), 1, {"ranks": {"0": own.state_dict()}})
     assert_same(RankState.from_tree(checkpoint.load(path)["ranks"]["0"]), own)
 
 

@@ -119,15 +119,15 @@ class Elastic(Local):
         for buffer, served in zip(self.centre.buffers, self.replica.pull.buffers, strict=True):
             buffer.copy_(served)
 
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The worker's optimizer, its own weights and buffers, and where it is between two pulls on the spring."""
         own, buffers = self.inner.whole if self._own is None else self._own, self._buffers or dict(self.replica.buffers.named)
         weights = dict(self.replica.flat.named(own))
-        return {"inner": self.inner.tree(), "weights": weights, "buffers": buffers, "taken": self._taken}
+        return {"inner": self.inner.state_dict(), "weights": weights, "buffers": buffers, "taken": self._taken}
 
-    def put(self, tree: dict[str, Any]) -> None:
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
         """See `Gradient`; a worker that is new begins at the server's weights."""
-        super().put(tree)
+        super().load_state_dict(tree)
         if "weights" in tree:
             for name, view in self.replica.flat.named(self.inner.whole):
                 view.copy_(tree["weights"][name])

@@ -177,10 +177,10 @@ class FedAvg(Local):
             row.bad, row.samples, row.loss = 1 + left_out, 0, 0
             push.write(self.rank, row, [0.0] * len(metrics))
 
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The worker's scheduler: clients begin anew in each round."""
         self._forget()
-        return {"inner": self.inner.tree() | {"masters": {}}}
+        return {"inner": self.inner.state_dict() | {"masters": {}}}
 
 
 def _copy(value: Any) -> Any:
@@ -350,15 +350,15 @@ class Scaffold(FedAvg):
                 self.variates[client].add_(change)
         self._moved.clear()
 
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The hosted clients' control variates by client and parameter, beside what `FedAvg` has."""
         self._settle()  # a checkpoint that the control asks for is written before `received`
         flat = self.replica.flat
-        return super().tree() | {"clients": {str(k): dict(flat.named(c)) for k, c in self.variates.items()}}
+        return super().state_dict() | {"clients": {str(k): dict(flat.named(c)) for k, c in self.variates.items()}}
 
-    def put(self, tree: dict[str, Any]) -> None:
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
         """See `Gradient`."""
-        super().put(tree)
+        super().load_state_dict(tree)
         self.variates = {}
         for key, named in tree.get("clients", {}).items():
             variate = self.variates[int(key)] = torch.zeros_like(self.replica.push.gradients)

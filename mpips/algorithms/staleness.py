@@ -107,12 +107,12 @@ class Compensation:
         self._mean_square = kept.mul_(self.decay).addcmul_(gradient, gradient, value=1 - self.decay)
         return self._mean_square
 
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: the mean square if there is one. The weights are sent anew after it."""
         return {} if self._mean_square is None else {"mean_square": self._mean_square}
 
-    def put(self, tree: dict[str, Any]) -> None:
-        """Take back what `tree` gave; nothing else stays."""
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave; nothing else stays."""
         self._sent = {}
         mean_square = tree.get("mean_square")
         self._mean_square = None if mean_square is None else mean_square.clone()

@@ -137,19 +137,19 @@ class Streaming(Local):
             if not self.replica.pull.control.stop:
                 self.unpark()
 
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The worker's optimizer, its own weights, and what it is yet to take up and to send."""
         self._end()
         own = self._own if self._parked else self.inner.whole
-        return super().tree() | {
+        return super().state_dict() | {
             "weights": dict(self.replica.flat.named(own)),
             "due": {str(fragment): steps for fragment, steps in self._due.items()},
             "samples": {str(fragment): samples for fragment, samples in enumerate(self._samples)},
         }
 
-    def put(self, tree: dict[str, Any]) -> None:
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
         """See `Gradient`; a worker that is new begins at the server's weights."""
-        super().put(tree)
+        super().load_state_dict(tree)
         if "weights" not in tree:
             return
         for name, view in self.replica.flat.named(self._own):

@@ -129,12 +129,12 @@ class Gradient:
     def unpark(self) -> None:
         """A loop begins."""
 
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What only this worker knows, for a checkpoint: nested dicts of tensors, numbers and texts."""
         return {}
 
-    def put(self, tree: dict[str, Any]) -> None:
-        """Take back what `tree` gave."""
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
 
 
 class Local(Gradient):
@@ -257,11 +257,11 @@ class Local(Gradient):
             self.anchor.copy_(self.replica.flat.weights)
         self.inner.refresh()
 
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The worker's optimizer; its weights are the server's when a round is over."""
-        return {"inner": self.inner.tree() | {"masters": {}}}
+        return {"inner": self.inner.state_dict() | {"masters": {}}}
 
-    def put(self, tree: dict[str, Any]) -> None:
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
         """See `Gradient`."""
         if "inner" in tree:
-            self.inner.put(tree["inner"])
+            self.inner.load_state_dict(tree["inner"])

@@ -104,7 +104,7 @@ class Common:
         else:
             self._own = None
 
-    def tree(self) -> rng.State:
+    def state_dict(self) -> rng.State:
         """All that a checkpoint must hold: the streams now, and as the loop in progress began."""
         if self._saved:
             return dict(self._saved)
@@ -113,12 +113,12 @@ class Common:
         tree |= {f"now {name}": value for name, value in self._now().items()}
         tree["alike"] = np.array(self._own is not None)
         tree |= {f"own {name}": value for name, value in (self._own or {}).items()}
-        return tree | {f"generator {name}": value for name, value in self._generators.tree().items()}
+        return tree | {f"generator {name}": value for name, value in self._generators.state_dict().items()}
 
-    def put(self, tree: rng.State) -> None:
+    def load_state_dict(self, tree: rng.State) -> None:
         """Go on from a checkpoint, in a run that has begun no loop yet. The process's streams are the caller's to restore."""
         self._saved = dict(tree)
-        self._generators.put(_under("generator ", tree))
+        self._generators.load_state_dict(_under("generator ", tree))
         self._own = _under("own ", tree) if tree["alike"] else None
         if self.workers > 1:
             self._restore(_under("now ", tree))

@@ -123,7 +123,7 @@ class Generators:
         for generator, state in zip(self._of[self._loop], self._begin, strict=True):
             set_state(generator, state)
 
-    def tree(self) -> dict[str, np.ndarray]:
+    def state_dict(self) -> dict[str, np.ndarray]:
         """All that a checkpoint must hold."""
         tree = dict(self._saved)
         tree |= {f"first {name}": state for name, state in self._first.items()}
@@ -132,7 +132,7 @@ class Generators:
             tree |= {f"now {loop} {at}": state_of(generator) for at, generator in enumerate(generators)}
         return tree
 
-    def put(self, tree: dict[str, np.ndarray]) -> None:
+    def load_state_dict(self, tree: dict[str, np.ndarray]) -> None:
         """Go on from a checkpoint, in a run that has begun no loop yet."""
         self._first = {name.removeprefix("first "): state for name, state in tree.items() if name.startswith("first ")}
         self._saved = {name: state for name, state in tree.items() if not name.startswith("first ")}

@@ -200,13 +200,13 @@ class FlatOptimizer:
         for group, rate in zip(self.torch.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Optimizer and master weights for a checkpoint."""
         masters = {} if self.replica.wire_is_grad else dict(self.replica.flat.named(self._whole))
         return {"optimizer": snapshot.take_optimizer(self.torch, kind(self.torch).__name__, self.names), "masters": masters}
 
-    def put(self, tree: dict[str, Any]) -> None:
-        """Take back what `tree` gave; the model's weights have been put back before."""
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave; the model's weights have been put back before."""
         snapshot.put_optimizer(tree["optimizer"], self.torch, kind(self.torch).__name__, self.names)
         self.saved = tree["masters"]
         if self.replica.wire_is_grad:

@@ -170,8 +170,8 @@ class Pieces:
         state = self.torch.state.get(p, {})
         return {k: v for k, v in state.items() if v is not None} | ({MASTER: p.data} if self._masters else {})
 
-    def tree(self, elsewhere: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        """As `FlatOptimizer.tree`: the same, whoever served what.
+    def state_dict(self, elsewhere: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """As `FlatOptimizer.state_dict`: the same, whoever served what.
 
         Args:
             elsewhere: what `own` gave on the other ranks.

@@ -194,10 +194,10 @@ class CentredClipping(Rule):
         self._last = self._last.to(like)
         return self._last
 
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """See `Rule`."""
         return {} if self._last is None else {"origin": self._last}
 
-    def put(self, tree: Mapping[str, Any]) -> None:
+    def load_state_dict(self, tree: Mapping[str, Any]) -> None:
         """See `Rule`."""
         self._last = tree.get("origin")

@@ -92,9 +92,9 @@ class Rule:
         """How many of `bad` faulty contributions may still be among those that were not left out."""
         return max(0, bad - self.faulty)
 
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What the rule remembers from round to round, for a checkpoint."""
         return {}
 
-    def put(self, tree: Mapping[str, Any]) -> None:
-        """Take back what `tree` gave; an empty one, of another rule, means to begin anew."""
+    def load_state_dict(self, tree: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave; an empty one, of another rule, means to begin anew."""

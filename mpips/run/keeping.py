@@ -188,7 +188,7 @@ class Keeping:
             self._give_back(name, thing)
         self._put_groups()  # a scheduler made since connect has set what a new run begins with
 
-    def tree(self) -> dict[str, Tree]:
+    def state_dict(self) -> dict[str, Tree]:
         """For a checkpoint: the state of each by name, and what a resumed run's script has not taken up yet."""
         own_groups = [optimizer.param_groups for optimizer in self._optimizers]
         groups = [[{k: v for k, v in group.items() if k != "params"} for group in own] for own in own_groups]

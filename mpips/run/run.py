@@ -405,7 +405,7 @@ class Run:
         self.worker, self.workers = self._worker.index, start.workers
         self._several = len(self.optimizers) > 1
         self._keeping = Keeping(start.kept, self.optimizers, self.print)
-        self._worker.kept = self._keeping.tree
+        self._worker.kept = self._keeping.state_dict
         self._values: dict[str, float] = start.resumed.get("values", {})
         self._worker.replica.flat.sparse = any(isinstance(o, torch.optim.SparseAdam) for o in self.optimizers)
         for which, optimizer in enumerate(self.optimizers):
@@ -616,7 +616,7 @@ class Run:
         if which in self._keeping.own_state:
             return None
         if worker.inner:
-            return None if worker.replica.wire_is_grad else self._numbered(which, worker.inner.tree())
+            return None if worker.replica.wire_is_grad else self._numbered(which, worker.inner.state_dict())
         if self._server and not self._server.slices and worker.replica.wire_is_grad:
             return None
         if isinstance(worker, Client):

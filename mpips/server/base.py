@@ -385,7 +385,7 @@ class Service:
             slices: the state of those that this rank serves.
 
         Returns:
-            As `FlatOptimizer.tree`.
+            As `FlatOptimizer.state_dict`.
         """
         blobs = self.exchange.collect(RankState(-1, Place(), {}, slices=slices).pack())
         tree = self._optimizer_tree([RankState.unpack(blob) for blob in blobs])
@@ -503,7 +503,7 @@ class Service:
         states = [RankState.unpack(blob) for blob in blobs]
         self.report.flush(lasting=True)  # the checkpoint counts its rows
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = checkpoint.save(self.folder, int(self.control.round), self.tree(states), self.config.checkpoint.keep)
+        path = checkpoint.save(self.folder, int(self.control.round), self.state_dict(states), self.config.checkpoint.keep)
         self.last_checkpoint = path
         seconds, size = time.perf_counter() - begun, path.stat().st_size
         self.report.event("checkpoint", round=self.control.round, path=str(path), seconds=seconds, bytes=size)
@@ -511,7 +511,7 @@ class Service:
             wandb_run.save(str(path))
         return path
 
-    def tree(self, states: list[RankState]) -> dict[str, Any]:
+    def state_dict(self, states: list[RankState]) -> dict[str, Any]:
         """Everything a run needs to go on, as nested dicts."""
         report = self.report
         return {
@@ -525,8 +525,8 @@ class Service:
             "world": {"size": self.exchange.size, "workers": self.workers},
             **snapshot.take_model(self.replica, next((state.frozen for state in states if state.index == 0), {})),
             **self._optimizer_tree(states),
-            "inner": self.inner.tree() | {"masters": {}} if self.inner else {},
-            "rule": {"name": self.config.rule, **self.rule.tree()},
+            "inner": self.inner.state_dict() | {"masters": {}} if self.inner else {},
+            "rule": {"name": self.config.rule, **self.rule.state_dict()},
             "mode": {"name": self.config.mode, **self.own_tree()},
             "stopping": {
                 "names": json.dumps(list(self.values)),
@@ -538,12 +538,12 @@ class Service:
             "kept": next((state.kept for state in states if state.index == 0), {}),
             "metrics": {"rows": report.metrics.count},
             "validations": {"rows": report.validations.count},
-            "ranks": {str(rank): state.tree() for rank, state in enumerate(states)},
+            "ranks": {str(rank): state.state_dict() for rank, state in enumerate(states)},
         }
 
     def _optimizer_tree(self, states: list[RankState]) -> dict[str, Any]:
         """The optimizer's part; it is the same, whichever ranks have served which slices."""
-        return self.slices.tree([state.slices for state in states]) if self.slices else self.optimizer.tree()
+        return self.slices.state_dict([state.slices for state in states]) if self.slices else self.optimizer.state_dict()
 
     def own_tree(self) -> dict[str, Any]:
         """What this kind of server has to add to a checkpoint: what travels back beside the weights."""
@@ -589,8 +589,8 @@ class Service:
         self.last_checkpoint = path
 
     def _put(self, tree: dict[str, Any], path: Path) -> None:
-        """Take up what `tree` gave, which was saved at `path`."""
-        for name in self.tree([]):
+        """Take up what `state_dict` gave, which was saved at `path`."""
+        for name in self.state_dict([]):
             tree[name]  # also those that are there for people
         saved = tree["mode"]["name"]
         if saved != self.config.mode and (self.mode.local or tree["inner"]):
@@ -599,12 +599,12 @@ class Service:
             )
         states = [RankState.from_tree(tree["ranks"][str(rank)]) for rank in range(tree["world"]["size"])]
         snapshot.put_model(tree, self.replica)
-        self.optimizer.put(tree)
+        self.optimizer.load_state_dict(tree)
         self._say_what_changed(tree["given"].tolist())
         if self.inner:
-            self.inner.put(tree["inner"])
+            self.inner.load_state_dict(tree["inner"])
         if tree["rule"]["name"] == self.config.rule:
-            self.rule.put({key: kept for key, kept in tree["rule"].items() if key != "name"})
+            self.rule.load_state_dict({key: kept for key, kept in tree["rule"].items() if key != "name"})
         if saved == self.config.mode:
             self.put_own(tree["mode"], states)
         stopping = tree["stopping"]

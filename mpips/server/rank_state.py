@@ -59,7 +59,7 @@ class RankState:
         found: dict[str, Any] = self.own.get("ahead", {})
         return found
 
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """As nested dicts of scalars, lists and tensors, for a checkpoint."""
         return {
             "index": self.index,
@@ -95,7 +95,7 @@ class RankState:
     def pack(self) -> bytes:
         """As bytes for the wire."""
         arrays: Arrays = {}
-        tree = self.tree() | {"slices": self.slices, "kept": self.kept, "frozen": self.frozen}
+        tree = self.state_dict() | {"slices": self.slices, "kept": self.kept, "frozen": self.frozen}
         for kind in STREAMS:
             arrays |= {f"{kind} {name}": value for name, value in tree.pop(kind).items()}
         arrays["words"] = np.frombuffer(json.dumps(_strip(tree, arrays)).encode(), dtype=np.uint8)

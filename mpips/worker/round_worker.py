@@ -192,7 +192,7 @@ class Worker:
         self.replica.flat.note_frozen()
         if mine is not None:
             self.replica.flat.resume(mine.gradients)
-            self.update.put(mine.own)
+            self.update.load_state_dict(mine.own)
             if tally := mine.own.get("tally"):  # of local steps that are not pushed
                 self.tally = Tally(float(tally["samples"]), float(tally["loss"]), [float(m) for m in tally["metrics"]])
             self._park()  # until the loop goes on
@@ -202,7 +202,7 @@ class Worker:
     def _restore(self, mine: RankState) -> None:
         self.place = mine.place
         if mine.orders:
-            self.common.put(mine.orders)
+            self.common.load_state_dict(mine.orders)
         if mine.streams:
             rng.restore(mine.streams)
         for name, tensor in mine.buffers.items():
@@ -588,7 +588,7 @@ class Worker:
         return self.control
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The whole state of the server's optimizer, as `FlatOptimizer.tree` gives it; the other workers need not ask."""
+        """The whole state of the server's optimizer, as `FlatOptimizer.state_dict` gives it; the other workers need not ask."""
         self.settle()
         self.call = Call.STATE
         self._state: dict[str, Any] = {}
@@ -642,10 +642,10 @@ class Worker:
             self._streams or rng.capture(),
             own,
             pending,
-            self.update.tree() | ({"tally": vars(self.tally)} if self.tally.samples else {}),
+            self.update.state_dict() | ({"tally": vars(self.tally)} if self.tally.samples else {}),
             slices,
             kept=self.kept() if first else {},
-            orders=self.common.tree(),
+            orders=self.common.state_dict(),
             frozen=flat.changed_frozen() if first and self.exchange.size > 1 else {},
         )
 

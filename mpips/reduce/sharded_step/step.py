@@ -332,12 +332,12 @@ class Slices:
         """The optimizer's state on this rank, for the server's checkpoint."""
         return self._optimizer.own() if isinstance(self._optimizer, Pieces) else {}
 
-    def tree(self, elsewhere: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    def state_dict(self, elsewhere: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         """The whole optimizer, given the other ranks' `own`."""
         assert self._optimizer
-        return self._optimizer.tree(elsewhere) if isinstance(self._optimizer, Pieces) else self._optimizer.tree()
+        return self._optimizer.state_dict(elsewhere) if isinstance(self._optimizer, Pieces) else self._optimizer.state_dict()
 
-    def put(self, tree: dict[str, Any]) -> None:
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
         """Nothing is put back once slices are served."""
         raise RuntimeError("a checkpoint is put back before the first round")
 

@@ -55,13 +55,13 @@ class Dealing:
         self._next = 0
         self._returned.clear()
 
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: the next batch, and those dealt out and not used up."""
         dealt = {str(rank): list(tickets) for rank, tickets in self._dealt.items() if tickets}
         return {"next": self._next, "waiting": sorted(self._returned), "dealt": dealt}
 
-    def put(self, tree: dict[str, Any], ahead: Mapping[int, int]) -> None:
-        """Take back what `tree` gave; what was dealt out will be again.
+    def load_state_dict(self, tree: dict[str, Any], ahead: Mapping[int, int]) -> None:
+        """Take back what `state_dict` gave; what was dealt out will be again.
 
         Args:
             tree: see above.

@@ -101,15 +101,15 @@ class Intake:
         """What there is to say of the run at its end."""
         return {"staleness": {str(late): n for late, n in sorted(self.staleness.items())}, "rejected": self.rejected}
 
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        own = {"kept": self._kept.tree(), "in_round": sorted(self.in_round), "compensation": self.sent.tree()}
+        own = {"kept": self._kept.state_dict(), "in_round": sorted(self.in_round), "compensation": self.sent.state_dict()}
         return self.summary() | own
 
-    def put(self, tree: dict[str, Any], same_ranks: bool) -> None:
-        """Take back what `tree` gave, on the same ranks or on others."""
+    def load_state_dict(self, tree: dict[str, Any], same_ranks: bool) -> None:
+        """Take back what `state_dict` gave, on the same ranks or on others."""
         self.staleness = Counter({int(late): count for late, count in tree["staleness"].items()})
         self.rejected = tree["rejected"]
-        self._kept.put(tree["kept"])
+        self._kept.load_state_dict(tree["kept"])
         self.in_round = set(tree["in_round"]) if same_ranks else set()
-        self.sent.put(tree["compensation"], same_ranks)
+        self.sent.load_state_dict(tree["compensation"], same_ranks)

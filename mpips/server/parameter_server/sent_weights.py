@@ -42,7 +42,7 @@ class Sent:
             keys = self._keys[rank]
             self.compensation.correct(keys.get(version, keys[max(keys)]), gradient, weights)
 
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: what the adaptive compensation follows, and at which weights workers compute that are ahead.
 
         Others are sent the weights anew after it.
@@ -52,12 +52,12 @@ class Sent:
             return {}
         ranks = self._keys.items() if self._copies > 1 else ()
         ahead = {str(rank): {str(v): compensation.sent(key) for v, key in keys.items()} for rank, keys in ranks}
-        return compensation.tree() | {"ahead": ahead}
+        return compensation.state_dict() | {"ahead": ahead}
 
-    def put(self, tree: dict[str, Any], same_ranks: bool) -> None:
-        """Take back what `tree` gave, on the same ranks or on others."""
+    def load_state_dict(self, tree: dict[str, Any], same_ranks: bool) -> None:
+        """Take back what `state_dict` gave, on the same ranks or on others."""
         if self.compensation:
-            self.compensation.put(tree)
+            self.compensation.load_state_dict(tree)
             self._keys.clear()
             for rank, versions in tree.get("ahead", {}).items() if same_ranks else ():
                 for version in sorted(map(int, versions)):

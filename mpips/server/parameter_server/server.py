@@ -305,7 +305,7 @@ class ParameterServer(Service):
     def own_tree(self) -> dict[str, Any]:
         """Clocks, staleness so far, what is kept for the next update and by whom, and the batches not used up."""
         clocks = {str(rank): clock for rank, clock in self.roll.clocks.items()}
-        return super().own_tree() | self.intake.tree() | {"clocks": clocks, "dealing": self.dealing.tree()}
+        return super().own_tree() | self.intake.state_dict() | {"clocks": clocks, "dealing": self.dealing.state_dict()}
 
     def put_own(self, tree: dict[str, Any], states: Sequence[RankState]) -> None:
         """See `Service`."""
@@ -313,6 +313,6 @@ class ParameterServer(Service):
         saved, ours = {int(rank): clock for rank, clock in tree["clocks"].items()}, self.roll.clocks
         self.roll.clocks = {rank: saved.get(rank, min(saved.values(), default=0)) for rank in ours}
         same = saved.keys() == ours.keys()
-        self.intake.put(tree, same)
+        self.intake.load_state_dict(tree, same)
         ahead = {rank: int(state.ahead.get("tickets", 0)) for rank, state in enumerate(states)}
-        self.dealing.put(tree["dealing"], ahead if same else {})
+        self.dealing.load_state_dict(tree["dealing"], ahead if same else {})

@@ -44,12 +44,12 @@ class Kept:
         push.floats.div_(self._share)
         self.count, self._share = 0, 0.0
 
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {"count": self.count, "share": self._share} | ({"sum": self._sum} if self.count else {})
 
-    def put(self, tree: dict[str, Any]) -> None:
-        """Take back what `tree` gave."""
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
         self.count, self._share = int(tree["count"]), float(tree["share"])
         if self.count:
             self._sum.copy_(tree["sum"])

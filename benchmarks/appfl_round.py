@@ -75,12 +75,12 @@ def appfl_round(side: MPIServerCommunicator | MPIClientCommunicator, weights: Te
 def mpips_side(numel: int) -> tuple[mpips.Server | mpips.Worker, nn.Parameter]:
     """The server or a worker, and the model on this rank."""
     config = mpips.configure(mode="local_sgd", local={"steps": 1})
-    exchange, model = mpips.join(config), nn.ParameterDict({"weights": torch.zeros(numel)})
-    if exchange.rank == 0:
-        server = mpips.Server(exchange, model, lambda params: torch.optim.SGD(params, lr=1), config=config)
+    communicator, model = mpips.join(config), nn.ParameterDict({"weights": torch.zeros(numel)})
+    if communicator.rank == 0:
+        server = mpips.Server(communicator, model, lambda params: torch.optim.SGD(params, lr=1), config=config)
         server.broadcast_initial_weights()
         return server, model["weights"]
-    worker = mpips.Worker(exchange, model, config, optimizer=lambda params: torch.optim.SGD(params, lr=1))
+    worker = mpips.Worker(communicator, model, config, optimizer=lambda params: torch.optim.SGD(params, lr=1))
     worker.receive_initial_weights()
     return worker, model["weights"]
 

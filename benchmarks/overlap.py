@@ -66,7 +66,7 @@ def batches(count: int, seconds: list[float]) -> Iterator[Tensor]:
         yield torch.zeros(SAMPLES, requires_grad=True)
 
 
-def steps(exchange: Any, numel: int, overlap: bool, compute: float, count: int) -> tuple[float, Tensor]:
+def steps(communicator: Any, numel: int, overlap: bool, compute: float, count: int) -> tuple[float, Tensor]:
     """The median seconds of a step on the server, and its weights."""
     half = [compute / 2]
     model = Model(numel, half)
@@ -75,7 +75,7 @@ def steps(exchange: Any, numel: int, overlap: bool, compute: float, count: int) 
         ps = mpips.connect(
             model,
             made,
-            exchange=exchange,
+            communicator=communicator,
             run_dir=f"{folder}/run",
             overlap=overlap,
             server_trains=True,
@@ -88,7 +88,7 @@ def steps(exchange: Any, numel: int, overlap: bool, compute: float, count: int) 
             ps.backward(loss, samples=SAMPLES)
             ps.step(0.0, samples=SAMPLES)
         weights = torch.cat([p.detach().clone() for p in model.parameters()])
-        exchange.wait(patience=None)
+        communicator.barrier(patience=None)
     return statistics.median(b - a for a, b in pairwise(begun[2:])), weights
 
 
@@ -99,27 +99,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="a turn (12)")
     parser.add_argument("--turns", type=int, default=3, help="of each (3)")
     options = parser.parse_args()
-    exchange = mpips.join(mpips.configure())
+    communicator = mpips.join(mpips.configure())
     numel = int(options.mb * (1 << 18)) // LAYERS * LAYERS
 
     def tell(seconds: float) -> float:
         message = torch.tensor([seconds], dtype=torch.float64)
-        exchange.publish(message)
+        communicator.broadcast(message)
         return float(message)
 
-    alone = tell(steps(exchange, numel, False, 0.0, options.steps)[0])
+    alone = tell(steps(communicator, numel, False, 0.0, options.steps)[0])
     plain, overlapped = [], []
     for _ in range(options.turns):
-        one, expected = steps(exchange, numel, False, alone, options.steps)
-        other, weights = steps(exchange, numel, True, alone, options.steps)
+        one, expected = steps(communicator, numel, False, alone, options.steps)
+        other, weights = steps(communicator, numel, True, alone, options.steps)
         plain.append(one)
         overlapped.append(other)
         if not torch.equal(weights, expected):
-            raise SystemExit(f"rank {exchange.rank}: other weights with overlap")
-    if exchange.rank == 0:
+            raise SystemExit(f"rank {communicator.rank}: other weights with overlap")
+    if communicator.rank == 0:
         one, other = statistics.median(plain), statistics.median(overlapped)
         hidden = (one - other) / (one - alone)
-        print(f"{exchange.size} ranks, {options.mb:g} MB: a round {alone * 1e3:.0f} ms, to compute takes as long")
+        print(f"{communicator.size} ranks, {options.mb:g} MB: a round {alone * 1e3:.0f} ms, to compute takes as long")
         print(
             f"a step {one * 1e3:.0f} ms, with overlap {other * 1e3:.0f} ms: {hidden:.0%} of communication hidden, same weights"
         )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from mpips.comm.mpi import MpiExchange
+from mpips.comm.mpi import MpiCommunicator
 
 SIZES = {"4 KB": 1 << 12, "64 KB": 1 << 16, "1 MB": 1 << 20}  # bytes each way
 ROUND = 50  # round trips of one kind before it is the other's turn
@@ -38,18 +38,18 @@ def raw_trip(comm: MPI.Comm, nbytes: int) -> Trip:
     return worker if comm.rank else server
 
 
-def request_trip(exchange: MpiExchange, nbytes: int, overlap: bool) -> Trip:
-    """A round trip with the exchange."""
+def request_trip(communicator: MpiCommunicator, nbytes: int, overlap: bool) -> Trip:
+    """A round trip with the communicator."""
     sent, received = torch.ones(nbytes // 4), torch.ones(nbytes // 4)
 
     def worker() -> None:
-        exchange.ask(sent, received, 1, overlap)()
+        communicator.request(sent, received, 1, overlap)()
 
     def server() -> None:
-        rank, _ = exchange.receive(received, nbytes // 4 - 1)
-        exchange.reply(rank, sent)
+        rank, _ = communicator.next_request(received, nbytes // 4 - 1)
+        communicator.respond(rank, sent)
 
-    return worker if exchange.rank else server
+    return worker if communicator.rank else server
 
 
 def timed(trip: Trip, trips: int) -> list[float]:
@@ -73,25 +73,25 @@ def compare(comm: MPI.Comm, kinds: dict[str, Trip], rounds: int) -> dict[str, li
     return seconds
 
 
-def idle(exchange: MpiExchange, seconds: float) -> float:
+def idle(communicator: MpiCommunicator, seconds: float) -> float:
     """This rank's CPU share while it waits for the other: the worker for a held answer, then the server for a request."""
     message = torch.zeros(1024)
     used, begun = time.process_time(), time.perf_counter()
-    if exchange.rank:
-        finish = exchange.ask(message, message.clone(), 1)
+    if communicator.rank:
+        finish = communicator.request(message, message.clone(), 1)
         used, begun = time.process_time(), time.perf_counter()
         finish()
         share = (time.process_time() - used) / (time.perf_counter() - begun)
         time.sleep(seconds)
-        exchange.ask(message, message.clone(), 1)()
+        communicator.request(message, message.clone(), 1)()
         return share
-    rank, _ = exchange.receive(message, 1023)
+    rank, _ = communicator.next_request(message, 1023)
     time.sleep(seconds)
-    exchange.reply(rank, message)
+    communicator.respond(rank, message)
     used, begun = time.process_time(), time.perf_counter()
-    rank, _ = exchange.receive(message, 1023)
+    rank, _ = communicator.next_request(message, 1023)
     share = (time.process_time() - used) / (time.perf_counter() - begun)
-    exchange.reply(rank, message)
+    communicator.respond(rank, message)
     return share
 
 
@@ -110,18 +110,18 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     comm = MPI.COMM_WORLD
-    exchange = MpiExchange(comm.Dup(), 1 << 24, cuda_aware=False)
+    communicator = MpiCommunicator(comm.Dup(), 1 << 24, cuda_aware=False)
     if comm.rank:
-        print(f"{exchange.name}, medians over {args.rounds * ROUND} round trips\n")
+        print(f"{communicator.name}, medians over {args.rounds * ROUND} round trips\n")
         print(f"{'round trip, us':>16} {'median':>9} {'min':>9} {'max':>9} {'ratio':>7}", flush=True)
     for name, nbytes in SIZES.items():
         kinds = {f"{name} raw": raw_trip(comm, nbytes)}
-        kinds[f"{name} request"] = request_trip(exchange, nbytes, overlap=False)
-        kinds[f"{name} overlap"] = request_trip(exchange, nbytes, overlap=True)
+        kinds[f"{name} request"] = request_trip(communicator, nbytes, overlap=False)
+        kinds[f"{name} overlap"] = request_trip(communicator, nbytes, overlap=True)
         seconds = compare(comm, kinds, args.rounds)
         if comm.rank:
             print("\n".join(line(kind, its, seconds[f"{name} raw"]) for kind, its in seconds.items()), flush=True)
-    shares = comm.gather(idle(exchange, args.idle), root=1)
+    shares = comm.gather(idle(communicator, args.idle), root=1)
     if shares:
         print(f"\nidle for {args.idle:g} s: server {100 * shares[0]:.1f} %, worker {100 * shares[1]:.1f} % of a core")
 

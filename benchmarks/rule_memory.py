@@ -16,7 +16,7 @@ from torch import nn
 
 from mpips.comm.mpi import connect
 from mpips.config import Config, Robust
-from mpips.model.message import Push, Row, replicate
+from mpips.model.message import Push, WorkerStatus, replicate
 from mpips.reduce.aggregate import combine, contribute
 from mpips.rules import RULES, choose
 
@@ -35,40 +35,41 @@ def fill(push: Push, rank: int, numel: int) -> None:
     push.message.zero_()
     if rank:
         push.gradients[:numel].normal_()
-        push.write(rank, Row(samples=1, weight=1), ())
+        push.write(rank, WorkerStatus(samples=1, weight=1), ())
 
 
 def main() -> None:
-    """All rules, one after another, each on an exchange of its own: buffers of the one before are gone."""
+    """All rules, one after another, each on a communicator of its own: buffers of the one before are gone."""
     numel = int(float(sys.argv[1]) * 250_000) if len(sys.argv) > 1 else 12_500_000
     push: Push | None = None
     for name in RULES:
-        exchange = connect(BUCKET, cuda_aware=False)
+        communicator = connect(BUCKET, cuda_aware=False)
         model = nn.ParameterDict({"weight": torch.zeros(numel)}) if push is None else None
         if model is not None:
-            push = replicate(model, Config(), exchange.size, exchange.allocate).push
+            push = replicate(model, Config(), communicator.size, communicator.allocate).push
         assert push is not None
         config = Config(rule=name, robust=Robust(bad=1))
         rule, last = choose(config)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         before, seconds = resident("VmRSS"), 0.0
         for _ in range(2):
-            fill(push, exchange.rank, numel)
-            exchange.wait(None)
+            fill(push, communicator.rank, numel)
+            communicator.barrier(None)
             begun = time.perf_counter()
-            if exchange.rank == 0:
-                combine(exchange, push, rule, last, 1)
+            if communicator.rank == 0:
+                combine(communicator, push, rule, last, 1)
             else:
-                contribute(exchange, push, rule, last)
-            exchange.wait(None)
+                contribute(communicator, push, rule, last)
+            communicator.barrier(None)
             seconds = time.perf_counter() - begun
-        if exchange.rank == 0:
+        if communicator.rank == 0:
             grown = resident("VmHWM") - before
             print(
-                f"{name:10} {exchange.size - 1} workers of {numel * 4 / 1e6:.0f} MB: peak +{grown:6.0f} MB, {seconds:5.2f} s",
+                f"{name:10} {communicator.size - 1} workers of {numel * 4 / 1e6:.0f} MB: "
+                f"peak +{grown:6.0f} MB, {seconds:5.2f} s",
                 flush=True,
             )
-        exchange.comm.Free()
+        communicator.comm.Free()
 
 
 main()

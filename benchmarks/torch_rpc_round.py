@@ -75,12 +75,12 @@ def rpc_round(gradient: Tensor) -> Tensor:
 def mpips_side(numel: int) -> tuple[mpips.Server | mpips.Worker, Tensor]:
     """The server or a worker, and the weights on this rank."""
     config = mpips.configure()
-    exchange, model = mpips.join(config), nn.ParameterDict({"weights": torch.zeros(numel)})
-    if exchange.rank == 0:
-        server = mpips.Server(exchange, model, sgd, config=config)
+    communicator, model = mpips.join(config), nn.ParameterDict({"weights": torch.zeros(numel)})
+    if communicator.rank == 0:
+        server = mpips.Server(communicator, model, sgd, config=config)
         server.broadcast_initial_weights()
         return server, model["weights"]
-    worker = mpips.Worker(exchange, model, config)
+    worker = mpips.Worker(communicator, model, config)
     worker.receive_initial_weights()
     return worker, model["weights"]
 

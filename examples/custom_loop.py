@@ -54,19 +54,19 @@ def main() -> None:
     torch.manual_seed(0)
     train, test = ([t.to(device) for t in part] for part in digits())
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).to(device)
-    exchange = mpips.join(config)
-    if exchange.rank:
-        (worker := mpips.Worker(exchange, model, config)).receive_initial_weights()
+    communicator = mpips.join(config)
+    if communicator.rank:
+        (worker := mpips.Worker(communicator, model, config)).receive_initial_weights()
         work(worker, model, train, args)
         worker.give_performance()
         return
 
     report = Report(Path(config.run_dir or new_folder()))
     optimizer = torch.optim.SGD(model.parameters(), lr=1)  # weights - mean(pulled - after) = mean(after)
-    server = mpips.Server(exchange, model, optimizer, config=config, report=report)
+    server = mpips.Server(communicator, model, optimizer, config=config, report=report)
     server.broadcast_initial_weights()
     if server.trains:  # no other rank, or --server_trains: the worker on this rank has the server do the rounds
-        worker = mpips.Worker(exchange, model, config, server)
+        worker = mpips.Worker(communicator, model, config, server)
         worker.receive_initial_weights()
         work(worker, model, train, args)
     else:

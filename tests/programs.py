@@ -1,4 +1,4 @@
-"""Models, data and small training programs that the tests run on every exchange and compare with plain PyTorch."""
+"""Models, data and small training programs that the tests run on every communicator and compare with plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mpips
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 
 Data = tuple[Tensor, Tensor]
 
@@ -87,7 +87,7 @@ def in_order(given: Data, batch_size: int, epochs: int) -> Iterator[Data]:
 
 
 def train(
-    exchange: Exchange,
+    communicator: Communicator,
     model: nn.Module,
     optimizer: Any,
     given: Any,
@@ -101,9 +101,9 @@ def train(
 
     Over MPI a rank that only serves returns None when it has served, and the others leave here.
     """
-    simulated = hasattr(exchange, "at_end")
+    simulated = hasattr(communicator, "at_end")
     try:
-        ps = mpips.connect(model, optimizer, exchange=exchange, **{"run_dir": "run", **settings})
+        ps = mpips.connect(model, optimizer, communicator=communicator, **{"run_dir": "run", **settings})
     except SystemExit as end:
         if simulated or end.code:
             raise

@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from programs import MODELS, OPTIMIZERS, data, in_order, metrics, mlp, plain, sha, train
-from test_exchange_mpi import as_simulated, on_mpi
+from test_comm_mpi import as_simulated, on_mpi
 from torch import Tensor, nn
 
 import mpips
 from mpips import checkpoint
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import Killed, World
 from mpips.config import ConfigError
 
@@ -34,9 +34,9 @@ ONE_WORKER: dict[str, dict[str, Any]] = {
 # --------------------------------------------------------------------------------------------- one worker is plain PyTorch
 
 
-def one_worker(exchange: Exchange, model: str, optimizer: str, mode: str, epochs: int = EPOCHS) -> str:
+def one_worker(communicator: Communicator, model: str, optimizer: str, mode: str, epochs: int = EPOCHS) -> str:
     net = MODELS[model]()
-    train(exchange, net, OPTIMIZERS[optimizer](net.parameters()), data(), epochs=epochs, **ONE_WORKER[mode])
+    train(communicator, net, OPTIMIZERS[optimizer](net.parameters()), data(), epochs=epochs, **ONE_WORKER[mode])
     return sha(net)
 
 
@@ -73,7 +73,7 @@ def test_one_worker_over_mpi(mode: str) -> None:
 def test_a_worker_whose_updates_are_late_by_one_is_not_plain_but_itself() -> None:
     """With overlap gradient k is that at weights k - 2 steps: written down by hand."""
 
-    def program(e: Exchange) -> str:
+    def program(e: Communicator) -> str:
         net = mlp()
         train(e, net, OPTIMIZERS["sgd"](net.parameters()), data(), epochs=1, mode="async", overlap=True)
         return sha(net)
@@ -110,7 +110,7 @@ def elastic(given: Any, tau: int, rate: float, epochs: int, momentum: float) -> 
     return [p.detach() for p in net.parameters()], centre
 
 
-def elastically(e: Exchange, mode: str, tau: int) -> list[Tensor]:
+def elastically(e: Communicator, mode: str, tau: int) -> list[Tensor]:
     """The centre, which a worker's model holds outside loops, and its own weights."""
     net = mlp()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9 * (mode == "eamsgd"), nesterov=mode == "eamsgd")
@@ -134,7 +134,7 @@ def test_eamsgd_is_algorithm_2_of_the_paper(tau: int) -> None:
     """In its own words: v <- delta v - lr g(x + delta v), x <- x + v, and the spring pulls at x, not at x + delta v."""
     given, delta, lr, alpha = data(320, torch.float64), 0.9, 0.05, 0.3
 
-    def program(e: Exchange) -> tuple[Tensor, Tensor]:
+    def program(e: Communicator) -> tuple[Tensor, Tensor]:
         net = mlp().double()
         optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=delta, nesterov=True)
         ps = train(e, net, optimizer, given, epochs=3, mode="eamsgd", local={"steps": tau, "moving_rate": alpha})
@@ -171,12 +171,12 @@ def test_one_elastic_worker_over_mpi(mode: str) -> None:
 # ------------------------------------------------------------------------------------------------------- several workers
 
 
-def loop(e: Exchange, world: World, speeds: list[float], log: list[Any] | None = None, **settings: Any) -> Any:
+def loop(e: Communicator, world: World, speeds: list[float], log: list[Any] | None = None, **settings: Any) -> Any:
     """A small float64 model on shards dealt out; virtual computing times differ. Returns the weights."""
     net, n = mlp().double(), settings.pop("n", 96)
     optimizer, step = settings.pop("optimizer", "sgd"), settings.pop("every", 1)
     x, y = data(n, torch.float64)
-    ps = mpips.connect(net, OPTIMIZERS[optimizer](net.parameters()), exchange=e, **{"run_dir": "run", **settings})
+    ps = mpips.connect(net, OPTIMIZERS[optimizer](net.parameters()), communicator=e, **{"run_dir": "run", **settings})
     chance, number = random.Random(e.rank), 0
     for epoch in ps.epochs(settings.get("epochs", 2)):
         for a, b, which in ps.batches((x, y, torch.arange(n)), 4):
@@ -242,10 +242,10 @@ def test_compensation_of_what_is_maximized_is_that_of_minus_it(policy: str) -> N
     """Every gradient, every correction and every step is minus the other's: the same weights, bit for bit."""
     settings: dict[str, Any] = {"mode": "async", "staleness": {"policy": policy, "strength": 5.0}}
 
-    def program(e: Exchange, sign: int, world: World) -> Tensor:
+    def program(e: Communicator, sign: int, world: World) -> Tensor:
         net = mlp().double()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, maximize=sign < 0)
-        ps = mpips.connect(net, optimizer, exchange=e, run_dir="run", **settings)
+        ps = mpips.connect(net, optimizer, communicator=e, run_dir="run", **settings)
         for x, y in ps.batches(data(96, torch.float64), 4):
             world.sleep(e.rank, SPEEDS[e.rank])
             loss = sign * F.cross_entropy(net(x), y)
@@ -273,10 +273,10 @@ def test_ssp_without_slack_is_a_round_of_all(seed: int) -> None:
     workers, (x, y) = 3, data(96, torch.float64)
     world = World(1 + workers, seed=seed)
 
-    def program(e: Exchange) -> Tensor:
+    def program(e: Communicator) -> Tensor:
         net = mlp().double()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.3 / workers)
-        ps = mpips.connect(net, optimizer, exchange=e, mode="ssp", staleness={"bound": 0}, run_dir="run")
+        ps = mpips.connect(net, optimizer, communicator=e, mode="ssp", staleness={"bound": 0}, run_dir="run")
         mine = tuple(t[ps.worker :: workers] for t in (x, y))
         for a, b in ps.batches(mine, 4, shuffle=False, shard=False):
             world.sleep(e.rank, SPEEDS[e.rank])
@@ -311,12 +311,12 @@ def test_the_bound_of_ssp(seed: int, overlap: bool) -> None:
     clocks = [0] * workers  # updates begun by each; INF when it has ended
     widest = 0
 
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         nonlocal widest
         net = nn.Linear(1, workers, bias=False)
         nn.init.zeros_(net.weight)
         settings: dict[str, Any] = {"mode": "ssp", "staleness": {"bound": bound}, "overlap": overlap}
-        ps = mpips.connect(net, torch.optim.SGD(net.parameters(), lr=1.0), exchange=e, run_dir="run", **settings)
+        ps = mpips.connect(net, torch.optim.SGD(net.parameters(), lr=1.0), communicator=e, run_dir="run", **settings)
         me = e.rank - 1
         mine = (torch.zeros(lengths[me], 1),)
         for number, _ in enumerate(ps.batches(mine, 1, shuffle=False, shard=False)):
@@ -340,10 +340,10 @@ def test_the_bound_of_ssp(seed: int, overlap: bool) -> None:
 def test_a_shorter_loop_leaves_no_worker_behind_in_the_next() -> None:
     """Clocks are level where a loop begins: else the one with fewer pushes would hold the others in the next."""
 
-    def program(e: Exchange) -> Any:
+    def program(e: Communicator) -> Any:
         net = nn.Linear(1, 1)
         ps = mpips.connect(
-            net, torch.optim.SGD(net.parameters(), lr=0.0), exchange=e, mode="ssp", staleness={"bound": 1}, run_dir="run"
+            net, torch.optim.SGD(net.parameters(), lr=0.0), communicator=e, mode="ssp", staleness={"bound": 1}, run_dir="run"
         )
         order = []
         for length in (1, 20), (20, 20):
@@ -369,11 +369,11 @@ def test_backup_workers(seed: int, backup: int) -> None:
     world = World(1 + workers, seed=seed)
     speeds = [0.0, 1.0, 1.1, 1.2, 40.0]
 
-    def program(e: Exchange) -> Any:
+    def program(e: Communicator) -> Any:
         net = nn.Linear(1, workers, bias=False).double()
         nn.init.zeros_(net.weight)
         settings: dict[str, Any] = {"backup_workers": backup} if backup else {"mode": "sync"}
-        ps = mpips.connect(net, torch.optim.SGD(net.parameters(), lr=1.0), exchange=e, run_dir="run", **settings)
+        ps = mpips.connect(net, torch.optim.SGD(net.parameters(), lr=1.0), communicator=e, run_dir="run", **settings)
         me = e.rank - 1
         for _ in ps.batches((torch.zeros(steps, 1),), 1, shard=False):
             world.sleep(e.rank, speeds[e.rank])
@@ -407,11 +407,11 @@ def test_fedbuff_steps_with_the_mean_of_k_scaled_changes() -> None:
     """Every local step adds 1 to the worker's own weight; three workers, two steps a push, K = 3."""
     world = World(4)
 
-    def program(e: Exchange) -> Any:
+    def program(e: Communicator) -> Any:
         net = nn.Linear(1, 3, bias=False).double()
         nn.init.zeros_(net.weight)
         settings: dict[str, Any] = {"mode": "fedbuff", "staleness": {"buffer": 3}, "local": {"steps": 2}}
-        ps = mpips.connect(net, torch.optim.SGD(net.parameters(), lr=1.0), exchange=e, run_dir="run", **settings)
+        ps = mpips.connect(net, torch.optim.SGD(net.parameters(), lr=1.0), communicator=e, run_dir="run", **settings)
         for _ in ps.batches((torch.zeros(4, 1),), 1, shard=False):
             (-net.weight[e.rank - 1]).sum().backward()
             ps.step(0.0, 1)
@@ -429,11 +429,11 @@ def centre_and_own(alpha: float, lr: float, steps: int, workers: int = 1, tau: i
     """EASGD on F = x^2 / 2 from x = (1 + rank), the centre at 1: each worker's weight after every push, then the centre."""
     world = World(1 + workers, seed=seed)
 
-    def program(e: Exchange) -> list[float]:
+    def program(e: Communicator) -> list[float]:
         net = nn.Linear(1, 1, bias=False).double()
         nn.init.ones_(net.weight)
         settings: dict[str, Any] = {"mode": "easgd", "local": {"steps": tau, "moving_rate": alpha}}
-        ps = mpips.connect(net, torch.optim.SGD(net.parameters(), lr=lr), exchange=e, run_dir="run", **settings)
+        ps = mpips.connect(net, torch.optim.SGD(net.parameters(), lr=lr), communicator=e, run_dir="run", **settings)
         seen = []
         net.weight.data.fill_(1.0 + e.rank)
         for _ in ps.batches((torch.zeros(steps, 1),), 1, shard=False):
@@ -476,10 +476,10 @@ def test_between_loops_elastic_workers_have_the_centre(mode: str, size: int) -> 
     """The server's weights and statistics are measured, seen and saved; a worker goes on from its own, however often."""
     settings: dict[str, Any] = {"mode": mode, "local": {"steps": 3}}
 
-    def program(e: Exchange, calls: int) -> list[Any]:
+    def program(e: Communicator, calls: int) -> list[Any]:
         net, between = MODELS["cnn"](), []
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9 * (mode == "eamsgd"), nesterov=mode == "eamsgd")
-        ps = mpips.connect(net, optimizer, exchange=e, run_dir=f"run-{calls}", **settings)
+        ps = mpips.connect(net, optimizer, communicator=e, run_dir=f"run-{calls}", **settings)
 
         def measure() -> float:
             between.append(sha(net))
@@ -561,9 +561,9 @@ def test_interrupted_and_resumed_uses_each_batch_once(settings: dict[str, Any], 
     given = {k: v for k, v in settings.items() if k != "every"}
     every, used = settings.get("every", 1), []
 
-    def program(e: Exchange, at: int, **more: Any) -> None:
+    def program(e: Communicator, at: int, **more: Any) -> None:
         net = mlp()
-        ps = mpips.connect(net, torch.optim.SGD(net.parameters(), lr=0.01), exchange=e, run_dir="run", **given, **more)
+        ps = mpips.connect(net, torch.optim.SGD(net.parameters(), lr=0.01), communicator=e, run_dir="run", **given, **more)
         x, y = data(64)
         pending: list[int] = []
         number = 0
@@ -606,12 +606,12 @@ def test_resume_of_one_worker_is_exact(mode: str, size: int) -> None:
     settings = {**ONE_WORKER, "easgd": {"mode": "easgd", "local": {"steps": 3}}}[mode]
 
     def run(folder: str, **more: Any) -> list[str]:
-        def program(e: Exchange) -> str:
+        def program(e: Communicator) -> str:
             net = MODELS["cnn"]()
             averaged = torch.optim.swa_utils.AveragedModel(net)
             optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
-            ps = mpips.connect(net, optimizer, exchange=e, run_dir=folder, **settings, **more)
+            ps = mpips.connect(net, optimizer, communicator=e, run_dir=folder, **settings, **more)
             ps.keep(averaged=averaged)
             for _ in ps.epochs(2):
                 for x, y in ps.batches(data(80), 8):
@@ -637,11 +637,11 @@ def test_resume_with_an_update_under_way_takes_each_batch_once(shard: bool) -> N
     """What was computed beside a push is in the checkpoint; another number of workers computes it again."""
 
     def run(folder: str, workers: int = 1, **more: Any) -> float:
-        def program(e: Exchange) -> float:
+        def program(e: Communicator) -> float:
             net = nn.Linear(1, 1, bias=False)
             nn.init.zeros_(net.weight)
             made = torch.optim.SGD(net.parameters(), lr=1.0)
-            ps = mpips.connect(net, made, exchange=e, run_dir=folder, mode="async", overlap=True, **more)
+            ps = mpips.connect(net, made, communicator=e, run_dir=folder, mode="async", overlap=True, **more)
             for _ in ps.epochs(1):
                 for (x,) in ps.batches((torch.ones(12, 1),), 1, shard=shard):
                     (-net(x)).sum().backward()
@@ -667,12 +667,12 @@ def test_resume_of_one_worker_with_overlap_is_exact(policy: str, shard: bool, ev
     everything = inputs, inputs.sum(1, keepdim=True), torch.arange(40)
 
     def run(folder: str, **more: Any) -> list[torch.Tensor]:
-        def program(e: Exchange) -> list[torch.Tensor]:
+        def program(e: Communicator) -> list[torch.Tensor]:
             torch.manual_seed(0)
             net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 1)).double()
             made = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.5)
             given = {"mode": "async", "overlap": True, "staleness": {"policy": policy}}
-            ps = mpips.connect(net, made, exchange=e, run_dir=folder, **given, **more)
+            ps = mpips.connect(net, made, communicator=e, run_dir=folder, **given, **more)
             for _ in ps.epochs(2):
                 for x, y, item in ps.batches(everything, 4, shard=shard, shuffle=every == 1):
                     F.mse_loss(net(x), y).backward()
@@ -712,12 +712,12 @@ def test_the_histogram_of_staleness_is_reported() -> None:
 def test_every_mode_over_mpi(settings: dict[str, Any]) -> None:
     """With checkpoints on the way and a stop by one worker: all ranks end."""
 
-    def program(e: Exchange) -> str:
+    def program(e: Communicator) -> str:
         given, net = dict(settings), MODELS["cnn"]()
         every = given.pop("every", 1)
         run = f"run-{SEVERAL.index(settings)}"
         ps = mpips.connect(
-            net, torch.optim.SGD(net.parameters(), lr=0.01), exchange=e, run_dir=run, checkpoint={"every": 3}, **given
+            net, torch.optim.SGD(net.parameters(), lr=0.01), communicator=e, run_dir=run, checkpoint={"every": 3}, **given
         )
         for epoch in ps.epochs(3):
             for number, (x, y) in enumerate(ps.batches(data(96), 4), 1):

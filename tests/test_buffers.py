@@ -12,7 +12,7 @@ from programs import OPTIMIZERS, cnn, data, train
 from torch import Tensor, nn
 
 import mpips
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.model.buffers import Buffers
 from mpips.model.flat import LayoutError
@@ -54,13 +54,13 @@ class Counting(nn.Module):
         return self.weight * x.mean()
 
 
-def on_all_ranks(size: int, model: Callable[[], nn.Module], work: Callable[[Exchange, nn.Module], None]) -> list[nn.Module]:
+def on_all_ranks(size: int, model: Callable[[], nn.Module], work: Callable[[Communicator, nn.Module], None]) -> list[nn.Module]:
     """Each rank's model, made by `model`, after `work`; that of rank 0, which only serves, after all of it."""
     models: dict[int, nn.Module] = {}
 
-    def program(exchange: Exchange) -> nn.Module:
-        models[exchange.rank] = net = model()
-        work(exchange, net)
+    def program(communicator: Communicator) -> nn.Module:
+        models[communicator.rank] = net = model()
+        work(communicator, net)
         return copy.deepcopy(net)
 
     workers = World(size).run(program)
@@ -70,8 +70,8 @@ def on_all_ranks(size: int, model: Callable[[], nn.Module], work: Callable[[Exch
 def step_once(samples: list[int], **settings: Any) -> list[dict[str, Tensor]]:
     """One round in which worker k has so many samples; what each rank's buffers hold afterwards."""
 
-    def work(exchange: Exchange, net: nn.Module) -> None:
-        ps = mpips.connect(net, OPTIMIZERS["sgd"](net.parameters()), exchange=exchange, run_dir="run", **settings)
+    def work(communicator: Communicator, net: nn.Module) -> None:
+        ps = mpips.connect(net, OPTIMIZERS["sgd"](net.parameters()), communicator=communicator, run_dir="run", **settings)
         net.worker = ps.worker
         for _ in ps.epochs(1):
             for (x,) in ps.batches((torch.ones(samples[ps.worker], 1),), max(samples), shard=False):
@@ -146,8 +146,8 @@ def test_every_integer_survives_the_float32_tail(value: int) -> None:
 def batch_norm(policy: str, batches: int) -> list[dict[str, Tensor]]:
     """Each rank's BatchNorm state after a run of two workers, unshuffled, 8 samples each a round."""
 
-    def work(exchange: Exchange, net: nn.Module) -> None:
-        ps = train(exchange, net, lambda p: torch.optim.SGD(p, lr=0.0), data(16 * batches), 8, buffers=policy)
+    def work(communicator: Communicator, net: nn.Module) -> None:
+        ps = train(communicator, net, lambda p: torch.optim.SGD(p, lr=0.0), data(16 * batches), 8, buffers=policy)
         assert ps.round == batches
 
     return [dict(net[2].named_buffers()) for net in on_all_ranks(3, cnn, work)]

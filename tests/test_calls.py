@@ -16,7 +16,7 @@ from torch import nn
 
 import mpips
 from mpips import checkpoint
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.server import base as service
 
@@ -34,10 +34,10 @@ def steps(ps: mpips.Run, model: nn.Module, batches: Any) -> None:
         ps.step(loss)
 
 
-def one_rank_alone(e: Exchange, call: Any, where: str) -> None:
+def one_rank_alone(e: Communicator, call: Any, where: str) -> None:
     """Worker 0 alone calls: in the middle of a loop, or between two."""
     model = mlp()
-    ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+    ps = mpips.connect(model, sgd, communicator=e, run_dir="run")
     for _ in range(2):
         for number, (x, y) in enumerate(ps.batches(data(48), 8, shuffle=False)):
             loss = F.cross_entropy(model(x), y)
@@ -61,9 +61,9 @@ def test_a_call_of_one_worker_is_named_with_who_is_where(call: Any, name: str, w
 
 
 def test_clipping_on_one_worker_alone_is_named() -> None:
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         model = mlp()
-        ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+        ps = mpips.connect(model, sgd, communicator=e, run_dir="run")
         for x, y in ps.batches(data(48), 8):
             loss = F.cross_entropy(model(x), y)
             loss.backward()
@@ -98,9 +98,9 @@ for _ in ps.epochs(3):
 def test_validate_measures_on_worker_0_in_eval_mode_and_tells_all() -> None:
     measured: list[int] = []
 
-    def program(e: Exchange) -> Any:
+    def program(e: Communicator) -> Any:
         model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
-        ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+        ps = mpips.connect(model, sgd, communicator=e, run_dir="run")
 
         def measure() -> float:
             assert not model.training
@@ -116,9 +116,9 @@ def test_validate_measures_on_worker_0_in_eval_mode_and_tells_all() -> None:
 
 @pytest.mark.parametrize("mode", ["local_sgd", "diloco", "easgd", "fedbuff", "async"])
 def test_validate_sees_the_servers_weights_in_every_mode(mode: str) -> None:
-    def program(e: Exchange) -> tuple[float, float]:
+    def program(e: Communicator) -> tuple[float, float]:
         model = mlp()
-        ps = mpips.connect(model, sgd, exchange=e, run_dir="run", mode=mode, local={"steps": 3} if mode != "async" else {})
+        ps = mpips.connect(model, sgd, communicator=e, run_dir="run", mode=mode, local={"steps": 3} if mode != "async" else {})
         for _ in ps.epochs(1):
             steps(ps, model, ps.batches(data(80), 8, shuffle=False))
             value = ps.validate(lambda: model[0].weight.double().sum())
@@ -131,8 +131,8 @@ def test_validate_sees_the_servers_weights_in_every_mode(mode: str) -> None:
 
 
 def test_several_numbers_are_judged_apart() -> None:
-    def program(e: Exchange) -> tuple[int, str, Any]:
-        ps = mpips.connect(mlp(), sgd, exchange=e, run_dir="run", stop={"patience": 2})
+    def program(e: Communicator) -> tuple[int, str, Any]:
+        ps = mpips.connect(mlp(), sgd, communicator=e, run_dir="run", stop={"patience": 2})
         for epoch in ps.epochs(6):
             ps.validate(lambda epoch=epoch: 0.1 * epoch, "accuracy")
             ps.validate(lambda epoch=epoch: 2.0 - 0.1 * epoch, "loss")
@@ -143,8 +143,8 @@ def test_several_numbers_are_judged_apart() -> None:
 
 
 def test_which_number_stops_is_a_setting() -> None:
-    def program(e: Exchange) -> tuple[int, str]:
-        ps = mpips.connect(mlp(), sgd, exchange=e, run_dir="run", stop={"patience": 2, "monitor": "loss"})
+    def program(e: Communicator) -> tuple[int, str]:
+        ps = mpips.connect(mlp(), sgd, communicator=e, run_dir="run", stop={"patience": 2, "monitor": "loss"})
         for epoch in ps.epochs(6):
             ps.validate(lambda epoch=epoch: 0.1 * epoch, "accuracy")
             ps.validate(lambda epoch=epoch: 2.0 - 0.1 * epoch, "loss")
@@ -164,14 +164,14 @@ def test_which_number_stops_is_a_setting() -> None:
     ],
 )
 def test_anything_but_numbers_is_refused_by_name(value: Any, given: str) -> None:
-    ps = mpips.connect(mlp(), sgd, exchange=World(1).ends[0], run_dir="run")
+    ps = mpips.connect(mlp(), sgd, communicator=World(1).ends[0], run_dir="run")
     with pytest.raises(TypeError, match=rf"validate\(\): the function returned {given} for 'accuracy'; expected a number"):
         ps.validate(lambda: value, "accuracy")
 
 
 @pytest.mark.parametrize("value", [0.5, True, np.float32(0.5), np.array([0.5]), torch.tensor([[0.5]])])
 def test_every_kind_of_number_is_one(value: Any) -> None:
-    ps = mpips.connect(mlp(), sgd, exchange=World(1).ends[0], run_dir="run")
+    ps = mpips.connect(mlp(), sgd, communicator=World(1).ends[0], run_dir="run")
     assert ps.validate(lambda: value) == float(np.asarray(value).item())
 
 
@@ -179,7 +179,7 @@ def test_every_kind_of_number_is_one(value: Any) -> None:
 def test_the_server_validates_where_it_was_given_the_means(size: int) -> None:
     where: list[int] = []
 
-    def program(e: Exchange) -> Any:
+    def program(e: Communicator) -> Any:
         model = mlp()
 
         def measure(held: Any) -> float:
@@ -187,7 +187,13 @@ def test_the_server_validates_where_it_was_given_the_means(size: int) -> None:
             return float(model(held)[0, 0])
 
         ps = mpips.connect(
-            model, sgd, exchange=e, run_dir="run", validate=measure, validation_data=lambda: data(8)[0], stop={"target": -100.0}
+            model,
+            sgd,
+            communicator=e,
+            run_dir="run",
+            validate=measure,
+            validation_data=lambda: data(8)[0],
+            stop={"target": -100.0},
         )
         for _ in ps.epochs(3):
             steps(ps, model, ps.batches(data(48), 8, shuffle=False))
@@ -202,9 +208,9 @@ def test_the_server_validates_where_it_was_given_the_means(size: int) -> None:
 def test_a_stop_is_obeyed_while_another_worker_waits_at_its_end() -> None:
     """Worker 0 has two batches fewer; worker 1 stops in its last one."""
 
-    def program(e: Exchange) -> tuple[float, str]:
+    def program(e: Communicator) -> tuple[float, str]:
         model = mlp()
-        ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+        ps = mpips.connect(model, sgd, communicator=e, run_dir="run")
         for _ in ps.epochs(2):
             own = tuple(t[: 16 + 16 * ps.worker] for t in data(48))
             for x, y in ps.batches(own, 8, shard=False):
@@ -241,10 +247,10 @@ class Average:
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_what_the_script_keeps_is_in_the_file_and_given_back(size: int) -> None:
-    def program(e: Exchange, folder: str, epochs: int, resume: str = "no") -> Average:
+    def program(e: Communicator, folder: str, epochs: int, resume: str = "no") -> Average:
         model = mlp()
         optimizer = sgd(model.parameters())
-        ps = mpips.connect(model, optimizer, exchange=e, run_dir=folder, resume=resume)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir=folder, resume=resume)
         average = Average(model)
         ps.keep(average=average)
         for _ in ps.epochs(epochs):
@@ -270,10 +276,10 @@ def test_what_the_script_keeps_is_in_the_file_and_given_back(size: int) -> None:
 def test_what_a_checkpoint_does_not_have_of_what_is_kept_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     """It went on from its beginning without a word."""
 
-    def program(e: Exchange, epochs: int, **kept: Average) -> None:
+    def program(e: Communicator, epochs: int, **kept: Average) -> None:
         model = mlp()
         optimizer = sgd(model.parameters())
-        ps = mpips.connect(model, optimizer, exchange=e, run_dir="run", resume="auto")
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run", resume="auto")
         schedulers = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9) for _ in kept]
         ps.keep(**kept)
         ps.keep(**kept)  # once more is no other
@@ -296,7 +302,7 @@ def test_what_a_checkpoint_does_not_have_of_what_is_kept_is_said(capsys: pytest.
 
 
 def test_what_cannot_be_kept_is_refused_where_it_is_said() -> None:
-    ps = mpips.connect(mlp(), sgd, exchange=World(1).ends[0], run_dir="run")
+    ps = mpips.connect(mlp(), sgd, communicator=World(1).ends[0], run_dir="run")
     with pytest.raises(TypeError, match=r"ps\.keep\(thing=\.\.\.\): given a int, expected an object with state_dict"):
         ps.keep(thing=3)
 
@@ -315,7 +321,7 @@ def test_two_schedulers_of_a_class_are_kept_by_names_or_refused() -> None:
     model = mlp()
     optimizer = sgd(model.parameters())
     both = [torch.optim.lr_scheduler.StepLR(optimizer, n, 0.5) for n in (2, 3)]
-    ps = mpips.connect(model, optimizer, exchange=World(1).ends[0], run_dir="run")
+    ps = mpips.connect(model, optimizer, communicator=World(1).ends[0], run_dir="run")
     model(torch.ones(2, 12)).sum().backward()
     for call in (optimizer.step, ps.save):  # not only at the first checkpoint
         with pytest.raises(TypeError, match="two StepLR of one optimizer"):
@@ -333,10 +339,10 @@ def test_a_teacher_that_the_script_moves_is_saved_and_resumed(size: int) -> None
             torch.manual_seed(0)
             self.student, self.teacher = nn.Linear(12, 5), nn.Linear(12, 5).requires_grad_(False)
 
-    def program(e: Exchange, folder: str, epochs: int, resume: str = "no") -> dict[str, torch.Tensor]:
+    def program(e: Communicator, folder: str, epochs: int, resume: str = "no") -> dict[str, torch.Tensor]:
         model = Pair()
         optimizer = sgd(model.student.parameters())
-        ps = mpips.connect(model, optimizer, exchange=e, run_dir=folder, resume=resume)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir=folder, resume=resume)
         for _ in ps.epochs(epochs):
             for x, y in ps.batches(data(48), 8, shuffle=False):
                 optimizer.zero_grad()
@@ -357,9 +363,9 @@ def test_a_teacher_that_the_script_moves_is_saved_and_resumed(size: int) -> None
 
 
 def test_rounds_in_which_all_only_wait_are_not_counted() -> None:
-    def program(e: Exchange) -> int:
+    def program(e: Communicator) -> int:
         model = mlp()
-        ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+        ps = mpips.connect(model, sgd, communicator=e, run_dir="run")
         for _ in ps.epochs(2):
             steps(ps, model, ps.batches(data(44), 8, shuffle=False))
             ps.validate(lambda: 0.5)
@@ -426,10 +432,10 @@ def test_who_waits_for_whom_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     """Where a worker takes more steps than others that is no fault, but nobody has to guess."""
     monkeypatch.setattr(service, "WAITING", -1.0)
 
-    def program(e: Exchange) -> int:
+    def program(e: Communicator) -> int:
         model = nn.Linear(2, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        ps = mpips.connect(model, optimizer, exchange=e, run_dir="run")
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
         for _ in range(2 + 4 * ps.worker):
             model(torch.ones(1, 2)).sum().backward()
             optimizer.step()

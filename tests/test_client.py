@@ -9,7 +9,7 @@ import torch
 from test_parameter_server import ASYNC, counter, push, run_and_stop, serve_and, set_gradients
 
 import mpips
-from mpips.comm import SERVER, Exchange, ExchangeError
+from mpips.comm import SERVER, Communicator, CommunicatorError
 from mpips.comm.simulated import World
 from mpips.config import Config, Local, Staleness
 
@@ -97,7 +97,7 @@ def test_a_ticket_asked_for_between_local_steps_leaves_them(seed: int) -> None:
     config = Config(mode="fedbuff", local=Local(steps=3), staleness=Staleness(buffer=1, policy="none"))
     world = World(3, seed=seed)
 
-    def program(e: Exchange) -> Any:
+    def program(e: Communicator) -> Any:
         model = counter()
         if e.rank == SERVER:
             server = mpips.ParameterServer(e, model, sgd, config=config)
@@ -129,7 +129,7 @@ def test_with_overlap_a_batch_is_dealt_ahead() -> None:
             tickets.append(client.next_ticket())
             client.used = 1
             push(client)
-        calls = client.exchange.traffic["ask calls"]
+        calls = client.communicator.traffic["request calls"]
         client.close()
         return tickets, calls
 
@@ -157,8 +157,8 @@ def test_a_worker_that_closes_gives_its_batches_back() -> None:
 def test_nothing_else_may_use_the_exchange_while_a_push_travels() -> None:
     def work(client: mpips.Client) -> None:
         push(client)
-        with pytest.raises(ExchangeError, match="before it has taken the answer"):
-            client.exchange.publish(torch.zeros(1))
+        with pytest.raises(CommunicatorError, match="before it has taken the answer"):
+            client.communicator.broadcast(torch.zeros(1))
         client.close()
 
     World(2).run(serve_and(work, run_and_stop, config=OVERLAP))

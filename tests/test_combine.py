@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from contract_exchange import Program
-from test_exchange_mpi import on_mpi
+from contract_communicator import Program
+from test_comm_mpi import on_mpi
 from test_rule import LEAST, each_rule, together
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mpips.comm import SERVER, Apply, Exchange
+from mpips.comm import SERVER, Apply, Communicator
 from mpips.comm.simulated import World
 from mpips.config import Config, Robust
-from mpips.model.message import Push, Row, replicate
+from mpips.model.message import Push, WorkerStatus, replicate
 from mpips.reduce.aggregate import combine, contribute
 from mpips.rules import RULES, Needs, Rule, choose
 
@@ -47,8 +47,8 @@ class Came(NamedTuple):
     traffic: Counter[str]
 
 
-def a_push(exchange: Exchange, numel: int, dtype: torch.dtype = torch.float32) -> Push:
-    return replicate(Model(numel, dtype), Config(), exchange.size, exchange.allocate).push
+def a_push(communicator: Communicator, numel: int, dtype: torch.dtype = torch.float32) -> Push:
+    return replicate(Model(numel, dtype), Config(), communicator.size, communicator.allocate).push
 
 
 def give(push: Push, rank: int, values: Tensor, weight: float, statistics: Tensor) -> None:
@@ -57,14 +57,14 @@ def give(push: Push, rank: int, values: Tensor, weight: float, statistics: Tenso
     if weight:
         push.gradients[: len(values)] = values * weight
         push.floats[:3] = statistics * weight
-    push.write(rank, Row(samples=weight, weight=weight), ())
+    push.write(rank, WorkerStatus(samples=weight, weight=weight), ())
 
 
 def rounds(config: Config, values: Tensor, weights: Tensor, statistics: Tensor | None = None, times: int = 1) -> Program:
     """A program that combines `(n, len)` values of n workers, all ranks or all but the server, `times` times."""
     stats = torch.zeros(len(values), 3) if statistics is None else statistics
 
-    def program(e: Exchange) -> list[Came]:
+    def program(e: Communicator) -> list[Came]:
         rule, last = choose(config)
         first = e.size - len(values)
         push, came = a_push(e, values.shape[1], values.dtype), []
@@ -274,11 +274,11 @@ def test_one_that_has_left_itself_out_is_one_faulty_less_as_well(name: str) -> N
     values = random_values(n)
     rule, last = choose(Config(rule=name))
 
-    def program(e: Exchange) -> Any:
+    def program(e: Communicator) -> Any:
         push = a_push(e, 37)
         give(push, e.rank, values[e.rank], float(e.rank != 1), torch.zeros(3))
         if e.rank == 1:
-            push.write(1, Row(bad=1), ())
+            push.write(1, WorkerStatus(bad=1), ())
         return combine(e, push, rule, last, 0) if e.rank == SERVER else contribute(e, push, rule, last), push.gradients[:37]
 
     came, gradient = World(n, bucket=64).run(program)[SERVER]
@@ -364,7 +364,7 @@ def test_centred_clipping_goes_on_from_the_last_result() -> None:
 def test_a_refused_or_empty_round_does_not_move_the_origin() -> None:
     rule, last = choose(Config(rule="cclip", robust=WIDE))
 
-    def program(e: Exchange) -> list[float]:
+    def program(e: Communicator) -> list[float]:
         push, results = a_push(e, 4), []
         for value, weight in ((5.0, 1.0), (0.0, 0.0), (math.nan, 1.0)):
             give(push, e.rank, torch.full((4,), value), weight, torch.zeros(3))
@@ -439,7 +439,7 @@ class Generated:
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(numel, dtype=dtype)
 
-    def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
+    def reduce(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
         for start in range(0, tail, self.bucket):
             part = slice(start, min(start + self.bucket, tail))
             if needs == "rows":
@@ -451,7 +451,7 @@ class Generated:
             with self.seen:
                 apply(slice(0, tail), message[:tail].unsqueeze(0))
 
-    def publish(self, message: Tensor) -> None:
+    def broadcast(self, message: Tensor) -> None:
         pass
 
 
@@ -460,16 +460,16 @@ class Generated:
 def test_the_server_makes_nothing_larger_than_a_bucket_of_each_rank(name: str, deterministic: bool) -> None:
     """16 ranks, 5 MB each, in buckets of 0.25 MB: one more copy of a contribution would be too much."""
     numel, bucket = 1_250_000, 62_500
-    exchange: Any = Generated(16, bucket)
+    communicator: Any = Generated(16, bucket)
     rule, last = choose(Config(rule=name, deterministic=deterministic, robust=WIDE))
-    push = a_push(exchange, numel)
+    push = a_push(communicator, numel)
     for rank in range(16):
-        push.write(rank, Row(samples=1, weight=1), ())
-    came = combine(exchange, push, rule, last, 0)
+        push.write(rank, WorkerStatus(samples=1, weight=1), ())
+    came = combine(communicator, push, rule, last, 0)
     assert came.refused == ""
-    assert exchange.seen.bytes <= 16 * bucket * 4
+    assert communicator.seen.bytes <= 16 * bucket * 4
     if name == "median":
-        assert exchange.seen.bytes >= 16 * 4, "or it measures nothing"
+        assert communicator.seen.bytes >= 16 * 4, "or it measures nothing"
 
 
 def test_a_rule_is_a_rule() -> None:
@@ -486,7 +486,7 @@ def test_a_gpu_gives_what_a_cpu_gives(name: str) -> None:
     for device in ("cpu", "cuda"):
         rule, last = choose(config)
 
-        def program(e: Exchange, rule: Rule = rule, last: Needs = last, device: str = device) -> Any:
+        def program(e: Communicator, rule: Rule = rule, last: Needs = last, device: str = device) -> Any:
             push = replicate(Model(37).to(device), Config(), e.size, e.allocate).push
             give(push, e.rank, values[e.rank].to(device), 2.0, torch.ones(3, device=device))
             return combine(e, push, rule, last, 0) if e.rank == SERVER else contribute(

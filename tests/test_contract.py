@@ -8,7 +8,7 @@ import pytest
 from programs import cnn, mlp
 from torch import nn
 
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.config import Config
 from mpips.model.message import replicate
@@ -34,12 +34,12 @@ def test_it_names_every_tensor_setting_and_version() -> None:
 def test_all_ranks_raise_the_same_text_and_nothing_moves() -> None:
     texts: list[str] = []
 
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         try:
             contract.agree(e, ["same", "x" if e.rank == 2 else "y"])
         except contract.ContractError as error:
             texts.append(str(error))
-        assert not e.traffic["combine calls"]
+        assert not e.traffic["reduce calls"]
 
     World(4).run(program)
     assert len(texts) == 4

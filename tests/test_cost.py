@@ -24,10 +24,10 @@ from mpips.cli.cost import Job, Machine, Phase, memory, predict, schedule
 from mpips.cli.cost.round import Travel
 from mpips.comm import reduce_scatter as sharded
 from mpips.comm import simulated
-from mpips.comm.node_group import Contents
+from mpips.comm.node_group import BufferSpec
 from mpips.comm.reduce_scatter import sizes
-from mpips.comm.simulated import SimulatedExchange, World
-from mpips.comm.simulated_group import Leaders
+from mpips.comm.simulated import SimulatedCommunicator, World
+from mpips.comm.simulated_group import SimulatedLeaderGroup
 from mpips.model import layout as plan
 from mpips.model.flat import lay_out
 from mpips.model.layout import FLIGHT, GRAIN, SMALL
@@ -97,13 +97,13 @@ class Nothing:
     def __init__(self) -> None:
         self.parts: list[slice] = []
 
-    def add(self, part: slice, rows: Sequence[Tensor]) -> None:
+    def reduce_local(self, part: slice, rows: Sequence[Tensor]) -> None:
         self.parts.append(part)
 
-    def join(self, part: slice, sums: Sequence[Tensor]) -> None:
+    def reduce_remote(self, part: slice, sums: Sequence[Tensor]) -> None:
         self.parts.append(part)
 
-    def finish(self, part: slice, total: Tensor) -> None:
+    def finalize(self, part: slice, total: Tensor) -> None:
         pass
 
 
@@ -115,30 +115,30 @@ def really(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[Posted, Made, lis
     """What each node posts in a round of simulated rooms, the bytes of what is in a room, and which ranks add something up."""
     posted: Posted = {node: [] for node in range(job.nodes)}
     made: Made = {}
-    swap = Leaders.swap
+    swap = SimulatedLeaderGroup.sendrecv
 
-    def seen(self: Leaders, sent: Any, taken: Any) -> Any:
+    def seen(self: SimulatedLeaderGroup, sent: Any, taken: Any) -> Any:
         posted[self.node].append([[(node, part.nbytes) for node, part in way] for way in (sent, taken)])
         return swap(self, sent, taken)
 
-    class Counted(sharded.ShardedRooms):
+    class Counted(sharded.ReduceScatterGroup):
         def __init__(self, nodes: Any, rank: int, board: Any, parts: Any, *others: Any) -> None:
             super().__init__(nodes, rank, board, parts, *others)
             made["together"] = contents.row * len(board.rows) + sum(part.nbytes for part in [board.pull, *parts])
             made.update({"weights": board.pull.nbytes, "window": self._window.nbytes, "outbox": self._outbox.nbytes})
 
-    monkeypatch.setattr(Leaders, "swap", seen)
-    monkeypatch.setattr(simulated, "ShardedRooms", Counted)
+    monkeypatch.setattr(SimulatedLeaderGroup, "sendrecv", seen)
+    monkeypatch.setattr(simulated, "ReduceScatterGroup", Counted)
     contents = job.contents
 
-    def program(e: SimulatedExchange) -> bool:
-        room, work = e.room(contents), Nothing()
-        assert room
-        room.serve(job.buckets, slice(job.numel, job.numel))
-        room.combine(1.0, torch.zeros(contents.numel - contents.tail), work)
-        room.report(torch.zeros(contents.lines, dtype=torch.float64), "min")
-        room.verdict(torch.zeros(contents.answer, dtype=torch.float64))
-        room.publish(lambda: None)
+    def program(e: SimulatedCommunicator) -> bool:
+        group, work = e.node_group(contents), Nothing()
+        assert group
+        group.serve(job.buckets, slice(job.numel, job.numel))
+        group.reduce(1.0, torch.zeros(contents.numel - contents.tail), work)
+        group.report(torch.zeros(contents.lines, dtype=torch.float64), "min")
+        group.decide(torch.zeros(contents.answer, dtype=torch.float64))
+        group.broadcast(lambda: None)
         return bool(work.parts)
 
     worked = World(job.size, shares=True, nodes=[job.ranks] * job.nodes, bucket=job.bucket).run(program)
@@ -185,26 +185,26 @@ def test_small_models_leave_some_nodes_without_a_slice(monkeypatch: pytest.Monke
 def test_a_run_asks_for_the_same(
     nodes: int, chosen: Any, larger: bool, wire: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked: list[Contents] = []
+    asked: list[BufferSpec] = []
     dealt: dict[int, list[slice]] = {}
     slots, numel = lay_out(mlp().named_parameters())
     for module in (start, cost.job):
         monkeypatch.setattr(module, "SMALL", 4 * numel - larger)
     job = Job(nodes, 2, numel, slots, plan=chosen, wire=wire)
-    room, deal = SimulatedExchange.room, start.deal
+    group, deal = SimulatedCommunicator.node_group, start.deal
 
-    def asking(self: SimulatedExchange, contents: Contents) -> Any:
+    def asking(self: SimulatedCommunicator, contents: BufferSpec) -> Any:
         asked.append(contents)
-        return room(self, contents)
+        return group(self, contents)
 
-    def dealing(room: Any, *others: Any) -> None:
-        deal(room, *others)
-        dealt[room.rank] = room.slices
+    def dealing(group: Any, *others: Any) -> None:
+        deal(group, *others)
+        dealt[group.rank] = group.slices
 
-    monkeypatch.setattr(SimulatedExchange, "room", asking)
+    monkeypatch.setattr(SimulatedCommunicator, "node_group", asking)
     monkeypatch.setattr(start, "deal", dealing)
 
-    def program(e: SimulatedExchange) -> bool:
+    def program(e: SimulatedCommunicator) -> bool:
         settings: Any = {"plan": chosen, "wire": wire, "run_dir": str(tmp_path)}
         ps = train(e, mlp(), lambda params: torch.optim.Adam(params), data(20), **settings)
         half = ps._server or ps._worker

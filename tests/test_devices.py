@@ -18,12 +18,12 @@ import torch
 from test_resume import assert_same
 from test_slices import ELEMENTWISE, assert_alike, odd
 
-from mpips.comm import ExchangeError, simulated
+from mpips.comm import CommunicatorError, simulated
 from mpips.comm import cuda_ipc as devices
-from mpips.comm.cuda_ipc import Fenced
-from mpips.comm.mpi import MpiExchange
+from mpips.comm.cuda_ipc import StreamSyncBarrier
+from mpips.comm.mpi import MpiCommunicator
 from mpips.comm.simulated import World
-from mpips.comm.simulated_group import Gates
+from mpips.comm.simulated_group import SimulatedBarrier
 
 TAKEN_OVER = [
     "a_run_resumes_under_another_plan",
@@ -72,10 +72,10 @@ def test_a_round_keeps_its_promises(together: bool, places: list[int]) -> None:
     for seed in range(10):
         world = World(3, seed=seed, shares=True, devices=places)
 
-        def program(e: simulated.SimulatedExchange, world: World = world) -> bool:
-            room = e.room(test_room.contents(together))
-            assert room
-            return test_room.rounds(room, together, lambda: world.pause(e.rank))
+        def program(e: simulated.SimulatedCommunicator, world: World = world) -> bool:
+            group = e.node_group(test_room.contents(together))
+            assert group
+            return test_room.rounds(group, together, lambda: world.pause(e.rank))
 
         assert world.run(program) == [True] * 3
 
@@ -91,21 +91,21 @@ def test_what_a_rank_has_its_device_do_is_done_before_others_are_let_go_on(
         while needed and late.get(rank):
             late[rank].pop(0)()
 
-    class Late(Fenced):
+    class Late(StreamSyncBarrier):
         def __init__(self, *given: Any) -> None:
-            self._gates = Gates(*given)
+            self._gates = SimulatedBarrier(*given)
             super().__init__(self._gates, lambda: work(self._gates.rank))
 
         def release(self) -> None:
             super().release()
             self._gates.world.pause(self._gates.rank)  # others go on before this rank does anything more
 
-    class Board(devices.DeviceBoard):
-        def spread(self, part: slice) -> None:
-            late.setdefault(self.place, []).append(lambda: devices.DeviceBoard.spread(self, part))
+    class PeerBuffers(devices.CudaPeerBuffers):
+        def copy_to_peers(self, part: slice) -> None:
+            late.setdefault(self.place, []).append(lambda: devices.CudaPeerBuffers.copy_to_peers(self, part))
 
-    monkeypatch.setattr(simulated, "Gates", Late)
-    monkeypatch.setattr(simulated, "DeviceBoard", Board)
+    monkeypatch.setattr(simulated, "SimulatedBarrier", Late)
+    monkeypatch.setattr(simulated, "CudaPeerBuffers", PeerBuffers)
     world = World(3, shares=True, devices=[0, 1, 2])
     given: dict[str, Any] = {"deterministic": True, "plan": "sharded"}
     if needed:
@@ -113,7 +113,7 @@ def test_what_a_rank_has_its_device_do_is_done_before_others_are_let_go_on(
         expected, _ = odd(World(3), ELEMENTWISE["momentum"], torch.float32, deterministic=True)
         assert_alike(ours, expected)
     else:
-        with pytest.raises(ExchangeError, match="rank 1 is in round 0, the server in 1"):
+        with pytest.raises(CommunicatorError, match="rank 1 is in round 0, the server in 1"):
             odd(world, ELEMENTWISE["momentum"], torch.float32, (True, True), **given)
 
 
@@ -209,31 +209,31 @@ def placed(
         _waits=None,
         _bucket=1 << 20,
         _cuda_aware=cuda_aware,
-        compare=lambda word: [word] * 3,
+        allgather_digests=lambda word: [word] * 3,
         comm=communicator,
         _mpi=SimpleNamespace(UNDEFINED=-1),
     )
-    end._staged, end._sizes = (partial(method, end) for method in (mpi.MpiExchange._staged, mpi.MpiExchange._sizes))
-    room = mpi.MpiExchange._room(end, SimpleNamespace(rank=2, size=3), nodes, held)  # type: ignore[arg-type]
-    assert room is not None
-    assert room.board.rows[2].data_ptr() == rows[2].data_ptr()
-    return room, waited, pinned
+    end._staged, end._sizes = (partial(method, end) for method in (mpi.MpiCommunicator._staged, mpi.MpiCommunicator._sizes))
+    group = mpi.MpiCommunicator._group(end, SimpleNamespace(rank=2, size=3), nodes, held)  # type: ignore[arg-type]
+    assert group is not None
+    assert group.board.rows[2].data_ptr() == rows[2].data_ptr()
+    return group, waited, pinned
 
 
 def test_each_rank_waits_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    room, waited, _ = placed(monkeypatch, [[10, 11, 12]])
-    room.meet()
+    group, waited, _ = placed(monkeypatch, [[10, 11, 12]])
+    group.barrier()
     assert len(waited) == 1
-    assert waited[0] is room.board.row
+    assert waited[0] is group.board.row
 
 
 def test_what_leaves_a_node_is_pinned_or_on_its_leaders_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    room, _, pinned = placed(monkeypatch, [[0, 1], [10, 11, 12]])
-    assert [part.data_ptr() for part in pinned] == [room._window.data_ptr(), room._outbox.data_ptr()]
-    assert not room._outbox.any()
-    room, _, pinned = placed(monkeypatch, [[0, 1], [10, 11, 12]], cuda_aware=True)
+    group, _, pinned = placed(monkeypatch, [[0, 1], [10, 11, 12]])
+    assert [part.data_ptr() for part in pinned] == [group._window.data_ptr(), group._outbox.data_ptr()]
+    assert not group._outbox.any()
+    group, _, pinned = placed(monkeypatch, [[0, 1], [10, 11, 12]], cuda_aware=True)
     assert not pinned
-    assert room._outbox.all() and room._window.all(), "what MPI sends itself"
+    assert group._outbox.all() and group._window.all(), "what MPI sends itself"
 
 
 @pytest.mark.parametrize("error", [0, 712])
@@ -245,7 +245,7 @@ def test_what_is_pinned_is_let_go_with_its_board(error: int, monkeypatch: pytest
         cudaHostUnregister=lambda at: said.append(("unregister", at)),
     )
     memory = torch.zeros(64, dtype=torch.uint8)
-    board = devices.Board([torch.zeros(4)], 0, torch.zeros(8, dtype=torch.uint8))
+    board = devices.PeerBuffers([torch.zeros(4)], 0, torch.zeros(8, dtype=torch.uint8))
     at = memory.data_ptr()
 
     def zeros(*_: Any, device: Any) -> None:
@@ -285,5 +285,5 @@ def test_work_beside_is_on_the_stream_of_the_script(monkeypatch: pytest.MonkeyPa
     with ThreadPoolExecutor(1) as beside:
         end: Any = SimpleNamespace(_threads=True, _beside=beside)
         monkeypatch.setattr(devices, "as_here", lambda work: partial(done.append, "as here"))
-        MpiExchange.beside(end, work)()
+        MpiCommunicator.run_async(end, work)()
     assert done[1:] == ["as here"]

@@ -13,10 +13,10 @@ from test_rooms import DTYPES, MAKE, SHAPES, Shape, cut, even, rounds, uneven
 from test_slices import Odd, assert_alike
 
 from mpips.comm import simulated
-from mpips.comm.cuda_ipc import Fenced
-from mpips.comm.reduce_scatter import ShardedRooms
-from mpips.comm.simulated import SimulatedExchange, World
-from mpips.comm.simulated_group import Gates
+from mpips.comm.cuda_ipc import StreamSyncBarrier
+from mpips.comm.reduce_scatter import ReduceScatterGroup
+from mpips.comm.simulated import SimulatedCommunicator, World
+from mpips.comm.simulated_group import SimulatedBarrier
 
 small_pieces = test_rooms.small_pieces
 tiny_pieces = test_rooms.tiny_pieces
@@ -80,10 +80,10 @@ def test_a_round_keeps_its_promises_whatever_the_schedule(shape: Shape, kind: st
     for seed in range(3):
         world = on_devices(shape, seed, step * wire.itemsize * (len(shape) - 1))
 
-        def program(e: SimulatedExchange, world: World = world) -> None:
-            room = e.room(test_rooms.contents(wire, kind == "overlap"))
-            assert isinstance(room, ShardedRooms)
-            rounds(room, cut(shape, even(shape), 2), None, lambda: world.pause(e.rank))
+        def program(e: SimulatedCommunicator, world: World = world) -> None:
+            group = e.node_group(test_rooms.contents(wire, kind == "overlap"))
+            assert isinstance(group, ReduceScatterGroup)
+            rounds(group, cut(shape, even(shape), 2), None, lambda: world.pause(e.rank))
 
         world.run(program)
 
@@ -99,24 +99,24 @@ def test_what_a_rank_has_its_device_do_is_done_before_others_are_let_go_on(
         while needed and late.get(rank):
             late[rank].pop(0)()
 
-    class Late(Fenced):
+    class Late(StreamSyncBarrier):
         def __init__(self, *given: Any) -> None:
-            self._gates = Gates(*given)
+            self._gates = SimulatedBarrier(*given)
             super().__init__(self._gates, lambda: work(self._gates.rank))
 
         def release(self) -> None:
             super().release()
             self._gates.world.pause(self._gates.rank)
 
-    class Rooms(ShardedRooms):
+    class MultiNodeGroup(ReduceScatterGroup):
         def _follow(self, *given: Any) -> None:
-            late.setdefault(self.rank, []).append(lambda: ShardedRooms._follow(self, *given))
+            late.setdefault(self.rank, []).append(lambda: ReduceScatterGroup._follow(self, *given))
 
         def _give(self, *given: Any) -> None:
-            late.setdefault(self.rank, []).append(lambda: ShardedRooms._give(self, *given))
+            late.setdefault(self.rank, []).append(lambda: ReduceScatterGroup._give(self, *given))
 
-    monkeypatch.setattr(simulated, "Gates", Late)
-    monkeypatch.setattr(simulated, "ShardedRooms", Rooms)
+    monkeypatch.setattr(simulated, "SimulatedBarrier", Late)
+    monkeypatch.setattr(simulated, "ReduceScatterGroup", MultiNodeGroup)
     settings: dict[str, Any] = {"samples": (4, 16, 8, 2), "rounds": 3}
     expected = uneven(World(4, shares=True, nodes=[2, 2], bucket=3000), Odd, MAKE["momentum"], **settings)
     ours = uneven(on_devices([2, 2]), Odd, MAKE["momentum"], **settings)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from programs import OPTIMIZERS, cnn, data, metrics, mlp, sha, train
-from test_exchange_mpi import on_mpi
+from test_comm_mpi import on_mpi
 from test_resume import last
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -18,7 +18,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import mpips
 from mpips import Clients
 from mpips.algorithms.modes import choose_mode
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import Killed, World
 from mpips.config import Config, ConfigError, Outer
 from mpips.config import Local as LocalSettings
@@ -36,10 +36,12 @@ def clients(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = SIZES) 
     return Clients(list(zip(x.split(sizes), y.split(sizes), strict=True)))
 
 
-def ours(exchange: Exchange, given: Any = None, rounds: int = ROUNDS, batch: int | None = BATCH, **settings: Any) -> Tensor:
+def ours(
+    communicator: Communicator, given: Any = None, rounds: int = ROUNDS, batch: int | None = BATCH, **settings: Any
+) -> Tensor:
     net = settings.pop("net", mlp)().double()
     inner = settings.pop("inner", lambda p: torch.optim.SGD(p, lr=LR))
-    train(exchange, net, inner, clients() if given is None else given, batch, rounds, True, **{"seed": SEED, **settings})
+    train(communicator, net, inner, clients() if given is None else given, batch, rounds, True, **{"seed": SEED, **settings})
     return parameters_to_vector(net.parameters()).detach().clone()
 
 
@@ -169,11 +171,11 @@ def fednova(given: Clients, momentum: float, nesterov: bool, dampening: float, d
     return w
 
 
-def climbing(exchange: Exchange, mode: str, **settings: Any) -> Tensor:
+def climbing(communicator: Communicator, mode: str, **settings: Any) -> Tensor:
     """The same as `ours`, by an optimizer that maximizes minus the loss."""
     net = mlp().double()
     optimizer = torch.optim.SGD(net.parameters(), lr=LR, maximize=True)
-    ps = mpips.connect(net, optimizer, exchange=exchange, run_dir="run", seed=SEED, mode=mode, **settings)
+    ps = mpips.connect(net, optimizer, communicator=communicator, run_dir="run", seed=SEED, mode=mode, **settings)
     for _ in ps.epochs(ROUNDS):
         for x, y in ps.batches(clients(), BATCH, shuffle=True):
             gain = -F.cross_entropy(net(x), y)
@@ -260,7 +262,7 @@ def test_fednova_counts_a_rate_that_changes_on_the_way_as_it_is() -> None:
     expected = w - mean(moves, [16.0, 24.0]) * (16 * norms[0] + 24 * norms[1]) / 40
 
     net = mlp().double()
-    ps = mpips.connect(net, torch.optim.SGD(net.parameters(), lr=LR), exchange=World(1).ends[0], mode="fednova", seed=SEED)
+    ps = mpips.connect(net, torch.optim.SGD(net.parameters(), lr=LR), communicator=World(1).ends[0], mode="fednova", seed=SEED)
     worker = ps._worker
     assert worker is not None
     assert worker.inner is not None
@@ -328,10 +330,10 @@ def test_over_mpi_they_are_the_formulas(mode: str) -> None:
 # One client alone: plain PyTorch, bit for bit.
 
 
-def alone(exchange: Exchange, optimizer: str, **settings: Any) -> str:
+def alone(communicator: Communicator, optimizer: str, **settings: Any) -> str:
     net = mlp()
     given = clients(torch.float32, (103,))
-    train(exchange, net, OPTIMIZERS[optimizer](net.parameters()), given, 16, 5, True, seed=SEED, **settings)
+    train(communicator, net, OPTIMIZERS[optimizer](net.parameters()), given, 16, 5, True, seed=SEED, **settings)
     return sha(net)
 
 
@@ -416,11 +418,11 @@ def test_clients_on_workers_of_their_own_are_local_sgd_and_diloco() -> None:
     """3 workers, each with the same data, in the same order, in all modes: 4 steps an epoch."""
     x, y = data(96, torch.float64)
 
-    def program(exchange: Exchange, **settings: Any) -> Tensor:
-        k = exchange.rank - 1
+    def program(communicator: Communicator, **settings: Any) -> Tensor:
+        k = communicator.rank - 1
         own = (x[k * 32 :][:32], y[k * 32 :][:32]) if k >= 0 else ()
         net = mlp().double()
-        train(exchange, net, lambda p: torch.optim.SGD(p, lr=LR), own, BATCH, ROUNDS, False, shard=False, **settings)
+        train(communicator, net, lambda p: torch.optim.SGD(p, lr=LR), own, BATCH, ROUNDS, False, shard=False, **settings)
         return parameters_to_vector(net.parameters()).detach().clone()
 
     fedavg = World(4).run(lambda e: program(e, mode="fedavg"))[0]
@@ -442,13 +444,13 @@ def test_other_data_is_dealt_out_to_a_client_on_each_worker() -> None:
 def test_data_of_a_rank_s_own_is_that_of_the_client_of_its_number() -> None:
     given = clients(sizes=(30, 7, 22))
 
-    def program(exchange: Exchange) -> Tensor:
-        own = given[exchange.rank - 1] if exchange.rank else None
+    def program(communicator: Communicator) -> Tensor:
+        own = given[communicator.rank - 1] if communicator.rank else None
         net = mlp().double()
         ps = mpips.connect(
             net,
             lambda p: torch.optim.SGD(p, lr=LR),
-            exchange=exchange,
+            communicator=communicator,
             run_dir="run",
             mode="scaffold",
             seed=SEED,
@@ -483,10 +485,10 @@ def test_modes_without_clients_take_their_data_together() -> None:
     assert torch.equal(run(3, given, mode="sync"), run(3, given.together(), mode="sync"))
 
 
-def seen(exchange: Exchange, given: Any, loops: int = 1, rounds: int = 2, **how: Any) -> list[list[int]]:
+def seen(communicator: Communicator, given: Any, loops: int = 1, rounds: int = 2, **how: Any) -> list[list[int]]:
     """The items of each batch, by their number in column 0, whoever has them."""
     net = nn.Linear(1, 1)
-    ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=0.1), exchange=exchange, run_dir="run", mode="fedavg")
+    ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=0.1), communicator=communicator, run_dir="run", mode="fedavg")
     found = []
     for _ in ps.epochs(rounds):
         for _ in range(loops):
@@ -526,11 +528,13 @@ def test_more_workers_than_clients() -> None:
 # The loop.
 
 
-def stepping(exchange: Exchange, leave: Any, mode: str = "fedavg", rounds: int = 3, **settings: Any) -> tuple[Tensor, int]:
+def stepping(
+    communicator: Communicator, leave: Any, mode: str = "fedavg", rounds: int = 3, **settings: Any
+) -> tuple[Tensor, int]:
     """Loops in which `leave(ps, step)` decides to break."""
     net = mlp().double()
     ps = mpips.connect(
-        net, lambda p: torch.optim.SGD(p, lr=LR), exchange=exchange, run_dir="run", mode=mode, seed=SEED, **settings
+        net, lambda p: torch.optim.SGD(p, lr=LR), communicator=communicator, run_dir="run", mode=mode, seed=SEED, **settings
     )
     step = 0
     for _ in ps.epochs(rounds):
@@ -558,9 +562,9 @@ def test_a_loop_that_is_broken_out_of_counts_what_was_trained(mode: str, size: i
 def test_a_client_that_is_broken_off_counts_with_its_steps(mode: str) -> None:
     """One client of 40 items, left after 3 of 5 steps in each round."""
 
-    def program(exchange: Exchange) -> Tensor:
+    def program(communicator: Communicator) -> Tensor:
         net = mlp().double()
-        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=LR), exchange=exchange, run_dir="run", mode=mode)
+        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=LR), communicator=communicator, run_dir="run", mode=mode)
         for _ in ps.epochs(2):
             for step, (x, y) in enumerate(ps.batches(clients(sizes=(40,)), BATCH, shuffle=False)):
                 if step == 3:
@@ -571,10 +575,10 @@ def test_a_client_that_is_broken_off_counts_with_its_steps(mode: str) -> None:
                 ps.step(loss)
         return parameters_to_vector(net.parameters()).detach().clone()
 
-    def whole(exchange: Exchange) -> Tensor:
+    def whole(communicator: Communicator) -> Tensor:
         settings = {"mode": mode, "seed": 0}
         net, (x, y) = mlp().double(), clients(sizes=(40,))[0][:24]
-        train(exchange, net, lambda p: torch.optim.SGD(p, lr=LR), Clients([(x, y)]), BATCH, 2, False, **settings)
+        train(communicator, net, lambda p: torch.optim.SGD(p, lr=LR), Clients([(x, y)]), BATCH, 2, False, **settings)
         return parameters_to_vector(net.parameters()).detach().clone()
 
     expected = World(1).run(whole)[0]
@@ -583,9 +587,9 @@ def test_a_client_that_is_broken_off_counts_with_its_steps(mode: str) -> None:
 
 
 def test_a_client_that_is_left_before_its_first_step_leaves_no_gradient_behind() -> None:
-    def program(exchange: Exchange, first: int) -> Tensor:
+    def program(communicator: Communicator, first: int) -> Tensor:
         net = mlp().double()
-        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=LR), exchange=exchange, run_dir="run", mode="fedavg")
+        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=LR), communicator=communicator, run_dir="run", mode="fedavg")
         for epoch in range(first, 2):
             for x, y in ps.batches(clients(sizes=(40,)), BATCH, shuffle=False):
                 loss = F.cross_entropy(net(x), y)
@@ -617,9 +621,9 @@ def test_a_stop_ends_the_run_with_the_round(size: int) -> None:
 
 
 def test_a_worker_that_returns_from_its_loop_ends_the_run() -> None:
-    def program(exchange: Exchange) -> str:
+    def program(communicator: Communicator) -> str:
         net = mlp()
-        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=LR), exchange=exchange, run_dir="run", mode="fedavg")
+        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=LR), communicator=communicator, run_dir="run", mode="fedavg")
 
         def script() -> None:
             for _ in ps.epochs(3):
@@ -638,9 +642,9 @@ def test_a_worker_that_returns_from_its_loop_ends_the_run() -> None:
 
 
 def test_gradients_that_a_script_does_not_step_with_do_not_reach_the_next_client() -> None:
-    def program(exchange: Exchange, extra: bool) -> Tensor:
+    def program(communicator: Communicator, extra: bool) -> Tensor:
         net = mlp().double()
-        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=LR), exchange=exchange, run_dir="run", mode="fedavg")
+        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=LR), communicator=communicator, run_dir="run", mode="fedavg")
         for _ in ps.epochs(2):
             for x, y in ps.batches(clients(sizes=(16, 5, 24)), BATCH, shuffle=False):
                 if extra or len(x) == BATCH:
@@ -664,11 +668,11 @@ def test_a_round_reports_each_sample_once() -> None:
 # Checkpoints.
 
 
-def resumable(exchange: Exchange, mode: str, rounds: int = 6, **settings: Any) -> str:
+def resumable(communicator: Communicator, mode: str, rounds: int = 6, **settings: Any) -> str:
     net = mlp()
     optimizer = torch.optim.SGD(net.parameters(), lr=LR)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
-    ps = mpips.connect(net, optimizer, exchange=exchange, mode=mode, seed=SEED, **{"clients": SOME, **settings})
+    ps = mpips.connect(net, optimizer, communicator=communicator, mode=mode, seed=SEED, **{"clients": SOME, **settings})
     for _ in ps.epochs(rounds):
         for x, y in ps.batches(clients(torch.float32), BATCH):
             loss = F.cross_entropy(net(x), y)
@@ -742,10 +746,10 @@ def test_a_stop_is_saved_whatever_the_epoch() -> None:
 # Models, rules, faults.
 
 
-def normalised(exchange: Exchange, **settings: Any) -> dict[str, Tensor]:
+def normalised(communicator: Communicator, **settings: Any) -> dict[str, Tensor]:
     net = cnn().double()
     train(
-        exchange,
+        communicator,
         net,
         lambda p: torch.optim.SGD(p, lr=LR),
         clients(sizes=(20, 8, 13, 30)),
@@ -785,9 +789,11 @@ def test_batchnorm_s_statistics_by_hand(rule: str) -> None:
     middle = torch.stack(found).sort(0).values[1:3].mean(0)
     expected = mean(found, [20.0, 8.0, 13.0, 30.0]) if rule == "mean" else middle
 
-    def program(exchange: Exchange) -> Tensor:
+    def program(communicator: Communicator) -> Tensor:
         net = cnn().double()
-        train(exchange, net, lambda p: torch.optim.SGD(p, lr=LR), given, BATCH, 1, True, seed=SEED, mode="fedavg", rule=rule)
+        train(
+            communicator, net, lambda p: torch.optim.SGD(p, lr=LR), given, BATCH, 1, True, seed=SEED, mode="fedavg", rule=rule
+        )
         assert net[2].num_batches_tracked == 3  # client 0's
         return net[2].running_var.clone()
 
@@ -934,12 +940,12 @@ def test_a_rule_of_clients_that_remembers_is_resumed() -> None:
         assert again == expected, f"killed at call {call}"
 
 
-def faulty(exchange: Exchange, bad: int, mode: str = "fedavg", **settings: Any) -> Tensor:
+def faulty(communicator: Communicator, bad: int, mode: str = "fedavg", **settings: Any) -> Tensor:
     """The data of one client are not finite."""
     x, y = data(sum(SIZES), torch.float64)
     parts = list(zip(x.split(SIZES), y.split(SIZES), strict=True))
     parts[bad][0].mul_(float("nan"))
-    return ours(exchange, Clients(parts), mode=mode, **settings)
+    return ours(communicator, Clients(parts), mode=mode, **settings)
 
 
 @pytest.mark.parametrize("mode", ["fedavg", "scaffold", "qfedavg", "fedadam"])
@@ -1013,7 +1019,7 @@ def test_optimizers_that_a_mode_is_not_defined_for_are_refused(mode: str, allowe
 def test_an_optimizer_is_refused_when_it_becomes_one() -> None:
     """As by a scheduler that moves the momentum, which begins after `connect`."""
     net = mlp()
-    ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=0.1), exchange=World(1).ends[0], mode="scaffold")
+    ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=0.1), communicator=World(1).ends[0], mode="scaffold")
     assert ps._worker is not None
     assert ps._worker.inner is not None
     ps._worker.inner.torch.param_groups[0]["momentum"] = 0.9

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import mpips
 from mpips.checkpoint.layout import BITS, NATIVE
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.model.flat import ALIGNMENT, STORED, Flat, LayoutError, lay_out, unwrap
 
@@ -105,8 +105,10 @@ def plain_loop(net: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[
         step(net, optimizer, number, *batch)
 
 
-def ps_loop(exchange: Exchange, net: nn.Module, optimizer: Any, body: Callable[..., Any], steps: int, **settings: Any) -> None:
-    ps = mpips.connect(net, optimizer, exchange=exchange, run_dir="run", **settings)
+def ps_loop(
+    communicator: Communicator, net: nn.Module, optimizer: Any, body: Callable[..., Any], steps: int, **settings: Any
+) -> None:
+    ps = mpips.connect(net, optimizer, communicator=communicator, run_dir="run", **settings)
     for _ in ps.epochs(1):
         for number, (x, y) in enumerate(ps.batches(data(steps * 8), 8, shuffle=False)):
             body(ps, net, number, x, y)
@@ -163,11 +165,11 @@ def test_odd_models_train_as_in_plain_pytorch(model: str, optimizer: str) -> Non
 def test_a_parameter_without_a_gradient_on_one_worker_is_stepped_with_the_others_mean() -> None:
     """A worker's None counts as zeros; only what no worker has is passed over."""
 
-    def program(exchange: Exchange) -> list[Tensor]:
+    def program(communicator: Communicator) -> list[Tensor]:
         net = nn.ModuleList([nn.Linear(1, 1, bias=False) for _ in range(3)])
         for linear in net:
             nn.init.ones_(linear.weight)
-        ps = mpips.connect(net, lambda p: torch.optim.AdamW(p, lr=0.1), exchange=exchange, run_dir="run")
+        ps = mpips.connect(net, lambda p: torch.optim.AdamW(p, lr=0.1), communicator=communicator, run_dir="run")
         for _ in ps.epochs(1):
             for (x,) in ps.batches((torch.ones(4, 1),), 2):
                 loss = sum(net[i](x).mean() for i in range(1 + ps.worker))
@@ -241,9 +243,9 @@ HABITS = [
 def test_what_a_user_does_to_gradients_means_what_it_means_in_plain_pytorch(when: str, size: int) -> None:
     ours, plain = habit(when)
 
-    def program(exchange: Exchange) -> nn.Module:
+    def program(communicator: Communicator) -> nn.Module:
         net = mlp()
-        ps_loop(exchange, net, OPTIMIZERS["momentum"](net.parameters()), ours, 6)
+        ps_loop(communicator, net, OPTIMIZERS["momentum"](net.parameters()), ours, 6)
         return net
 
     other = mlp()
@@ -256,12 +258,12 @@ def test_what_a_user_does_to_gradients_means_what_it_means_in_plain_pytorch(when
 def test_zero_grad_at_any_place_and_on_any_rank(seed: int) -> None:
     """Calls that leave no gradient behind in plain PyTorch change nothing here: also on a rank that only serves."""
 
-    def program(exchange: Exchange) -> nn.Module:
-        chance = random.Random(seed * 10 + exchange.rank)
+    def program(communicator: Communicator) -> nn.Module:
+        chance = random.Random(seed * 10 + communicator.rank)
         net = mlp()
         optimizer = OPTIMIZERS["adam"](net.parameters())
         clear = [net.zero_grad, optimizer.zero_grad, lambda: net.zero_grad(set_to_none=False), lambda: None]
-        ps = mpips.connect(net, optimizer, exchange=exchange, run_dir="run")
+        ps = mpips.connect(net, optimizer, communicator=communicator, run_dir="run")
         for _ in ps.epochs(2):
             chance.choice(clear)()
             for x, y in ps.batches(data(48), 8, shuffle=False):
@@ -284,9 +286,9 @@ def test_zero_grad_at_any_place_and_on_any_rank(seed: int) -> None:
 
 @pytest.mark.parametrize("clear", [False, True], ids=["kept", "zero_grad"])
 def test_accumulation_over_several_backwards_also_across_the_end_of_an_epoch(clear: bool) -> None:
-    def program(exchange: Exchange) -> nn.Module:
+    def program(communicator: Communicator) -> nn.Module:
         net = mlp()
-        ps = mpips.connect(net, OPTIMIZERS["adam"](net.parameters()), exchange=exchange, run_dir="run")
+        ps = mpips.connect(net, OPTIMIZERS["adam"](net.parameters()), communicator=communicator, run_dir="run")
         number = 0
         for _ in ps.epochs(2):
             for x, y in ps.batches(data(5 * 8), 8, shuffle=False):  # 5 batches, a step at every third: 4 are left over
@@ -315,10 +317,12 @@ def test_gradients_left_over_wait_while_longer_shards_go_on() -> None:
     """Worker 0 has one batch and no step; it idles through worker 1's rounds, in which its gradients must not appear."""
     seen: dict[int, list[Tensor]] = {}
 
-    def program(exchange: Exchange) -> None:
+    def program(communicator: Communicator) -> None:
         net = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(net.weight)
-        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=1.0), exchange=exchange, run_dir="run", server_trains=True)
+        ps = mpips.connect(
+            net, lambda p: torch.optim.SGD(p, lr=1.0), communicator=communicator, run_dir="run", server_trains=True
+        )
         own = torch.ones(1, 1) * 100 if ps.worker == 0 else torch.ones(4, 1)
         for _ in ps.epochs(1):
             for (x,) in ps.batches((own,), 1, shard=False):
@@ -327,7 +331,7 @@ def test_gradients_left_over_wait_while_longer_shards_go_on() -> None:
                 loss.backward()
                 if ps.worker == 1:
                     ps.step(loss)
-        seen[exchange.rank] = [net.weight.detach().clone(), net.weight.grad]
+        seen[communicator.rank] = [net.weight.detach().clone(), net.weight.grad]
 
     World(2).run(program)
     assert [seen[rank][0].item() for rank in (0, 1)] == [-4.0, -4.0]
@@ -357,11 +361,11 @@ def masters_loop(net: nn.Module, optimizer: str, steps: int) -> None:
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_models_have_float32_masters(dtype: torch.dtype, optimizer: str, made: str, size: int) -> None:
-    def program(exchange: Exchange) -> nn.Module:
+    def program(communicator: Communicator) -> nn.Module:
         net = mlp().to(dtype)
         make = OPTIMIZERS[optimizer]
         given = make(net.parameters()) if made == "instance" else make
-        ps = mpips.connect(net, given, exchange=exchange, run_dir="run")
+        ps = mpips.connect(net, given, communicator=communicator, run_dir="run")
         x, y = data(80)
         for _ in ps.epochs(1):
             for a, b in ps.batches((x.to(dtype), y), 8, shuffle=False):
@@ -381,7 +385,7 @@ def test_half_precision_models_have_float32_masters(dtype: torch.dtype, optimize
 def test_steps_too_small_for_bfloat16_add_up_in_the_masters() -> None:
     net = nn.Linear(1, 1, bias=False).bfloat16()
     nn.init.ones_(net.weight)
-    ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=2**-12), exchange=World(1).ends[0], run_dir="run")
+    ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=2**-12), communicator=World(1).ends[0], run_dir="run")
     for _ in ps.epochs(1):
         for (x,) in ps.batches((torch.ones(64, 1).bfloat16(),), 1):
             loss = net(x).sum()
@@ -393,10 +397,10 @@ def test_steps_too_small_for_bfloat16_add_up_in_the_masters() -> None:
 def bytes_moved(net: nn.Module, steps: int) -> int:
     """Bytes that a worker hands over in a run of so many rounds."""
 
-    def program(exchange: Exchange) -> int:
+    def program(communicator: Communicator) -> int:
         model = copy.deepcopy(net)
-        ps_loop(exchange, model, OPTIMIZERS["sgd"](model.parameters()), simple_ps, steps)
-        return sum(n for call, n in exchange.traffic.items() if call.endswith("bytes"))
+        ps_loop(communicator, model, OPTIMIZERS["sgd"](model.parameters()), simple_ps, steps)
+        return sum(n for call, n in communicator.traffic.items() if call.endswith("bytes"))
 
     return World(2).run(program)[0]
 
@@ -600,7 +604,7 @@ def test_frozen_tensors_of_another_dtype_or_in_one_memory_are_no_hindrance() -> 
 ], ids=["to", "data"])  # fmt: skip
 def test_a_parameter_that_leaves_the_buffer_is_an_error_and_not_a_run_that_trains_nothing(move: Callable[..., None]) -> None:
     net = mlp()
-    ps = mpips.connect(net, OPTIMIZERS["sgd"](net.parameters()), exchange=World(1).ends[0], run_dir="run")
+    ps = mpips.connect(net, OPTIMIZERS["sgd"](net.parameters()), communicator=World(1).ends[0], run_dir="run")
     move(net)
     flat = ps._worker.replica.flat
     with pytest.raises(LayoutError, match=r"0\.weight has left the flat buffer.*before connect"):

@@ -201,7 +201,7 @@ def train(resume: str, until: int = 6) -> None:
     ps = mpips.connect(
         net,
         torch.optim.SGD(net.parameters(), lr=0.1),
-        exchange=World(1).ends[0],
+        communicator=World(1).ends[0],
         run_dir="run",
         resume=resume,
         checkpoint={"every": 1, "epochs": 0, "keep": 9},

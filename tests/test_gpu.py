@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from programs import MODELS, OPTIMIZERS, data, in_order, sha
-from test_exchange_mpi import as_simulated, on_mpi
+from test_comm_mpi import as_simulated, on_mpi
 
 import mpips
-from mpips.comm import SERVER, Exchange
+from mpips.comm import SERVER, Communicator
 from mpips.comm.simulated import World
 
 pytestmark = [
@@ -28,10 +28,10 @@ def deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.use_deterministic_algorithms(False)
 
 
-def on_gpu(exchange: Exchange, model: str, optimizer: str) -> str:
+def on_gpu(communicator: Communicator, model: str, optimizer: str) -> str:
     device = mpips.device()  # of several ranks each its own, if there are as many
     net = MODELS[model]().to(device)
-    ps = mpips.connect(net, OPTIMIZERS[optimizer](net.parameters()), exchange=exchange, run_dir="run")
+    ps = mpips.connect(net, OPTIMIZERS[optimizer](net.parameters()), communicator=communicator, run_dir="run")
     for _ in ps.epochs(3):
         for x, y in ps.batches(data(), 16, shuffle=False):
             loss = F.cross_entropy(net(x.to(device)), y.to(device))
@@ -70,16 +70,16 @@ def test_one_worker_on_a_gpu_over_mpi_is_plain_pytorch() -> None:
 def test_device_tensors_are_staged_piece_by_piece_after_slow_kernels(needs: Any) -> None:
     """The content is still being computed when the call is made: MPI must not read it early."""
 
-    def program(e: Exchange) -> Any:
+    def program(e: Communicator) -> Any:
         message = torch.zeros(300_001, device="cuda")
         torch.cuda._sleep(200_000_000)
         message += e.rank + 1
         got: list[torch.Tensor] = []
-        e.combine(message, 300_000, needs, lambda part, rows: got.append(rows.sum(0).cpu()))
+        e.reduce(message, 300_000, needs, lambda part, rows: got.append(rows.sum(0).cpu()))
         back = torch.full((1000,), float(e.rank), device="cuda")
         torch.cuda._sleep(200_000_000)
         back *= 2
-        e.publish(back)
+        e.broadcast(back)
         return torch.cat(got) if got else None, back.cpu()
 
     results = on_mpi(program)
@@ -88,14 +88,16 @@ def test_device_tensors_are_staged_piece_by_piece_after_slow_kernels(needs: Any)
     assert all(torch.equal(back, torch.zeros(1000)) for _, back in results)
 
 
-def slowly(exchange: Exchange, slow: bool, **settings: Any) -> tuple[str, bool]:
+def slowly(communicator: Communicator, slow: bool, **settings: Any) -> tuple[str, bool]:
     """The weights after some rounds, and whether messages lay in memory that ranks map; backward may be far from done."""
     device = mpips.device()
     net = MODELS["mlp"]().to(device)
     if slow:
         for p in net.parameters():
             p.register_hook(lambda grad: torch.cuda._sleep(50_000_000) or grad)
-    ps = mpips.connect(net, OPTIMIZERS["adam"](net.parameters()), exchange=exchange, deterministic=True, clip=0.1, **settings)
+    ps = mpips.connect(
+        net, OPTIMIZERS["adam"](net.parameters()), communicator=communicator, deterministic=True, clip=0.1, **settings
+    )
     for _ in ps.epochs(2):
         for x, y in ps.batches(data(), 8, shuffle=False):
             loss = F.cross_entropy(net(x.to(device)), y.to(device))
@@ -119,10 +121,10 @@ def test_ranks_of_a_node_combine_and_step_in_each_others_device_memory(plan: str
 
 @pytest.mark.mpi(min_size=2)
 def test_a_large_message_is_staged_through_two_buffers() -> None:
-    def program(e: Exchange) -> torch.Tensor:
+    def program(e: Communicator) -> torch.Tensor:
         message = torch.arange(10_000_019, dtype=torch.float32, device="cuda") % 1000 * (e.rank + 1)
-        e.publish(message)
-        e.combine(message, len(message), "sum", lambda part, rows: None)
+        e.broadcast(message)
+        e.reduce(message, len(message), "sum", lambda part, rows: None)
         return message.cpu()
 
     results = on_mpi(program)
@@ -132,7 +134,7 @@ def test_a_large_message_is_staged_through_two_buffers() -> None:
 def test_a_resumed_gpu_run_has_the_same_bits() -> None:
     def run(folder: str, epochs: int, **settings: Any) -> str:
         net = MODELS["mlp"]().cuda()
-        ps = mpips.connect(net, OPTIMIZERS["adam"](net.parameters()), exchange=World(1).ends[0], run_dir=folder, **settings)
+        ps = mpips.connect(net, OPTIMIZERS["adam"](net.parameters()), communicator=World(1).ends[0], run_dir=folder, **settings)
         for _ in ps.epochs(epochs):
             for x, y in ps.batches(data(), 16):
                 loss = F.cross_entropy(F.dropout(net(x.cuda()), 0.1), y.cuda())

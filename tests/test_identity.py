@@ -8,20 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from programs import MODELS, OPTIMIZERS, cnn, data, dropout_mlp, in_order, mlp, plain, sha, train
-from test_exchange_mpi import on_mpi
+from test_comm_mpi import on_mpi
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mpips
-from mpips.comm import SERVER, Exchange
+from mpips.comm import SERVER, Communicator
 from mpips.comm.simulated import World
 
 EPOCHS = 10  # of 20 batches: 200 steps
 
 
-def one_worker(exchange: Exchange, model: str, optimizer: str) -> str:
+def one_worker(communicator: Communicator, model: str, optimizer: str) -> str:
     net = MODELS[model]()
-    train(exchange, net, OPTIMIZERS[optimizer](net.parameters()), data(), epochs=EPOCHS)
+    train(communicator, net, OPTIMIZERS[optimizer](net.parameters()), data(), epochs=EPOCHS)
     return sha(net)
 
 
@@ -70,14 +70,14 @@ def test_dropout_and_shuffling_do_not_change_it_either() -> None:
     assert sha(net) == expected
 
 
-def script(optimizer: str, exchange: Exchange | None = None) -> str:
-    """A script as it stands, but for two lines where there is an exchange."""
+def script(optimizer: str, communicator: Communicator | None = None) -> str:
+    """A script as it stands, but for two lines where there is a communicator."""
     net = dropout_mlp()
     made = OPTIMIZERS[optimizer](net.parameters())
     scheduler = torch.optim.lr_scheduler.ExponentialLR(made, 0.95)
     loader = DataLoader(TensorDataset(*data(103)), 16, shuffle=True)
-    if exchange:
-        ps = mpips.connect(net, made, exchange=exchange, run_dir="run")
+    if communicator:
+        ps = mpips.connect(net, made, communicator=communicator, run_dir="run")
         loader = ps.shard(loader)
     for _ in range(4):
         for x, y in loader:
@@ -105,12 +105,12 @@ def shares(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     return [(a.flatten(0, 1), b.flatten()) for a, b in blocks]
 
 
-def joined(exchange: Exchange, optimizer: str, **settings: Any) -> list[Tensor]:
+def joined(communicator: Communicator, optimizer: str, **settings: Any) -> list[Tensor]:
     net = mlp().double()
-    ps_rank = exchange.rank - (not settings.get("server_trains"))
+    ps_rank = communicator.rank - (not settings.get("server_trains"))
     own, size = (shares(torch.float64)[ps_rank], SHARDS[ps_rank]) if ps_rank >= 0 else ((), 1)
     made = OPTIMIZERS[optimizer](net.parameters())
-    train(exchange, net, made, own, batch_size=size, epochs=5, shard=False, **settings)
+    train(communicator, net, made, own, batch_size=size, epochs=5, shard=False, **settings)
     return [p.detach().clone() for p in net.parameters()]
 
 
@@ -142,10 +142,10 @@ def test_unequal_workers_over_mpi_are_one_process_on_the_joined_batch(optimizer:
     assert_close(results[SERVER], reference(optimizer))
 
 
-def uneven(exchange: Exchange, **settings: Any) -> str:
+def uneven(communicator: Communicator, **settings: Any) -> str:
     """A model with buffers on shards that do not divide evenly, shuffled."""
     net = cnn()
-    train(exchange, net, OPTIMIZERS["momentum"](net.parameters()), data(101), epochs=3, shuffle=True, **settings)
+    train(communicator, net, OPTIMIZERS["momentum"](net.parameters()), data(101), epochs=3, shuffle=True, **settings)
     return sha(net)
 
 
@@ -171,9 +171,9 @@ def test_deterministic_mode_gives_the_simulated_run_s_bits() -> None:
 
 
 def test_sum_and_rows_agree_to_rounding() -> None:
-    def weights(exchange: Exchange, **settings: Any) -> Tensor:
+    def weights(communicator: Communicator, **settings: Any) -> Tensor:
         net = mlp()
-        train(exchange, net, OPTIMIZERS["sgd"](net.parameters()), data(), epochs=2, **settings)
+        train(communicator, net, OPTIMIZERS["sgd"](net.parameters()), data(), epochs=2, **settings)
         return nn.utils.parameters_to_vector(net.parameters()).detach()
 
     by_sum = World(4).run(weights)[0]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpips.comm.peer_buffers import FEW, Board, Rows
+from mpips.comm.peer_buffers import FEW, PeerBuffers, Rows
 from mpips.reduce.sharded_step.kernels import ONE_THREAD, Terms, add_up, divide, is_finite
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -91,10 +91,10 @@ def test_a_sum_that_overflows_is_no_warning_beside() -> None:
 
 def test_a_board_gives_numpy_what_is_few() -> None:
     rows: list[Any] = [torch.zeros(2 * FEW) for _ in range(2)]
-    board = Board(rows, 0, torch.zeros(8, dtype=torch.uint8))
-    few = board.near(slice(5, 5 + FEW))
+    board = PeerBuffers(rows, 0, torch.zeros(8, dtype=torch.uint8))
+    few = board.rows_of(slice(5, 5 + FEW))
     assert few.arrays is not None
     few.arrays[1][:] = 1
     assert rows[1][5 : 5 + FEW].all() and not rows[1][5 + FEW :].any()
-    assert board.near(slice(5, 5 + FEW)) is few
-    assert board.near(slice(0, FEW + 1)).arrays is None
+    assert board.rows_of(slice(5, 5 + FEW)) is few
+    assert board.rows_of(slice(0, FEW + 1)).arrays is None

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from contract_exchange import Program
+from contract_communicator import Program
 from test_combine import ATTACKS, HONEST, WIDE, Came, a_push, in_hull, random_values, rounds
-from test_exchange_mpi import on_mpi
+from test_comm_mpi import on_mpi
 from test_rule import LEAST, each_rule, together
 from torch import Tensor
 
-from mpips.comm import SERVER, Exchange
+from mpips.comm import SERVER, Communicator
 from mpips.comm.simulated import World
 from mpips.config import Config, Robust
-from mpips.model.message import Contribution, Push, Row
+from mpips.model.message import Contribution, Push, WorkerStatus
 from mpips.reduce.aggregate import WEIGHT
 from mpips.reduce.client_rows import combine, contribute
 from mpips.rules import choose
@@ -32,7 +32,7 @@ HOSTED: dict[str, Hosted] = {
     "one each": [[], *([k] for k in range(8))],
     "one each, in another order": [[], *([k] for k in (7, 1, 0, 3, 2, 6, 5, 4))],
 }
-SMALL = 1e-4  # MB; the simulated exchange cuts these 100 bytes once more
+SMALL = 1e-4  # MB; the simulated communicator cuts these 100 bytes once more
 each_hosting = pytest.mark.parametrize("hosted", HOSTED)
 
 
@@ -45,7 +45,7 @@ def give(push: Push, rank: int, numbers: Sequence[int], values: Tensor, weights:
         body[push.gradients.numel() :][:3] = statistics[k] * weight
         push.clients.append(Contribution(10 * k, body, weight, weight))
     here = float(weights[list(numbers)].sum())
-    push.write(rank, Row(samples=here, weight=here), ())
+    push.write(rank, WorkerStatus(samples=here, weight=here), ())
 
 
 def hosting(
@@ -54,7 +54,7 @@ def hosting(
     """A program that combines `(n, len)` values of clients, hosted so, `times` times."""
     stats = torch.zeros(len(values), 3, dtype=values.dtype) if statistics is None else statistics
 
-    def program(e: Exchange) -> list[Came]:
+    def program(e: Communicator) -> list[Came]:
         rule, last = choose(config)
         push, came = a_push(e, values.shape[1], values.dtype), []
         for _ in range(times):
@@ -150,7 +150,7 @@ def test_clients_that_were_reported_count_as_faulty_and_are_named() -> None:
     values = random_values(5, dtype=torch.float64)
     expected = together(choose(Config(rule="krum", robust=Robust(bad=0)))[0], values[1:], torch.ones(4, dtype=torch.float64))
 
-    def program(e: Exchange, reports: bool) -> Any:
+    def program(e: Communicator, reports: bool) -> Any:
         rule, last = choose(Config(rule="krum"))
         push = a_push(e, 37, torch.float64)
         weights = torch.ones(5, dtype=torch.float64)
@@ -226,12 +226,12 @@ def test_a_rank_that_does_not_count_has_no_clients_that_do() -> None:
     """One whose row says that the round is not to be taken."""
     values = random_values(6, dtype=torch.float64)
 
-    def program(e: Exchange) -> Any:
+    def program(e: Communicator) -> Any:
         rule, last = choose(Config(rule="median"))
         push = a_push(e, 37, torch.float64)
         give(push, e.rank, [[], [0, 1, 2], [3, 4, 5]][e.rank], values, torch.ones(6), torch.zeros(6, 3))
         if e.rank == 1:
-            push.write(1, Row(bad=1), ())
+            push.write(1, WorkerStatus(bad=1), ())
         if e.rank != SERVER:
             return contribute(e, push, rule, last, SMALL)
         return combine(e, push, rule, last, 1, SMALL), push.gradients[:37]
@@ -244,14 +244,14 @@ def test_a_rank_that_does_not_count_has_no_clients_that_do() -> None:
 def test_no_message_is_larger_than_a_bucket(name: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And so the server gathers no more than a bucket of each rank, however many clients it has."""
     world, largest = World(3), 0
-    plainly = type(world.ends[0]).combine
+    plainly = type(world.ends[0]).reduce
 
     def noted(e: Any, message: Tensor, tail: int, needs: Any, apply: Any) -> None:
         nonlocal largest
         largest = max(largest, message.nbytes if needs == "rows" else 0)
         plainly(e, message, tail, needs, apply)
 
-    monkeypatch.setattr(type(world.ends[0]), "combine", noted)
+    monkeypatch.setattr(type(world.ends[0]), "reduce", noted)
     config = Config(rule=name, deterministic=deterministic, robust=WIDE)
     world.run(hosting(config, [[], [*range(9)], [*range(9, 12)]], random_values(12, 500), torch.ones(12)))
     assert 9 * 4 <= largest <= SMALL * 1e6

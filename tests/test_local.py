@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from programs import MODELS, OPTIMIZERS, cnn, data, in_order, metrics, mlp, plain, sha, train
-from test_exchange_mpi import on_mpi
+from test_comm_mpi import on_mpi
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import mpips
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import Killed, World
 from mpips.model.message import NonFiniteError
 
@@ -42,9 +42,9 @@ def momentum(p: Any) -> torch.optim.Optimizer:
 # One worker.
 
 
-def one(exchange: Exchange, optimizer: str, model: str = "mlp", **settings: Any) -> str:
+def one(communicator: Communicator, optimizer: str, model: str = "mlp", **settings: Any) -> str:
     net = MODELS[model]()
-    train(exchange, net, OPTIMIZERS[optimizer](net.parameters()), data(107), BATCH, EPOCHS, **settings)
+    train(communicator, net, OPTIMIZERS[optimizer](net.parameters()), data(107), BATCH, EPOCHS, **settings)
     return sha(net)
 
 
@@ -104,10 +104,10 @@ def outer_by_hand(make: Make, mode: str, lr: float, beta: float) -> nn.Module:
 def test_the_outer_step_of_one_worker_is_the_paper_s(
     mode: str, given: dict[str, float], lr: float, beta: float, make: Make, size: int
 ) -> None:
-    def program(exchange: Exchange) -> str:
+    def program(communicator: Communicator) -> str:
         net = mlp()
         settings = {"mode": mode, "local": {"steps": 3}, "outer": given}
-        train(exchange, net, make(net.parameters()), data(107), BATCH, EPOCHS, **settings)
+        train(communicator, net, make(net.parameters()), data(107), BATCH, EPOCHS, **settings)
         return sha(net)
 
     assert World(size).run(program) == [sha(outer_by_hand(make, mode, lr, beta))]
@@ -167,9 +167,9 @@ def by_hand(
     return w, rounds
 
 
-def ours(exchange: Exchange, n: int, make: Make = sgd, **settings: Any) -> Tensor:
+def ours(communicator: Communicator, n: int, make: Make = sgd, **settings: Any) -> Tensor:
     net = mlp().double()
-    train(exchange, net, make(net.parameters()), data(n, torch.float64), BATCH, EPOCHS, **settings)
+    train(communicator, net, make(net.parameters()), data(n, torch.float64), BATCH, EPOCHS, **settings)
     return weights(net)
 
 
@@ -228,9 +228,9 @@ def test_rules_other_than_the_mean_take_changes(rule: str) -> None:
     """The same data on all workers: whatever the rule, their common change."""
     own = data(64, torch.float64)
 
-    def program(exchange: Exchange, **settings: Any) -> Tensor:
+    def program(communicator: Communicator, **settings: Any) -> Tensor:
         net = mlp().double()
-        train(exchange, net, sgd(net.parameters()), own, BATCH, EPOCHS, shard=False, mode="local_sgd", **settings)
+        train(communicator, net, sgd(net.parameters()), own, BATCH, EPOCHS, shard=False, mode="local_sgd", **settings)
         return weights(net)
 
     assert_near(World(6).run(lambda e: program(e, rule=rule))[0], World(1).run(program)[0])
@@ -269,10 +269,10 @@ def test_a_scheduler_is_the_workers(every: str) -> None:
     optimizer = sgd(net.parameters())
     trained(net, optimizer, range(EPOCHS), lambda: in_order(data(107), BATCH, 1), lambda loss: optimizer.step())  # 7 batches
 
-    def program(exchange: Exchange, plainly: bool) -> tuple[str, float]:
+    def program(communicator: Communicator, plainly: bool) -> tuple[str, float]:
         net = mlp()
         optimizer = sgd(net.parameters())
-        ps = mpips.connect(net, optimizer, exchange=exchange, run_dir="run", mode="local_sgd", local={"steps": 3})
+        ps = mpips.connect(net, optimizer, communicator=communicator, run_dir="run", mode="local_sgd", local={"steps": 3})
         step = (lambda loss: optimizer.step()) if plainly else ps.step
         trained(net, optimizer, ps.epochs(EPOCHS), lambda: ps.batches(data(107), BATCH, shuffle=False), step)
         return sha(net), metrics(Path("run"))[-1]["lr"]
@@ -287,9 +287,9 @@ def test_a_scheduler_is_the_workers(every: str) -> None:
 # Checkpoints.
 
 
-def resumable(exchange: Exchange, settings: dict[str, Any], **more: Any) -> str:
+def resumable(communicator: Communicator, settings: dict[str, Any], **more: Any) -> str:
     net = cnn()
-    train(exchange, net, momentum(net.parameters()), data(107), 8, EPOCHS, True, **settings, **more)
+    train(communicator, net, momentum(net.parameters()), data(107), 8, EPOCHS, True, **settings, **more)
     return sha(net)
 
 
@@ -321,9 +321,9 @@ def test_killed_and_resumed(settings: dict[str, Any], size: int) -> None:
 def test_another_number_of_workers_goes_on(after: int) -> None:
     settings = {"mode": "local_sgd", "local": {"steps": 3}, "checkpoint": {"every": 2}}
 
-    def some(exchange: Exchange) -> None:
+    def some(communicator: Communicator) -> None:
         net = cnn()
-        ps = mpips.connect(net, momentum(net.parameters()), exchange=exchange, run_dir="run", **settings)
+        ps = mpips.connect(net, momentum(net.parameters()), communicator=communicator, run_dir="run", **settings)
         for _ in ps.epochs(1):
             for x, y in ps.batches(data(107), 8):
                 loss = F.cross_entropy(net(x), y)
@@ -344,10 +344,10 @@ def test_another_number_of_workers_goes_on(after: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", ["local_sgd", "slowmo", "diloco", "fedavg", "fedadam"])
 def test_16_bit_models_stay_near_their_32_bit_twins(mode: str, dtype: torch.dtype) -> None:
-    def program(exchange: Exchange, dtype: torch.dtype) -> Tensor:
+    def program(communicator: Communicator, dtype: torch.dtype) -> Tensor:
         net = mlp().to(dtype)
         steps = {"local": {"steps": 3}}
-        train(exchange, net, sgd(net.parameters()), data(107, dtype), BATCH, EPOCHS, mode=mode, **steps)
+        train(communicator, net, sgd(net.parameters()), data(107, dtype), BATCH, EPOCHS, mode=mode, **steps)
         return weights(net).float()
 
     for size in (1, 3):
@@ -357,11 +357,11 @@ def test_16_bit_models_stay_near_their_32_bit_twins(mode: str, dtype: torch.dtyp
         assert (results[0] - close).norm() < 0.1 * (close - weights(mlp())).norm()
 
 
-def poisoned(exchange: Exchange, at: int, mode: str, nonfinite: str) -> tuple[Tensor, float]:
+def poisoned(communicator: Communicator, at: int, mode: str, nonfinite: str) -> tuple[Tensor, float]:
     """Worker 0's gradient of its step `at` is not finite."""
     net, step = mlp().double(), 0
     settings: dict[str, Any] = {"run_dir": nonfinite, "mode": mode, "nonfinite": nonfinite, "local": {"steps": 3}}
-    ps = mpips.connect(net, sgd, exchange=exchange, **settings)
+    ps = mpips.connect(net, sgd, communicator=communicator, **settings)
     for _ in ps.epochs(2):
         for x, y in ps.batches(data(200, torch.float64), BATCH):
             loss = F.cross_entropy(net(x), y) * (float("nan") if step == at and ps.worker == 0 else 1.0)
@@ -388,9 +388,11 @@ def test_a_local_step_that_is_not_finite(mode: str, at: int, size: int) -> None:
 
 
 def test_a_bad_round_that_is_skipped_changes_nothing() -> None:
-    def program(exchange: Exchange) -> tuple[Tensor, Tensor]:
+    def program(communicator: Communicator) -> tuple[Tensor, Tensor]:
         net = mlp().double()
-        ps = mpips.connect(net, sgd, exchange=exchange, run_dir="run", mode="local_sgd", local={"steps": 2}, nonfinite="skip")
+        ps = mpips.connect(
+            net, sgd, communicator=communicator, run_dir="run", mode="local_sgd", local={"steps": 2}, nonfinite="skip"
+        )
         for _ in ps.epochs(1):
             for x, y in ps.batches(data(32, torch.float64), BATCH):
                 loss = F.cross_entropy(net(x), y) * (float("inf") if ps.round == 0 else 1)
@@ -416,9 +418,9 @@ def test_local_steps_before_a_break_are_pushed() -> None:
     net = mlp()
     expected = sha(plain(net, sgd(net.parameters()), iter(list(in_order(data(107), BATCH, 1))[:5])))
 
-    def program(exchange: Exchange) -> str:
+    def program(communicator: Communicator) -> str:
         net = mlp()
-        ps = mpips.connect(net, sgd, exchange=exchange, run_dir="run", mode="local_sgd", local={"steps": 3})
+        ps = mpips.connect(net, sgd, communicator=communicator, run_dir="run", mode="local_sgd", local={"steps": 3})
         for _ in ps.epochs(1):
             for x, y in batches_until(ps, data(107), 5):
                 loss = F.cross_entropy(net(x), y)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mpips
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import World
 
 D = torch.float64
@@ -150,10 +150,10 @@ LOOPS: dict[str, tuple[Any, Any]] = {
 def test_a_loop_is_that_of_one_process(loop: str, size: int, shares: bool) -> None:
     steps, make = LOOPS[loop]
 
-    def program(e: Exchange) -> tuple[list[float], list[Tensor]]:
+    def program(e: Communicator) -> tuple[list[float], list[Tensor]]:
         model = mlp().to(D)
         optimizer = make(model.parameters())
-        ps = mpips.connect(model, optimizer, exchange=e, run_dir="run")
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
         told = list(steps(model, optimizer, lambda step: tuple(t[ps.worker :: ps.workers] for t in batch(step))))
         return told, [p.detach().clone() for p in model.parameters()]
 
@@ -193,10 +193,10 @@ def adversarial(g: nn.Module, d: nn.Module, og: Any, od: Any, mine: Callable[[Te
 @PLACES
 @pytest.mark.parametrize("how", ["lists", "dicts"])
 def test_several_models_and_optimizers_in_one_run(how: str, size: int, shares: bool) -> None:
-    def program(e: Exchange) -> tuple[list[Tensor], Any]:
+    def program(e: Communicator) -> tuple[list[Tensor], Any]:
         g, d, og, od = gan()
         models, optimizers = ([g, d], [og, od]) if how == "lists" else ({"g": g, "d": d}, {"g": og, "d": od})
-        ps = mpips.connect(models, optimizers, exchange=e, run_dir="run")
+        ps = mpips.connect(models, optimizers, communicator=e, run_dir="run")
         adversarial(g, d, og, od, lambda t: t[ps.worker :: ps.workers])
         return [p.detach().clone() for p in [*g.parameters(), *d.parameters()]], og.state_dict()
 
@@ -210,9 +210,9 @@ def test_several_models_and_optimizers_in_one_run(how: str, size: int, shares: b
 
 
 def test_workers_that_step_other_optimizers_are_told() -> None:
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         g, d, og, od = gan()
-        mpips.connect([g, d], [og, od], exchange=e, run_dir="run")
+        mpips.connect([g, d], [og, od], communicator=e, run_dir="run")
         d(g(torch.ones(2, 2, dtype=D))).mean().backward()
         (og if e.rank == 1 else od).step()
 
@@ -224,11 +224,11 @@ def test_workers_that_step_other_optimizers_are_told() -> None:
 def test_workers_may_take_different_numbers_of_steps(size: int, shares: bool) -> None:
     """No dataset at all, as in reinforcement learning: the last steps are taken by fewer workers."""
 
-    def program(e: Exchange) -> tuple[int, Tensor]:
+    def program(e: Communicator) -> tuple[int, Tensor]:
         model = nn.Linear(2, 1, bias=False).to(D)
         nn.init.ones_(model.weight)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        ps = mpips.connect(model, optimizer, exchange=e, run_dir="run")
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
         for _ in range(3 + ps.worker):
             optimizer.zero_grad()
             model(torch.full((1, 2), 1.0 + ps.worker, dtype=D)).sum().backward()
@@ -274,9 +274,9 @@ def test_a_shuffled_loader_and_a_scheduler_and_resumed(stops_at: int | None, siz
     """The order is that of one process, drawn from the script's own random stream; resumed, every later bit is the same."""
     workers = max(1, size - 1)
 
-    def program(e: Exchange, fails: bool = False, resume: str = "no") -> tuple[list[float], list[Tensor]]:
+    def program(e: Communicator, fails: bool = False, resume: str = "no") -> tuple[list[float], list[Tensor]]:
         model, optimizer, scheduler, loader = parts(8)
-        ps = mpips.connect(model, optimizer, exchange=e, run_dir="run", resume=resume, checkpoint={"every": 2})
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run", resume=resume, checkpoint={"every": 2})
         steps = 0
 
         def counted() -> Iterator[Any]:
@@ -309,7 +309,7 @@ def test_a_shard_that_is_not_looped_over_is_refused() -> None:
     """The script loops over the loader that it had before: every worker would train on all data."""
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ps = mpips.connect(model, optimizer, exchange=World(1).ends[0], run_dir="run")
+    ps = mpips.connect(model, optimizer, communicator=World(1).ends[0], run_dir="run")
     loader = DataLoader(TensorDataset(*data(16)), batch_size=8)
     ps.shard(loader)
     with pytest.raises(RuntimeError, match=r"a step before any loop over a shard: ps\.shard\(loader\) was called"):
@@ -321,7 +321,7 @@ def test_a_shard_that_is_not_looped_over_is_refused() -> None:
 def test_two_steps_on_a_batch_between_which_a_checkpoint_may_come_are_refused() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ps = mpips.connect(model, optimizer, exchange=World(1).ends[0], run_dir="run", checkpoint={"every": 100})
+    ps = mpips.connect(model, optimizer, communicator=World(1).ends[0], run_dir="run", checkpoint={"every": 100})
     with pytest.raises(RuntimeError, match=r"a second step on a batch with checkpoint\.every: given 100"):
         for _ in ps.epochs(1):
             for x, y in ps.batches(data(16), 8):
@@ -331,10 +331,10 @@ def test_two_steps_on_a_batch_between_which_a_checkpoint_may_come_are_refused() 
 
 
 def test_a_server_does_not_measure_with_an_old_teacher() -> None:
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         model = nn.ModuleDict({"student": nn.Linear(2, 1), "teacher": nn.Linear(2, 1).requires_grad_(False)})
         optimizer = torch.optim.SGD(model.student.parameters(), lr=0.1)
-        ps = mpips.connect(model, optimizer, exchange=e, run_dir="run", validate=lambda: 1.0)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run", validate=lambda: 1.0)
         for _ in ps.epochs(1):
             model.student(torch.ones(1, 2)).sum().backward()
             optimizer.step()
@@ -379,9 +379,9 @@ def test_what_is_drawn_between_loops_leaves_orders_those_of_one_process(
                 ps.validate(evaluate)
         return [p.detach().clone() for p in model.parameters()]
 
-    def program(e: Exchange, **more: Any) -> list[Tensor]:
+    def program(e: Communicator, **more: Any) -> list[Tensor]:
         def connect(model: nn.Module, optimizer: Any, resume: str) -> mpips.Run:
-            return mpips.connect(model, optimizer, exchange=e, run_dir="run", resume=resume, checkpoint={"every": 1})
+            return mpips.connect(model, optimizer, communicator=e, run_dir="run", resume=resume, checkpoint={"every": 1})
 
         return script(8, connect, **more)
 
@@ -397,7 +397,7 @@ def test_what_batches_gives_can_be_looped_over_again_and_slices_draw_nothing() -
     drawn = torch.random.get_rng_state()
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ps = mpips.connect(model, optimizer, exchange=World(1).ends[0], run_dir="run")
+    ps = mpips.connect(model, optimizer, communicator=World(1).ends[0], run_dir="run")
     torch.random.set_rng_state(drawn)
     batches = ps.batches(data(16), 8, shuffle=False)
     for _ in range(3):
@@ -440,9 +440,11 @@ def test_losses_that_are_sums(plan: str, how: str, size: int, shares: bool) -> N
             optimizer.step()
         return [p.detach().clone() for p in model.parameters()]
 
-    def program(e: Exchange) -> list[Tensor]:
+    def program(e: Communicator) -> list[Tensor]:
         more: dict[str, Any] = {"clip": 0.5} if how == "the setting clip" else {}
-        return trained(8, lambda *given: mpips.connect(*given, exchange=e, run_dir="run", reduction="sum", plan=plan, **more))
+        return trained(
+            8, lambda *given: mpips.connect(*given, communicator=e, run_dir="run", reduction="sum", plan=plan, **more)
+        )
 
     expected = trained(8 * workers, None)
     for weights in World(size, shares=shares).run(program):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mpips.comm.simulated import World
 from mpips.config import Config
 from mpips.model.flat import ALIGNMENT
-from mpips.model.message import COLUMNS, LIMBS, Control, NonFiniteError, Replica, Row, replicate, wire_dtype
+from mpips.model.message import COLUMNS, LIMBS, Control, NonFiniteError, Replica, WorkerStatus, replicate, wire_dtype
 
 
 def made(net: nn.Module | None = None, size: int = 3, **settings: object) -> Replica:
@@ -66,7 +66,11 @@ def test_the_parts_of_a_pull_cover_it_and_are_aligned() -> None:
 def test_a_rank_s_row_arrives_exactly_through_the_sum() -> None:
     """Each rank writes its own row; the tails are added, as MPI does."""
     replicas = [made(size=3, metrics=("m",)) for _ in range(3)]
-    rows = [Row(2**24, 2**24 - 1, -0.1, 3, 1, 2, 1, 2**20 - 1, 0.25, 1e-7), Row(), Row(5, 5, 1e30, 0, 0, 1, 0, 7, 3, 4)]
+    rows = [
+        WorkerStatus(2**24, 2**24 - 1, -0.1, 3, 1, 2, 1, 2**20 - 1, 0.25, 1e-7),
+        WorkerStatus(),
+        WorkerStatus(5, 5, 1e30, 0, 0, 1, 0, 7, 3, 4),
+    ]
     for rank, (replica, row) in enumerate(zip(replicas, rows, strict=True)):
         replica.push.write(rank, row, [rank + 0.5])
     total = replicas[0].push.message + replicas[1].push.message + replicas[2].push.message
@@ -107,7 +111,7 @@ def test_clear_leaves_nothing_to_push() -> None:
     net = mlp()
     replica = made(net)
     net(torch.ones(2, 12)).sum().backward()
-    replica.push.write(1, Row(samples=3), [])
+    replica.push.write(1, WorkerStatus(samples=3), [])
     assert replica.push.message.any()
     replica.clear()
     assert not replica.push.message.any()

@@ -12,7 +12,7 @@ from programs import data, mlp, train
 
 import mpips
 from mpips.algorithms.modes import MODES, choose_mode, takes_weights
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.config import Config, ConfigError, Local, Outer, Staleness
 from mpips.optim.snapshot import SnapshotError
@@ -24,11 +24,11 @@ def sgd(params: Any) -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize("name", MODES)
 def test_every_mode_trains_on_several_ranks(name: str) -> None:
-    def program(exchange: Exchange) -> tuple[float, float]:
+    def program(communicator: Communicator) -> tuple[float, float]:
         net = mlp()
         nesterov = {"momentum": 0.9, "nesterov": True} if name == "eamsgd" else {}
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, **nesterov)
-        ps = mpips.connect(net, optimizer, exchange=exchange, run_dir="run", mode=name, local={"steps": 2})
+        ps = mpips.connect(net, optimizer, communicator=communicator, run_dir="run", mode=name, local={"steps": 2})
         x, y = data(96)
         y[:] = x[:, :5].argmax(1)  # something that can be learned
         losses = []
@@ -72,7 +72,7 @@ def test_refused_settings_are_one_line_on_any_rank(capsys: pytest.CaptureFixture
     """Before anything is sent: a rank that went on would wait for the others."""
     for end in World(3).ends:
         with pytest.raises(SystemExit, match="2"):
-            mpips.connect(mlp(), sgd, exchange=end, mode="ssp", overlap=True, staleness={"bound": 0})
+            mpips.connect(mlp(), sgd, communicator=end, mode="ssp", overlap=True, staleness={"bound": 0})
         assert capsys.readouterr().err == (
             "mpips: overlap: given True with mode ssp, allowed: false with backup_workers, and with ssp at staleness.bound 0\n"
         )
@@ -94,7 +94,7 @@ def test_weights_travel_only_where_their_plain_mean_is_taken() -> None:
 
 def test_a_rule_with_too_few_workers_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        World(3).run(lambda e: mpips.connect(mlp(), sgd, exchange=e, rule="krum"))
+        World(3).run(lambda e: mpips.connect(mlp(), sgd, communicator=e, rule="krum"))
     assert "mpips: rule: krum with robust.bad=1 needs 5 contributions, 2 came\n" in capsys.readouterr().err
 
 
@@ -102,10 +102,10 @@ def test_a_rule_with_too_few_workers_is_one_line(capsys: pytest.CaptureFixture[s
 def test_a_rule_with_too_few_clients_a_round_is_refused(size: int) -> None:
     """However many workers there are."""
 
-    def program(exchange: Exchange, clients: int) -> None:
+    def program(communicator: Communicator, clients: int) -> None:
         net = mlp()
         given, settings = mpips.Clients.split(data(60), clients), {"clients": {"fraction": 0.5}}
-        train(exchange, net, sgd(net.parameters()), given, 5, mode="fedavg", rule="krum", **settings)
+        train(communicator, net, sgd(net.parameters()), given, 5, mode="fedavg", rule="krum", **settings)
 
     with pytest.raises(ConfigError, match=r"krum with robust\.bad=1 needs 5 contributions, 4 came, the clients of a round"):
         World(size).run(lambda e: program(e, 8))
@@ -114,9 +114,9 @@ def test_a_rule_with_too_few_clients_a_round_is_refused(size: int) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [("sync", "diloco"), ("diloco", "sync"), ("local_sgd", "fedavg")])
 def test_a_checkpoint_of_another_mode_is_refused(before: str, after: str) -> None:
-    def program(exchange: Exchange, mode: str, **more: Any) -> None:
+    def program(communicator: Communicator, mode: str, **more: Any) -> None:
         net = mlp()
-        train(exchange, net, sgd(net.parameters()), data(32), 8, mode=mode, **more)
+        train(communicator, net, sgd(net.parameters()), data(32), 8, mode=mode, **more)
 
     World(2).run(lambda e: program(e, before))
     with pytest.raises(SnapshotError, match=f"of mode {before}, this run of {after}; give --mpips.mode {before}"):
@@ -124,11 +124,11 @@ def test_a_checkpoint_of_another_mode_is_refused(before: str, after: str) -> Non
 
 
 def test_new_workers_of_a_resumed_run_have_the_schedulers_rate() -> None:
-    def program(exchange: Exchange, epochs: int, **more: Any) -> float:
+    def program(communicator: Communicator, epochs: int, **more: Any) -> float:
         net = mlp()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-        ps = mpips.connect(net, optimizer, exchange=exchange, **{"run_dir": "run", "mode": "local_sgd", **more})
+        ps = mpips.connect(net, optimizer, communicator=communicator, **{"run_dir": "run", "mode": "local_sgd", **more})
         for _ in ps.epochs(epochs):
             for x, y in ps.batches(data(32), 4):
                 loss = torch.nn.functional.cross_entropy(net(x), y)

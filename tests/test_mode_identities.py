@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from programs import OPTIMIZERS, data, mlp, train
-from test_exchange_mpi import on_mpi
+from test_comm_mpi import on_mpi
 from torch import Tensor, nn
 
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import World
 
 FEDAVG: dict[str, Any] = {"mode": "fedavg"}
@@ -50,23 +50,23 @@ PAIRS = {
 }
 
 
-def trained(exchange: Exchange, settings: dict[str, Any], rate: float, folder: str) -> Tensor:
+def trained(communicator: Communicator, settings: dict[str, Any], rate: float, folder: str) -> Tensor:
     """The weights after two epochs of five batches of each worker's own 20 items."""
     net = mlp().double()
-    worker = max(0, exchange.rank - 1)
-    x, y = (t[20 * worker :][:20] for t in data(20 * exchange.size, torch.float64))
+    worker = max(0, communicator.rank - 1)
+    x, y = (t[20 * worker :][:20] for t in data(20 * communicator.size, torch.float64))
     optimizer = torch.optim.SGD(net.parameters(), lr=rate)
-    train(exchange, net, optimizer, (x, y), 4, epochs=2, shard=False, run_dir=folder, **settings)
+    train(communicator, net, optimizer, (x, y), 4, epochs=2, shard=False, run_dir=folder, **settings)
     return nn.utils.parameters_to_vector(net.parameters()).detach().clone()
 
 
-def one(exchange: Exchange, pair: Pair) -> Tensor:
-    share = max(1, exchange.size - 1) if pair.shared else 1
-    return trained(exchange, pair.one, 0.05 / share, "one")
+def one(communicator: Communicator, pair: Pair) -> Tensor:
+    share = max(1, communicator.size - 1) if pair.shared else 1
+    return trained(communicator, pair.one, 0.05 / share, "one")
 
 
-def other(exchange: Exchange, pair: Pair) -> Tensor:
-    return trained(exchange, pair.other, 0.05, "other")
+def other(communicator: Communicator, pair: Pair) -> Tensor:
+    return trained(communicator, pair.other, 0.05, "other")
 
 
 def assert_same(ones: list[Tensor], others: list[Tensor], exact: bool) -> None:
@@ -91,9 +91,9 @@ def test_over_mpi(name: str) -> None:
     assert_same(on_mpi(lambda e: one(e, pair)), on_mpi(lambda e: other(e, pair)), pair.exact)
 
 
-def one_worker(exchange: Exchange, mode: dict[str, Any], optimizer: str) -> Tensor:
+def one_worker(communicator: Communicator, mode: dict[str, Any], optimizer: str) -> Tensor:
     net = mlp()
-    train(exchange, net, OPTIMIZERS[optimizer](net.parameters()), data(), **mode)
+    train(communicator, net, OPTIMIZERS[optimizer](net.parameters()), data(), **mode)
     return nn.utils.parameters_to_vector(net.parameters()).detach().clone()
 
 

@@ -17,7 +17,7 @@ from torch.optim import lr_scheduler
 
 import mpips
 from mpips import checkpoint
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.config import Config, ConfigError
 from mpips.model.message import CallError, Replica, replicate
@@ -167,11 +167,13 @@ def test_every_scheduler_goes_on_exactly_after_a_checkpoint(scheduler: str, opti
     if scheduler in ("one cycle", "cyclic") and optimizer == "groups":
         make = OPTIMIZERS["nesterov"]  # these cycle the momentum, too, which all groups must have
 
-    def program(exchange: Exchange, steps: int, **settings: Any) -> tuple[list[float], nn.Module]:
+    def program(communicator: Communicator, steps: int, **settings: Any) -> tuple[list[float], nn.Module]:
         net = mlp()
         own = make(list(net.parameters()))
         made = schedule(own)
-        ps = mpips.connect(net, own, exchange=exchange, run_dir="run", checkpoint={"epochs": 0}, **settings)  # but at the end
+        ps = mpips.connect(
+            net, own, communicator=communicator, run_dir="run", checkpoint={"epochs": 0}, **settings
+        )  # but at the end
         return [script(net, own, number, made) for number in ps.epochs(steps)], net
 
     plain = mlp()
@@ -189,7 +191,7 @@ def test_a_scheduler_made_after_connect_goes_on_too() -> None:
     def program(steps: int, **settings: Any) -> list[float]:
         net = mlp()
         own = OPTIMIZERS["adam"](net.parameters())
-        ps = mpips.connect(net, own, exchange=World(1).ends[0], run_dir="run", **settings)
+        ps = mpips.connect(net, own, communicator=World(1).ends[0], run_dir="run", **settings)
         made = lr_scheduler.OneCycleLR(own, max_lr=0.1, total_steps=20)
         return [script(net, own, number, made) for number in ps.epochs(steps)]
 
@@ -213,10 +215,10 @@ def test_what_the_script_sets_in_its_groups_is_what_the_server_steps_with(dtype:
             optimizer.step()
         return net
 
-    def program(exchange: Exchange) -> nn.Module:
+    def program(communicator: Communicator) -> nn.Module:
         net = mlp().to(dtype)
         optimizer = made(net)
-        mpips.connect(net, optimizer, exchange=exchange, run_dir="run")
+        mpips.connect(net, optimizer, communicator=communicator, run_dir="run")
         return work(net, optimizer)
 
     plain = mlp().to(dtype).float()  # the master weights
@@ -227,10 +229,10 @@ def test_what_the_script_sets_in_its_groups_is_what_the_server_steps_with(dtype:
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_workers_that_set_other_numbers_are_told_so(mode: str) -> None:
-    def program(exchange: Exchange) -> None:
+    def program(communicator: Communicator) -> None:
         net = mlp()
         optimizer = OPTIMIZERS["adam"](net.parameters())
-        ps = mpips.connect(net, optimizer, exchange=exchange, run_dir="run", mode=mode)
+        ps = mpips.connect(net, optimizer, communicator=communicator, run_dir="run", mode=mode)
         optimizer.param_groups[0]["lr"] = 0.5 if ps.worker else 0.25
         script(net, optimizer, 0)
 
@@ -311,7 +313,7 @@ def test_the_norm_is_clipped_over_all_parameters_that_have_a_gradient() -> None:
 @pytest.mark.parametrize("clip", [1e-3, 1e3])
 def test_clip_is_plain_pytorch_s_clipping(clip: float) -> None:
     net, other = mlp(), mlp()
-    ps = mpips.connect(net, OPTIMIZERS["adam"], exchange=World(1).ends[0], run_dir="run", clip=clip)
+    ps = mpips.connect(net, OPTIMIZERS["adam"], communicator=World(1).ends[0], run_dir="run", clip=clip)
     optimizer = OPTIMIZERS["adam"](other.parameters())
     for _ in ps.epochs(1):
         for x, y in ps.batches(data(40), 8, shuffle=False):
@@ -395,7 +397,7 @@ def test_whoever_looks_on_sees_every_step(who: str, monkeypatch: pytest.MonkeyPa
         genuine = OPTIM.SGD.step
         wrapper = functools.wraps(genuine)(lambda *given: seen.append(1) or genuine(*given))
         monkeypatch.setattr(OPTIM.SGD, "step", wrapper)
-    mpips.connect(net, made, exchange=World(1).ends[0], run_dir="run")
+    mpips.connect(net, made, communicator=World(1).ends[0], run_dir="run")
     if who == "post hook":  # it may come after connect as well
         made.register_step_post_hook(lambda *_: seen.append(1))
     try:

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from programs import OPTIMIZERS, cnn, data, mlp, sha
-from test_exchange_mpi import as_simulated
+from test_comm_mpi import as_simulated
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mpips
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm import reduce_scatter as sharded
 from mpips.comm.simulated import World
 from mpips.model import layout as plan
-from mpips.model.bucket_ready import Ready
+from mpips.model.bucket_ready import BucketReadiness
 from mpips.model.flat import lay_out
 
 BUCKET = 640  # bytes
@@ -44,7 +44,7 @@ def test_a_step_waits_for_the_tensors_it_has_a_part_of(numels: list[int], length
     steps = [
         [slice(start, start + length // 2), slice(start + length // 2, start + length)] for start in range(0, numel, length)
     ]
-    ready = Ready([*steps, [slice(numel, numel + 5), slice(0, 0)]], slots)
+    ready = BucketReadiness([*steps, [slice(numel, numel + 5), slice(0, 0)]], slots)
     there: set[int] = set()
     numbers = list(range(len(slots)))
     order.shuffle(numbers)
@@ -64,7 +64,7 @@ def test_a_step_waits_for_the_tensors_it_has_a_part_of(numels: list[int], length
 
 def test_what_is_to_be_done_meanwhile_is_done_until_then() -> None:
     slots, numel = lay_out([("one", torch.empty(10, device="meta"))])
-    ready = Ready([[slice(0, numel)]], slots)
+    ready = BucketReadiness([[slice(0, numel)]], slots)
     calls = []
 
     def meanwhile() -> None:
@@ -76,12 +76,12 @@ def test_what_is_to_be_done_meanwhile_is_done_until_then() -> None:
     assert len(calls) == 3
 
 
-def trained(e: Exchange, overlap: bool, backward: str = "ps", model: Any = cnn, **settings: Any) -> dict[str, Any]:
+def trained(e: Communicator, overlap: bool, backward: str = "ps", model: Any = cnn, **settings: Any) -> dict[str, Any]:
     """Weights, sums of what was seen, and how the run was made."""
     net = model()
     given = data(101, next(net.parameters()).dtype)
     settings = {"run_dir": f"run-{e.name}-{overlap}", "plan": "sharded", **settings}
-    ps = mpips.connect(net, OPTIMIZERS["momentum"](net.parameters()), exchange=e, overlap=overlap, **settings)
+    ps = mpips.connect(net, OPTIMIZERS["momentum"](net.parameters()), communicator=e, overlap=overlap, **settings)
     seen = []
     for _ in ps.epochs(2):
         for number, (x, y) in enumerate(ps.batches(given, 7)):
@@ -102,7 +102,7 @@ def trained(e: Exchange, overlap: bool, backward: str = "ps", model: Any = cnn, 
     return {
         "weights": sha(net),
         "losses": seen,
-        "steps": len(slices.room.push_steps) if slices and isinstance(slices.room, sharded.ShardedRooms) else 0,
+        "steps": len(slices.group.push_steps) if slices and isinstance(slices.group, sharded.ReduceScatterGroup) else 0,
         "rounds": ps.round,
     }
 
@@ -171,11 +171,11 @@ def test_tensors_without_gradients_do_not_hold_a_step_up(tmp_path: Path, monkeyp
 def overlapping(
     program: Callable[[mpips.Run, nn.Module], Any], net: Callable[[], nn.Module] = mlp, **settings: Any
 ) -> list[Any]:
-    def on_rank(e: Exchange) -> Any:
+    def on_rank(e: Communicator) -> Any:
         model = net()
         made = OPTIMIZERS["sgd"](model.parameters())
         given = {"run_dir": "run", "plan": "sharded", "overlap": True, **settings}
-        ps = mpips.connect(model, made, exchange=e, **given)
+        ps = mpips.connect(model, made, communicator=e, **given)
         return program(ps, model)
 
     return World(3, shares=True, nodes=[1, 2], bucket=BUCKET).run(on_rank)
@@ -328,13 +328,15 @@ class Noisy(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return self.x[index] + 0.1 * torch.rand(1) + 0.1 * float(np.random.rand()) + 0.1 * random.random(), self.y[index]
 
 
-def noisy(e: Exchange, epochs: int, stop_at: int = -1, **settings: Any) -> str:
+def noisy(e: Communicator, epochs: int, stop_at: int = -1, **settings: Any) -> str:
     torch.manual_seed(3)
     np.random.seed(3)
     random.seed(3)
     net = cnn()
     made = OPTIMIZERS["adam"](net.parameters())
-    ps = mpips.connect(net, made, exchange=e, overlap=True, plan="sharded", checkpoint={"every": 1, "keep": 100}, **settings)
+    ps = mpips.connect(
+        net, made, communicator=e, overlap=True, plan="sharded", checkpoint={"every": 1, "keep": 100}, **settings
+    )
     for _ in ps.epochs(epochs):
         for x, y in ps.batches(Noisy(), 7):
             loss = F.cross_entropy(net(x), y)
@@ -373,15 +375,15 @@ def test_resume_is_exact_though_the_next_batch_was_loaded_before_the_checkpoint(
 def test_over_mpi_the_bits_are_the_same(neighbours: int, settings: dict[str, Any]) -> None:
     from mpi4py import MPI
 
-    from mpips.comm.mpi import MpiExchange
+    from mpips.comm.mpi import MpiCommunicator
 
     comm = MPI.COMM_WORLD
     settings = {"model": mlp, **settings}
     nodes = [min(neighbours, comm.size - first) for first in range(0, comm.size, neighbours)]
 
     def ours(overlap: bool) -> list[dict[str, Any]]:
-        exchange = MpiExchange(comm.Dup(), BUCKET, False, neighbours)
-        found = comm.allgather(as_simulated(lambda e: trained(e, overlap, **settings))(exchange))
+        communicator = MpiCommunicator(comm.Dup(), BUCKET, False, neighbours)
+        found = comm.allgather(as_simulated(lambda e: trained(e, overlap, **settings))(communicator))
         return [result for result in found if result is not None]  # of a rank that only serves
 
     plain = ours(overlap=False)

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 from programs import mlp, sha
-from test_exchange_mpi import on_mpi
+from test_comm_mpi import on_mpi
 from torch import nn
 
 import mpips
-from mpips.comm import SERVER, Exchange
+from mpips.comm import SERVER, Communicator
 from mpips.comm.simulated import World
 from mpips.config import Config, ConfigError, Staleness
 from mpips.model.message import CONTROL_BYTES, NonFiniteError, Stop
-from mpips.server.parameter_server import Dealing, Kept
+from mpips.server.parameter_server import BatchQueue, UpdateBuffer
 
 Work = Callable[[mpips.Client], Any]
 ASYNC = Config(mode="async")
@@ -47,11 +47,14 @@ def push(client: mpips.Client, gradient: float = -1.0) -> None:
 
 
 def serve_and(
-    work: Work, serve: Callable[[mpips.ParameterServer], Any], model: Callable[[], nn.Module] = counter, config: Config = ASYNC
-) -> Callable[[Exchange], Any]:
+    work: Work,
+    serve: Callable[[mpips.ParameterServer], Any],
+    model: Callable[[], nn.Module] = counter,
+    config: Config = ASYNC,
+) -> Callable[[Communicator], Any]:
     """`serve` on rank 0, after `start`; `work` on every other rank, with the first weights."""
 
-    def program(e: Exchange) -> Any:
+    def program(e: Communicator) -> Any:
         if e.rank == SERVER:
             server = mpips.ParameterServer(e, model(), sgd, config=config)
             server.start()
@@ -95,10 +98,10 @@ def test_stop_before_run_takes_what_was_sent_and_tells_everybody(seed: int) -> N
             push(client)
             if client.control.stop:
                 break
-        before = client.exchange.traffic["ask calls"]
+        before = client.communicator.traffic["request calls"]
         push(client)  # nobody listens: nothing is sent
         client.close()
-        assert client.exchange.traffic["ask calls"] == before
+        assert client.communicator.traffic["request calls"] == before
         return client.control.version
 
     def serve(server: mpips.ParameterServer) -> tuple[int, float]:
@@ -213,7 +216,7 @@ def test_an_answer_to_a_pull_is_short_unless_there_is_something_new() -> None:
 
     def serve(server: mpips.ParameterServer) -> int:
         server.run()
-        return server.exchange.traffic["reply bytes"] - len(server.replica.pull.message)
+        return server.communicator.traffic["respond bytes"] - len(server.replica.pull.message)
 
     assert World(2).run(serve_and(work, serve, mlp))[SERVER] == 5 * CONTROL_BYTES  # and one whole answer, to the push
 
@@ -222,7 +225,7 @@ def test_a_pull_costs_no_gradient() -> None:
     def work(client: mpips.Client) -> int:
         client.ask()
         client.close()
-        return client.exchange.traffic["ask bytes"]
+        return client.communicator.traffic["request bytes"]
 
     _, sent = World(2).run(serve_and(work, run_and_stop, mlp))
     assert sent < 200 * 2
@@ -287,11 +290,11 @@ def test_a_nan_is_raised_on_every_rank(seed: int, mode: dict[str, Any]) -> None:
 
     def work(client: mpips.Client) -> None:
         for step in range(9):
-            world.sleep(client.exchange.rank, client.exchange.rank)
+            world.sleep(client.communicator.rank, client.communicator.rank)
             push(client, float("nan") if client.index == 1 and step == 3 else -1.0)
         client.finish()
 
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         try:
             serve_and(work, lambda server: server.run(), config=Config(**mode))(e)
         except NonFiniteError as error:
@@ -342,7 +345,7 @@ def test_any_optimizer_clip_and_scheduler() -> None:
             p.grad = gradients[step, at : at + p.numel()].view_as(p).clone()
             at += p.numel()
 
-    def program(e: Exchange) -> str:
+    def program(e: Communicator) -> str:
         model = mlp()
         if e.rank == SERVER:
             server = mpips.ParameterServer(e, model, made(model)[0], config=config, follows=True)
@@ -370,16 +373,16 @@ def test_any_optimizer_clip_and_scheduler() -> None:
 
 
 def test_dealing() -> None:
-    dealing = Dealing([1, 2])
+    dealing = BatchQueue([1, 2])
     assert [dealing.deal(1), dealing.deal(2), dealing.deal(1)] == [0, 1, 2]
     dealing.used(1, 1)
     dealing.give_back(1)
     assert [dealing.deal(2), dealing.deal(2)] == [2, 3], "what came back goes first"
     assert dealing.state_dict() == {"next": 4, "waiting": [], "dealt": {"2": [1, 2, 3]}}
-    other = Dealing([1])
+    other = BatchQueue([1])
     other.load_state_dict(dealing.state_dict(), {})
     assert [other.deal(1) for _ in range(4)] == [1, 2, 3, 4]
-    again = Dealing([1, 2])
+    again = BatchQueue([1, 2])
     again.load_state_dict(dealing.state_dict(), {2: 2})
     assert [again.deal(1), again.deal(1)] == [3, 4], "the first two are used up for what goes on"
     again.used(2, 2)
@@ -396,12 +399,12 @@ def test_kept_contributions_and_their_buffers(by_share: bool) -> None:
     from mpips.model.message import replicate
 
     replica = replicate(cnn(), Config(), 1, World(1).ends[0].allocate)
-    push, kept = replica.push, Kept(replica.push)
+    push, kept = replica.push, UpdateBuffer(replica.push)
     for value, share in ((2.0, 0.5), (6.0, 0.25)):
         push.body.fill_(value)
         push.limbs.fill_(value)
         kept.add(share)
-    saved, again = kept.state_dict(), Kept(push)
+    saved, again = kept.state_dict(), UpdateBuffer(push)
     again.load_state_dict({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in saved.items()})
     again.take(by_share)
     assert push.gradients[0] == (2.5 / 0.75 if by_share else 2.5 / 2)

@@ -9,7 +9,7 @@ import torch
 from test_resume import assert_same
 from torch import Tensor, nn, optim
 
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.config import Config
 from mpips.data import Place
@@ -19,7 +19,7 @@ from mpips.model.message import replicate
 from mpips.optim import hyperparameters as hyper
 from mpips.optim.flat_optimizer import FlatOptimizer
 from mpips.optim.server_optimizer import FedAdam, SlowMo
-from mpips.reduce.sharded_optimizer import Cut, Pieces, where
+from mpips.reduce.sharded_optimizer import Granularity, ShardedOptimizer, where
 from mpips.server.rank_state import RankState
 
 
@@ -69,17 +69,17 @@ def test_state_is_cut_up_stepped_and_put_together(name: str, ranks: int) -> None
     for seed in (1, 2):
         expected.step(give_gradients(expected, seed), None)
 
-    def program(e: Exchange) -> tuple[Tensor, Any]:
+    def program(e: Communicator) -> tuple[Tensor, Any]:
         whole = flat_optimizer(MAKE[name])
         if e.rank == 0:
             whole.step(give_gradients(whole, 1), None)
-        e.publish(whole.replica.pull.weights)
+        e.broadcast(whole.replica.pull.weights)
         slots, numel = whole.replica.flat.slots, whole.replica.flat.numel
-        span = divide(slots, numel, [ranks], where(whole.torch) == Cut.TENSORS)[e.rank]
-        own = Pieces(whole, [span], whole.replica.push.gradients)
+        span = divide(slots, numel, [ranks], where(whole.torch) == Granularity.TENSORS)[e.rank]
+        own = ShardedOptimizer(whole, [span], whole.replica.push.gradients)
         own.spread(e, e.rank == 0)
         own.step(give_gradients(whole, 2), 1.0, 1.0)
-        states = e.collect(RankState(e.rank, Place(), {}, slices=own.own()).pack() if e.rank else b"")
+        states = e.gather_bytes(RankState(e.rank, Place(), {}, slices=own.own()).pack() if e.rank else b"")
         return whole.replica.flat.weights[span].clone(), own.state_dict(
             [unpacked(blob) for blob in states[1:]]
         ) if e.rank == 0 else {}
@@ -103,7 +103,7 @@ def by_tensor(tree: dict[str, Any]) -> list[Tensor]:
 
 def test_large_tensors_are_stepped_piece_by_piece() -> None:
     whole = flat_optimizer(MAKE["adam"])
-    own = Pieces(whole, [slice(0, whole.replica.flat.numel)], whole.replica.push.gradients)
+    own = ShardedOptimizer(whole, [slice(0, whole.replica.flat.numel)], whole.replica.push.gradients)
     lengths = [p.numel() for p in own.torch.param_groups[0]["params"]]
     assert max(lengths) == 256
     assert sum(lengths) == sum(slot.numel for slot in whole.replica.flat.slots)
@@ -114,22 +114,22 @@ def test_what_may_be_cut_where() -> None:
         pass
 
     params = [nn.Parameter(torch.ones(2, 2))]
-    assert [where(make(params)) for make in MAKE.values()] == [Cut.ELEMENTS] * 6 + [Cut.TENSORS]
-    assert where(SlowMo(params, lr=1.0)) == Cut.ELEMENTS
-    assert where(Derived(params)) == Cut.NOWHERE
+    assert [where(make(params)) for make in MAKE.values()] == [Granularity.ELEMENTS] * 6 + [Granularity.TENSORS]
+    assert where(SlowMo(params, lr=1.0)) == Granularity.ELEMENTS
+    assert where(Derived(params)) == Granularity.NOWHERE
     for hook in ("register_step_pre_hook", "register_step_post_hook"):
         watched = optim.SGD(params, lr=0.1)
         getattr(watched, hook)(lambda *_: None)
-        assert where(watched) == Cut.ELEMENTS, "a hook is run where the script calls step"
+        assert where(watched) == Granularity.ELEMENTS, "a hook is run where the script calls step"
 
 
 def test_settings_are_taken_over_from_another_rank() -> None:
-    def made(**settings: Any) -> Pieces:
+    def made(**settings: Any) -> ShardedOptimizer:
         def make(params: Any) -> optim.Optimizer:
             return optim.AdamW([{"params": params[:2]}, {"params": params[2:], "lr": torch.tensor(0.5)}], **settings)
 
         whole = flat_optimizer(make)
-        return Pieces(whole, [slice(0, 64)], whole.replica.push.gradients)
+        return ShardedOptimizer(whole, [slice(0, 64)], whole.replica.push.gradients)
 
     one, other = made(lr=0.1), made(lr=0.2, betas=(0.5, 0.6), weight_decay=0.3, amsgrad=True)
     other.torch.param_groups[1]["lr"].fill_(0.25)
@@ -146,7 +146,7 @@ def test_settings_are_taken_over_from_another_rank() -> None:
 
 def test_a_rate_is_scaled_for_one_step_alone() -> None:
     whole, other = flat_optimizer(MAKE["momentum"]), flat_optimizer(MAKE["momentum"])
-    own = Pieces(whole, [slice(0, whole.replica.flat.numel)], whole.replica.push.gradients)
+    own = ShardedOptimizer(whole, [slice(0, whole.replica.flat.numel)], whole.replica.push.gradients)
     own.step(give_gradients(whole, 1), 1.0, 0.5)
     other.step(give_gradients(other, 1), None, 0.5)
     assert torch.equal(whole.replica.flat.weights, other.replica.flat.weights)

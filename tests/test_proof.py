@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm import cuda_probe as proof
 from mpips.comm.simulated import World
 from mpips.config import Config
@@ -51,12 +51,12 @@ def test_the_transfer_itself_fails_without_a_gpu() -> None:
 def test_all_ranks_end_and_one_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     ends = {0: "", 1: "it crashed", 2: "it hung", 3: ""}
 
-    def program(exchange: Exchange) -> object:
+    def program(communicator: Communicator) -> object:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: exchange.rank)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: communicator.rank)
         monkeypatch.setattr(proof, "failure", ends.__getitem__)
         with pytest.raises(SystemExit) as end:
-            start._prove(exchange)
+            start._prove(communicator)
         return end.value.code
 
     assert World(4).run(program) == [2] * 4

@@ -125,10 +125,10 @@ def test_preempted_where_requests_are_answered_then_resumed(mpirun: Any, tmp_pat
 
 def simulated(world: World, folder: str, **settings: Any) -> list[str]:
 
-    def program(exchange: Any) -> str:
+    def program(communicator: Any) -> str:
         net = dropout_mlp()
         optimizer = OPTIMIZERS["adam"](net.parameters())
-        train(exchange, net, optimizer, data(107), epochs=3, shuffle=True, run_dir=folder, **settings)
+        train(communicator, net, optimizer, data(107), epochs=3, shuffle=True, run_dir=folder, **settings)
         return sha(net)
 
     return world.run(program)
@@ -154,11 +154,11 @@ def test_another_number_of_workers_takes_each_sample_once(before: int, after: in
     """The documented rule: what nobody had taken is dealt out anew."""
     seen: list[int] = []
 
-    def program(exchange: Any, rounds: int, **settings: Any) -> None:
+    def program(communicator: Any, rounds: int, **settings: Any) -> None:
         import mpips
 
         net = torch.nn.Linear(1, 1)
-        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=0.0), exchange=exchange, run_dir="run", **settings)
+        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=0.0), communicator=communicator, run_dir="run", **settings)
         numbers = torch.arange(103.0).view(-1, 1)
         for _ in ps.epochs(1):
             for (x,) in ps.batches((numbers,), 4):
@@ -234,7 +234,7 @@ def test_gradients_not_yet_pushed_survive_the_end_of_an_epoch() -> None:
         net = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.zeros_(net.weight)
         ps = mpips.connect(
-            net, lambda p: torch.optim.SGD(p, lr=1.0), exchange=World(1).ends[0], run_dir=folder, seed=1, **settings
+            net, lambda p: torch.optim.SGD(p, lr=1.0), communicator=World(1).ends[0], run_dir=folder, seed=1, **settings
         )
         number = 0
         for _ in ps.epochs(stop_after):
@@ -259,11 +259,11 @@ def test_gradients_not_yet_pushed_survive_the_end_of_an_epoch() -> None:
 def test_data_of_ones_own_begins_its_loop_anew_on_another_number_of_workers(after: int) -> None:
     seen: list[int] = []
 
-    def program(exchange: Any, rounds: int, **settings: Any) -> None:
+    def program(communicator: Any, rounds: int, **settings: Any) -> None:
         import mpips
 
         net = torch.nn.Linear(1, 1)
-        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=0.0), exchange=exchange, run_dir="run", **settings)
+        ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=0.0), communicator=communicator, run_dir="run", **settings)
         for (x,) in ps.batches((torch.arange(6.0).view(-1, 1),), 1, shuffle=False, shard=False):
             seen.append(int(x))
             loss = net(x).sum()
@@ -286,7 +286,7 @@ def drawing(folder: str, draws: str, epochs: int, **settings: Any) -> tuple[str,
     net = dropout_mlp()
     torch.manual_seed(9)
     optimizer = OPTIMIZERS["adam"](net.parameters())
-    ps = mpips.connect(net, optimizer, exchange=World(1).ends[0], run_dir=folder, **settings)
+    ps = mpips.connect(net, optimizer, communicator=World(1).ends[0], run_dir=folder, **settings)
 
     def loop() -> None:
         for x, y in ps.batches(data(40), 8):
@@ -322,7 +322,7 @@ def test_resume_from_every_checkpoint_is_exact(draws: str) -> None:
         shutil.rmtree(f"from-{file.stem}")
 
 
-def averaging(exchange: Any, folder: str, preempt_at: int = -1, **settings: Any) -> list[Any]:
+def averaging(communicator: Any, folder: str, preempt_at: int = -1, **settings: Any) -> list[Any]:
     """A script that does something of its own after each step: a scheduler, an average, random numbers."""
     import mpips
 
@@ -330,7 +330,7 @@ def averaging(exchange: Any, folder: str, preempt_at: int = -1, **settings: Any)
     optimizer = OPTIMIZERS["adam"](net.parameters())
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     average = torch.optim.swa_utils.AveragedModel(net)
-    ps = mpips.connect(net, optimizer, exchange=exchange, run_dir=folder, **settings)
+    ps = mpips.connect(net, optimizer, communicator=communicator, run_dir=folder, **settings)
     ps.keep(average=average)
     for _ in ps.epochs(2):
         for x, y in ps.batches(data(16 * ps.workers * 3), 16):
@@ -395,13 +395,13 @@ def test_a_worker_that_took_no_item_goes_on_with_its_streams(own: bool, settings
     """Each rank draws before every loop; the first loop is cut, and in that the last rank takes nothing."""
     size = 4
 
-    def program(exchange: Any, folder: str, cut: bool, resume: str = "no") -> list[float]:
+    def program(communicator: Any, folder: str, cut: bool, resume: str = "no") -> list[float]:
         import mpips
 
-        torch.manual_seed(exchange.rank)
-        net, idle = torch.nn.Linear(1, 1), exchange.rank == exchange.size - 1
+        torch.manual_seed(communicator.rank)
+        net, idle = torch.nn.Linear(1, 1), communicator.rank == communicator.size - 1
         sgd = torch.optim.SGD(net.parameters(), lr=0.0)
-        ps = mpips.connect(net, sgd, exchange=exchange, run_dir=folder, resume=resume, **settings)
+        ps = mpips.connect(net, sgd, communicator=communicator, run_dir=folder, resume=resume, **settings)
         drawn = []
         for _ in ps.epochs(1):
             for loop in range(2):
@@ -432,7 +432,7 @@ def one_run(folder: str, **settings: Any) -> None:
     torch.manual_seed(1)
     net = torch.nn.Linear(3, 2).bfloat16()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    ps = mpips.connect(net, optimizer, exchange=World(1).ends[0], run_dir=folder, **settings)
+    ps = mpips.connect(net, optimizer, communicator=World(1).ends[0], run_dir=folder, **settings)
     ps.keep(average=torch.optim.swa_utils.AveragedModel(net))
     for _ in ps.epochs(2):
         for (x,) in ps.batches((torch.ones(6, 3).bfloat16(),), 2):
@@ -509,13 +509,13 @@ def test_a_checkpoint_that_holds_something_else_is_refused(place: tuple[str, ...
 def test_a_worker_s_own_state_that_is_missing_is_named_there() -> None:
     """It has travelled: the worker knows of no file."""
 
-    def program(exchange: Any, **settings: Any) -> None:
+    def program(communicator: Any, **settings: Any) -> None:
         import mpips
 
         torch.manual_seed(1)
         net = torch.nn.Linear(3, 2)
         sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-        ps = mpips.connect(net, sgd, exchange=exchange, run_dir="whole", mode="local_sgd", **settings)
+        ps = mpips.connect(net, sgd, communicator=communicator, run_dir="whole", mode="local_sgd", **settings)
         for (x,) in ps.batches((torch.ones(6, 3),), 2):
             net(x).sum().backward()
             ps.step(0.0)

@@ -18,36 +18,36 @@ import pytest
 import torch
 from conftest import ROOT
 from programs import OPTIMIZERS, cnn, data, sha, train
-from test_exchange_mpi import as_simulated, on_mpi
+from test_comm_mpi import as_simulated, on_mpi
 from torch import Tensor
 
-from mpips.comm import ExchangeError, simulated
+from mpips.comm import CommunicatorError, simulated
 from mpips.comm import barrier as node
 from mpips.comm import shared_memory as memory
-from mpips.comm.node_group import Contents, Room
-from mpips.comm.peer_buffers import Board
+from mpips.comm.node_group import BufferSpec, NodeGroup
+from mpips.comm.peer_buffers import PeerBuffers
 from mpips.comm.semaphore import SIZE, Semaphore
-from mpips.comm.simulated import SimulatedExchange, World
-from mpips.comm.simulated_group import Gates
+from mpips.comm.simulated import SimulatedCommunicator, World
+from mpips.comm.simulated_group import SimulatedBarrier
 from mpips.model.flat import ALIGNMENT
 
 LENGTH, TAIL, LINES, ROUNDS = 40, 30, 4, 3
 
 
-def contents(together: bool, numel: int = LENGTH) -> Contents:
+def contents(together: bool, numel: int = LENGTH) -> BufferSpec:
     where, dtype = slice(0, 4 * TAIL), torch.float32
-    return Contents(numel, dtype, TAIL, 4 * (TAIL + 2), where, dtype, LINES, 2, together, together, dtype)
+    return BufferSpec(numel, dtype, TAIL, 4 * (TAIL + 2), where, dtype, LINES, 2, together, together, dtype)
 
 
-def rounds(room: Room, together: bool, pause: Callable[[], None]) -> bool:
+def rounds(group: NodeGroup, together: bool, pause: Callable[[], None]) -> bool:
     """Rounds in which everything is written bit by bit, others coming in between, and whoever reads looks at all there is."""
-    size = len(room.members)
+    size = len(group.members)
     cuts = [TAIL * k // size for k in range(size + 1)] if together else [0, TAIL] + [TAIL] * (size - 1)
-    span = slice(cuts[room.rank], cuts[room.rank + 1])
-    room.serve([[slice(*ends) for ends in pairwise(cuts)]], slice(TAIL, TAIL))
+    span = slice(cuts[group.rank], cuts[group.rank + 1])
+    group.serve([[slice(*ends) for ends in pairwise(cuts)]], slice(TAIL, TAIL))
     heard, answer = torch.zeros(LENGTH - TAIL), torch.zeros(2, dtype=torch.float64)
-    weights = room.board.pull[: 4 * TAIL].view(torch.float32)
-    control = room.board.pull[4 * TAIL :].view(torch.float32)
+    weights = group.board.pull[: 4 * TAIL].view(torch.float32)
+    control = group.board.pull[4 * TAIL :].view(torch.float32)
 
     def slowly(target: Tensor, value: float) -> None:
         for part in torch.split(target, max(1, len(target) // 2)):
@@ -55,7 +55,7 @@ def rounds(room: Room, together: bool, pause: Callable[[], None]) -> bool:
             part.fill_(value)
 
     class Take:
-        def add(self, part: slice, rows: Any) -> None:
+        def reduce_local(self, part: slice, rows: Any) -> None:
             for k in range(1, size):
                 pause()
                 assert (rows[k] == 10 * number + k).all(), "a push that is not whole, or of another round"
@@ -63,27 +63,27 @@ def rounds(room: Room, together: bool, pause: Callable[[], None]) -> bool:
             assert (rows[0] == 10 * number).all()
             slowly(rows[0], -number)
 
-        def join(self, part: slice, sums: Any) -> None:
+        def reduce_remote(self, part: slice, sums: Any) -> None:
             raise AssertionError("there is one node")
 
-        def finish(self, part: slice, total: Tensor) -> None:
+        def finalize(self, part: slice, total: Tensor) -> None:
             assert (total == -number).all()
 
     for number in range(1, 1 + ROUNDS):
-        slowly(room.board.rows[room.rank], 10 * number + room.rank)
-        room.combine(1.0, heard, Take())
-        if room.spans or room.leads:
+        slowly(group.board.rows[group.rank], 10 * number + group.rank)
+        group.reduce(1.0, heard, Take())
+        if group.spans or group.leads:
             assert (heard == sum(10 * number + k for k in range(size))).all(), "a tail that is not whole"
-        values = torch.full((LINES,), 100.0 * number + room.rank, dtype=torch.float64)
+        values = torch.full((LINES,), 100.0 * number + group.rank, dtype=torch.float64)
         for again in (0, 1000):  # as when gradients are clipped
-            reported = room.report(values + again, "sum" if again else "min")
+            reported = group.report(values + again, "sum" if again else "min")
             pause()
-            if room.leads:
-                assert (room.board.whole(slice(0, TAIL)) == -number).all(), "a slice that is not combined"
+            if group.leads:
+                assert (group.board.gathered(slice(0, TAIL)) == -number).all(), "a slice that is not combined"
                 every = [100 * number + k + again for k in range(size if together else 1)]
                 assert reported[0] == (sum(every) if again else min(every))
                 slowly(answer, number + again)
-            room.verdict(answer)
+            group.decide(answer)
             pause()
             assert not together or (answer == number + again).all()
         slowly(weights[span], number)
@@ -92,7 +92,7 @@ def rounds(room: Room, together: bool, pause: Callable[[], None]) -> bool:
             assert (weights == number).all(), "a slice that is not stepped"
             slowly(control, number)
 
-        room.publish(fill)
+        group.broadcast(fill)
         for value in (weights, control):
             pause()
             assert (value == number).all(), "a pull message that is not whole"
@@ -102,10 +102,10 @@ def rounds(room: Room, together: bool, pause: Callable[[], None]) -> bool:
 def simulate(size: int, together: bool, seed: int) -> list[bool]:
     world = World(size, seed=seed, shares=True)
 
-    def program(e: SimulatedExchange) -> bool:
-        room = e.room(contents(together))
-        assert room
-        return rounds(room, together, lambda: world.pause(e.rank))
+    def program(e: SimulatedCommunicator) -> bool:
+        group = e.node_group(contents(together))
+        assert group
+        return rounds(group, together, lambda: world.pause(e.rank))
 
     return world.run(program)
 
@@ -126,7 +126,7 @@ def test_a_round_keeps_its_promises_whatever_the_schedule(size: int, together: b
 def test_each_meeting_is_needed(together: bool, hole: int, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without waiting there, some schedule breaks a promise."""
 
-    class Loose(Gates):
+    class Loose(SimulatedBarrier):
         times = 0
 
         def arrive(self, meanwhile: Callable[[], object] | None = None) -> None:
@@ -148,19 +148,19 @@ def test_each_meeting_is_needed(together: bool, hole: int, call: str, monkeypatc
             world.arrived_here[rank] += name == "arrive"
             return True
 
-    monkeypatch.setattr(simulated, "Gates", Loose)
+    monkeypatch.setattr(simulated, "SimulatedBarrier", Loose)
     with pytest.raises(AssertionError, match=r"not whole|not combined|not stepped|assert"):
         for seed in range(30):
             simulate(3, together, seed)
 
 
 def test_ranks_that_do_not_ask_for_the_same_room_are_told() -> None:
-    def program(e: SimulatedExchange) -> None:
-        e.room(contents(True, LENGTH + e.rank))
+    def program(e: SimulatedCommunicator) -> None:
+        e.node_group(contents(True, LENGTH + e.rank))
 
-    with pytest.raises(ExchangeError, match="rank"):
+    with pytest.raises(CommunicatorError, match="rank"):
         World(2, shares=True).run(program)
-    assert World(2).run(lambda e: e.room(contents(True))) == [None, None]
+    assert World(2).run(lambda e: e.node_group(contents(True))) == [None, None]
 
 
 class Node:
@@ -289,10 +289,10 @@ def test_rounds_between_real_semaphores(size: int, together: bool, shm: Path) ->
             assert part.data_ptr() + part.numel() <= other.data_ptr()
             assert other.data_ptr() % memory.PAGE == 0
         (rows, pull, *parts), gates = found
-        board = Board(contents(together).messages(list(rows.view(size, -1))), own.rank, pull)
-        room = Room(range(size), own.rank, board, parts, gates, contents(together))
-        assert not any(row.data_ptr() % ALIGNMENT for row in room.board.rows), "kernels take another path"
-        return all(rounds(room, together, lambda: time.sleep(0)) for _ in range(20))
+        board = PeerBuffers(contents(together).messages(list(rows.view(size, -1))), own.rank, pull)
+        group = NodeGroup(range(size), own.rank, board, parts, gates, contents(together))
+        assert not any(row.data_ptr() % ALIGNMENT for row in group.board.rows), "kernels take another path"
+        return all(rounds(group, together, lambda: time.sleep(0)) for _ in range(20))
 
     assert on_threads(size, program) == [True] * size
 
@@ -367,13 +367,13 @@ def test_over_mpi_the_bits_are_those_of_the_simulated_run(plan: str, server_trai
     results = workers(run_dir="mpi", plan=plan, **settings)
     assert [weights for weights, *_ in results] == expected
     assert all(shared for _, shared, _ in results)
-    assert not any(traffic.get("combine calls", 0) for *_, traffic in results)
+    assert not any(traffic.get("reduce calls", 0) for *_, traffic in results)
     by_messages = workers(run_dir="messages", shared_memory=False, **settings)
     assert [weights for weights, *_ in by_messages] == expected
     weights = 4 * sum(p.numel() for p in cnn().parameters())
     for (*_, ours), (*_, theirs) in zip(results, by_messages, strict=True):
-        rounds_done = theirs["combine calls"] // 2
-        assert ours["publish bytes"] < theirs["publish bytes"] - (rounds_done - 1) * weights
+        rounds_done = theirs["reduce calls"] // 2
+        assert ours["broadcast bytes"] < theirs["broadcast bytes"] - (rounds_done - 1) * weights
 
 
 @pytest.mark.mpi(min_size=2)
@@ -391,7 +391,7 @@ def test_without_room_a_run_goes_on_over_mpi(monkeypatch: pytest.MonkeyPatch) ->
     results = workers(run_dir="mpi")
     assert [weights for weights, *_ in results] == expected
     assert not any(shared for _, shared, _ in results)
-    assert all(traffic["combine calls"] for *_, traffic in results)
+    assert all(traffic["reduce calls"] for *_, traffic in results)
 
 
 def files() -> set[Path]:

@@ -16,18 +16,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from programs import OPTIMIZERS, cnn, data, metrics, mlp, sha, train
-from test_exchange_mpi import as_simulated
+from test_comm_mpi import as_simulated
 from test_resume import assert_same, last
 from test_slices import SAMPLES, Odd, assert_alike, differ, grouped, is_sharded, is_shared, run_until_nonfinite, tree_of
 from torch import Tensor, nn, optim
 
 import mpips
-from mpips.comm import Exchange, simulated
+from mpips.comm import Communicator, simulated
 from mpips.comm import reduce_scatter as sharded
-from mpips.comm.node_group import Contents
-from mpips.comm.reduce_scatter import ShardedRooms, length
-from mpips.comm.simulated import Killed, SimulatedExchange, World
-from mpips.comm.simulated_group import Gates, Leaders
+from mpips.comm.node_group import BufferSpec
+from mpips.comm.reduce_scatter import ReduceScatterGroup, length
+from mpips.comm.simulated import Killed, SimulatedCommunicator, World
+from mpips.comm.simulated_group import SimulatedBarrier, SimulatedLeaderGroup
 from mpips.config import Config, ConfigError, resolve
 from mpips.model import layout as plan
 from mpips.model.layout import share
@@ -58,10 +58,10 @@ LENGTH, TAIL, WEIGHTS, LINES, ROUNDS = 40, 28, 24, 5, 2
 BEHIND = slice(WEIGHTS, TAIL)
 
 
-def contents(wire: torch.dtype, overlap: bool = False) -> Contents:
+def contents(wire: torch.dtype, overlap: bool = False) -> BufferSpec:
     pull = 4 * (2 + WEIGHTS + 3)  # two words before the weights, three behind
     where = slice(8, 8 + 4 * WEIGHTS)
-    return Contents(LENGTH, torch.float32, TAIL, pull, where, torch.float32, LINES, 2, True, True, wire, overlap)
+    return BufferSpec(LENGTH, torch.float32, TAIL, pull, where, torch.float32, LINES, 2, True, True, wire, overlap)
 
 
 def cut(shape: Shape, cuts: Sequence[float], count: int) -> list[list[slice]]:
@@ -79,7 +79,7 @@ class Log:
     """What all ranks see of a round: how often each element was added, on each node, joined, and finished."""
 
     def __init__(self, nodes: int) -> None:
-        self.rooms: dict[int, ShardedRooms] = {}
+        self.rooms: dict[int, ReduceScatterGroup] = {}
         self.added, self.joined, self.finished = torch.zeros(nodes, TAIL), torch.zeros(TAIL), torch.zeros(TAIL)
 
     def check(self, done: float) -> None:
@@ -89,24 +89,24 @@ class Log:
         once[BEHIND] = 0  # that travels with the tails
         assert torch.equal(self.added, once.expand_as(self.added)), "each node's share of each gradient, once"
         assert torch.equal(self.joined, once), "each gradient once"
-        for room in self.rooms.values():
-            for span in room.spans:
-                assert (room.combined[span] == done).all(), "a slice that is not combined"
+        for group in self.rooms.values():
+            for span in group.spans:
+                assert (group.combined[span] == done).all(), "a slice that is not combined"
 
     def clear(self) -> None:
         for counts in (self.added, self.joined, self.finished):
             counts.zero_()
 
 
-def rounds(room: ShardedRooms, buckets: list[list[slice]], log: Log | None, pause: Callable[[], None]) -> None:
+def rounds(group: ReduceScatterGroup, buckets: list[list[slice]], log: Log | None, pause: Callable[[], None]) -> None:
     """Rounds in which everything is written bit by bit, others coming in between, and whoever reads looks at all there is."""
-    nodes, overlap = room.nodes, room.contents.overlap
-    size, node = sum(map(len, nodes)), room.nodes.index(list(room.members))
+    nodes, overlap = group.nodes, group.contents.overlap
+    size, node = sum(map(len, nodes)), group.nodes.index(list(group.members))
     if log:
-        log.rooms[room.rank] = room
-    room.serve(buckets, BEHIND)
+        log.rooms[group.rank] = group
+    group.serve(buckets, BEHIND)
     heard, answer = torch.zeros(LENGTH - TAIL), torch.zeros(2, dtype=torch.float64)
-    first, behind = (part.view(torch.float32) for part in (room.board.pull[:8], room.board.pull[8 + 4 * WEIGHTS :]))
+    first, behind = (part.view(torch.float32) for part in (group.board.pull[:8], group.board.pull[8 + 4 * WEIGHTS :]))
 
     def slowly(target: Tensor, value: float | Tensor) -> None:
         values = torch.as_tensor(value, dtype=target.dtype).expand(len(target))
@@ -127,45 +127,45 @@ def rounds(room: ShardedRooms, buckets: list[list[slice]], log: Log | None, paus
         return sum(push(rank) for rank in range(size))
 
     class Take:
-        def add(self, part: slice, rows: Sequence[Tensor]) -> None:
+        def reduce_local(self, part: slice, rows: Sequence[Tensor]) -> None:
             pause()
-            assert room.said.tolist() == [number + rank / 8 for rank in room.members], "a weight that is not said"
-            for rank, row in zip(room.members, rows, strict=True):
+            assert group.said.tolist() == [number + rank / 8 for rank in group.members], "a weight that is not said"
+            for rank, row in zip(group.members, rows, strict=True):
                 assert (row == push(rank)).all(), "a push that is not whole, or of another round"
             if log:
                 log.added[node, part] += 1
             slowly(rows[0], sums(node, part))
 
-        def join(self, part: slice, sums_of: Sequence[Tensor]) -> None:
+        def reduce_remote(self, part: slice, sums_of: Sequence[Tensor]) -> None:
             pause()
             assert len(sums_of) == len(nodes)
             for other, value in enumerate(sums_of):
                 assert (value == sums(other, part)).all(), "a node's sum that is not whole, or of another place"
             if log:
                 log.joined[part] += 1
-            slowly(room.combined[part], -number)
+            slowly(group.combined[part], -number)
 
-        def finish(self, part: slice, total: Tensor) -> None:
+        def finalize(self, part: slice, total: Tensor) -> None:
             pause()
             assert (heard == all_pushes()).all(), "a tail that is not whole"
             expected = all_pushes() if part.start >= WEIGHTS else -number
-            assert (room.combined[part] == expected).all(), "a slice that is not whole"
+            assert (group.combined[part] == expected).all(), "a slice that is not whole"
             if log:
                 log.finished[part] += 1
-            slowly(room.combined[part], -number - 0.5)
+            slowly(group.combined[part], -number - 0.5)
 
     class Late:
         """Gradients, and then the tail, are written only when they are to be there."""
 
         def wait(self, step: int, meanwhile: Any) -> None:
-            if step == len(room.push_steps):
-                slowly(room.board.row[WEIGHTS:], push(room.rank))
+            if step == len(group.push_steps):
+                slowly(group.board.row[WEIGHTS:], push(group.rank))
             else:
-                for span in room.push_steps[step]:
-                    slowly(room.board.row[span], push(room.rank))
+                for span in group.push_steps[step]:
+                    slowly(group.board.row[span], push(group.rank))
 
     def check_pull(control: float) -> None:
-        for part, expected in ((room.weights, weights(slice(0, WEIGHTS))), (first, control), (behind, control)):
+        for part, expected in ((group.weights, weights(slice(0, WEIGHTS))), (first, control), (behind, control)):
             pause()
             assert torch.equal(part, torch.as_tensor(expected).expand(len(part)).float()), "a pull message that is not whole"
 
@@ -175,31 +175,31 @@ def rounds(room: ShardedRooms, buckets: list[list[slice]], log: Log | None, paus
 
     for number in range(1, 1 + ROUNDS):
         if not overlap:
-            slowly(room.board.row, push(room.rank))
-        room.combine(number + room.rank / 8, heard, Take(), Late() if overlap else None)
+            slowly(group.board.row, push(group.rank))
+        group.reduce(number + group.rank / 8, heard, Take(), Late() if overlap else None)
         assert (heard == all_pushes()).all(), "a tail that is not whole"
-        values = torch.full((LINES,), 100.0 * number + room.rank, dtype=torch.float64)
+        values = torch.full((LINES,), 100.0 * number + group.rank, dtype=torch.float64)
         for again in (0, 1000):  # as when gradients are clipped
             op = "sum" if again else "min"
-            reported = room.report(values + again, op)  # type: ignore[arg-type]
+            reported = group.report(values + again, op)  # type: ignore[arg-type]
             pause()
-            if room.leads and log:
+            if group.leads and log:
                 log.check(-number - 0.5)
                 if again:
                     log.clear()
-            if room.leads:
+            if group.leads:
                 every = [100 * number + k + again for k in range(size)]
                 assert (reported == (sum(every) if again else min(every))).all(), "a report that is not whole"
-            slowly(answer, number + again if room.leads else -1)
-            room.verdict(answer)
+            slowly(answer, number + again if group.leads else -1)
+            group.decide(answer)
             pause()
             assert (answer == number + again).all(), "a verdict that is not whole"
-        for span in room.spans:
+        for span in group.spans:
             if span.stop <= WEIGHTS:
-                slowly(room.stepped(span), weights(span))
-        room.publish(lambda number=number: fill(number))
+                slowly(group.stepped(span), weights(span))
+        group.broadcast(lambda number=number: fill(number))
         check_pull(number)
-        room.publish(lambda number=number: fill(number + 0.5), False)  # as after a validation
+        group.broadcast(lambda number=number: fill(number + 0.5), False)  # as after a validation
         check_pull(number + 0.5)
 
 
@@ -223,10 +223,10 @@ def simulate(shape: Shape, buckets: list[list[slice]], step: int, kind: str, see
         world.choose = Uneven(seed)
         world.choose.slow = seed // 2 % world.size
 
-    def program(e: SimulatedExchange) -> None:
-        room = e.room(contents(wire, kind == "overlap"))
-        assert isinstance(room, ShardedRooms)
-        rounds(room, buckets, log, lambda: world.pause(e.rank))
+    def program(e: SimulatedCommunicator) -> None:
+        group = e.node_group(contents(wire, kind == "overlap"))
+        assert isinstance(group, ReduceScatterGroup)
+        rounds(group, buckets, log, lambda: world.pause(e.rank))
 
     world.run(program)
 
@@ -284,7 +284,7 @@ HOLES = [(kind, call, hole) for kind, calls in NEEDED.items() for call, holes in
 def test_each_meeting_is_needed(kind: str, hole: str, call: str, tiny_pieces: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without waiting there, some schedule breaks a promise; one bucket is under way while the next is added up."""
 
-    class Loose(Gates):
+    class Loose(SimulatedBarrier):
         times = 0
 
         def arrive(self, *given: Any) -> None:
@@ -306,7 +306,7 @@ def test_each_meeting_is_needed(kind: str, hole: str, call: str, tiny_pieces: No
             world.arrived_here[rank] += name == "arrive"
             return True
 
-    monkeypatch.setattr(simulated, "Gates", Loose)
+    monkeypatch.setattr(simulated, "SimulatedBarrier", Loose)
     monkeypatch.setattr(sharded, "FLIGHT", 1)
     with pytest.raises(AssertionError, match=r"not whole|not combined|not said|once"):
         for seed in range(1, 40):
@@ -341,7 +341,7 @@ def uneven(
     """Every rank's parameters and buffers after rounds with workers whose batches have sizes of their own."""
     settings = {"plan": "sharded", **settings}
 
-    def program(e: Exchange) -> list[Tensor]:
+    def program(e: Communicator) -> list[Tensor]:
         model, number = build(), max(number_of(e.rank, settings), 0)
         size = samples[number % len(samples)]
         given = own_data(number, size, rounds, next(model.parameters()).dtype)
@@ -503,11 +503,11 @@ def test_statistics_are_averaged_whichever_node_serves_all_tensors() -> None:
 def test_more_ranks_than_there_is_to_serve(wire: str) -> None:
     """Whole nodes have nothing, and rank 0 judges all the same."""
 
-    def program(e: Exchange, **settings: Any) -> list[float]:
+    def program(e: Communicator, **settings: Any) -> list[float]:
         net = nn.Linear(1, 1)
         nn.init.ones_(net.weight)
         nn.init.zeros_(net.bias)
-        ps = mpips.connect(net, OPTIMIZERS["adam"](net.parameters()), exchange=e, run_dir="run", clip=3.0, **settings)
+        ps = mpips.connect(net, OPTIMIZERS["adam"](net.parameters()), communicator=e, run_dir="run", clip=3.0, **settings)
         for (x,) in ps.batches((torch.arange(40.0).view(-1, 1),), 3):
             loss = net(x).square().mean()
             loss.backward()
@@ -533,7 +533,7 @@ def test_no_schedule_and_no_bucket_changes_a_bit() -> None:
 
 
 def test_normclip_shortens_each_contribution() -> None:
-    def program(e: Exchange, **settings: Any) -> list[Tensor]:
+    def program(e: Communicator, **settings: Any) -> list[Tensor]:
         net = mlp()
         train(e, net, OPTIMIZERS["sgd"](net.parameters()), data(60), 7, rule="normclip", robust={"radius": 0.1}, **settings)
         return all_of(net)
@@ -545,12 +545,12 @@ def test_normclip_shortens_each_contribution() -> None:
 def test_a_scheduler_and_the_workers_settings_reach_all_nodes() -> None:
     """Those of the server's optimizer do not count once the workers have told theirs."""
 
-    def program(e: Exchange, **settings: Any) -> list[Tensor]:
+    def program(e: Communicator, **settings: Any) -> list[Tensor]:
         model = mlp()
         own = bool(e.rank == 0 and settings)
         made = optim.SGD(model.parameters(), lr=0.5 if own else 0.1, momentum=0.9)
         scheduler = optim.lr_scheduler.StepLR(made, 1, 0.3)
-        ps = mpips.connect(model, made, exchange=e, run_dir="run", **settings)
+        ps = mpips.connect(model, made, communicator=e, run_dir="run", **settings)
         for _ in ps.epochs(3):
             for x, y in ps.batches(data(32), 8):
                 made.zero_grad()
@@ -572,9 +572,9 @@ def poisoned(world: World, bad: Bad, **settings: Any) -> list[tuple[str, float, 
     """Those ranks have such a value in round 3 of 5: of each worker what is raised, the last version, and the weights."""
     found: dict[int, tuple[str, float, list[Tensor]]] = {}
 
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         model, before = mlp(), list[Tensor]()
-        ps = mpips.connect(model, OPTIMIZERS["momentum"](model.parameters()), exchange=e, **{"run_dir": "run", **settings})
+        ps = mpips.connect(model, OPTIMIZERS["momentum"](model.parameters()), communicator=e, **{"run_dir": "run", **settings})
         try:
             for x, y in ps.batches(data(8 * ps.workers * 5), 8, shuffle=False):
                 before, version = all_of(model), ps._control.version
@@ -668,24 +668,24 @@ def test_weights_stay_within_one_rounding_of_the_masters() -> None:
     """Of the last change: what rounding left over is part of the next one."""
     apart: list[float] = []
 
-    def program(e: Exchange) -> list[Tensor]:
+    def program(e: Communicator) -> list[Tensor]:
         model = mlp()
         made = optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        ps = mpips.connect(model, made, exchange=e, run_dir="run", plan="sharded", wire="bfloat16")
+        ps = mpips.connect(model, made, communicator=e, run_dir="run", plan="sharded", wire="bfloat16")
         half = ps._server or ps._worker
         assert half and half.slices
-        room = half.slices.room
-        before = room.weights.clone()
+        group = half.slices.group
+        before = group.weights.clone()
         for x, y in ps.batches(data(160), 8):
             loss = F.cross_entropy(model(x), y)
             loss.backward()
             ps.step(loss)
-            for span in room.spans:
-                masters, weights = room.stepped(span), room.weights[span]
+            for span in group.spans:
+                masters, weights = group.stepped(span), group.weights[span]
                 change, left = (masters - before[span]).abs(), (masters - weights).abs()
                 assert (left <= change * 2.0**-8 + weights.abs() * 2.0**-23).all(), "more than one rounding"
                 apart.append(float(left.max()))
-            before = room.weights.clone()
+            before = group.weights.clone()
         return all_of(model)
 
     ours = on_nodes([2, 1, 2], 3).run(program)
@@ -743,7 +743,7 @@ def test_it_is_ignored_with_a_word_where_it_is_not_for() -> None:
     ]
     for number, (world, build, settings) in enumerate(cases):
 
-        def program(e: Exchange, build: Any = build, settings: Any = settings, folder: str = "") -> list[Tensor]:
+        def program(e: Communicator, build: Any = build, settings: Any = settings, folder: str = "") -> list[Tensor]:
             model = build()
             dtype = next(model.parameters()).dtype
             train(e, model, OPTIMIZERS["adam"](model.parameters()), data(60, dtype), 7, run_dir=folder, **settings)
@@ -768,14 +768,14 @@ def test_it_is_ignored_with_a_word_where_it_is_not_for() -> None:
 def exact(world: World, folder: str, **settings: Any) -> dict[str, Any]:
     """A run whose numbers have few bits, so that no sum of them is rounded: its last checkpoint."""
 
-    def program(e: Exchange) -> bool:
+    def program(e: Communicator) -> bool:
         net = nn.Linear(12, 60)
         with torch.no_grad():
             for n, p in enumerate(net.parameters()):
                 p.copy_((torch.arange(p.numel()) % (5 + n) - 2).view(p.shape))
         x = torch.arange(12.0 * 64).view(64, 12) % 3 - 1
         made = optim.SGD(net.parameters(), lr=0.5, momentum=0.5)
-        ps = mpips.connect(net, made, exchange=e, run_dir=folder, server_trains=True, **settings)
+        ps = mpips.connect(net, made, communicator=e, run_dir=folder, server_trains=True, **settings)
         for _ in ps.epochs(2):
             for (batch,) in ps.batches((x,), 4, shuffle=False):
                 loss = (net(batch) * (torch.arange(60) % 2)).sum() / 4
@@ -804,7 +804,7 @@ def test_the_checkpoint_is_the_same_whatever_the_nodes() -> None:
 def odd_run(world: World, epochs: int, folder: str, make: Make = MAKE["adam"], **settings: Any) -> list[str]:
     settings = {"plan": "sharded", **settings}
 
-    def program(e: Exchange) -> str:
+    def program(e: Communicator) -> str:
         net = Odd()
         train(e, net, make(net), data(47), 5, epochs, True, run_dir=folder, **settings)
         return sha(net)
@@ -829,9 +829,11 @@ def test_a_run_resumes_on_the_same_nodes_bit_for_bit(name: str, wire: str) -> No
 def drawing(folder: str, epochs: int, **settings: Any) -> tuple[list[str], list[Any]]:
     """Validations, and saves of the script's own, between rounds."""
 
-    def program(e: Exchange) -> tuple[str, Any]:
+    def program(e: Communicator) -> tuple[str, Any]:
         net = mlp()
-        ps = mpips.connect(net, OPTIMIZERS["adam"](net.parameters()), exchange=e, run_dir=folder, plan="sharded", **settings)
+        ps = mpips.connect(
+            net, OPTIMIZERS["adam"](net.parameters()), communicator=e, run_dir=folder, plan="sharded", **settings
+        )
         for _ in ps.epochs(epochs):
             for x, y in ps.batches(data(30), 5):
                 loss = F.cross_entropy(net(x), y)
@@ -866,7 +868,7 @@ KINDS: dict[str, tuple[Shape, dict[str, Any]]] = {
 
 def test_a_run_resumes_under_another_wire_plan_or_shape() -> None:
 
-    def program(e: Exchange, epochs: int, kind: str, folder: str, **settings: Any) -> tuple[str, float]:
+    def program(e: Communicator, epochs: int, kind: str, folder: str, **settings: Any) -> tuple[str, float]:
         net, given = mlp(), data(60)
         settings = {"plan": "sharded", "run_dir": folder, **KINDS[kind][1], **settings}
         train(e, net, MAKE["adam"](net), given, 9, epochs, True, **settings)
@@ -890,7 +892,7 @@ def test_a_rank_that_dies_anywhere_ends_the_others_and_the_run_resumes() -> None
     def run(world: World, folder: str, **settings: Any) -> tuple[list[str], list[str]]:
         ends: list[str] = []
 
-        def program(e: Exchange) -> str:
+        def program(e: Communicator) -> str:
             net = cnn()
             made = OPTIMIZERS["adam"](net.parameters())
             try:
@@ -915,7 +917,7 @@ def test_a_rank_that_dies_anywhere_ends_the_others_and_the_run_resumes() -> None
             world.kill(number % 4, call)
             ended, how = run(world, f"killed-{wire}-{call}", wire=wire)
             assert not ended
-            assert sorted(how) == ["ExchangeError"] * 3 + ["Killed"], f"rank {number % 4} died at call {call}"
+            assert sorted(how) == ["CommunicatorError"] * 3 + ["Killed"], f"rank {number % 4} died at call {call}"
             again, _ = run(on_nodes([2, 2], call + 1), f"killed-{wire}-{call}", resume="auto", wire=wire)
             assert again == expected, f"rank {number % 4} died at call {call}"
 
@@ -931,11 +933,11 @@ def test_a_rank_that_dies_anywhere_ends_the_others_and_the_run_resumes() -> None
 def test_by_messages_where_rooms_are_not_for_it(settings: dict[str, Any]) -> None:
     """With the bits of any run by messages."""
 
-    def program(e: Exchange, **given: Any) -> tuple[str, bool]:
+    def program(e: Communicator, **given: Any) -> tuple[str, bool]:
         net = cnn()
         ps = train(e, net, OPTIMIZERS["adam"](net.parameters()), data(61), 7, 2, True, **given)
         waits = 2 * 4 + 1  # rounds in which all wait: at both ends of loops, the ends of epochs, validations, and the end
-        assert e.traffic["combine calls"] == ps.round + waits
+        assert e.traffic["reduce calls"] == ps.round + waits
         return sha(net), is_shared(ps)
 
     own = {key: value for key, value in settings.items() if key == "deterministic"}
@@ -943,7 +945,7 @@ def test_by_messages_where_rooms_are_not_for_it(settings: dict[str, Any]) -> Non
 
 
 def test_auto_shares_between_nodes_what_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    def program(e: Exchange) -> bool:
+    def program(e: Communicator) -> bool:
         net = mlp()
         return is_sharded(train(e, net, OPTIMIZERS["adam"](net.parameters()), data(30), 7))
 
@@ -954,20 +956,20 @@ def test_auto_shares_between_nodes_what_is_large(monkeypatch: pytest.MonkeyPatch
 # What is sent
 
 
-class Spy(Leaders):
+class Spy(SimulatedLeaderGroup):
     """Counts."""
 
     bytes: Counter[tuple[int, int]] = Counter()
     calls: Counter[str] = Counter()
 
-    def swap(self, sent: Any, taken: Any) -> Any:
-        """See `Leaders`."""
+    def sendrecv(self, sent: Any, taken: Any) -> Any:
+        """See `LeaderGroup`."""
         self.calls["swap"] += 1
         for node, part in sent:
             assert part.nbytes, "nothing is not sent"
             self.bytes[self.node, node] += part.nbytes
             self.calls["largest"] = max(self.calls["largest"], part.nbytes)
-        return super().swap(sent, taken)
+        return super().sendrecv(sent, taken)
 
     def _meet(self, call: str, values: Tensor, finish: Any) -> Tensor:
         self.calls[call] += 1
@@ -982,17 +984,17 @@ def test_each_node_sends_its_share_of_the_model_twice(shape: Shape, wire: str, m
 
     In a round without update no weights travel, nor at any other time.
     """
-    monkeypatch.setattr(simulated, "Leaders", Spy)
+    monkeypatch.setattr(simulated, "SimulatedLeaderGroup", Spy)
     monkeypatch.setattr(Spy, "bytes", Counter())
     monkeypatch.setattr(Spy, "calls", Counter())
     bucket, nodes = 1500, len(shape)
     samples = data(80)
     samples[0][-8 * (sum(shape) - 1) :] = math.nan  # in the last round, which takes no update
 
-    def program(e: SimulatedExchange) -> tuple[int, int, int, int]:
+    def program(e: SimulatedCommunicator) -> tuple[int, int, int, int]:
         model = mlp()
         settings: dict[str, Any] = {"plan": "sharded", "wire": wire, "nonfinite": "skip"}
-        ps = mpips.connect(model, OPTIMIZERS["adam"](model.parameters()), exchange=e, run_dir="run", **settings)
+        ps = mpips.connect(model, OPTIMIZERS["adam"](model.parameters()), communicator=e, run_dir="run", **settings)
         before: dict[str, int] = {}
         for x, y in ps.batches(samples, 8, shuffle=False):
             before = before or dict(e.traffic)  # all have met at the beginning of the loop
@@ -1080,11 +1082,11 @@ def on_mpi(program: Callable[[Any], Any], ranks_per_node: int, bucket: int = 300
     """Run a program on all ranks of this job, neighbours on nodes of their own; every rank gets all workers' results."""
     from mpi4py import MPI
 
-    from mpips.comm.mpi import MpiExchange
+    from mpips.comm.mpi import MpiCommunicator
 
     comm = MPI.COMM_WORLD.Dup()
-    exchange = MpiExchange(comm, bucket, cuda_aware=False, ranks_per_node=ranks_per_node)
-    results: list[Any] = comm.allgather(as_simulated(program)(exchange))
+    communicator = MpiCommunicator(comm, bucket, cuda_aware=False, ranks_per_node=ranks_per_node)
+    results: list[Any] = comm.allgather(as_simulated(program)(communicator))
     comm.Free()
     return [result for result in results if result is not None]  # of a rank that only serves
 
@@ -1103,8 +1105,8 @@ def trained(e: Any, **settings: Any) -> tuple[str, list[list[int]], str]:
     ps = train(e, net, made, data(101), 7, 2, True, plan="sharded", clip=0.5, **settings)
     half = ps._server or ps._worker
     assert half and half.slices
-    assert not e.traffic["combine calls"]
-    return sha(nn.ParameterList(net.parameters())), half.slices.room.nodes, half.slices.how
+    assert not e.traffic["reduce calls"]
+    return sha(nn.ParameterList(net.parameters())), half.slices.group.nodes, half.slices.how
 
 
 @pytest.mark.mpi(min_size=2)
@@ -1137,19 +1139,19 @@ def test_over_mpi_a_round_keeps_its_promises(kind: str, tiny_pieces: None) -> No
     def program(e: Any) -> None:
         for cuts, count, step in ((even(shape), 2, 3), (even(shape), 1, 100), ([0.0] * (len(shape) - 1), 3, 6)):
             e._bucket = step * dtype.itemsize * (len(shape) - 1)
-            room = e.room(contents(dtype, kind == "overlap"))
-            assert isinstance(room, ShardedRooms)
+            group = e.node_group(contents(dtype, kind == "overlap"))
+            assert isinstance(group, ReduceScatterGroup)
             for _ in range(3):
-                rounds(room, cut(shape, cuts, count), None, lambda: None)
+                rounds(group, cut(shape, cuts, count), None, lambda: None)
 
     on_mpi(program, 2)
 
 
 def test_other_weights_than_those_stepped_are_refused_between_nodes() -> None:
-    def program(e: SimulatedExchange) -> None:
-        room = e.room(contents(torch.float32))
-        assert room
+    def program(e: SimulatedCommunicator) -> None:
+        group = e.node_group(contents(torch.float32))
+        assert group
         with pytest.raises(ValueError, match="shared_memory=False"):
-            room.publish(lambda: None, whole=True)
+            group.broadcast(lambda: None, whole=True)
 
     on_nodes([2, 2]).run(program)

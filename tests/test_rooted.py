@@ -37,29 +37,29 @@ from test_slices import Odd, assert_alike, differ, is_shared
 from torch import Tensor, nn, optim
 
 import mpips
-from mpips.comm import Exchange, simulated
-from mpips.comm.node_group import Contents
-from mpips.comm.root_reduce import RootRooms
-from mpips.comm.simulated import Killed, SimulatedExchange, World
-from mpips.comm.simulated_group import Gates, Leaders
+from mpips.comm import Communicator, simulated
+from mpips.comm.node_group import BufferSpec
+from mpips.comm.root_reduce import RootReduceGroup
+from mpips.comm.simulated import Killed, SimulatedCommunicator, World
+from mpips.comm.simulated_group import SimulatedBarrier, SimulatedLeaderGroup
 
 small_pieces = test_rooms.small_pieces
 BUCKETS = pytest.mark.parametrize("bucket", [3000, 1 << 24], ids=["several buckets", "one bucket"])
 ROUNDS = 3
 
 
-def contents() -> Contents:
+def contents() -> BufferSpec:
     pull, where = 4 * (2 + WEIGHTS + 3), slice(8, 8 + 4 * WEIGHTS)
-    return Contents(LENGTH, torch.float32, TAIL, pull, where, torch.float32, LINES, 2, False, True, torch.float32)
+    return BufferSpec(LENGTH, torch.float32, TAIL, pull, where, torch.float32, LINES, 2, False, True, torch.float32)
 
 
-def rounds(room: RootRooms, pause: Callable[[], None]) -> None:
+def rounds(group: RootReduceGroup, pause: Callable[[], None]) -> None:
     """Rounds in which everything is written bit by bit, others coming in between, and whoever reads looks at all there is."""
-    size, nodes = sum(map(len, room.nodes)), room.nodes
-    node = nodes.index(list(room.members))
-    room.serve([[slice(0, WEIGHTS), *[slice(WEIGHTS, WEIGHTS)] * (size - 1)]], slice(WEIGHTS, TAIL))
-    heard, pull = torch.zeros(LENGTH - TAIL), room.board.pull.view(torch.float32)
-    row = room.board.row
+    size, nodes = sum(map(len, group.nodes)), group.nodes
+    node = nodes.index(list(group.members))
+    group.serve([[slice(0, WEIGHTS), *[slice(WEIGHTS, WEIGHTS)] * (size - 1)]], slice(WEIGHTS, TAIL))
+    heard, pull = torch.zeros(LENGTH - TAIL), group.board.pull.view(torch.float32)
+    row = group.board.row
     faults = torch.full((LINES,), math.inf, dtype=torch.float64)
 
     def slowly(target: Tensor, value: float) -> None:
@@ -71,26 +71,26 @@ def rounds(room: RootRooms, pause: Callable[[], None]) -> None:
         def __init__(self) -> None:
             self.faults, self.added, self.finished, self.said = faults, torch.zeros(TAIL), torch.zeros(TAIL), 0
 
-        def add(self, part: slice, rows: Sequence[Tensor]) -> None:
+        def reduce_local(self, part: slice, rows: Sequence[Tensor]) -> None:
             pause()
-            assert room.said.tolist() == [number + rank / 8 for rank in room.members], "a weight that is not said"
-            for rank, other in zip(room.members, rows, strict=True):
+            assert group.said.tolist() == [number + rank / 8 for rank in group.members], "a weight that is not said"
+            for rank, other in zip(group.members, rows, strict=True):
                 assert (other == 10 * number + rank).all(), "a push that is not whole, or of another round"
             self.added[part] += 1
             if part.stop == WEIGHTS:
-                faults[room.rank % LINES] = number
+                faults[group.rank % LINES] = number
             slowly(rows[0], -number - node)
 
-        def say(self, found: Tensor) -> None:
+        def report_nonfinite(self, found: Tensor) -> None:
             self.said += 1
             assert (found == number).any(), "faults that have not come"
             row[TAIL] += 1000  # in the tail, which is to leave with it
 
-        def join(self, part: slice, sums: Sequence[Tensor]) -> None:
+        def reduce_remote(self, part: slice, sums: Sequence[Tensor]) -> None:
             raise AssertionError("they are reduced")
 
-        def finish(self, part: slice, total: Tensor) -> None:
-            assert room.leads
+        def finalize(self, part: slice, total: Tensor) -> None:
+            assert group.leads
             pause()
             behind, gradients = (sum(10 * number + r for r in range(size)), -sum(number + n for n in range(len(nodes))))
             expected = behind if part.start >= WEIGHTS else gradients
@@ -98,25 +98,25 @@ def rounds(room: RootRooms, pause: Callable[[], None]) -> None:
             self.finished[part] += 1
 
     for number in range(1, 1 + ROUNDS):
-        slowly(row, 10 * number + room.rank)
+        slowly(row, 10 * number + group.rank)
         work = Take()
-        room.combine(number + room.rank / 8, heard, work)
-        assert work.said == (room.rank == room.members[0]), "a leader speaks for its node, once"
-        if room.leads:
+        group.reduce(number + group.rank / 8, heard, work)
+        assert work.said == (group.rank == group.members[0]), "a leader speaks for its node, once"
+        if group.leads:
             whole = sum(10 * number + r for r in range(size))
             assert heard.tolist() == [whole + 1000 * len(nodes), *[whole] * (LENGTH - TAIL - 1)], "a tail that is not whole"
             assert torch.equal(work.finished, torch.ones(TAIL)), "each element once"
-            slowly(room.weights, number)
-        room.report(torch.zeros(LINES, dtype=torch.float64), "min")
-        room.verdict(torch.zeros(2, dtype=torch.float64))
+            slowly(group.weights, number)
+        group.report(torch.zeros(LINES, dtype=torch.float64), "min")
+        group.decide(torch.zeros(2, dtype=torch.float64))
         for told in (number, number + 0.5):  # the second as after a validation
 
             def fill(told: float = told) -> None:
                 slowly(pull[:2], told)
                 slowly(pull[2 + WEIGHTS :], told)
 
-            room.publish(fill, moved=room.leads and told == number)
-            for part, value in ((room.weights, number), (pull[:2], told), (pull[2 + WEIGHTS :], told)):
+            group.broadcast(fill, moved=group.leads and told == number)
+            for part, value in ((group.weights, number), (pull[:2], told), (pull[2 + WEIGHTS :], told)):
                 pause()
                 assert (part == value).all(), "a pull message that is not whole"
 
@@ -127,10 +127,10 @@ def simulate(shape: Shape, bucket: int, seed: int) -> None:
         world.choose = Uneven(seed)
         world.choose.slow = seed // 2 % world.size
 
-    def program(e: SimulatedExchange) -> None:
-        room = e.room(contents())
-        assert isinstance(room, RootRooms)
-        rounds(room, lambda: world.pause(e.rank))
+    def program(e: SimulatedCommunicator) -> None:
+        group = e.node_group(contents())
+        assert isinstance(group, RootReduceGroup)
+        rounds(group, lambda: world.pause(e.rank))
 
     world.run(program)
 
@@ -153,7 +153,7 @@ NEEDED = [
 def test_each_meeting_is_needed(bucket: int, call: str, hole: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without waiting there, some schedule breaks a promise."""
 
-    class Loose(Gates):
+    class Loose(SimulatedBarrier):
         times = 0
 
         def arrive(self, *given: Any) -> None:
@@ -174,7 +174,7 @@ def test_each_meeting_is_needed(bucket: int, call: str, hole: str, monkeypatch: 
             self.world.arrived_here[self.rank] += name == "arrive"
             return True
 
-    monkeypatch.setattr(simulated, "Gates", Loose)
+    monkeypatch.setattr(simulated, "SimulatedBarrier", Loose)
     with pytest.raises(AssertionError, match=r"not whole|not said|not come"):
         for seed in range(40):
             simulate([3, 1], bucket, seed)
@@ -207,7 +207,7 @@ def test_an_optimizer_that_may_look_at_everything_is_the_server_s(bucket: int) -
     settings: dict[str, Any] = {"samples": (4, 16, 8, 2)}
     expected = reference([2, 1, 2], Odd(), make, **settings)
 
-    def program(e: Exchange) -> bool:
+    def program(e: Communicator) -> bool:
         net = mlp()
         return is_shared(train(e, net, make(net), data(20), 5, plan="sharded"))
 
@@ -261,7 +261,7 @@ def test_the_checkpoint_is_the_same_whatever_the_nodes() -> None:
 
 def test_a_rank_that_dies_anywhere_ends_the_others_and_the_run_resumes() -> None:
     def run(world: World, folder: str, **settings: Any) -> list[str]:
-        def program(e: Exchange) -> str:
+        def program(e: Communicator) -> str:
             net = mlp()
             made = OPTIMIZERS["adam"](net.parameters())
             train(e, net, made, data(30), 5, 2, True, run_dir=folder, plan="root", checkpoint={"every": 3}, **settings)
@@ -286,12 +286,12 @@ def test_a_rank_that_dies_anywhere_ends_the_others_and_the_run_resumes() -> None
 # What is sent
 
 
-class Spy(Leaders):
+class Spy(SimulatedLeaderGroup):
     """Counts."""
 
     calls: Counter[str] = Counter()
 
-    def swap(self, sent: Any, taken: Any) -> Any:
+    def sendrecv(self, sent: Any, taken: Any) -> Any:
         raise AssertionError("nothing is served elsewhere")
 
     def _meet(self, call: str, values: Tensor, finish: Any) -> Tensor:
@@ -303,12 +303,12 @@ class Spy(Leaders):
 @pytest.mark.parametrize(("bucket", "merges"), [(1 << 24, 1), (700, 4 + 1)])
 def test_a_round_is_a_reduce_and_a_bcast_of_the_leaders(bucket: int, merges: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a small model one of each, also where all wait. Who does not lead sends nothing."""
-    monkeypatch.setattr(simulated, "Leaders", Spy)
+    monkeypatch.setattr(simulated, "SimulatedLeaderGroup", Spy)
     monkeypatch.setattr(Spy, "calls", Counter())
 
-    def program(e: SimulatedExchange) -> tuple[int, int, int, int]:
+    def program(e: SimulatedCommunicator) -> tuple[int, int, int, int]:
         net = mlp()
-        ps = mpips.connect(net, OPTIMIZERS["adam"](net.parameters()), exchange=e, run_dir="run", plan="root")
+        ps = mpips.connect(net, OPTIMIZERS["adam"](net.parameters()), communicator=e, run_dir="run", plan="root")
         before: dict[str, int] = {}
         for x, y in ps.batches(data(60), 5):
             before = before or dict(e.traffic)  # all have met at the beginning of the loop
@@ -349,8 +349,8 @@ def test_over_mpi_the_weights_are_those_of_the_simulated_run(ranks_per_node: int
         ps = train(e, net, OPTIMIZERS["momentum"](net.parameters()), data(101), 7, 2, True, plan="root", run_dir=folder)
         half = ps._server or ps._worker
         assert half and half.slices
-        assert not e.traffic["combine calls"]
-        assert [len(node) for node in half.slices.room.nodes] == shape
+        assert not e.traffic["reduce calls"]
+        assert [len(node) for node in half.slices.group.nodes] == shape
         return all_of(net)
 
     expected = on_nodes(shape, bucket=bucket).run(lambda e: program(e, f"simulated-{rank}"))
@@ -373,9 +373,9 @@ def test_over_mpi_a_round_keeps_its_promises() -> None:
     def program(e: Any) -> None:
         for bucket in (28, 1000):
             e._bucket = bucket
-            room = e.room(contents())
-            assert isinstance(room, RootRooms)
+            group = e.node_group(contents())
+            assert isinstance(group, RootReduceGroup)
             for _ in range(3):
-                rounds(room, lambda: None)
+                rounds(group, lambda: None)
 
     on_mpi(program, 2)

@@ -15,7 +15,7 @@ from torch import nn
 
 import mpips
 import mpips.model.message
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import World
 
 
@@ -24,7 +24,7 @@ def sgd(params: Any) -> torch.optim.Optimizer:
 
 
 def loop(
-    e: Exchange,
+    e: Communicator,
     body: Any = None,
     epochs: int = 3,
     value: Any = lambda: 0.5,
@@ -34,7 +34,7 @@ def loop(
 ) -> mpips.Run:
     """The documented loop; `body(ps, batch number)` may return True to break, `told` gets what validate returns."""
     model = mlp()
-    ps = mpips.connect(model, sgd, exchange=e, **{"run_dir": "run", **settings})
+    ps = mpips.connect(model, sgd, communicator=e, **{"run_dir": "run", **settings})
     for _ in ps.epochs(epochs):
         for number, (x, y) in enumerate(ps.batches(data(n), 8)):
             if body and body(ps, number):
@@ -71,7 +71,7 @@ def test_stop_ends_all_ranks_in_the_same_round() -> None:
 
 @pytest.mark.parametrize("server_trains", [False, True])
 def test_early_stopping_is_obeyed_by_all_ranks_in_the_same_round(server_trains: bool) -> None:
-    def program(e: Exchange) -> tuple[Any, ...]:
+    def program(e: Communicator) -> tuple[Any, ...]:
         values = iter([0.1, 0.5, 0.4, 0.5, 0.3, 0.9])
         told: list[float] = []
         stop = {"patience": 3}
@@ -84,8 +84,8 @@ def test_early_stopping_is_obeyed_by_all_ranks_in_the_same_round(server_trains: 
 
 
 def test_validate_returns_worker_0_s_number_on_every_worker() -> None:
-    def program(e: Exchange, **settings: Any) -> float:
-        ps = mpips.connect(mlp(), sgd, exchange=e, run_dir="run", **settings)
+    def program(e: Communicator, **settings: Any) -> float:
+        ps = mpips.connect(mlp(), sgd, communicator=e, run_dir="run", **settings)
         return ps.validate(lambda: 40.0 + ps.worker)
 
     assert World(1).run(program) == [40.0]
@@ -96,9 +96,9 @@ def test_validate_returns_worker_0_s_number_on_every_worker() -> None:
 def test_without_a_function_the_server_measures_as_connect_said() -> None:
     loaded: list[int] = []
 
-    def program(e: Exchange) -> tuple[float, float]:
+    def program(e: Communicator) -> tuple[float, float]:
         given = {"validation_data": lambda: loaded.append(e.rank) or [7.0], "validate": lambda numbers: numbers[0] + e.rank}
-        ps = mpips.connect(mlp(), sgd, exchange=e, run_dir="run", **given)
+        ps = mpips.connect(mlp(), sgd, communicator=e, run_dir="run", **given)
         return ps.validate(), ps.validate()
 
     assert World(3).run(program) == [(7.0, 7.0)] * 2
@@ -106,8 +106,8 @@ def test_without_a_function_the_server_measures_as_connect_said() -> None:
 
 
 def test_several_numbers_are_a_dict_and_the_monitored_one_stops() -> None:
-    def program(e: Exchange) -> tuple[Any, ...]:
-        ps = mpips.connect(mlp(), sgd, exchange=e, run_dir="run", stop={"patience": 2, "monitor": "f1"})
+    def program(e: Communicator) -> tuple[Any, ...]:
+        ps = mpips.connect(mlp(), sgd, communicator=e, run_dir="run", stop={"patience": 2, "monitor": "f1"})
         told = [ps.validate(lambda: {"loss": 1.0, "f1": 0.5}), ps.validate(lambda: 0.25, "other"), ps.stopping]
         return *told, ps.validate(lambda: {"loss": 1.0, "f1": 0.5}), ps.validate(lambda: {"f1": 0.5}), ps.stopping
 
@@ -120,8 +120,8 @@ def test_several_numbers_are_a_dict_and_the_monitored_one_stops() -> None:
 )
 @pytest.mark.parametrize("size", [1, 3])
 def test_validate_takes_numbers_alone(size: int, value: Any, words: str) -> None:
-    def program(e: Exchange) -> None:
-        mpips.connect(mlp(), sgd, exchange=e, run_dir="run").validate(lambda: value)
+    def program(e: Communicator) -> None:
+        mpips.connect(mlp(), sgd, communicator=e, run_dir="run").validate(lambda: value)
 
     with pytest.raises(TypeError, match=rf"validate\(\).*{words}.*expected a number"):
         World(size).run(program)
@@ -135,9 +135,9 @@ def test_uneven_and_empty_shards_do_not_hang() -> None:
 
 
 def test_metrics_are_samples_weighted_means_over_the_ranks() -> None:
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         model = nn.Linear(1, 1, bias=False)
-        ps = mpips.connect(model, sgd, exchange=e, run_dir="run", metrics=["place"])
+        ps = mpips.connect(model, sgd, communicator=e, run_dir="run", metrics=["place"])
         own = torch.zeros(2 * e.rank, 1)  # workers 1, 2, 3 have 2, 4, 6 samples
         for x in ps.batches([own] if e.rank else [], shard=False):
             loss = model(x).sum() + 10.0 * e.rank
@@ -152,7 +152,7 @@ def test_metrics_are_samples_weighted_means_over_the_ranks() -> None:
 
 
 def test_metrics_of_every_rank_come_without_a_further_message() -> None:
-    def program(e: Exchange) -> dict[str, int]:
+    def program(e: Communicator) -> dict[str, int]:
         before = dict(e.traffic)
         loop(e, epochs=1, metrics=())
         return {call: count - before.get(call, 0) for call, count in e.traffic.items() if call.endswith("calls")}
@@ -161,13 +161,13 @@ def test_metrics_of_every_rank_come_without_a_further_message() -> None:
     events = [json.loads(line) for line in Path("run", "events.jsonl").read_text().splitlines()]
     table = next(event["ranks"] for event in events if event["event"] == "round")
     assert [entry["rank"] for entry in table] == [0, 1, 2]
-    assert first["combine calls"] == 6 + 5, "one Reduce a round, one for each call of all workers"
+    assert first["reduce calls"] == 6 + 5, "one Reduce a round, one for each call of all workers"
 
 
 def test_gradient_accumulation_is_the_larger_batch() -> None:
-    def program(e: Exchange, together: int) -> list[torch.Tensor]:
+    def program(e: Communicator, together: int) -> list[torch.Tensor]:
         model = mlp().double()
-        ps = mpips.connect(model, sgd, exchange=e, run_dir=f"run{together}")
+        ps = mpips.connect(model, sgd, communicator=e, run_dir=f"run{together}")
         given = data(96, torch.float64)
         for _ in ps.epochs(2):
             for number, (x, y) in enumerate(ps.batches(given, 16 // together, shuffle=False), 1):
@@ -182,7 +182,7 @@ def test_gradient_accumulation_is_the_larger_batch() -> None:
 
 
 def test_step_says_what_is_wrong_with_its_arguments() -> None:
-    ps = mpips.connect(mlp(), sgd, exchange=World(1).ends[0], run_dir="run", metrics=["accuracy"])
+    ps = mpips.connect(mlp(), sgd, communicator=World(1).ends[0], run_dir="run", metrics=["accuracy"])
     for _ in ps.batches(data(8), 4):
         with pytest.raises(ValueError, match=r"given the metrics \['acc'\].*names \('accuracy',\)"):
             ps.step(1.0, 4, acc=0.5)
@@ -232,11 +232,11 @@ def test_the_saved_configuration_gives_the_same_run_again(tmp_path: Path, monkey
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_scheduler_is_the_scripts_and_its_rate_the_servers(size: int) -> None:
     def rates(each: str) -> list[float]:
-        def program(e: Exchange) -> None:
+        def program(e: Communicator) -> None:
             model = mlp()
             optimizer = sgd(model.parameters())
             scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-            ps = mpips.connect(model, optimizer, exchange=e, run_dir="run")
+            ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
             for _ in ps.epochs(2):
                 for x, y in ps.batches(data(16 * ps.workers), 8):
                     loss = F.cross_entropy(model(x), y)
@@ -255,9 +255,9 @@ def test_a_scheduler_is_the_scripts_and_its_rate_the_servers(size: int) -> None:
 def test_two_loops_in_an_epoch_and_a_loop_of_ones_own_over_epochs() -> None:
     orders: list[list[int]] = []
 
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         net = nn.Linear(1, 1)
-        ps = mpips.connect(net, sgd, exchange=e, run_dir="run")
+        ps = mpips.connect(net, sgd, communicator=e, run_dir="run")
         for _ in range(3):
             seen = []
             for (x,) in ps.batches((torch.arange(10.0).view(-1, 1),), 2):
@@ -274,7 +274,7 @@ def test_two_loops_in_an_epoch_and_a_loop_of_ones_own_over_epochs() -> None:
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_all_workers_may_validate_and_save_inside_a_loop(size: int) -> None:
-    def program(e: Exchange) -> list[float]:
+    def program(e: Communicator) -> list[float]:
         told = []
 
         def body(ps: mpips.Run, number: int) -> None:
@@ -295,7 +295,7 @@ def test_all_workers_may_validate_and_save_inside_a_loop(size: int) -> None:
 def test_a_call_that_one_worker_alone_makes_is_an_error_on_all_and_not_a_hang(call: str) -> None:
     said = []
 
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         def body(ps: mpips.Run, number: int) -> None:
             if ps.worker == 1 and number == 2:
                 ps.validate(lambda: 1.0) if call == "validate" else ps.save()
@@ -314,8 +314,8 @@ def test_a_call_that_one_worker_alone_makes_is_an_error_on_all_and_not_a_hang(ca
 
 
 def test_a_worker_that_has_ended_validates_no_more() -> None:
-    def program(e: Exchange) -> None:
-        ps = mpips.connect(mlp(), sgd, exchange=e, run_dir="run")
+    def program(e: Communicator) -> None:
+        ps = mpips.connect(mlp(), sgd, communicator=e, run_dir="run")
         if ps.worker == 1:
             ps.validate(lambda: 1.0)
 
@@ -334,9 +334,9 @@ def test_where_requests_are_answered_calls_inside_a_loop_are_refused(call: str) 
 
 
 def test_streamed_batches_count_their_samples() -> None:
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         model = mlp()
-        ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+        ps = mpips.connect(model, sgd, communicator=e, run_dir="run")
         for batch in ps.batches({"x": x, "y": y} for x, y in zip(*(t.split(8) for t in data(44)), strict=True)):
             loss = F.cross_entropy(model(batch["x"]), batch["y"])
             loss.backward()
@@ -356,7 +356,7 @@ def test_streamed_batches_count_their_samples() -> None:
 )
 def test_parameters_changed_after_connect_are_an_error_and_not_silence(change: Any) -> None:
     model = mlp()
-    ps = mpips.connect(model, sgd, exchange=World(1).ends[0], run_dir="run")
+    ps = mpips.connect(model, sgd, communicator=World(1).ends[0], run_dir="run")
     change(model)
     for _ in ps.batches(data(8), 4):
         with pytest.raises(ValueError, match=r"0\.weight.*connect"):
@@ -366,7 +366,7 @@ def test_parameters_changed_after_connect_are_an_error_and_not_silence(change: A
 def test_neighbouring_seeds_do_not_share_orders() -> None:
     def orders(seed: int) -> list[tuple[int, ...]]:
         net = nn.Linear(1, 1)
-        ps = mpips.connect(net, sgd, exchange=World(1).ends[0], run_dir="run", seed=seed)
+        ps = mpips.connect(net, sgd, communicator=World(1).ends[0], run_dir="run", seed=seed)
         seen = []
         for _ in ps.epochs(3):
             seen.append(tuple(int(x) for (x,) in ps.batches((torch.arange(20.0),), 1)))
@@ -380,9 +380,9 @@ SIZES = pytest.mark.parametrize("size", [1, 3])
 
 @SIZES
 def test_breaking_out_because_the_run_stops_is_fine(size: int) -> None:
-    def program(e: Exchange) -> tuple[int, str]:
+    def program(e: Communicator) -> tuple[int, str]:
         model = mlp()
-        ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+        ps = mpips.connect(model, sgd, communicator=e, run_dir="run")
         for _ in ps.epochs(3):
             for x, y in ps.batches(data(96), 8):
                 if ps.round == 3:
@@ -401,9 +401,9 @@ def test_breaking_out_because_the_run_stops_is_fine(size: int) -> None:
 @SIZES
 @pytest.mark.parametrize("inside", [False, True], ids=["between loops", "inside the measure"])
 def test_stop_outside_a_loop_ends_all_ranks(size: int, inside: bool) -> None:
-    def program(e: Exchange) -> tuple[int, str]:
+    def program(e: Communicator) -> tuple[int, str]:
         model = mlp()
-        ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+        ps = mpips.connect(model, sgd, communicator=e, run_dir="run")
         for epoch in ps.epochs(9):
             for x, y in ps.batches(data(48), 8):
                 loss = F.cross_entropy(model(x), y)
@@ -422,9 +422,9 @@ def test_stop_outside_a_loop_ends_all_ranks(size: int, inside: bool) -> None:
 
 @SIZES
 def test_several_steps_on_one_batch(size: int) -> None:
-    def program(e: Exchange) -> int:
+    def program(e: Communicator) -> int:
         model = mlp()
-        ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+        ps = mpips.connect(model, sgd, communicator=e, run_dir="run")
         for _ in ps.epochs(2):
             for x, y in ps.batches(data(96), 8):
                 for _ in range(3):
@@ -437,15 +437,15 @@ def test_several_steps_on_one_batch(size: int) -> None:
 
 
 def test_a_loop_inside_another_is_refused() -> None:
-    ps = mpips.connect(mlp(), sgd, exchange=World(1).ends[0], run_dir="run")
+    ps = mpips.connect(mlp(), sgd, communicator=World(1).ends[0], run_dir="run")
     with pytest.raises(RuntimeError, match="inside another"):
         list(zip(ps.batches(data(8), 4), ps.batches(data(8), 4), strict=True))
 
 
-def leaving(e: Exchange, leavers: set[int], where: str) -> mpips.Run:
+def leaving(e: Communicator, leavers: set[int], where: str) -> mpips.Run:
     """The loop in a function that the leavers return from; then the world does what Python's end does."""
     model = mlp()
-    ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+    ps = mpips.connect(model, sgd, communicator=e, run_dir="run")
 
     def work() -> None:
         for _ in ps.epochs(3):
@@ -477,9 +477,9 @@ def test_returning_from_the_loop_loses_nothing(size: int, leavers: set[int], why
 
 
 def test_preemption_while_a_rank_leaves() -> None:
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         model = mlp()
-        ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+        ps = mpips.connect(model, sgd, communicator=e, run_dir="run")
         for x, y in ps.batches(data(48), 8):
             if ps.round == 2 and e.rank == 2:
                 break
@@ -511,10 +511,10 @@ def test_batchnorm_sees_every_forward_pass_of_one_worker(size: int) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    def program(e: Exchange) -> dict[str, torch.Tensor]:
+    def program(e: Communicator) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
-        ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+        ps = mpips.connect(model, sgd, communicator=e, run_dir="run")
         for _ in ps.epochs(2):
             for number, (x, y) in enumerate(ps.batches(data(40), 8, shuffle=False), 1):
                 loss = F.cross_entropy(model(x), y)
@@ -531,7 +531,7 @@ def test_batchnorm_sees_every_forward_pass_of_one_worker(size: int) -> None:
 def test_unfreezing_after_connect_is_an_error_and_not_silence() -> None:
     model = mlp()
     model[0].requires_grad_(False)
-    ps = mpips.connect(model, sgd, exchange=World(1).ends[0], run_dir="run")
+    ps = mpips.connect(model, sgd, communicator=World(1).ends[0], run_dir="run")
     with pytest.raises(ValueError, match=r"0\.weight was unfrozen"):
         for x, y in ps.batches(data(16), 8):
             loss = F.cross_entropy(model(x), y)

@@ -14,8 +14,8 @@ from torch import nn
 
 import mpips
 from mpips import checkpoint
-from mpips.comm import ExchangeError
-from mpips.comm.simulated import SimulatedExchange, World
+from mpips.comm import CommunicatorError
+from mpips.comm.simulated import SimulatedCommunicator, World
 from mpips.config import Config, Stopping
 from mpips.model.message import COLUMNS, LIMBS, Stop
 from mpips.optim import hyperparameters as hyper
@@ -31,7 +31,7 @@ def server_and_workers(
 ) -> Any:
     """Run `serve(server)` on rank 0 beside plain workers that do `steps` rounds of 8 samples each."""
 
-    def program(e: SimulatedExchange) -> Any:
+    def program(e: SimulatedCommunicator) -> Any:
         if e.rank == 0:
             server = mpips.Server(e, mlp(), sgd, config=config, **given)
             server.broadcast_initial_weights()
@@ -113,7 +113,7 @@ def test_stop_server_ends_all_ranks_in_the_same_round() -> None:
 
 
 def test_send_stop_signal_reaches_the_workers_between_rounds() -> None:
-    def program(e: SimulatedExchange) -> float:
+    def program(e: SimulatedCommunicator) -> float:
         if e.rank == 0:
             server = mpips.Server(e, mlp(), sgd)
             server.broadcast_initial_weights()
@@ -134,7 +134,7 @@ def test_get_queue_is_where_the_server_receives() -> None:
 
 
 def test_broadcast_initial_weights_makes_all_models_alike() -> None:
-    def program(e: SimulatedExchange) -> list[torch.Tensor]:
+    def program(e: SimulatedCommunicator) -> list[torch.Tensor]:
         torch.manual_seed(e.rank)  # every rank begins with weights of its own
         model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
         model[2].requires_grad_(False)
@@ -215,34 +215,34 @@ def test_save_model_writes_a_checkpoint_and_hands_it_to_wandb(tmp_path: Path) ->
 
 @pytest.mark.parametrize("server_trains", [False, True])
 def test_write_results_and_performances(server_trains: bool, tmp_path: Path) -> None:
-    def program(e: SimulatedExchange) -> Any:
+    def program(e: SimulatedCommunicator) -> Any:
         model = mlp()
-        ps = mpips.connect(model, sgd, exchange=e, run_dir=str(tmp_path / "run"), server_trains=server_trains)
+        ps = mpips.connect(model, sgd, communicator=e, run_dir=str(tmp_path / "run"), server_trains=server_trains)
         for _ in ps.epochs(2):
             for x, y in ps.batches(data(40), 10):
                 loss = F.cross_entropy(model(x), y)
                 loss.backward()
                 ps.step(loss)
             ps.validate(lambda: 0.5)
-        e.traffic["publish calls"] -= 2  # the word that DONE is written comes after it
-        e.traffic["publish bytes"] -= 8
+        e.traffic["broadcast calls"] -= 2  # the word that DONE is written comes after it
+        e.traffic["broadcast bytes"] -= 8
         return dict(e.traffic), ps._server and ps._server.performances
 
     (traffic, performances), *_ = results = World(3).run(program)
     done = json.loads((tmp_path / "run" / "DONE").read_text())
     assert done["validation"] == [0.5, 0.5]
     assert done["rounds"] == 4
-    assert done["messages"] == 3 * (traffic["combine calls"] + traffic["publish calls"])
-    assert done["bytes"] == 3 * (traffic["combine bytes"] + traffic["publish bytes"])
+    assert done["messages"] == 3 * (traffic["reduce calls"] + traffic["broadcast calls"])
+    assert done["bytes"] == 3 * (traffic["reduce bytes"] + traffic["broadcast bytes"])
     if server_trains:
         assert performances == {rank: own for rank, (own, _) in enumerate(results)}
 
 
 def test_a_round_costs_two_messages_of_the_trained_weights() -> None:
-    def program(e: SimulatedExchange) -> dict[str, int]:
+    def program(e: SimulatedCommunicator) -> dict[str, int]:
         model = mlp()
         model[0].requires_grad_(False)  # 429 of 599 parameters travel once only
-        ps = mpips.connect(model, sgd, exchange=e, run_dir="run")
+        ps = mpips.connect(model, sgd, communicator=e, run_dir="run")
         before: dict[str, int] = {}
         for x, y in ps.batches(data(48), 8):
             before = before or dict(e.traffic)  # all have met at the beginning of the loop
@@ -252,16 +252,16 @@ def test_a_round_costs_two_messages_of_the_trained_weights() -> None:
         return {call: e.traffic[call] - before.get(call, 0) for call in e.traffic}
 
     for traffic in World(3).run(program):
-        assert traffic["combine calls"] == traffic["publish calls"] == 3 + 1  # in the last one all wait for the loop's end
+        assert traffic["reduce calls"] == traffic["broadcast calls"] == 3 + 1  # in the last one all wait for the loop's end
         numel = 176 + 16  # 165 and 5 parameters, each on a 64-byte boundary
         numbers = len(hyper.read(sgd(mlp().parameters())))
         tail = 2 + 3 * (len(COLUMNS) + LIMBS * numbers)  # presence of two tensors; per rank a row, and its hyperparameters
-        assert traffic["combine bytes"] == 4 * 4 * (numel + tail)
-        assert traffic["publish bytes"] == 4 * (128 + 4 * numel)
+        assert traffic["reduce bytes"] == 4 * 4 * (numel + tail)
+        assert traffic["broadcast bytes"] == 4 * (128 + 4 * numel)
 
 
 def test_a_rank_in_another_round_is_an_error() -> None:
-    def program(e: SimulatedExchange) -> None:
+    def program(e: SimulatedCommunicator) -> None:
         if e.rank == 0:
             server = mpips.Server(e, mlp(), sgd)
             server.broadcast_initial_weights()
@@ -272,16 +272,16 @@ def test_a_rank_in_another_round_is_an_error() -> None:
             worker.control.round = 7.0
             worker.finish()
 
-    with pytest.raises(ExchangeError, match="rank 1 is in round 7, the server in 0"):
+    with pytest.raises(CommunicatorError, match="rank 1 is in round 7, the server in 0"):
         World(2).run(program)
 
 
 def poisoned(nonfinite: str, **settings: Any) -> Any:
     """Three workers; worker 2 of 3 has a NaN in round 3 of 5. Returns the weights, the versions and the metrics."""
 
-    def program(e: SimulatedExchange) -> Any:
+    def program(e: SimulatedCommunicator) -> Any:
         model = mlp()
-        ps = mpips.connect(model, sgd, exchange=e, run_dir="run", nonfinite=nonfinite, **settings)
+        ps = mpips.connect(model, sgd, communicator=e, run_dir="run", nonfinite=nonfinite, **settings)
         for _ in ps.epochs(1):
             for x, y in ps.batches(data(8 * 3 * 5), 8, shuffle=False):
                 loss = F.cross_entropy(model(x), y)
@@ -328,9 +328,9 @@ def test_nonfinite_raise_changes_nothing_and_names_it() -> None:
 
 
 def test_clip_is_that_of_the_combined_gradient() -> None:
-    def program(e: SimulatedExchange) -> list[torch.Tensor]:
+    def program(e: SimulatedCommunicator) -> list[torch.Tensor]:
         model = mlp()
-        ps = mpips.connect(model, sgd, exchange=e, run_dir="run", clip=0.1)
+        ps = mpips.connect(model, sgd, communicator=e, run_dir="run", clip=0.1)
         for x, y in ps.batches(data(24), 8, shuffle=False):
             loss = F.cross_entropy(model(x), y)
             loss.backward()
@@ -348,9 +348,9 @@ def test_clip_is_that_of_the_combined_gradient() -> None:
 
 @pytest.mark.parametrize("nonfinite", ["raise", "skip", "drop"])
 def test_finite_updates_whose_sum_overflows_are_not_taken(nonfinite: str) -> None:
-    def program(e: SimulatedExchange) -> Any:
+    def program(e: SimulatedCommunicator) -> Any:
         model = nn.Linear(1, 1, bias=False)
-        ps = mpips.connect(model, sgd, exchange=e, run_dir="run", nonfinite=nonfinite)
+        ps = mpips.connect(model, sgd, communicator=e, run_dir="run", nonfinite=nonfinite)
         for (x,) in ps.batches((torch.full((64, 1), 2e37),), 32):
             model(x).mean().backward()
             ps.step(0.0)

@@ -17,7 +17,7 @@ from test_resume import assert_same, last
 from torch import Tensor, nn, optim
 
 import mpips
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.model import layout as plan
 from mpips.model.message import CallError, NonFiniteError
@@ -111,7 +111,7 @@ def is_shared(ps: mpips.Run) -> bool:
 
 def is_sharded(ps: mpips.Run) -> bool:
     half = ps._server or ps._worker
-    return half is not None and half.slices is not None and half.slices.room.together
+    return half is not None and half.slices is not None and half.slices.group.together
 
 
 def odd(
@@ -124,13 +124,13 @@ def odd(
 ) -> tuple[list[list[Tensor]], dict[str, Any]]:
     """Every rank's weights after some rounds with workers whose batches have sizes of their own, and the checkpoint."""
 
-    def program(exchange: Exchange) -> list[Tensor]:
+    def program(communicator: Communicator) -> list[Tensor]:
         model = Odd().to(dtype)
-        number = exchange.rank - (not settings.get("server_trains"))
+        number = communicator.rank - (not settings.get("server_trains"))
         samples = SAMPLES[max(number, 0)]
         x, y = data(samples * (rounds - number % 2), dtype)  # some shards are shorter
         shifted = (x.roll(number, 0), y.roll(number, 0))
-        ps = train(exchange, model, make(model), shifted, samples, shard=False, **settings)
+        ps = train(communicator, model, make(model), shifted, samples, shard=False, **settings)
         assert expected is None or (is_shared(ps), is_sharded(ps)) == expected
         return [p.detach().clone() for p in model.parameters()]
 
@@ -217,11 +217,11 @@ def test_auto_shards_what_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_more_ranks_than_there_is_to_serve(size: int) -> None:
     """Rank 0 may have nothing to serve, and yet it judges."""
 
-    def program(e: Exchange, **settings: Any) -> list[float]:
+    def program(e: Communicator, **settings: Any) -> list[float]:
         net = nn.Linear(1, 1)
         nn.init.ones_(net.weight)
         nn.init.zeros_(net.bias)
-        ps = mpips.connect(net, OPTIMIZERS["adam"](net.parameters()), exchange=e, run_dir="run", **settings)
+        ps = mpips.connect(net, OPTIMIZERS["adam"](net.parameters()), communicator=e, run_dir="run", **settings)
         for (x,) in ps.batches((torch.arange(40.0).view(-1, 1),), 3):
             loss = net(x).square().mean()
             loss.backward()
@@ -267,11 +267,11 @@ def test_an_optimizer_that_may_look_at_everything_is_served_by_rank_0(make: Any)
 def test_hooks_of_the_script_s_optimizer_run_where_it_steps_and_hinder_no_plan() -> None:
     """They look at all weights after each step, on every worker; what serves slices has none."""
 
-    def program(exchange: Exchange, **settings: Any) -> list[list[Tensor]]:
+    def program(communicator: Communicator, **settings: Any) -> list[list[Tensor]]:
         net, seen = mlp(), list[list[Tensor]]()
         made = optim.SGD(net.parameters(), lr=0.1)
         made.register_step_post_hook(lambda *_: seen.append([p.detach().clone() for p in net.parameters()]))
-        ps = mpips.connect(net, made, exchange=exchange, run_dir="run", deterministic=True, **settings)
+        ps = mpips.connect(net, made, communicator=communicator, run_dir="run", deterministic=True, **settings)
         assert is_sharded(ps) == ("plan" in settings)
         for x, y in ps.batches(data(60), 7, shuffle=False):
             made.zero_grad()
@@ -298,15 +298,15 @@ def test_an_optimizer_of_whole_tensors_is_cut_between_them(name: str, clip: floa
         pytest.skip(f"this torch has no {name}")
 
     def run(world: World, **settings: Any) -> tuple[list[list[Tensor]], dict[str, Any]]:
-        def program(exchange: Exchange) -> list[Tensor]:
+        def program(communicator: Communicator) -> list[Tensor]:
             torch.manual_seed(1)
             model = nn.Sequential(
                 nn.Linear(12, 33, bias=False), nn.Tanh(), nn.Linear(33, 40, bias=False), nn.Linear(40, 5, False)
             )
-            ps = train(exchange, model, getattr(optim, name)(model.parameters(), lr=0.01), data(60), 7, **settings)
+            ps = train(communicator, model, getattr(optim, name)(model.parameters(), lr=0.01), data(60), 7, **settings)
             if "plan" in settings:
                 half = ps._server or ps._worker
-                assert half and half.slices and half.slices.room.together
+                assert half and half.slices and half.slices.group.together
                 whole = {(33, 12), (40, 33), (5, 40)}
                 assert all(tuple(p.shape) in whole for group in half.slices.torch.param_groups for p in group["params"])
             return [p.detach().clone() for p in model.parameters()]
@@ -329,9 +329,9 @@ def test_one_worker_is_plain_pytorch(optimizer: str, clip: float | None) -> None
     plain(reference, made, in_order(data(103), 16, 3))
     for settings in ({"plan": "root"}, {"plan": "sharded"}, {"plan": "sharded", "deterministic": True}):
 
-        def program(exchange: Exchange, settings: dict[str, Any] = settings) -> str:
+        def program(communicator: Communicator, settings: dict[str, Any] = settings) -> str:
             net = mlp()
-            ps = train(exchange, net, OPTIMIZERS[optimizer](net.parameters()), data(103), epochs=3, clip=clip, **settings)
+            ps = train(communicator, net, OPTIMIZERS[optimizer](net.parameters()), data(103), epochs=3, clip=clip, **settings)
             assert (is_shared(ps), is_sharded(ps)) == (True, settings["plan"] == "sharded")
             return sha(net)
 
@@ -339,13 +339,13 @@ def test_one_worker_is_plain_pytorch(optimizer: str, clip: float | None) -> None
 
 
 def learnt(
-    exchange: Exchange, make: Any, scheduler: Any, values: list[float], every: str = "epoch", **settings: Any
+    communicator: Communicator, make: Any, scheduler: Any, values: list[float], every: str = "epoch", **settings: Any
 ) -> list[Tensor]:
     """A model's weights after three epochs with a scheduler of the script's."""
     model = Odd()
     made = make(model.parameters())
     of_lr = scheduler(made)
-    ps = mpips.connect(model, made, exchange=exchange, **{"run_dir": "run", "deterministic": True, **settings})
+    ps = mpips.connect(model, made, communicator=communicator, **{"run_dir": "run", "deterministic": True, **settings})
     assert "plan" not in settings or is_sharded(ps)
     for epoch in ps.epochs(3):
         for x, y in ps.batches(data(47), 8):
@@ -408,10 +408,19 @@ def test_a_run_resumes_under_another_plan(name: str) -> None:
     def run(kind: str, epochs: int, **settings: Any) -> list[str]:
         world, own = WORLDS[kind]()
 
-        def program(exchange: Exchange) -> str:
+        def program(communicator: Communicator) -> str:
             net = Odd()
             train(
-                exchange, net, RESUMED[name](net.parameters()), data(47), 5, epochs, True, deterministic=True, **own, **settings
+                communicator,
+                net,
+                RESUMED[name](net.parameters()),
+                data(47),
+                5,
+                epochs,
+                True,
+                deterministic=True,
+                **own,
+                **settings,
             )
             return sha(net)
 
@@ -434,9 +443,9 @@ def test_a_run_resumes_on_another_number_of_ranks(name: str, before: int, after:
     """As it would without shared memory."""
 
     def run(world: World, epochs: int, **settings: Any) -> list[str]:
-        def program(exchange: Exchange) -> str:
+        def program(communicator: Communicator) -> str:
             net = Odd()
-            train(exchange, net, RESUMED[name](net.parameters()), data(47), 5, epochs, deterministic=True, **settings)
+            train(communicator, net, RESUMED[name](net.parameters()), data(47), 5, epochs, deterministic=True, **settings)
             return sha(net)
 
         return world.run(program)
@@ -451,11 +460,11 @@ def test_killed_anywhere_and_resumed() -> None:
     from mpips.comm.simulated import Killed
 
     def run(world: World, folder: str, **settings: Any) -> list[str]:
-        def program(exchange: Exchange) -> str:
+        def program(communicator: Communicator) -> str:
             net = cnn()
             settings.setdefault("checkpoint", {"every": 3})
             made = OPTIMIZERS["adam"](net.parameters())
-            train(exchange, net, made, data(47), 5, 2, True, run_dir=folder, plan="sharded", **settings)
+            train(communicator, net, made, data(47), 5, 2, True, run_dir=folder, plan="sharded", **settings)
             return sha(net)
 
         return world.run(program)
@@ -473,11 +482,11 @@ def test_killed_anywhere_and_resumed() -> None:
 PLANS = pytest.mark.parametrize("chosen", ["root", "sharded"])
 
 
-def run_until_nonfinite(world: World, program: Callable[[Exchange], None]) -> None:
+def run_until_nonfinite(world: World, program: Callable[[Communicator], None]) -> None:
     """Whichever rank raises NonFiniteError, all do, the server included, in the same words."""
     said: list[str] = []
 
-    def noted(e: Exchange) -> None:
+    def noted(e: Communicator) -> None:
         try:
             program(e)
         except NonFiniteError as error:
@@ -494,9 +503,9 @@ def poisoned(world: World, nonfinite: str, guilty: int, value: float = math.nan,
     """Rank `guilty` has a NaN in round 3 of 5: of each worker its weights, or what is raised, and the version."""
     found: dict[int, Any] = {}
 
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         model = mlp()
-        ps = mpips.connect(model, OPTIMIZERS["momentum"](model.parameters()), exchange=e, nonfinite=nonfinite, **settings)
+        ps = mpips.connect(model, OPTIMIZERS["momentum"](model.parameters()), communicator=e, nonfinite=nonfinite, **settings)
         before: list[Tensor] = []
         try:
             for x, y in ps.batches(data(8 * ps.workers * 5), 8, shuffle=False):
@@ -547,9 +556,9 @@ def test_a_sum_that_overflows_is_the_servers(chosen: str, nonfinite: str) -> Non
     def run(world: World, **settings: Any) -> list[Any]:
         found: dict[int, Any] = {}
 
-        def program(e: Exchange) -> None:
+        def program(e: Communicator) -> None:
             model = mlp()
-            ps = mpips.connect(model, OPTIMIZERS["sgd"](model.parameters()), exchange=e, nonfinite=nonfinite, **settings)
+            ps = mpips.connect(model, OPTIMIZERS["sgd"](model.parameters()), communicator=e, nonfinite=nonfinite, **settings)
             try:
                 for x, y in ps.batches(data(16 * 3), 8, shuffle=False):
                     F.cross_entropy(model(x), y).backward()
@@ -581,9 +590,9 @@ def test_a_sum_that_overflows_is_the_servers(chosen: str, nonfinite: str) -> Non
 def test_large_gradients_are_finite(chosen: str) -> None:
     """Their squares are not, in float32."""
 
-    def program(e: Exchange, **settings: Any) -> list[Tensor]:
+    def program(e: Communicator, **settings: Any) -> list[Tensor]:
         model = mlp()
-        ps = mpips.connect(model, lambda p: optim.SGD(p, lr=1e-20), exchange=e, deterministic=True, **settings)
+        ps = mpips.connect(model, lambda p: optim.SGD(p, lr=1e-20), communicator=e, deterministic=True, **settings)
         for x, y in ps.batches(data(48), 8, shuffle=False):
             (F.cross_entropy(model(x), y) * 1e21).backward()
             ps.step(0.0)
@@ -598,7 +607,7 @@ def test_large_gradients_are_finite(chosen: str) -> None:
 @pytest.mark.parametrize("policy", ["mean", "server", "local"])
 def test_buffers_are_as_without_shared_memory(chosen: str, policy: str) -> None:
     def run(world: World, **settings: Any) -> list[dict[str, Tensor]]:
-        def program(e: Exchange) -> dict[str, Tensor]:
+        def program(e: Communicator) -> dict[str, Tensor]:
             net = cnn()
             made = OPTIMIZERS["momentum"](net.parameters())
             train(e, net, made, data(101), 7, 2, True, buffers=policy, deterministic=True, **settings)
@@ -618,9 +627,11 @@ def test_gradients_left_over_from_an_interrupted_loop_are_pushed_with_the_next(c
     """Rank 1 breaks out after a backward; the idle rounds until all are through must neither push nor lose it."""
 
     def run(world: World, **settings: Any) -> list[list[Tensor]]:
-        def program(e: Exchange) -> list[Tensor]:
+        def program(e: Communicator) -> list[Tensor]:
             model = Odd()
-            ps = mpips.connect(model, OPTIMIZERS["momentum"](model.parameters()), exchange=e, deterministic=True, **settings)
+            ps = mpips.connect(
+                model, OPTIMIZERS["momentum"](model.parameters()), communicator=e, deterministic=True, **settings
+            )
             for epoch in ps.epochs(3):
                 for number, (x, y) in enumerate(ps.batches(data(47), 5, shuffle=False)):
                     loss = F.cross_entropy(model(x), y)
@@ -641,9 +652,9 @@ def test_gradients_left_over_from_an_interrupted_loop_are_pushed_with_the_next(c
 
 @PLANS
 def test_the_server_s_word_ends_a_run(chosen: str) -> None:
-    def program(e: Exchange, how: str, **settings: Any) -> tuple[int, str, str]:
+    def program(e: Communicator, how: str, **settings: Any) -> tuple[int, str, str]:
         net = mlp()
-        ps = mpips.connect(net, OPTIMIZERS["adam"](net.parameters()), exchange=e, run_dir=how, plan=chosen, **settings)
+        ps = mpips.connect(net, OPTIMIZERS["adam"](net.parameters()), communicator=e, run_dir=how, plan=chosen, **settings)
         for epoch in ps.epochs(4):
             for x, y in ps.batches(data(60), 5):
                 loss = F.cross_entropy(net(x), y)
@@ -690,10 +701,10 @@ def test_weights_that_others_change_are_not_shared(mode: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.embed((x.abs() * 3).long() % 5).mean(1))
 
-    def program(e: Exchange, trains: bool, shared: bool) -> str:
+    def program(e: Communicator, trains: bool, shared: bool) -> str:
         net, (x, y) = Renormed(), data(47)
         made = OPTIMIZERS["adam"](net.parameters())
-        ps = mpips.connect(net, made, exchange=e, plan="sharded", mode=mode, server_trains=trains, deterministic=True)
+        ps = mpips.connect(net, made, communicator=e, plan="sharded", mode=mode, server_trains=trains, deterministic=True)
         for _ in ps.epochs(2):
             for batch, labels in ps.batches((x, y), 7):
                 loss = F.cross_entropy(net(batch), labels)
@@ -719,7 +730,7 @@ def test_other_modes_and_settings_are_not_shared() -> None:
         {"rule": "krum", "robust": {"bad": 0}},
     ):
 
-        def program(e: Exchange, settings: dict[str, Any] = settings) -> bool:
+        def program(e: Communicator, settings: dict[str, Any] = settings) -> bool:
             net = mlp()
             return is_shared(train(e, net, OPTIMIZERS["sgd"](net.parameters()), data(60), 7, **settings))
 
@@ -729,7 +740,7 @@ def test_other_modes_and_settings_are_not_shared() -> None:
 @pytest.mark.parametrize("deterministic", [False, True])
 @PLANS
 def test_normclip_shortens_each_contribution(chosen: str, deterministic: bool) -> None:
-    def program(e: Exchange, **settings: Any) -> list[Tensor]:
+    def program(e: Communicator, **settings: Any) -> list[Tensor]:
         net = mlp()
         train(e, net, OPTIMIZERS["sgd"](net.parameters()), data(60), 7, rule="normclip", robust={"radius": 0.1}, **settings)
         return [p.detach().clone() for p in net.parameters()]
@@ -749,7 +760,7 @@ def test_normclip_does_not_hide_a_nan(chosen: str) -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_ranks_with_optimizers_of_different_classes_are_refused(shared: bool) -> None:
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         net = mlp()
         train(e, net, OPTIMIZERS["adam" if e.rank == 0 else "momentum"](net.parameters()), data(60), 7, plan="sharded")
 
@@ -760,7 +771,7 @@ def test_ranks_with_optimizers_of_different_classes_are_refused(shared: bool) ->
 def test_the_settings_of_the_workers_optimizers_reach_all_slices() -> None:
     """Those of the server's own do not count once the workers have told theirs."""
 
-    def program(e: Exchange, **settings: Any) -> str:
+    def program(e: Communicator, **settings: Any) -> str:
         net = mlp()
         own = e.rank == 0 and "plan" in settings
         made = optim.SGD(net.parameters(), lr=0.5 if own else 0.1, momentum=0.1 if own else 0.9, nesterov=not own)
@@ -774,11 +785,11 @@ def test_the_settings_of_the_workers_optimizers_reach_all_slices() -> None:
 def test_workers_that_do_not_agree_on_a_setting_end_the_run(chosen: str) -> None:
     said: list[str] = []
 
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         net = mlp()
         made = OPTIMIZERS["momentum"](net.parameters())
         try:
-            ps = mpips.connect(net, made, exchange=e, run_dir="run", plan=chosen)
+            ps = mpips.connect(net, made, communicator=e, run_dir="run", plan=chosen)
             for x, y in ps.batches(data(60), 7):
                 loss = F.cross_entropy(net(x), y)
                 loss.backward()
@@ -799,9 +810,9 @@ def test_workers_that_do_not_agree_on_a_setting_end_the_run(chosen: str) -> None
 @PLANS
 @pytest.mark.parametrize("size", [2, 5])
 def test_a_round_sends_nothing(chosen: str, size: int) -> None:
-    def program(e: Exchange) -> dict[str, int]:
+    def program(e: Communicator) -> dict[str, int]:
         model = mlp()
-        ps = mpips.connect(model, OPTIMIZERS["adam"](model.parameters()), exchange=e, run_dir="run", plan=chosen, clip=0.1)
+        ps = mpips.connect(model, OPTIMIZERS["adam"](model.parameters()), communicator=e, run_dir="run", plan=chosen, clip=0.1)
         before: dict[str, int] = {}
         for x, y in ps.batches(data(48), 8):
             before = before or dict(e.traffic)  # all have met at the beginning of the loop
@@ -817,9 +828,9 @@ def test_a_round_sends_nothing(chosen: str, size: int) -> None:
 def test_large_counts_of_samples_keep_a_float64_model_s_precision() -> None:
     """2^24 + 1 is not a float32."""
 
-    def program(e: Exchange, **settings: Any) -> list[Tensor]:
+    def program(e: Communicator, **settings: Any) -> list[Tensor]:
         net = mlp().double()
-        ps = mpips.connect(net, lambda p: optim.SGD(p, lr=0.1), exchange=e, run_dir="run", deterministic=True, **settings)
+        ps = mpips.connect(net, lambda p: optim.SGD(p, lr=0.1), communicator=e, run_dir="run", deterministic=True, **settings)
         for x, y in ps.batches(data(48, torch.float64), 8, shuffle=False):
             loss = F.cross_entropy(net(x), y)
             loss.backward()

@@ -15,7 +15,7 @@ from test_slices import ELEMENTWISE, WORLDS, assert_alike, is_shared, odd, shari
 from torch import Tensor, optim
 
 import mpips
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import World
 
 small_pieces = test_slices.small_pieces
@@ -68,11 +68,11 @@ def test_modes_with_local_steps_have_the_bits_of_a_run_by_messages(name: str, tr
 def test_what_is_dropped_leaves_no_trace_in_the_statistics(nodes: list[int], chosen: str) -> None:
     """Of a worker whose gradients are infinite, BatchNorm's statistics would do no harm but that they are its own alone."""
 
-    def program(e: Exchange, **settings: Any) -> list[Tensor]:
+    def program(e: Communicator, **settings: Any) -> list[Tensor]:
         net = cnn()
         made = optim.SGD(net.parameters(), lr=0.05)
         given = {"mode": "local_sgd", "local": {"steps": 2}, "nonfinite": "drop", **settings}
-        ps = mpips.connect(net, made, exchange=e, **given)
+        ps = mpips.connect(net, made, communicator=e, **given)
         for number, (x, y) in enumerate(ps.batches(data(160), 5, shuffle=False)):
             loss = F.cross_entropy(net(x), y)
             loss.backward()
@@ -123,10 +123,12 @@ def test_a_model_of_16_bits_resumes_under_another_plan(before: str, after: str) 
     def run(kind: str, epochs: int, **settings: Any) -> list[str]:
         world, own = WORLDS[kind]()
 
-        def program(exchange: Exchange) -> str:
+        def program(communicator: Communicator) -> str:
             net = mlp().bfloat16()
             given = data(47, torch.bfloat16)
-            train(exchange, net, OPTIMIZERS["adam"](net.parameters()), given, 5, epochs, deterministic=True, **own, **settings)
+            train(
+                communicator, net, OPTIMIZERS["adam"](net.parameters()), given, 5, epochs, deterministic=True, **own, **settings
+            )
             return sha(net.float())
 
         return world.run(program)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from programs import MODELS, Data, cnn, data, metrics, mlp, sha, train
-from test_exchange_mpi import as_simulated, on_mpi
+from test_comm_mpi import as_simulated, on_mpi
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
@@ -21,7 +21,7 @@ from mpips import checkpoint
 from mpips.algorithms import modes
 from mpips.algorithms.modes import choose_mode, make_update
 from mpips.algorithms.streaming_diloco import Streaming
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import Killed, World
 from mpips.config import ConfigError, resolve
 from mpips.model.message import Control, NonFiniteError, Replica, replicate
@@ -56,10 +56,10 @@ def settings(fragments: int = 1, delay: int = 0, mix: float = 0.0, steps: int = 
 def test_one_fragment_taken_up_at_once_is_the_mode_itself(
     kind: str, size: int, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def program(exchange: Exchange) -> str:
+    def program(communicator: Communicator) -> str:
         net = cnn()
         given = settings(**more) | {"mode": kind}
-        ps = train(exchange, net, momentum(net.parameters()), data(107), 8, EPOCHS, **given)
+        ps = train(communicator, net, momentum(net.parameters()), data(107), 8, EPOCHS, **given)
         assert isinstance(ps._worker.update, Streaming) == streams
         return sha(net)
 
@@ -160,10 +160,10 @@ def shards(n: int, workers: int, dtype: torch.dtype) -> list[list[Data]]:
 class Seen:
     """What one rank had during a run: its anchor and the model after each round, its own weights at the end."""
 
-    def __init__(self, exchange: Exchange, make: Make, n: int, dtype: torch.dtype, **given: Any) -> None:
+    def __init__(self, communicator: Communicator, make: Make, n: int, dtype: torch.dtype, **given: Any) -> None:
         self.anchors: list[Tensor] = []
         net = mlp().to(dtype)
-        ps = mpips.connect(net, make, exchange=exchange, **{"run_dir": "run", **given})
+        ps = mpips.connect(net, make, communicator=communicator, **{"run_dir": "run", **given})
         worker, start = ps._worker, 0
         update = worker.update
         assert isinstance(update, Streaming)
@@ -244,8 +244,8 @@ def test_several_workers_are_the_algorithm(n: int, fragments: int, delay: int, m
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize(("trains", "fragments", "delay", "mix"), [(False, 3, 2, 0.5), (True, 2, 0, 0.0)])
 def test_several_workers_over_mpi_are_the_algorithm(trains: bool, fragments: int, delay: int, mix: float) -> None:
-    def program(exchange: Exchange) -> Seen:
-        return Seen(exchange, momentum, 194, torch.float64, **settings(fragments, delay, mix, server_trains=trains))
+    def program(communicator: Communicator) -> Seen:
+        return Seen(communicator, momentum, 194, torch.float64, **settings(fragments, delay, mix, server_trains=trains))
 
     results = [seen for seen in on_mpi(as_simulated(program)) if seen is not None]
     assert_several(results, len(results), 194, fragments, delay, mix)
@@ -258,10 +258,10 @@ def test_between_loops_all_ranks_have_the_server_s_weights(
 ) -> None:
     """What is measured and seen is these, and however often all wait, each worker goes on from its own."""
 
-    def program(exchange: Exchange, calls: int) -> list[Tensor]:
+    def program(communicator: Communicator, calls: int) -> list[Tensor]:
         net, between = mlp(), list[Tensor]()
         given = settings(fragments, delay, mix, server_trains=trains)
-        ps = mpips.connect(net, momentum, exchange=exchange, run_dir="run", **given)
+        ps = mpips.connect(net, momentum, communicator=communicator, run_dir="run", **given)
 
         def measure() -> float:
             between.append(weights(net))
@@ -293,9 +293,9 @@ def test_rules_judge_fragments(rule: str) -> None:
     """The same data on all workers: whatever the rule, their common change."""
     own = data(64, torch.float64)
 
-    def program(exchange: Exchange, **more: Any) -> Tensor:
+    def program(communicator: Communicator, **more: Any) -> Tensor:
         net = mlp().double()
-        train(exchange, net, momentum(net.parameters()), own, BATCH, EPOCHS, shard=False, **settings(3, 2, 0.5, **more))
+        train(communicator, net, momentum(net.parameters()), own, BATCH, EPOCHS, shard=False, **settings(3, 2, 0.5, **more))
         return weights(net)
 
     expected = World(1).run(program)[0]
@@ -312,19 +312,19 @@ def wide() -> nn.Module:
     )
 
 
-def moved(exchange: Exchange, **given: Any) -> tuple[list[Counter[str]], Replica]:
+def moved(communicator: Communicator, **given: Any) -> tuple[list[Counter[str]], Replica]:
     """This rank's bytes by call in each round."""
     net, rounds = wide(), []
-    ps = mpips.connect(net, momentum, exchange=exchange, **{"run_dir": "run", **given})
-    before = exchange.traffic.copy()
+    ps = mpips.connect(net, momentum, communicator=communicator, **{"run_dir": "run", **given})
+    before = communicator.traffic.copy()
     for _ in ps.epochs(1):
         for x, y in ps.batches(data(192), BATCH):
             F.cross_entropy(net(x), y).backward()
             round = ps.round
             ps.step(0.0)
             if ps.round > round:
-                rounds.append(exchange.traffic - before)
-                before = exchange.traffic.copy()
+                rounds.append(communicator.traffic - before)
+                before = communicator.traffic.copy()
     return rounds, ps._worker.replica
 
 
@@ -336,11 +336,11 @@ def test_a_round_moves_a_fragment() -> None:
     for number, (now, then) in enumerate(zip(rounds, whole, strict=True)):
         span = replica.fragments[number % 2].span
         numel = span.stop - span.start
-        assert now["combine bytes"] == 4 * (numel + behind)
-        assert then["combine bytes"] == 4 * (replica.flat.numel + behind)
-        assert then["publish bytes"] - now["publish bytes"] == 4 * (replica.flat.numel - numel)
-        assert now["combine bytes"] < 0.6 * then["combine bytes"]
-        assert now["publish bytes"] < 0.6 * then["publish bytes"]
+        assert now["reduce bytes"] == 4 * (numel + behind)
+        assert then["reduce bytes"] == 4 * (replica.flat.numel + behind)
+        assert then["broadcast bytes"] - now["broadcast bytes"] == 4 * (replica.flat.numel - numel)
+        assert now["reduce bytes"] < 0.6 * then["reduce bytes"]
+        assert now["broadcast bytes"] < 0.6 * then["broadcast bytes"]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -388,9 +388,9 @@ def made(net: nn.Module, fragments: int) -> Replica:
 # Checkpoints.
 
 
-def resumable(exchange: Exchange, given: dict[str, Any], **more: Any) -> tuple[str, Tensor]:
+def resumable(communicator: Communicator, given: dict[str, Any], **more: Any) -> tuple[str, Tensor]:
     net = cnn()
-    ps = train(exchange, net, momentum(net.parameters()), data(107), 8, EPOCHS, True, **given, **more)
+    ps = train(communicator, net, momentum(net.parameters()), data(107), 8, EPOCHS, True, **given, **more)
     worker = ps._worker
     worker.begin()
     own = weights(net)
@@ -435,10 +435,10 @@ def test_a_checkpoint_holds_the_server_s_weights(size: int, trains: bool) -> Non
     assert len(rounds) == len(results[-1].anchors)
 
 
-def stopped(exchange: Exchange, stop: int, given: dict[str, Any]) -> Tensor:
+def stopped(communicator: Communicator, stop: int, given: dict[str, Any]) -> Tensor:
     """The model of a run that was stopped in the round after `stop`."""
     net = cnn()
-    ps = mpips.connect(net, momentum(net.parameters()), exchange=exchange, run_dir="run", **given)
+    ps = mpips.connect(net, momentum(net.parameters()), communicator=communicator, run_dir="run", **given)
     for _ in ps.epochs(EPOCHS):
         for x, y in ps.batches(data(107), 8):
             F.cross_entropy(net(x), y).backward()
@@ -467,7 +467,7 @@ def test_stopped_in_a_loop_and_resumed(stop: int, size: int, trains: bool) -> No
 
 def test_a_script_that_leaves_its_loop_leaves_the_server_s_weights() -> None:
     net = mlp()
-    ps = mpips.connect(net, momentum, exchange=World(1).ends[0], run_dir="run", **settings(2, 3, 0.5))
+    ps = mpips.connect(net, momentum, communicator=World(1).ends[0], run_dir="run", **settings(2, 3, 0.5))
     for number, (x, y) in enumerate(ps.batches(data(107), BATCH)):
         F.cross_entropy(net(x), y).backward()
         ps.step(0.0)
@@ -508,10 +508,10 @@ def test_a_run_goes_on_with_other_fragments(fragments: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1, 3])
 def test_16_bit_models_stay_near_their_32_bit_twins(size: int, dtype: torch.dtype) -> None:
-    def program(exchange: Exchange, dtype: torch.dtype) -> Tensor:
+    def program(communicator: Communicator, dtype: torch.dtype) -> Tensor:
         net = mlp().to(dtype)
         given = settings(3, 2, 0.5, outer={"lr": 0.1})
-        train(exchange, net, torch.optim.SGD(net.parameters(), lr=0.05), data(107, dtype), BATCH, EPOCHS, **given)
+        train(communicator, net, torch.optim.SGD(net.parameters(), lr=0.05), data(107, dtype), BATCH, EPOCHS, **given)
         return weights(net).float()
 
     close = World(size).run(lambda e: program(e, torch.float32))[0]
@@ -526,9 +526,9 @@ def test_16_bit_models_stay_near_their_32_bit_twins(size: int, dtype: torch.dtyp
 def test_a_16_bit_model_is_always_its_worker_s_own(size: int, mix: float) -> None:
     """Its float32 masters, rounded: after a local step, after a fragment was taken up, and after a round."""
 
-    def program(exchange: Exchange) -> int:
+    def program(communicator: Communicator) -> int:
         net, apart = mlp().bfloat16(), 0
-        ps = mpips.connect(net, momentum, exchange=exchange, run_dir="run", **settings(2, 1, mix))
+        ps = mpips.connect(net, momentum, communicator=communicator, run_dir="run", **settings(2, 1, mix))
         for _ in ps.epochs(2):
             for x, y in ps.batches(data(107, torch.bfloat16), BATCH):
                 F.cross_entropy(net(x), y).backward()
@@ -557,10 +557,10 @@ def test_a_step_without_samples_lets_no_time_pass() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_16_bit_worker_resumes_exactly(dtype: torch.dtype) -> None:
-    def program(exchange: Exchange, **more: Any) -> Tensor:
+    def program(communicator: Communicator, **more: Any) -> Tensor:
         net = mlp().to(dtype)
         given = settings(2, 3, 0.5, checkpoint={"every": 3}, **more)
-        train(exchange, net, momentum(net.parameters()), data(107, dtype), BATCH, EPOCHS, **given)
+        train(communicator, net, momentum(net.parameters()), data(107, dtype), BATCH, EPOCHS, **given)
         return weights(net)
 
     for size in (1, 3):
@@ -572,10 +572,10 @@ def test_a_16_bit_worker_resumes_exactly(dtype: torch.dtype) -> None:
         assert torch.equal(World(size).run(lambda e, folder=folder: program(e, run_dir=folder, resume="auto"))[0], expected)
 
 
-def poisoned(exchange: Exchange, at: int, **more: Any) -> tuple[Tensor, Tensor]:
+def poisoned(communicator: Communicator, at: int, **more: Any) -> tuple[Tensor, Tensor]:
     """Worker 0's gradient of its step `at` is not finite."""
     net, step = mlp().double(), 0
-    ps = mpips.connect(net, momentum, exchange=exchange, **settings(3, 2, 0.5, **more))
+    ps = mpips.connect(net, momentum, communicator=communicator, **settings(3, 2, 0.5, **more))
     for _ in ps.epochs(2):
         for x, y in ps.batches(data(200, torch.float64), BATCH):
             loss = F.cross_entropy(net(x), y) * (float("nan") if step == at and ps.worker == 0 else 1.0)
@@ -604,10 +604,10 @@ def test_a_local_step_that_is_not_finite(at: int, size: int) -> None:
 def test_a_worker_whose_weights_are_not_finite_begins_at_the_server_s(mix: float) -> None:
     """Of all fragments, not only of that which was to be sent."""
 
-    def program(exchange: Exchange) -> Tensor:
+    def program(communicator: Communicator) -> Tensor:
         net = mlp().double()
         given = settings(3, 2, mix, nonfinite="drop")
-        ps = mpips.connect(net, momentum, exchange=exchange, run_dir="run", **given)
+        ps = mpips.connect(net, momentum, communicator=communicator, run_dir="run", **given)
         for _ in ps.epochs(2):
             for number, (x, y) in enumerate(ps.batches(data(200, torch.float64), BATCH)):
                 loss = F.cross_entropy(net(x), y)
@@ -645,9 +645,9 @@ def test_what_does_not_go_together_is_refused(given: dict[str, Any], message: st
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_more_fragments_than_tensors_are_refused(size: int) -> None:
-    def program(exchange: Exchange) -> None:
+    def program(communicator: Communicator) -> None:
         net = mlp()
-        train(exchange, net, momentum(net.parameters()), data(107), **settings(5))
+        train(communicator, net, momentum(net.parameters()), data(107), **settings(5))
 
     with pytest.raises(ConfigError, match=r"local\.fragments: given 5, allowed: up to 4, the model's trained tensors"):
         World(size).run(program)

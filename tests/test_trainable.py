@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import mpips
 from mpips import checkpoint
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.config import ConfigError
 from mpips.model.flat import ALIGNMENT, Flat
@@ -165,21 +165,21 @@ def test_a_model_without_parameters_has_no_nearest_name() -> None:
         freeze(nn.ReLU(), "*")
 
 
-def finetune(exchange: Exchange, epochs: int = 2, net: nn.Module | None = None, **settings: Any) -> dict[str, Any]:
+def finetune(communicator: Communicator, epochs: int = 2, net: nn.Module | None = None, **settings: Any) -> dict[str, Any]:
     """Fine-tune adapters; every rank's base is its own until connect, and the optimizer is given all parameters."""
-    net = net or Adapted(seed=11 + exchange.rank)
+    net = net or Adapted(seed=11 + communicator.rank)
     start = {name: t.clone() for name, t in net.state_dict().items()}
     names = freeze(net, ADAPTERS)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
-    ps = mpips.connect(net, optimizer, exchange=exchange, **{"run_dir": "run", **settings})
+    ps = mpips.connect(net, optimizer, communicator=communicator, **{"run_dir": "run", **settings})
     rounds = []
     for _ in ps.epochs(epochs):
         for x, y in ps.batches(data(), 16):
             loss = F.cross_entropy(net(x), y)
             loss.backward()
-            before = dict(exchange.traffic)
+            before = dict(communicator.traffic)
             ps.step(loss)
-            rounds.append({call: n - before.get(call, 0) for call, n in exchange.traffic.items()})
+            rounds.append({call: n - before.get(call, 0) for call, n in communicator.traffic.items()})
     state = [t.numel() for kept in optimizer.state.values() for t in kept.values() if t.dim()]
     return {"net": net, "start": start, "names": names, "rounds": rounds, "state": sum(state), "folder": ps.folder}
 
@@ -204,10 +204,10 @@ def test_a_round_and_the_optimizer_cost_what_is_trained(size: int) -> None:
     for result in results:
         assert len(result["rounds"]) == 2 * -(-20 // max(1, size - 1))
         for moved in result["rounds"]:
-            assert moved["combine calls"] == moved["publish calls"] == 1
-            assert 4 * trained <= moved["combine bytes"] <= 4 * trained + padding + tail
-            assert 4 * trained <= moved["publish bytes"] <= 4 * trained + padding + CONTROL_BYTES
-            assert moved["combine bytes"] + moved["publish bytes"] < 0.025 * 2 * 4 * (trained + frozen)
+            assert moved["reduce calls"] == moved["broadcast calls"] == 1
+            assert 4 * trained <= moved["reduce bytes"] <= 4 * trained + padding + tail
+            assert 4 * trained <= moved["broadcast bytes"] <= 4 * trained + padding + CONTROL_BYTES
+            assert moved["reduce bytes"] + moved["broadcast bytes"] < 0.025 * 2 * 4 * (trained + frozen)
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -257,9 +257,9 @@ def test_it_is_plain_pytorch_fine_tuning(optimizer: str, dtype: torch.dtype, siz
         freeze(net, ["*.lora_*", "2.*"])
         return net
 
-    def ours(exchange: Exchange) -> str:
+    def ours(communicator: Communicator) -> str:
         net = made()
-        ps = mpips.connect(net, OPTIMIZERS[optimizer](net.parameters()), exchange=exchange, run_dir="run")
+        ps = mpips.connect(net, OPTIMIZERS[optimizer](net.parameters()), communicator=communicator, run_dir="run")
         for _ in ps.epochs(2):
             for x, y in ps.batches(data(), 16, shuffle=False):
                 loss = F.cross_entropy(net(x), y)
@@ -278,10 +278,10 @@ def digest(net: nn.Module) -> str:
 
 
 def test_ranks_that_train_different_parameters_are_refused_by_name() -> None:
-    def program(exchange: Exchange) -> None:
+    def program(communicator: Communicator) -> None:
         net = mlp()
-        freeze(net, "0.*" if exchange.rank else "2.*")
-        mpips.connect(net, OPTIMIZERS["sgd"](net.parameters()), exchange=exchange, run_dir="run")
+        freeze(net, "0.*" if communicator.rank else "2.*")
+        mpips.connect(net, OPTIMIZERS["sgd"](net.parameters()), communicator=communicator, run_dir="run")
 
     with pytest.raises(RuntimeError, match=r"rank 0 has `parameter 2\.weight .*rank 1 has `parameter 0\.weight"):
         World(2).run(program)

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mpips
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import World
 
 STEPS = 200
@@ -176,9 +176,9 @@ def test_every_bit_is_that_of_plain_pytorch(script: Callable[[Connect], Found], 
     told, weights, states = script(lambda models, optimizers: None)
     drawn = torch.random.get_rng_state()
 
-    def program(e: Exchange) -> tuple[Found, Tensor]:
+    def program(e: Communicator) -> tuple[Found, Tensor]:
         return script(
-            lambda models, optimizers: mpips.connect(models, optimizers, exchange=e, run_dir="run")
+            lambda models, optimizers: mpips.connect(models, optimizers, communicator=e, run_dir="run")
         ), torch.random.get_rng_state()
 
     ((our_told, our_weights, our_states), our_drawn) = World(size, shares=shares).run(program)[0]

@@ -10,7 +10,7 @@ from torch import nn
 from mpips.algorithms.update import Gradient
 from mpips.comm.simulated import World
 from mpips.config import Config
-from mpips.model.message import Replica, Row, replicate
+from mpips.model.message import Replica, WorkerStatus, replicate
 
 
 def worker(net: nn.Module, index: int = 0, workers: int = 2) -> tuple[Replica, Gradient]:
@@ -28,7 +28,7 @@ def backward(replica: Replica, value: float = 2.0) -> None:
 def test_the_contribution_is_the_gradient_times_the_weight(workers: int, samples: int, weight: float) -> None:
     replica, update = worker(mlp(), workers=workers)
     backward(replica)
-    row = Row(samples=samples, loss=7.0)
+    row = WorkerStatus(samples=samples, loss=7.0)
     update.write(row, [9.0])
     assert row.weight == weight
     views = [view for _, view in replica.flat.named(replica.push.gradients)]
@@ -47,7 +47,7 @@ def test_a_gradient_that_is_not_finite_counts_for_nothing_and_is_named(value: fl
     backward(replica)
     replica.flat.parameters[3].grad[0] = value
     replica.push.floats.fill_(5)
-    row = Row(samples=4, loss=3)
+    row = WorkerStatus(samples=4, loss=3)
     update.write(row, [1.0])
     assert (row.bad, row.weight) == (4, 0)
     assert not replica.push.body.any()
@@ -60,7 +60,7 @@ def test_overflow_in_float16_is_seen() -> None:
     replica, update = worker(mlp().half(), workers=1)
     backward(replica, 1.0)
     replica.flat.parameters[0].grad.mul_(60000).mul_(2)
-    row = Row(samples=1)
+    row = WorkerStatus(samples=1)
     update.write(row, [0.0])
     assert row.bad == 1
 
@@ -71,10 +71,10 @@ def test_only_the_first_worker_writes_integers(index: int) -> None:
     net[2].num_batches_tracked.fill_(70000)
     replica, update = worker(net, index)
     backward(replica)
-    update.write(Row(samples=3), [0.0])
+    update.write(WorkerStatus(samples=3), [0.0])
     assert bool(replica.push.limbs.any()) == (index == 0)
     assert replica.push.floats.max() == 3  # the variance, 1, of 3 samples
-    update.write_nothing(Row(), 1)
+    update.write_nothing(WorkerStatus(), 1)
     assert bool(replica.push.limbs.any()) == (index == 0)
     assert not replica.push.floats.any()
 
@@ -83,7 +83,7 @@ def test_only_the_first_worker_writes_integers(index: int) -> None:
 def test_a_rank_without_data_pushes_only_its_row(dtype: torch.dtype) -> None:
     replica, update = worker(mlp().to(dtype))
     backward(replica)
-    update.write_nothing(Row(done=1, round=3), 1)
+    update.write_nothing(WorkerStatus(done=1, round=3), 1)
     assert not replica.push.body.any()
     assert replica.push.message.count_nonzero() == 2
     said = dict(zip(replica.push.columns, replica.push.rows[1].tolist(), strict=True))
@@ -96,7 +96,7 @@ def test_nothing_is_left_of_the_round_before() -> None:
     replica.push.message.fill_(3)
     replica.flat.clear()
     backward(replica)
-    update.write(Row(samples=2), [0.0])
+    update.write(WorkerStatus(samples=2), [0.0])
     assert replica.push.rows[0].count_nonzero() == replica.push.rows[2].count_nonzero() == 0
     assert replica.push.presence.tolist() == [1, 1, 1, 1, 1, 0]
     assert max(float(view.max()) for _, view in replica.flat.named(replica.push.gradients)) == 4

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from programs import data, mlp
 
 import mpips
-from mpips.comm.simulated import SimulatedExchange, World
+from mpips.comm.simulated import SimulatedCommunicator, World
 from mpips.config import Config
 from mpips.worker.round_worker import place_of
 
 
 def beside_a_server(work: Any, size: int = 2) -> list[Any]:
-    def program(e: SimulatedExchange) -> Any:
+    def program(e: SimulatedCommunicator) -> Any:
         if e.rank == 0:
             server = mpips.Server(e, mlp(), lambda p: torch.optim.SGD(p, lr=0.1))
             server.broadcast_initial_weights()

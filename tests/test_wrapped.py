@@ -16,21 +16,21 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import mpips
-from mpips.comm import Exchange
+from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.config import ConfigError
 
 SHARED = pytest.mark.parametrize("shares", [False, True], ids=["messages", "shared memory"])
 
 
-def alone() -> Exchange:
+def alone() -> Communicator:
     return World(1).ends[0]
 
 
 def connected(optimizer: Any = torch.optim.Adam, **settings: Any) -> tuple[nn.Module, Any, mpips.Run]:
     model = mlp()
     made = optimizer(model.parameters(), lr=0.01)
-    return model, made, mpips.connect(model, made, exchange=alone(), run_dir="run", **settings)
+    return model, made, mpips.connect(model, made, communicator=alone(), run_dir="run", **settings)
 
 
 def one_step(model: nn.Module, optimizer: Any) -> None:
@@ -78,10 +78,10 @@ def test_a_group_that_is_put_there_is_refused_at_the_next_step() -> None:
 def test_state_dict_is_whole_and_plain_pytorch_loads_it(shares: bool, plan: str, dtype: torch.dtype) -> None:
     """Worker 0 alone asks for it, as a script does that saves on one rank."""
 
-    def program(e: Exchange) -> tuple[Any, str]:
+    def program(e: Communicator) -> tuple[Any, str]:
         model = mlp().to(dtype)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        ps = mpips.connect(model, optimizer, exchange=e, run_dir="run", plan=plan)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run", plan=plan)
         state = {}
         for step in range(4):
             x, y = (t[ps.worker :: ps.workers] for t in data(16))
@@ -171,9 +171,9 @@ def scheduled(name: str, before: bool, connect: Any) -> tuple[list[float], nn.Mo
 def test_whatever_sets_the_rate_works_as_in_plain_pytorch(name: str, before: bool) -> None:
     expected, plain = scheduled(name, before, lambda *_: slice(None))
 
-    def program(e: Exchange, plan: str) -> tuple[list[float], str]:
+    def program(e: Communicator, plan: str) -> tuple[list[float], str]:
         def connect(model: nn.Module, optimizer: Any) -> slice:
-            mpips.connect(model, optimizer, exchange=e, run_dir="run", plan=plan)
+            mpips.connect(model, optimizer, communicator=e, run_dir="run", plan=plan)
             return slice(None)
 
         rates, model = scheduled(name, before, connect)
@@ -185,10 +185,10 @@ def test_whatever_sets_the_rate_works_as_in_plain_pytorch(name: str, before: boo
 
 @SHARED
 def test_workers_that_disagree_are_named(shares: bool) -> None:
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         model = mlp()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        ps = mpips.connect(model, optimizer, exchange=e, run_dir="run")
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
         one_step(model, optimizer)
         optimizer.param_groups[0]["lr"] = 0.1 / (1 + ps.worker)
         one_step(model, optimizer)
@@ -215,10 +215,10 @@ def test_gradients_are_those_of_plain_pytorch_before_and_after_a_step(to_none: b
             seen.append([p.grad.clone() for p in model.parameters()])
         return seen
 
-    def program(e: Exchange) -> list[Any]:
+    def program(e: Communicator) -> list[Any]:
         model = mlp()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        mpips.connect(model, optimizer, exchange=e, run_dir="run")
+        mpips.connect(model, optimizer, communicator=e, run_dir="run")
         return steps(model, optimizer)
 
     model = mlp()
@@ -233,13 +233,13 @@ def test_a_step_that_somebody_has_replaced_is_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.step = lambda: None  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match="whose step has been replaced"):
-        mpips.connect(model, optimizer, exchange=alone(), run_dir="run")
+        mpips.connect(model, optimizer, communicator=alone(), run_dir="run")
 
 
 def test_an_optimizer_is_of_one_run() -> None:
     model, optimizer, _ = connected()
     with pytest.raises(ConfigError, match="given one of a run that goes on"):
-        mpips.connect(model, optimizer, exchange=alone(), run_dir="other")
+        mpips.connect(model, optimizer, communicator=alone(), run_dir="other")
 
 
 @pytest.mark.parametrize("name", ["LBFGS", "SAM"])
@@ -249,7 +249,7 @@ def test_a_step_that_needs_a_closure_and_gets_none_says_so(name: str) -> None:
     model = mlp()
     kinds: dict[str, Any] = {"LBFGS": torch.optim.LBFGS, "SAM": SAM}
     optimizer = kinds[name](model.parameters())
-    mpips.connect(model, optimizer, exchange=alone(), run_dir="run")
+    mpips.connect(model, optimizer, communicator=alone(), run_dir="run")
     with pytest.raises((ConfigError, AssertionError), match="closure"):
         one_step(model, optimizer)
 
@@ -258,7 +258,7 @@ def test_a_changed_rate_is_said_at_a_resume(capsys: pytest.CaptureFixture[str]) 
     def program(rate: float, resume: str) -> float:
         model = mlp()
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-        ps = mpips.connect(model, optimizer, exchange=alone(), run_dir="run", resume=resume)
+        ps = mpips.connect(model, optimizer, communicator=alone(), run_dir="run", resume=resume)
         one_step(model, optimizer)
         ps.save()
         return float(optimizer.param_groups[0]["lr"])
@@ -281,10 +281,10 @@ def test_sparse_gradients_with_sparse_adam_are_plain_pytorch_s() -> None:
         torch.manual_seed(0)
         return nn.Embedding(10, 2, sparse=True)
 
-    def program(e: Exchange) -> torch.Tensor:
+    def program(e: Communicator) -> torch.Tensor:
         own = table()
         optimizer = torch.optim.SparseAdam(own.parameters(), lr=0.1)
-        mpips.connect(own, optimizer, exchange=e, run_dir="run")
+        mpips.connect(own, optimizer, communicator=e, run_dir="run")
         steps(own, optimizer)
         return own.weight.detach().clone()
 
@@ -300,10 +300,10 @@ def test_sparse_gradients_with_sparse_adam_are_plain_pytorch_s() -> None:
 def test_gradients_of_several_workers_stay_after_a_step(shares: bool) -> None:
     """Each worker's are its own, as after a step of DDP's ranks before they were reduced."""
 
-    def program(e: Exchange) -> list[Any]:
+    def program(e: Communicator) -> list[Any]:
         model = mlp()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        ps = mpips.connect(model, optimizer, exchange=e, run_dir="run")
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
         seen = []
         loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data(33)), batch_size=11)
         for x, y in ps.shard(loader):
@@ -340,17 +340,17 @@ def test_a_state_that_the_script_loads_is_the_one_that_steps(kind: Any, dtype: t
     more = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     model, plain = mlp(), mlp()
     optimizer = kind(model.parameters(), lr=0.01, **more)
-    mpips.connect(model, optimizer, exchange=alone(), run_dir="run", mode=mode, local={"steps": 100})
+    mpips.connect(model, optimizer, communicator=alone(), run_dir="run", mode=mode, local={"steps": 100})
     assert rewind(model, optimizer) == rewind(plain, kind(plain.parameters(), lr=0.01, **more))
 
 
 @SHARED
 def test_a_state_that_a_server_elsewhere_would_not_have_is_refused(shares: bool) -> None:
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         model = mlp()
         optimizer = torch.optim.Adam(model.parameters())
         state = optimizer.state_dict()
-        mpips.connect(model, optimizer, exchange=e, run_dir="run")
+        mpips.connect(model, optimizer, communicator=e, run_dir="run")
         optimizer.load_state_dict(state)
 
     with pytest.raises(RuntimeError, match=r"load_state_dict\(\) after connect: the state lies with the server"):
@@ -375,7 +375,7 @@ def test_hooks_run_at_ps_step_too() -> None:
 def test_weights_written_through_data_are_noticed(when: str, settings: dict[str, Any], size: int, shares: bool) -> None:
     """Of which autograd is not told: first weights drawn after `connect`, as DCGAN's, and WGAN's clipping."""
 
-    def program(e: Exchange) -> None:
+    def program(e: Communicator) -> None:
         model, optimizer, _ = _connected_to(e, **settings)
         for number in range(3):
             if when == "at once" or number:
@@ -387,17 +387,17 @@ def test_weights_written_through_data_are_noticed(when: str, settings: dict[str,
         World(size, shares=shares).run(program)
 
 
-def _connected_to(e: Exchange, **settings: Any) -> tuple[nn.Module, Any, mpips.Run]:
+def _connected_to(e: Communicator, **settings: Any) -> tuple[nn.Module, Any, mpips.Run]:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    return model, optimizer, mpips.connect(model, optimizer, exchange=e, run_dir="run", **settings)
+    return model, optimizer, mpips.connect(model, optimizer, communicator=e, run_dir="run", **settings)
 
 
 @SHARED
 @pytest.mark.parametrize("restored", [True, False])
 @pytest.mark.parametrize("through", ["data", "no_grad"])
 def test_an_average_s_weights_may_be_swapped_in_while_the_model_is_measured(through: str, restored: bool, shares: bool) -> None:
-    def program(e: Exchange) -> tuple[float, str]:
+    def program(e: Communicator) -> tuple[float, str]:
         model, optimizer, ps = _connected_to(e)
         one_step(model, optimizer)
 

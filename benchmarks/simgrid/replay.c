@@ -52,7 +52,7 @@ static struct step *read_steps(FILE *file, int steps)
     return all;
 }
 
-/* Receives first, as MpiLeaders.swap. */
+/* Receives first, as MpiLeaderGroup.persistent_sendrecv. */
 static void post(struct step *step, char *buffer)
 {
     for (int i = 0; i < step->count; i++) {

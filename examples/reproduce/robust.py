@@ -77,7 +77,7 @@ ATTACKS: dict[str, Attack] = {
 
 
 class Broken:
-    """A worker's end of the exchange that writes NaN into contributions on their way."""
+    """A worker's communicator that writes NaN into contributions on their way."""
 
     def __init__(self, end: Any) -> None:
         self.end = end
@@ -85,10 +85,10 @@ class Broken:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.end, name)
 
-    def combine(self, message: Tensor, tail: int, needs: Any, apply: Any) -> None:
+    def reduce(self, message: Tensor, tail: int, needs: Any, apply: Any) -> None:
         if len(message) > tail:  # a contribution, not what a rule asks for afterwards
             message[:10] = torch.nan
-        self.end.combine(message, tail, needs, apply)
+        self.end.reduce(message, tail, needs, apply)
 
 
 def load(file: str, part: str) -> tuple[Tensor, Tensor]:
@@ -124,8 +124,8 @@ def train(
         kept = torch.zeros(sum(p.numel() for p in model.parameters()))
         bad = end.rank > WORKERS - BAD
         options: dict[str, Any] = {"rule": rule, "robust": {"bad": BAD, **settings}, "nonfinite": "drop", "seed": seed}
-        exchange = Broken(end) if bad and attack == "nan-late" else end
-        ps = mpips.connect(model, optimizer, exchange=exchange, run_dir=folder, checkpoint={"epochs": 0}, **options)
+        communicator = Broken(end) if bad and attack == "nan-late" else end
+        ps = mpips.connect(model, optimizer, communicator=communicator, run_dir=folder, checkpoint={"epochs": 0}, **options)
         for _ in ps.epochs(epochs):
             for x, y in ps.batches(data, BATCH, drop_last=True):
                 loss = F.cross_entropy(model(x), y)

@@ -40,7 +40,7 @@ def run(bound: int | None, slow: str, steps: int = STEPS) -> tuple[float, int]:
         model = nn.Linear(4, 1)
         mode: dict[str, Any] = {"mode": "async"} if bound is None else {"mode": "ssp", "staleness": {"bound": bound}}
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        ps = mpips.connect(model, optimizer, exchange=end, run_dir=folder, checkpoint={"epochs": 0}, **mode)
+        ps = mpips.connect(model, optimizer, communicator=end, run_dir=folder, checkpoint={"epochs": 0}, **mode)
         dice, begun = random.Random(ps.worker), end.clock()
         for _ in ps.epochs(1):
             for x, y in ps.batches(data, 1):

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor
 from torch.optim import SGD
 
-from mpips.algorithms.update import Local
+from mpips.algorithms.update import LocalSteps
 from mpips.config import ConfigError
-from mpips.model.message import Control, Pull, Row
+from mpips.model.message import Control, Pull, WorkerStatus
 
 
-class Elastic(Local):
+class EASGD(LocalSteps):
     """EASGD, algorithm 1: every tau steps d = alpha (x - centre), x <- x - d, centre <- centre + d.
 
     As in the paper the gradient is that at x, and d that before the local step. The server's answers do not land in the model
@@ -88,7 +88,7 @@ class Elastic(Local):
             self.replica.buffers.named[name].data.copy_(buffer)
         self._own, self._buffers = None, {}
 
-    def write_nothing(self, row: Row, metrics: int) -> None:
+    def write_nothing(self, row: WorkerStatus, metrics: int) -> None:
         """See `Gradient`."""
         super().write_nothing(row, metrics)
         self._lend()
@@ -98,7 +98,7 @@ class Elastic(Local):
         if self.here:
             self.park()
 
-    def write(self, row: Row, metrics: Sequence[float]) -> None:
+    def write(self, row: WorkerStatus, metrics: Sequence[float]) -> None:
         """See `Gradient.write`; the weight is 1, and buffers stay the worker's own."""
         push = self.replica.push
         push.clear_behind()
@@ -138,7 +138,7 @@ class Elastic(Local):
             self.park()  # until the loop goes on
 
 
-class ElasticMomentum(Elastic):
+class ElasticMomentum(EASGD):
     """EAMSGD, algorithm 2: v <- delta v - lr g(x + delta v), x <- x + v, and every tau steps the spring pulls at x.
 
     What torch's SGD steps, and the model has, is where the next gradient is taken: x + delta v, v = -lr times its momentum.
@@ -153,7 +153,7 @@ class ElasticMomentum(Elastic):
             )
 
     def place(self, out: Tensor) -> Tensor:
-        """See `Elastic`."""
+        """See `EASGD`."""
         super().place(out)
         views = dict(zip(self.inner.weights, (view for _, view in self.replica.flat.named(out)), strict=True))
         for group in self.inner.torch.param_groups:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from mpips.algorithms.update import Local
+from mpips.algorithms.update import LocalSteps
 from mpips.config import ConfigError
-from mpips.model.message import Contribution, Control, Row
+from mpips.model.message import Contribution, Control, WorkerStatus
 from mpips.rules import RuleError, choose
 
 
@@ -30,7 +30,7 @@ def direction(optimizer: Optimizer) -> int:
     return -1 if optimizer.param_groups[0].get("maximize") else 1
 
 
-class FedAvg(Local):
+class FedAvg(LocalSteps):
     """Local epochs of each client (McMahan et al. 2017, arXiv 1602.05629, algorithm 1).
 
     Attributes:
@@ -114,7 +114,7 @@ class FedAvg(Local):
         self._forget()
 
     def step(self, loss: float, samples: float, control: Control) -> bool:
-        """See `Local`; no push is due before all clients of this worker have trained."""
+        """See `LocalSteps`; no push is due before all clients of this worker have trained."""
         super().step(loss, samples, control)
         return False
 
@@ -160,7 +160,7 @@ class FedAvg(Local):
         else:
             self._bad = bad
 
-    def write(self, row: Row, metrics: Sequence[float]) -> None:
+    def write(self, row: WorkerStatus, metrics: Sequence[float]) -> None:
         """See `Gradient.write`."""
         if self._taken:
             self.end()  # of a client whose loop the script broke out of
@@ -229,12 +229,12 @@ class FedNova(FedAvg):
         self._norm += count * (self.inner.lr / unit)
 
     def compose(self, samples: float) -> tuple[float, float]:
-        """See `Local`; |a|_1 in place of the local steps."""
+        """See `LocalSteps`; |a|_1 in place of the local steps."""
         weight, _ = super().compose(samples)
         return weight, self._norm
 
     def weigh(self, samples: float) -> float:
-        """See `Local`."""
+        """See `LocalSteps`."""
         self.replica.push.gradients.div_(self._norm or 1.0)  # 0 of a learning rate of 0
         return super().weigh(samples)
 
@@ -322,7 +322,7 @@ class Scaffold(FedAvg):
         self._way += self.inner.lr
 
     def compose(self, samples: float) -> tuple[float, float]:
-        """See `Local`; c_i+ = c_i - c + (x - y) / (K lr)."""
+        """See `LocalSteps`; c_i+ = c_i - c + (x - y) / (K lr)."""
         push, pull = self.replica.push, self.replica.pull
         assert push.second is not None
         assert pull.second is not None

@@ -24,14 +24,14 @@ from typing import Any
 
 from torch.optim import SGD, Optimizer
 
-from mpips.algorithms.easgd import Elastic, ElasticMomentum
+from mpips.algorithms.easgd import EASGD, ElasticMomentum
 from mpips.algorithms.federated import FedAvg, FedNova, FedProx, QFedAvg, Scaffold
 from mpips.algorithms.streaming_diloco import Streaming, cycle
-from mpips.algorithms.update import Gradient, Local
+from mpips.algorithms.update import Gradient, LocalSteps
 from mpips.config import Config, ConfigError, check_mode
 from mpips.model.message import Replica
 from mpips.optim.flat_optimizer import FlatOptimizer, MakeOptimizer
-from mpips.optim.server_optimizer import Adopt, FedAdagrad, FedAdam, FedYogi, SlowMo
+from mpips.optim.server_optimizer import FedAdagrad, FedAdam, FedYogi, SetWeights, SlowMo
 
 Step = Callable[[Config, Any], Optimizer]
 
@@ -117,12 +117,12 @@ MODES: dict[str, Mode] = {
     "sync": Mode(),
     "async": Mode(requests=True),
     "ssp": Mode(requests=True, bounded=True),
-    "fedbuff": Mode(Local, average, requests=True, steps=8, policy="poly", buffer=10),
-    "easgd": Mode(Elastic, average, requests=True, steps=10),
+    "fedbuff": Mode(LocalSteps, average, requests=True, steps=8, policy="poly", buffer=10),
+    "easgd": Mode(EASGD, average, requests=True, steps=10),
     "eamsgd": Mode(ElasticMomentum, average, requests=True, steps=10),
-    "local_sgd": Mode(Local, average, steps=8),
-    "slowmo": Mode(Local, slow_momentum, steps=12),
-    "diloco": Mode(Local, nesterov, steps=500),
+    "local_sgd": Mode(LocalSteps, average, steps=8),
+    "slowmo": Mode(LocalSteps, slow_momentum, steps=12),
+    "diloco": Mode(LocalSteps, nesterov, steps=500),
     "fedavg": Mode(FedAvg, average),
     "fedprox": Mode(FedProx, average),
     "fednova": Mode(FedNova, average, normalised=True),
@@ -203,7 +203,7 @@ def takes_weights(mode: Mode, config: Config, workers: int) -> bool:
     outer = config.outer
     full = config.rule == "mean" and config.wire == "full"
     plain = mode.step is average and (outer.lr or 1.0) == 1.0 and not outer.momentum and full
-    if not plain or issubclass(mode.update, Elastic):
+    if not plain or issubclass(mode.update, EASGD):
         return False
     if mode.requests:
         return workers == 1 and (config.staleness.buffer or mode.buffer) == 1
@@ -223,7 +223,7 @@ def server_optimizer(
     if step is None:
         return FlatOptimizer(replica, optimizer, masters)
     if takes_weights(mode, config, workers):
-        return FlatOptimizer(replica, Adopt, masters)
+        return FlatOptimizer(replica, SetWeights, masters)
     return FlatOptimizer(replica, lambda params: step(config, params), masters)
 
 
@@ -234,7 +234,7 @@ def make_update(
     update = mode.update(replica, rank, index, workers, config, inner)
     if mode.requests:  # each contribution is taken by itself
         update.alone = update.first = True
-    if isinstance(update, Local):
+    if isinstance(update, LocalSteps):
         update.steps = cycle(config, config.local.steps or mode.steps)
         update.takes_weights = takes_weights(mode, config, workers)
     return update

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from mpips.algorithms.update import Local
+from mpips.algorithms.update import LocalSteps
 from mpips.config import Config, ConfigError
-from mpips.model.message import Row
+from mpips.model.message import WorkerStatus
 
 
 def cycle(config: Config, steps: int) -> int:
@@ -32,7 +32,7 @@ def cycle(config: Config, steps: int) -> int:
     return between
 
 
-class Streaming(Local):
+class Streaming(LocalSteps):
     """Algorithm 2: theta_i <- mix theta_i + (1 - mix) theta on a fragment, `delay` local steps after its round.
 
     A worker's weights stay its own from round to round. Every rank takes every round's fragment, so the anchor equals the
@@ -52,7 +52,7 @@ class Streaming(Local):
         self._samples = [0.0] * len(self.replica.fragments)  # behind what each of them would send now
 
     def step(self, *given: Any) -> bool:
-        """See `Local`."""
+        """See `LocalSteps`."""
         taken = self._taken
         due = super().step(*given)
         if self._taken > taken:
@@ -105,7 +105,7 @@ class Streaming(Local):
             self._due.setdefault(int(self._at) % len(self.replica.fragments), self.config.local.delay)
             self._at = math.inf
 
-    def write(self, row: Row, metrics: Sequence[float]) -> None:
+    def write(self, row: WorkerStatus, metrics: Sequence[float]) -> None:
         """See `Gradient.write`; a worker that is not finite goes on from the server's weights."""
         self._samples = [samples + row.samples for samples in self._samples]
         super().write(row, metrics)
@@ -115,14 +115,14 @@ class Streaming(Local):
             self._samples = [0.0] * len(self._samples)
 
     def compose(self, samples: float) -> tuple[float, float]:
-        """See `Local`; the weight is the samples since this fragment was last sent."""
+        """See `LocalSteps`; the weight is the samples since this fragment was last sent."""
         fragment = self._begin()
         samples, self._samples[fragment] = self._samples[fragment], 0.0
         self._own.copy_(self.inner.whole)
         self._parked = True
         return super().compose(samples)
 
-    def write_nothing(self, row: Row, metrics: int) -> None:
+    def write_nothing(self, row: WorkerStatus, metrics: int) -> None:
         """See `Gradient`; what the others make of the fragment is taken up here, too."""
         self.park()
         super().write_nothing(row, metrics)

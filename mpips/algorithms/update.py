@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mpips.config import Config
-from mpips.model.message import Control, Replica, Row
+from mpips.model.message import Control, Replica, WorkerStatus
 from mpips.optim.flat_optimizer import FlatOptimizer
 
 
@@ -62,7 +62,7 @@ class Gradient:
         """
         return True
 
-    def write(self, row: Row, metrics: Sequence[float]) -> None:
+    def write(self, row: WorkerStatus, metrics: Sequence[float]) -> None:
         """Fill the push message; sets the row's `weight` and `bad`, and a bad row's samples and loss to 0.
 
         A single worker's weight is 1 and not its samples: (n g) / n would differ from g in the last bit.
@@ -92,7 +92,7 @@ class Gradient:
             return float(self.lead)
         return float(samples > 0) if self.alone or self.config.reduction == "sum" else samples
 
-    def _look(self, row: Row, metrics: Sequence[float]) -> Sequence[float]:
+    def _look(self, row: WorkerStatus, metrics: Sequence[float]) -> Sequence[float]:
         """Mark the row if what is to be pushed is not finite; its loss and metrics are then as useless.
 
         Where ranks share memory the sum tells, at no further cost, unless this contribution is to be left out of it, or cut.
@@ -108,7 +108,7 @@ class Gradient:
         row.bad, row.samples, row.loss = 1 + bad, 0, 0
         return [0.0] * len(metrics)
 
-    def write_nothing(self, row: Row, metrics: int) -> None:
+    def write_nothing(self, row: WorkerStatus, metrics: int) -> None:
         """Fill the push message of a rank that has no data left; gradients not yet pushed stay where they are.
 
         Args:
@@ -137,7 +137,7 @@ class Gradient:
         """Take back what `state_dict` gave."""
 
 
-class Local(Gradient):
+class LocalSteps(Gradient):
     """Steps of the worker's own: how far they led, or the weights themselves where the server only averages.
 
     The server's weights are kept beside the model's as the anchor; where ranks share them, there. After `write` the model is
@@ -219,7 +219,7 @@ class Local(Gradient):
         steps, self._taken = self._taken, 0
         return weight, steps
 
-    def write(self, row: Row, metrics: Sequence[float]) -> None:
+    def write(self, row: WorkerStatus, metrics: Sequence[float]) -> None:
         """See `Gradient.write`."""
         self.replica.push.clear_behind()
         row.weight, steps = self.compose(row.samples)
@@ -233,7 +233,7 @@ class Local(Gradient):
         self.replica.flat.weights.copy_(self.anchor)
         self.inner.refresh()
 
-    def seal(self, row: Row, metrics: Sequence[float]) -> None:
+    def seal(self, row: WorkerStatus, metrics: Sequence[float]) -> None:
         """Judge the composed body and write the tail."""
         push, self._bad, bad = self.replica.push, None, self._bad
         metrics = self._look(row, metrics)

@@ -2,22 +2,22 @@
 
 Rank 0 is the server's. Most calls are collective: all ranks make the same ones in the same order.
 
-| call      | every rank gives             | arrives                                      | MPI              |
-|-----------|------------------------------|----------------------------------------------|------------------|
-| combine   | its contribution             | at the server, as a sum or as rows, to apply | Reduce or Gather |
-| publish   | room; the server the content | at every rank                                | Bcast            |
-| collect   | a few bytes of its own       | at the server, one by one                    | Send, Recv       |
-| compare   | a digest of 32 bytes         | at every rank, all digests                   | Allgather        |
+| call              | every rank gives             | arrives                                      | MPI              |
+|-------------------|------------------------------|----------------------------------------------|------------------|
+| reduce            | its contribution             | at the server, as a sum or as rows, to apply | Reduce or Gather |
+| broadcast         | room; the server the content | at every rank                                | Bcast            |
+| gather_bytes      | a few bytes of its own       | at the server, one by one                    | Send, Recv       |
+| allgather_digests | a digest of 32 bytes         | at every rank, all digests                   | Allgather        |
 
-Requests are for training without rounds: a rank asks whenever it likes, the server answers one at a time.
+Requests are for training without rounds: a rank sends one whenever it likes, the server answers one at a time.
 
-| call    | who         | gives                                                | MPI          |
-|---------|-------------|------------------------------------------------------|--------------|
-| ask     | not rank 0  | a request and room for its answer                    | Isend, Irecv |
-| receive | the server  | room for the next request, from whichever rank       | Improbe      |
-| reply   | the server  | the answer to a request it holds, now or later       | Send         |
+| call         | who        | gives                                                | MPI          |
+|--------------|------------|------------------------------------------------------|--------------|
+| request      | not rank 0 | a request and room for its answer                    | Isend, Irecv |
+| next_request | the server | room for the next request, from whichever rank       | Improbe      |
+| respond      | the server | the answer to a request it holds, now or later       | Send         |
 
-Two implementations pass one contract suite (`tests/contract_exchange.py`): `mpi` and `simulated`.
+Two implementations pass one contract suite (`tests/contract_communicator.py`): `mpi` and `simulated`.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from torch import Tensor
 from mpips.rules import Needs
 
 if TYPE_CHECKING:
-    from mpips.comm.node_group import Contents, Room
+    from mpips.comm.node_group import BufferSpec, NodeGroup
 
 SERVER = 0  # the server's rank
 
 Apply = Callable[[slice, Tensor], None]
 
 
-class ExchangeError(RuntimeError):
+class CommunicatorError(RuntimeError):
     """Ranks that no longer agree on what comes next, or a rank that is gone: names the ranks and the calls."""
 
 
-class Exchange(Protocol):
+class Communicator(Protocol):
     """One rank's end.
 
     Attributes:
@@ -59,9 +59,9 @@ class Exchange(Protocol):
     traffic: Counter[str]
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A `(numel,)` tensor of zeros that this exchange moves without a further copy where it can."""
+        """A `(numel,)` tensor of zeros that this communicator moves without a further copy where it can."""
 
-    def room(self, contents: Contents) -> Room | None:
+    def node_group(self, contents: BufferSpec) -> NodeGroup | None:
         """Memory that ranks share for the messages of a round, on each node; every rank calls this.
 
         Returns:
@@ -69,7 +69,7 @@ class Exchange(Protocol):
             nodes, and the contents are not for these.
         """
 
-    def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
+    def reduce(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
         """Bring every rank's `(numel,)` float32 or float64 `message` together at the server.
 
         The tail `message[tail:]` arrives summed, in the server's own `message`, before `apply` is first called. Then
@@ -78,39 +78,39 @@ class Exchange(Protocol):
         `message` itself and is only valid during the call.
         """
 
-    def publish(self, message: Tensor) -> None:
+    def broadcast(self, message: Tensor) -> None:
         """The server's contiguous `message` of any dtype lands in every rank's."""
 
-    def collect(self, blob: bytes) -> list[bytes]:
+    def gather_bytes(self, blob: bytes) -> list[bytes]:
         """Every rank's blob, by rank, at the server; an empty list elsewhere."""
 
-    def compare(self, digest: bytes) -> list[bytes]:
+    def allgather_digests(self, digest: bytes) -> list[bytes]:
         """Every rank's digest (32 bytes), by rank, at every rank."""
 
-    def receive(self, message: Tensor, tail: int) -> tuple[int, bool]:
+    def next_request(self, message: Tensor, tail: int) -> tuple[int, bool]:
         """At the server: wait for the next request.
 
         It lands whole in the contiguous `(numel,)` `message`, or, if the rank sent only its end, in `message[tail:]`.
 
         Returns:
-            The rank, and whether its request is whole. It waits until `reply`; others may be received before that.
+            The rank, and whether its request is whole. It waits until `respond`; others may be received before that.
 
         Raises:
-            ExchangeError: the request has another length.
+            CommunicatorError: the request has another length.
         """
 
-    def reply(self, rank: int, message: Tensor) -> None:
+    def respond(self, rank: int, message: Tensor) -> None:
         """At the server: answer that rank's request with the contiguous `message`, of any dtype.
 
         The memory may be changed as soon as this returns. That is after a millisecond of waiting for the rank at most,
-        and the transfer: a rank that has asked attends to the exchange, see `ask`.
+        and the transfer: a rank that has asked attends to the communicator, see `request`.
         """
 
-    def ask(self, request: Tensor, answer: Tensor, short: int, overlap: bool = False) -> Callable[[], bool]:
+    def request(self, request: Tensor, answer: Tensor, short: int, overlap: bool = False) -> Callable[[], bool]:
         """Elsewhere: send the contiguous `request` to the server and let its answer land in the contiguous `answer`.
 
         The answer fills `answer` or, being a short one, `answer[:short]`. Until the returned function has come back, neither
-        tensor may be touched and no other call be made on this exchange.
+        tensor may be touched and no other call be made on this communicator.
 
         Args:
             request: what the server receives.
@@ -123,11 +123,11 @@ class Exchange(Protocol):
             A function to call once. It waits for the answer and says whether all of `answer` came.
 
         Raises:
-            ExchangeError: there is a request already; or, from the function, the answer has another length.
+            CommunicatorError: there is a request already; or, from the function, the answer has another length.
         """
 
-    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Begin `work`, which may make calls on this exchange, while this rank computes and makes none itself.
+    def run_async(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Begin `work`, which may make calls on this communicator, while this rank computes and makes none itself.
 
         Returns:
             A function to call once: it waits for the end, and raises what `work` has raised. Where MPI was started without
@@ -143,7 +143,7 @@ class Exchange(Protocol):
     def abort(self, status: int) -> None:
         """End every rank now, with this exit status."""
 
-    def wait(self, patience: float | None) -> None:
+    def barrier(self, patience: float | None) -> None:
         """Wait until every rank waits here. With `patience` (seconds), end all ranks if one has not come by then."""
 
 
@@ -154,18 +154,18 @@ def pieces(numel: int, itemsize: int, largest: int) -> Iterator[slice]:
 
 
 def landing(sender: int, length: int, whole: int, short: int) -> bool:
-    """Whether a message of `length` is a whole one; ExchangeError if it is no short one either. In bytes."""
+    """Whether a message of `length` is a whole one; CommunicatorError if it is no short one either. In bytes."""
     if length not in (whole, short):
-        raise ExchangeError(f"rank {sender} sent {length} bytes where {whole} or {short} are expected")
+        raise CommunicatorError(f"rank {sender} sent {length} bytes where {whole} or {short} are expected")
     return length == whole
 
 
-def share(exchange: Exchange, blob: bytes) -> bytes:
+def broadcast_bytes(communicator: Communicator, blob: bytes) -> bytes:
     """The server's bytes, at every rank; what the others give is not looked at."""
     length = torch.tensor([len(blob)])
-    exchange.publish(length)
+    communicator.broadcast(length)
     data = torch.zeros(int(length), dtype=torch.uint8)
-    if exchange.rank == SERVER:
+    if communicator.rank == SERVER:
         data.copy_(torch.frombuffer(bytearray(blob), dtype=torch.uint8)) if blob else None
-    exchange.publish(data)
+    communicator.broadcast(data)
     return data.numpy().tobytes()

@@ -13,7 +13,7 @@ from mpips.comm import shared_memory as memory
 from mpips.comm.semaphore import AWAKE, SIZE, Semaphore
 
 
-class Gates:
+class NodeBarrier:
     """A gate for each rank of a node: all arrive at the leader's, rank 0's, who then opens the others'.
 
     Args:
@@ -55,7 +55,7 @@ class Gates:
 
 def mapped(
     node: Any, sizes: list[int], awake: float = AWAKE, waits: AbstractContextManager[None] | None = None
-) -> tuple[list[Tensor], Gates] | None:
+) -> tuple[list[Tensor], NodeBarrier] | None:
     """Memory that every rank of the communicator `node` maps: tensors of so many bytes, zero, and gates.
 
     None on all of them if they do not ask for the same, or there is no room for it.
@@ -72,6 +72,6 @@ def mapped(
     room = memory.mapped(node, end, own) if (asked == asked[0]).all() else None
     if room is None:
         return None
-    gates = Gates(room, node.rank, node.size, awake, waits)
+    gates = NodeBarrier(room, node.rank, node.size, awake, waits)
     node.Barrier()
     return [memory.tensor(room, start, size) for start, size in zip(starts, sizes, strict=True)], gates

@@ -19,19 +19,19 @@ from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 from torch.storage import TypedStorage
 
-from mpips.comm.node_group import Contents, Meeting
-from mpips.comm.peer_buffers import Board, Rows
+from mpips.comm.node_group import Barrier, BufferSpec
+from mpips.comm.peer_buffers import PeerBuffers, Rows
 from mpips.model.layout import both
 
 HANDLE = 7  # where among what `reduce_tensor` gives the handle of the memory begins; before it the number of the device
 WORD = 2048  # bytes that a rank tells the others
 
 
-class DeviceBoard(Board):
+class CudaPeerBuffers(PeerBuffers):
     """One rank's view.
 
     Args:
-        rows, place: as of `Board`.
+        rows, place: as of `PeerBuffers`.
         pulls: the pull message on each device, as bytes.
         places: for each rank, which of the devices it is on.
     """
@@ -46,24 +46,24 @@ class DeviceBoard(Board):
         first = places.index(own)
         self.combined, self.fills = rows[first], first == place
 
-    def near(self, part: slice) -> Rows:
-        """See `Board`; on this device."""
+    def rows_of(self, part: slice) -> Rows:
+        """See `PeerBuffers`; on this device."""
         parts = [row[part] for row in self.rows]
         return Rows(p.to(self.row.device, copy=True) if number in self._far else p for number, p in enumerate(parts))
 
-    def keep(self, part: slice, total: Tensor) -> None:
-        """See `Board`; here that is the first push message on this device."""
+    def store(self, part: slice, total: Tensor) -> None:
+        """See `PeerBuffers`; here that is the first push message on this device."""
         if self.combined is not self.rows[0]:
             self.combined[part].copy_(total)
 
-    def deal(self, buckets: Sequence[Sequence[slice]]) -> None:
-        """See `Board`."""
+    def assign(self, buckets: Sequence[Sequence[slice]]) -> None:
+        """See `PeerBuffers`."""
         self._served = [(place, span) for bucket in buckets for place, span in zip(self._places, bucket, strict=False)]
 
-    def whole(self, part: slice) -> Tensor:
-        """See `Board`; what others serve is fetched from their devices."""
+    def gathered(self, part: slice) -> Tensor:
+        """See `PeerBuffers`; what others serve is fetched from their devices."""
         if not self._far:
-            return super().whole(part)
+            return super().gathered(part)
         found = torch.empty_like(self.row[part])
         for place, span in self._served:
             inside = both(part, span)
@@ -72,21 +72,21 @@ class DeviceBoard(Board):
                 found[inside.start - part.start : inside.stop - part.start].copy_(there)
         return found
 
-    def hear(self, out: Tensor) -> None:
-        """See `Board`."""
-        first, *others = self.near(slice(-len(out), None))
+    def sum_tails(self, out: Tensor) -> None:
+        """See `PeerBuffers`."""
+        first, *others = self.rows_of(slice(-len(out), None))
         total = first.clone()
         for tail in others:
             total.add_(tail)
         out.copy_(total)
 
-    def spread(self, part: slice) -> None:
-        """See `Board`."""
+    def copy_to_peers(self, part: slice) -> None:
+        """See `PeerBuffers`."""
         for pull in self._others:
             pull[part].copy_(self.pull[part])
 
 
-class Fenced:
+class StreamSyncBarrier:
     """How ranks with work on a GPU wait for each other: each waits for its own work first.
 
     Args:
@@ -94,17 +94,17 @@ class Fenced:
         wait: for this rank's stream.
     """
 
-    def __init__(self, meeting: Meeting, wait: Callable[[], None]) -> None:
+    def __init__(self, meeting: Barrier, wait: Callable[[], None]) -> None:
         self._meeting, self._wait = meeting, wait
         self.leads = meeting.leads
 
     def arrive(self, meanwhile: Callable[[], object] | None = None) -> None:
-        """See `Meeting`."""
+        """See `Barrier`."""
         self._wait()
         self._meeting.arrive(meanwhile)
 
     def release(self) -> None:
-        """See `Meeting`."""
+        """See `Barrier`."""
         if self.leads:
             self._wait()
         self._meeting.release()
@@ -123,7 +123,7 @@ def as_here(work: Callable[[], None]) -> Callable[[], None]:
     return there
 
 
-def mapped(node: Any, contents: Contents) -> tuple[list[Tensor], list[Tensor], list[int]] | None:
+def mapped(node: Any, contents: BufferSpec) -> tuple[list[Tensor], list[Tensor], list[int]] | None:
     """The push messages of all ranks of the communicator `node`, the pull message on each of their devices, who is on which.
 
     None, on all of them, if some cannot map the others' memory: it sees only its own GPU, or its driver does not let it.
@@ -157,7 +157,7 @@ def opened(node: Any, device: torch.device, nbytes: int, owners: list[int]) -> l
     return found if all(_told(node, b"mapped" if found else b"")) else []
 
 
-def pin(memory: Tensor, board: Board) -> None:
+def pin(memory: Tensor, board: PeerBuffers) -> None:
     """Let the board's device read and write this memory of the host by itself; where it cannot be, copies take longer."""
     if not memory.numel():
         return

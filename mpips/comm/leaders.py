@@ -19,7 +19,7 @@ from mpips.comm.semaphore import AWAKE, PAUSE
 from mpips.comm.staging import Staging, memory_of
 
 
-class MpiLeaders:
+class MpiLeaderGroup:
     """One leader's end.
 
     Args:
@@ -39,21 +39,21 @@ class MpiLeaders:
         self.node = comm.rank
         self._begun: list[Any] = []
 
-    def sum(self, values: Tensor) -> None:
-        """See `Leaders`; here those that are early wait for the others, without burning a core."""
+    def allreduce(self, values: Tensor) -> None:
+        """See `LeaderGroup`; here those that are early wait for the others, without burning a core."""
         with self._waits:
             patiently(self._comm.Iallreduce(self._mpi.IN_PLACE, values.numpy(), op=self._mpi.SUM).Test)
 
-    def merge(self, values: Tensor, op: Op) -> None:
-        """See `Leaders`."""
+    def reduce(self, values: Tensor, op: Op) -> None:
+        """See `LeaderGroup`."""
         how, first = self._mpi.MIN if op == "min" else self._mpi.SUM, self.node == 0
         for memory in self._staging.through(self._parts(values), read=True, written=first):
             given = (self._mpi.IN_PLACE, memory_of(memory)) if first else (memory_of(memory), None)
             with self._waits:
                 self._comm.Reduce(*given, op=how, root=0)
 
-    def tell(self, message: Tensor) -> None:
-        """See `Leaders`."""
+    def broadcast(self, message: Tensor) -> None:
+        """See `LeaderGroup`."""
         first = self.node == 0
         for memory in self._staging.through(self._parts(message), read=first, written=not first):
             with self._waits:
@@ -63,8 +63,8 @@ class MpiLeaders:
         largest = self._bucket if message.is_cuda else LARGEST
         return [message[part] for part in pieces(message.numel(), message.element_size(), largest)]
 
-    def prepare(self, sent: Sent, taken: Sent) -> Begin:
-        """See `Leaders`; to begin so takes a tenth of the time that making requests anew does."""
+    def persistent_sendrecv(self, sent: Sent, taken: Sent) -> Begin:
+        """See `LeaderGroup`; to begin so takes a tenth of the time that making requests anew does."""
         requests = [self._comm.Recv_init(_bytes(room), source=node) for node, room in taken]
         requests += [self._comm.Send_init(_bytes(part), dest=node) for node, part in sent]
 
@@ -85,7 +85,7 @@ class MpiLeaders:
                     time.sleep(PAUSE)
 
     def progress(self) -> None:
-        """See `Leaders`."""
+        """See `LeaderGroup`."""
         self._mpi.Request.Testall(self._begun)
 
 

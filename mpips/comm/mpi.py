@@ -1,4 +1,4 @@
-"""The exchange over MPI: Reduce or Gather towards the server, Bcast back; requests as in `conversation`.
+"""The communicator over MPI: Reduce or Gather towards the server, Bcast back; requests as in `p2p`.
 
 This is the only module that imports mpi4py, and it does so when a run connects: importing `mpi4py.MPI` initialises MPI.
 Only upper-case (buffer) calls are made. CUDA tensors go through two pinned host buffers in turn, piece by piece, requests and
@@ -22,18 +22,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpips.comm import SERVER, Apply, ExchangeError, pieces
+from mpips.comm import SERVER, Apply, CommunicatorError, pieces
 from mpips.comm import cuda_ipc as devices
 from mpips.comm import multi_node as rooms
 from mpips.comm import reduce_scatter as sharded
 from mpips.comm.backoff import patiently
 from mpips.comm.barrier import mapped
-from mpips.comm.leaders import MpiLeaders
-from mpips.comm.node_group import Contents, Meeting, Room
+from mpips.comm.leaders import MpiLeaderGroup
+from mpips.comm.node_group import Barrier, BufferSpec, NodeGroup
 from mpips.comm.p2p import LARGEST, Conversation
-from mpips.comm.peer_buffers import Board
-from mpips.comm.reduce_scatter import ShardedRooms
-from mpips.comm.root_reduce import RootRooms
+from mpips.comm.peer_buffers import PeerBuffers
+from mpips.comm.reduce_scatter import ReduceScatterGroup
+from mpips.comm.root_reduce import RootReduceGroup
 from mpips.comm.semaphore import AWAKE
 from mpips.comm.staging import Staging, finish, memory_of
 from mpips.comm.waits import Waits, Watch
@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 BLOB = 0  # tag
-COUNTERS = {call: (f"{call} calls", f"{call} bytes") for call in ("combine", "publish", "ask", "reply")}  # made once: 0.5 us
+COUNTERS = {
+    call: (f"{call} calls", f"{call} bytes") for call in ("reduce", "broadcast", "request", "respond")
+}  # made once: 0.5 us
 _watches: list[Watch] = []  # this process's, to be stopped before MPI is let go of
 
 
@@ -78,7 +80,7 @@ def local_rank() -> int:
     return number
 
 
-def connect(bucket: int, cuda_aware: bool, ranks_per_node: int = 0) -> MpiExchange:
+def connect(bucket: int, cuda_aware: bool, ranks_per_node: int = 0) -> MpiCommunicator:
     """Initialise MPI and join the other ranks; `ranks_per_node` of them at most share memory, all of a node if that is 0.
 
     Raises:
@@ -88,7 +90,7 @@ def connect(bucket: int, cuda_aware: bool, ranks_per_node: int = 0) -> MpiExchan
     MPI = _library()
     process.join()
     _share_cores(MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).size)
-    return MpiExchange(MPI.COMM_WORLD.Dup(), bucket, cuda_aware, ranks_per_node, _watched(MPI))
+    return MpiCommunicator(MPI.COMM_WORLD.Dup(), bucket, cuda_aware, ranks_per_node, _watched(MPI))
 
 
 @cache
@@ -179,8 +181,8 @@ def _crowded() -> bool:
     return (launch().local_size or 1) > len(os.sched_getaffinity(0))
 
 
-class MpiExchange:
-    """One rank's end of a communicator; see `mpips.comm.Exchange`."""
+class MpiCommunicator:
+    """One rank's end of a communicator; see `mpips.comm.Communicator`."""
 
     def __init__(
         self, comm: MPI.Comm, bucket: int, cuda_aware: bool, ranks_per_node: int = 0, waits: Waits | None = None
@@ -202,52 +204,52 @@ class MpiExchange:
         self._asking = False
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """See `Exchange`."""
+        """See `Communicator`."""
         return torch.zeros(numel, dtype=dtype, device=device)
 
-    def room(self, contents: Contents) -> Room | None:
-        """See `Exchange`."""
+    def node_group(self, contents: BufferSpec) -> NodeGroup | None:
+        """See `Communicator`."""
         node = self._node()
         nodes = self._nodes(node)
-        room = self._room(node, nodes, contents) if len(nodes) == 1 or contents.between else None
+        group = self._group(node, nodes, contents) if len(nodes) == 1 or contents.between else None
         node.Free()
-        return room
+        return group
 
-    def _room(self, node: MPI.Comm, nodes: list[list[int]], contents: Contents) -> Room | None:
+    def _group(self, node: MPI.Comm, nodes: list[list[int]], contents: BufferSpec) -> NodeGroup | None:
         staged = contents.device.type == "cuda"
         awake = 0.0 if contents.overlap else AWAKE  # a thread that yields keeps Python's lock
         wanted = self._sizes(node.size, len(nodes), contents, staged)
         found = mapped(node, [0, 0, *wanted[2:]] if staged else wanted, awake, self._waits)
         on_devices = devices.mapped(node, contents) if staged and found else None
-        if not all(word[0] for word in self.compare(bytes([bool(found and (on_devices or not staged))]) + bytes(31))):
+        if not all(word[0] for word in self.allgather_digests(bytes([bool(found and (on_devices or not staged))]) + bytes(31))):
             return None
         assert found
         (rows, pull, *parts), gates = found
-        meeting: Meeting = gates
+        meeting: Barrier = gates
         if on_devices:
             own, pulls, places = on_devices
-            board: Board = devices.DeviceBoard(contents.messages(own), node.rank, pulls, places)
-            meeting = devices.Fenced(gates, partial(finish, board.row))
+            board: PeerBuffers = devices.CudaPeerBuffers(contents.messages(own), node.rank, pulls, places)
+            meeting = devices.StreamSyncBarrier(gates, partial(finish, board.row))
             if len(nodes) > 1 and contents.together:
                 parts[-2:] = self._staged(node, contents, parts[-2:], board)
         else:
-            board = Board(contents.messages(list(rows.view(node.size, -1))), node.rank, pull)
+            board = PeerBuffers(contents.messages(list(rows.view(node.size, -1))), node.rank, pull)
         if len(nodes) == 1:
-            return Room(nodes[0], self.rank, board, parts, meeting, contents)
+            return NodeGroup(nodes[0], self.rank, board, parts, meeting, contents)
         comm = self.comm.Split(0 if gates.leads else self._mpi.UNDEFINED, self.rank)
         leaders = None
         if gates.leads:
-            leaders = MpiLeaders(self._mpi, comm, self._staging, self._bucket, self._waits, contents.overlap)
-        kind = ShardedRooms if contents.together else RootRooms
+            leaders = MpiLeaderGroup(self._mpi, comm, self._staging, self._bucket, self._waits, contents.overlap)
+        kind = ReduceScatterGroup if contents.together else RootReduceGroup
         return kind(nodes, self.rank, board, parts, meeting, contents, leaders, self._bucket)
 
-    def _sizes(self, ranks: int, nodes: int, contents: Contents, staged: bool) -> list[int]:
+    def _sizes(self, ranks: int, nodes: int, contents: BufferSpec, staged: bool) -> list[int]:
         if nodes == 1:
             return contents.sizes(ranks)
         whole = sharded.sizes(contents, ranks, nodes, self._bucket, staged)
         return whole if contents.together else rooms.sizes(contents, ranks)
 
-    def _staged(self, node: MPI.Comm, contents: Contents, parts: list[Tensor], board: Board) -> list[Tensor]:
+    def _staged(self, node: MPI.Comm, contents: BufferSpec, parts: list[Tensor], board: PeerBuffers) -> list[Tensor]:
         """Where a leader sends from and receives what is on GPUs: on its own, if MPI takes device memory, else pinned."""
         if self._cuda_aware:
             on_device = [devices.opened(node, contents.device, len(part), [0]) for part in parts]
@@ -273,8 +275,8 @@ class MpiExchange:
         self.comm.Allgather(first, firsts)
         return [np.flatnonzero(firsts == rank).tolist() for rank in np.unique(firsts)]
 
-    def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
-        """See `Exchange`."""
+    def reduce(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
+        """See `Communicator`."""
         summed = message if needs == "sum" else message[tail:]
         self._reduce([summed[part] for part in pieces(len(summed), message.element_size(), self._bucket)])
         if needs == "rows":
@@ -282,17 +284,17 @@ class MpiExchange:
         elif self.rank == SERVER:
             apply(slice(0, tail), message[:tail].unsqueeze(0))
 
-    def publish(self, message: Tensor) -> None:
-        """See `Exchange`."""
+    def broadcast(self, message: Tensor) -> None:
+        """See `Communicator`."""
         raw, serves = message.view(torch.uint8), self.rank == SERVER
         parts = [raw[part] for part in pieces(raw.numel(), 1, self._bucket)]
         for memory in self._staging.through(parts, read=serves, written=not serves):
-            self._count("publish", memory)
+            self._count("broadcast", memory)
             with self._waits:
                 self.comm.Bcast(memory_of(memory), root=SERVER)
 
-    def collect(self, blob: bytes) -> list[bytes]:
-        """See `Exchange`."""
+    def gather_bytes(self, blob: bytes) -> list[bytes]:
+        """See `Communicator`."""
         with self._waits:
             return self._collect(blob)
 
@@ -313,15 +315,15 @@ class MpiExchange:
             self.comm.Recv(data[piece], source=rank, tag=BLOB)
         return data.tobytes()
 
-    def compare(self, digest: bytes) -> list[bytes]:
-        """See `Exchange`."""
+    def allgather_digests(self, digest: bytes) -> list[bytes]:
+        """See `Communicator`."""
         everyone = np.empty((self.size, 32), dtype=np.uint8)
         with self._waits:
             self.comm.Allgather(np.frombuffer(digest, dtype=np.uint8), everyone)
         return [row.tobytes() for row in everyone]
 
-    def receive(self, message: Tensor, tail: int) -> tuple[int, bool]:
-        """See `Exchange`."""
+    def next_request(self, message: Tensor, tail: int) -> tuple[int, bool]:
+        """See `Communicator`."""
         if not message.is_cuda:
             return self._conversation.receive(message, tail)
         buffer = self._staging.host(message, read=False)
@@ -331,27 +333,27 @@ class MpiExchange:
             self._staging.back(buffer[start:], message[start:])
         return rank, whole
 
-    def reply(self, rank: int, message: Tensor) -> None:
-        """See `Exchange`."""
+    def respond(self, rank: int, message: Tensor) -> None:
+        """See `Communicator`."""
         self._conversation.reply(rank, self._staging.host(message, read=True) if message.is_cuda else message)
-        self._count("reply", message)
+        self._count("respond", message)
 
-    def ask(self, request: Tensor, answer: Tensor, short: int, overlap: bool = False) -> Callable[[], bool]:
-        """See `Exchange`."""
+    def request(self, request: Tensor, answer: Tensor, short: int, overlap: bool = False) -> Callable[[], bool]:
+        """See `Communicator`."""
         if self._asking:
-            raise ExchangeError(f"rank {self.rank} asks before it has taken the answer to its last request")
+            raise CommunicatorError(f"rank {self.rank} asks before it has taken the answer to its last request")
         self._asking = True
         if not (overlap and self._threads):
             return partial(self._ask, request, answer, short)
         given, room = self._asked.host(request, read=True), self._answer.host(answer, read=False)
         converse = self._beside.submit(lambda: self._conversation.end(self._conversation.begin(given), room, short))
-        self._count("ask", request)
+        self._count("request", request)
         return lambda: self._answered(converse.result(), room, answer, short)
 
     def _ask(self, request: Tensor, answer: Tensor, short: int) -> bool:
         sent = self._conversation.begin(self._asked.host(request, read=True) if request.is_cuda else request)
         room = self._answer.host(answer, read=False) if answer.is_cuda else answer
-        self._count("ask", request)  # not before, when the server waits for it
+        self._count("request", request)  # not before, when the server waits for it
         return self._answered(self._conversation.end(sent, room, short), room, answer, short)
 
     def _answered(self, whole: bool, room: Tensor, answer: Tensor, short: int) -> bool:
@@ -361,8 +363,8 @@ class MpiExchange:
             self._answer.back(room[:end], answer[:end])
         return whole
 
-    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
-        """See `Exchange`."""
+    def run_async(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See `Communicator`."""
         if not self._threads:
             return work
         return self._beside.submit(devices.as_here(work)).result
@@ -370,18 +372,18 @@ class MpiExchange:
     clock = staticmethod(time.perf_counter)
 
     def finalize(self) -> None:
-        """See `Exchange`."""
+        """See `Communicator`."""
         _finalize(self._mpi, os.getpid())
 
     def abort(self, status: int) -> None:
-        """See `Exchange`."""
+        """See `Communicator`."""
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):  # closed, or on a full disk
                 stream.flush()
         self._mpi.COMM_WORLD.Abort(status)
 
-    def wait(self, patience: float | None) -> None:
-        """See `Exchange`."""
+    def barrier(self, patience: float | None) -> None:
+        """See `Communicator`."""
         deadline = None if patience is None else time.monotonic() + patience
         arrived = self.comm.Ibarrier()
 
@@ -399,7 +401,7 @@ class MpiExchange:
     def _reduce(self, parts: Sequence[Tensor]) -> None:
         serves = self.rank == SERVER
         for memory in self._staging.through(parts, read=True, written=serves):
-            self._count("combine", memory)
+            self._count("reduce", memory)
             given: tuple[Any, Any] = (self._mpi.IN_PLACE, memory_of(memory)) if serves else (memory_of(memory), None)
             with self._waits:
                 self.comm.Reduce(*given, self._mpi.SUM, SERVER)
@@ -407,7 +409,7 @@ class MpiExchange:
     def _gather(self, message: Tensor, parts: Sequence[slice], apply: Apply) -> None:
         travelling = self._staging.through([message[part] for part in parts], read=True, written=False)
         for part, memory in zip(parts, travelling, strict=True):
-            self._count("combine", memory)
+            self._count("reduce", memory)
             if self.rank != SERVER:
                 with self._waits:
                     self.comm.Gather(memory_of(memory), None, root=SERVER)

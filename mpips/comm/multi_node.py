@@ -1,6 +1,6 @@
-"""A room on each of several nodes: the first ranks of the nodes, their leaders, speak for them.
+"""A group of ranks on each of several nodes: the first ranks of the nodes, their leaders, speak for them.
 
-Where every node serves some of the slices it is a `ShardedRooms`, where the server serves all a `RootRooms`.
+Where every node serves some of the slices it is a `ReduceScatterGroup`, where the server serves all a `RootReduceGroup`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mpips.comm.node_group import Contents, Meeting, Op, Room
-from mpips.comm.peer_buffers import Board
+from mpips.comm.node_group import Barrier, BufferSpec, NodeGroup, Op
+from mpips.comm.peer_buffers import PeerBuffers
 from mpips.model.layout import pieces, share
 
 Finish = Callable[[], None]  # waits until all is sent and there
@@ -20,7 +20,7 @@ Begin = Callable[[], Finish]
 Sent = list[tuple[int, Tensor]]  # a node, and what goes there or comes from there
 
 
-class Leaders(Protocol):
+class LeaderGroup(Protocol):
     """The first ranks of all nodes; the server's is the first of them.
 
     Attributes:
@@ -29,24 +29,24 @@ class Leaders(Protocol):
 
     node: int
 
-    def sum(self, values: Tensor) -> None:
+    def allreduce(self, values: Tensor) -> None:
         """The sum of all leaders' `values` lands in everybody's."""
 
-    def merge(self, values: Tensor, op: Op) -> None:
+    def reduce(self, values: Tensor, op: Op) -> None:
         """The least, or the sum, of all leaders' `values` lands in the first one's; they may be on a device."""
 
-    def tell(self, message: Tensor) -> None:
+    def broadcast(self, message: Tensor) -> None:
         """The first one's `message`, bytes, lands in everybody's; it may be on a device."""
 
     def progress(self) -> None:
         """Let what is under way get on: MPI moves data while it is called."""
 
-    def prepare(self, sent: Sent, taken: Sent) -> Begin:
+    def persistent_sendrecv(self, sent: Sent, taken: Sent) -> Begin:
         """What is to be sent to and received from others, again and again: the same memory, in this order."""
 
 
-class Rooms(Room):
-    """One rank's place in its node's room.
+class MultiNodeGroup(NodeGroup):
+    """One rank's place in its node's group.
 
     Args:
         nodes: the ranks of each node.
@@ -54,7 +54,7 @@ class Rooms(Room):
         board: the messages of this node's ranks.
         parts: further memory of the node's, as `sizes` has it behind the messages.
         meeting: how the ranks of this node wait for each other.
-        contents: what each room holds.
+        contents: what each group holds.
         leaders: the others, if this is one.
     """
 
@@ -62,11 +62,11 @@ class Rooms(Room):
         self,
         nodes: Sequence[Sequence[int]],
         rank: int,
-        board: Board,
+        board: PeerBuffers,
         parts: Sequence[Tensor],
-        meeting: Meeting,
-        contents: Contents,
-        leaders: Leaders | None,
+        meeting: Barrier,
+        contents: BufferSpec,
+        leaders: LeaderGroup | None,
     ) -> None:
         self._node = next(n for n, ranks in enumerate(nodes) if rank in ranks)
         super().__init__(nodes[self._node], rank, board, parts, meeting, contents)
@@ -84,10 +84,10 @@ class Rooms(Room):
     def _tell(self, part: slice) -> None:
         """Leaders: these bytes of the server's pull message land in every node's."""
         if self._leaders:
-            self._leaders.tell(self.board.pull[part])
-            self.board.spread(part)
+            self._leaders.broadcast(self.board.pull[part])
+            self.board.copy_to_peers(part)
 
 
-def sizes(contents: Contents, ranks: int) -> list[int]:
-    """The bytes of the parts of every room of `ranks` ranks, the board's first; see `Rooms`."""
+def sizes(contents: BufferSpec, ranks: int) -> list[int]:
+    """The bytes of the parts of every group of `ranks` ranks, the board's first; see `MultiNodeGroup`."""
     return [*contents.sizes(ranks), ranks * 8]

@@ -5,13 +5,13 @@ rank. What each rank may touch changes when all have arrived and the leader, the
 
 | step    | arrive, release          | then                                                                                   |
 |---------|--------------------------|----------------------------------------------------------------------------------------|
-| combine | every push is written    | whoever serves slices combines theirs, in place, in the leader's row                   |
+| reduce  | every push is written    | whoever serves slices combines theirs, in place, in the leader's row                   |
 | report  | arrive                   | every slice is combined; the leader judges                                             |
-| verdict | release                  | each rank steps its slices of the weights                                              |
-| publish | every slice is stepped   | the leader fills in the rest, releases; each rank computes on, and writes its push     |
+| decide  | release                  | each rank steps its slices of the weights                                              |
+| broadcast|every slice is stepped   | the leader fills in the rest, releases; each rank computes on, and writes its push     |
 
-If the leader serves all slices it alone is waited for: combine arrives, publish releases, nothing comes between.
-Several nodes have a room each: `mpips.comm.multi_node`.
+If the leader serves all slices it alone is waited for: `reduce` arrives, `broadcast` releases, nothing comes between.
+Several nodes have a group each: `mpips.comm.multi_node`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from mpips.comm.peer_buffers import Board, Rows
+from mpips.comm.peer_buffers import PeerBuffers, Rows
 from mpips.model.flat import ALIGNMENT
 from mpips.model.layout import piece, pieces
 
@@ -33,8 +33,8 @@ HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What a room is to hold.
+class BufferSpec:
+    """What a group's memory is to hold.
 
     Attributes:
         numel, dtype: of a push message.
@@ -85,12 +85,12 @@ class Contents:
         return [row.view(self.dtype)[: self.numel] for row in rows]
 
     def sizes(self, ranks: int) -> list[int]:
-        """The bytes of the parts that every room has, for so many ranks: push messages, pull message, reports, answer."""
+        """The bytes of the parts that every group has, for so many ranks: push messages, pull message, reports, answer."""
         return [ranks * self.row, self.pull, ranks * self.lines * 8, self.answer * 8]
 
 
-class Meeting(Protocol):
-    """How the ranks of a room wait for each other: always `arrive`, then `release`.
+class Barrier(Protocol):
+    """How the ranks of a group wait for each other: always `arrive`, then `release`.
 
     Attributes:
         leads: whether this rank is the leader.
@@ -105,7 +105,7 @@ class Meeting(Protocol):
         """The leader lets the others go on, who wait for that."""
 
 
-class Work(Protocol):
+class SliceReducer(Protocol):
     """What is done with slices of the push messages.
 
     Attributes:
@@ -114,44 +114,44 @@ class Work(Protocol):
 
     faults: Tensor
 
-    def add(self, part: slice, rows: Rows) -> None:
-        """The room's pushes, times their weights, become one, in the memory of the first.
+    def reduce_local(self, part: slice, rows: Rows) -> None:
+        """The group's pushes, times their weights, become one, in the memory of the first.
 
         Args:
             part: which slice of the body.
             rows: each rank's, its own memory.
         """
 
-    def join(self, part: slice, sums: Sequence[Tensor]) -> None:
-        """What came of `add` in every room becomes one, in the memory of this room's.
+    def reduce_remote(self, part: slice, sums: Sequence[Tensor]) -> None:
+        """What came of `reduce_local` in every group becomes one, in the memory of this group's.
 
         Args:
             part: which slice of the body.
-            sums: by node, to be left as they are; this room's first row is one of them.
+            sums: by node, to be left as they are; this group's first row is one of them.
         """
 
-    def say(self, faults: Tensor) -> None:
+    def report_nonfinite(self, faults: Tensor) -> None:
         """Write what is wrong on this node into this rank's tail, which is to speak for all of them."""
 
-    def finish(self, part: slice, total: Tensor) -> None:
+    def finalize(self, part: slice, total: Tensor) -> None:
         """The sum becomes the mean; all tails have been heard."""
 
 
-class Ready(Protocol):
-    """Which gradients are there; see `Rooms.combine`."""
+class BucketReadiness(Protocol):
+    """Which gradients are there; see `NodeGroup.reduce`."""
 
     def wait(self, step: int, meanwhile: Callable[[], object] | None) -> None:
         """Until those that this step is about are; steps behind the last gradient wait for the tail."""
 
 
-class Room:
+class NodeGroup:
     """One rank's place in it.
 
     Args:
         members: the ranks that share it, in order.
         rank: this one.
         board: their messages.
-        parts: further memory that they share, as `Contents.sizes` has it behind the messages.
+        parts: further memory that they share, as `BufferSpec.sizes` has it behind the messages.
         meeting: how they wait for each other.
         contents: what it holds.
 
@@ -163,7 +163,7 @@ class Room:
         spans: what it serves of the push message's body, in pieces.
         together: whether other ranks than the server's serve slices, too.
         each: the most elements of a bucket that a node is to serve.
-        said: the weights of the room's ranks, where they are told before the tails.
+        said: the weights of the group's ranks, where they are told before the tails.
         rounded: whether the weights that are stepped are not the model's, but these are rounded from them.
     """
 
@@ -171,10 +171,10 @@ class Room:
         self,
         members: Sequence[int],
         rank: int,
-        board: Board,
+        board: PeerBuffers,
         parts: Sequence[Tensor],
-        meeting: Meeting,
-        contents: Contents,
+        meeting: Barrier,
+        contents: BufferSpec,
     ) -> None:
         self.members, self.rank, self.board, self.contents = members, rank, board, contents
         self.nodes = [list(members)]
@@ -193,7 +193,7 @@ class Room:
 
     @property
     def combined(self) -> Tensor:
-        """Where what is combined lies; see `Board`."""
+        """Where what is combined lies; see `PeerBuffers`."""
         return self.board.combined
 
     def stepped(self, part: slice) -> Tensor:
@@ -218,14 +218,14 @@ class Room:
             self.spans.append(behind)
         if self.rounded:
             self._masters = [self.weights[span].to(self.contents.dtype, copy=True) for span in self.slices]
-        self.board.deal(buckets)
+        self.board.assign(buckets)
 
-    def meet(self, meanwhile: Callable[[], object] | None = None) -> None:
-        """Wait until all of the room are here; see `Meeting`."""
+    def barrier(self, meanwhile: Callable[[], object] | None = None) -> None:
+        """Wait until all of the group are here; see `Barrier`."""
         self._arrive(meanwhile)
         self._release()
 
-    def combine(self, weight: float, heard: Tensor, work: Work, ready: Ready | None = None) -> None:
+    def reduce(self, weight: float, heard: Tensor, work: SliceReducer, ready: BucketReadiness | None = None) -> None:
         """Every push message is written.
 
         At the server, and where slices are served, the sum of all tails lands in `heard`. Then `work` is done: added, finished.
@@ -241,12 +241,12 @@ class Room:
             self._release()
         if not self.spans and not self.leads:
             return
-        self.board.hear(heard)
+        self.board.sum_tails(heard)
         for span in self.spans:
-            rows = self.board.near(span)
-            work.add(span, rows)
-            work.finish(span, rows[0])
-            self.board.keep(span, rows[0])
+            rows = self.board.rows_of(span)
+            work.reduce_local(span, rows)
+            work.finalize(span, rows[0])
+            self.board.store(span, rows[0])
 
     def report(self, values: Tensor, op: Op) -> Tensor:
         """Every slice is combined: the least, or the sum, of every rank's numbers, `(lines,)` of float64, at the server."""
@@ -256,7 +256,7 @@ class Room:
         self._arrive()
         return self._reports.amin(0) if op == "min" else self._reports.sum(0)
 
-    def verdict(self, answer: Tensor) -> None:
+    def decide(self, answer: Tensor) -> None:
         """After `report`: the server's numbers, float64 of always the same length, land in everybody's `answer`."""
         if not self.together:
             return
@@ -265,7 +265,7 @@ class Room:
         self._release()
         answer.copy_(self._answer)
 
-    def publish(self, fill: Callable[[], None], moved: bool = True, whole: bool = False) -> None:
+    def broadcast(self, fill: Callable[[], None], moved: bool = True, whole: bool = False) -> None:
         """Every rank has done with the pull message as it was, and stepped its slices.
 
         Args:
@@ -280,14 +280,14 @@ class Room:
         if self.leads:
             fill()
             for part in [] if self._plain else [slice(None)] if whole else self._around():
-                self.board.spread(part)
+                self.board.copy_to_peers(part)
         self._release()
 
     def _show(self, span: slice) -> None:
         """What this rank has stepped is the model's from now on."""
         if self.rounded:
             self.weights[span].copy_(self.stepped(span))
-        self.board.spread(self.contents.bytes_of(span))
+        self.board.copy_to_peers(self.contents.bytes_of(span))
 
     def _around(self) -> list[slice]:
         """The pull message but for the weights."""

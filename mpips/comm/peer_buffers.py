@@ -24,7 +24,7 @@ class Rows(list[Tensor]):
     arrays: list[Any] | None = None
 
 
-class Board:
+class PeerBuffers:
     """One rank's view.
 
     Args:
@@ -49,7 +49,7 @@ class Board:
         self._total: Any = None  # its memory as an array, and those of the tails
         self._tails: list[Any] = []
 
-    def near(self, part: slice) -> Rows:
+    def rows_of(self, part: slice) -> Rows:
         """A part of every row. Made once: for a small model it takes as long as to add them."""
         key = part.start, part.stop
         found = self._cut.get(key)
@@ -58,17 +58,17 @@ class Board:
             found.arrays = [row.numpy() for row in found] if part.stop - part.start <= FEW else None
         return found
 
-    def keep(self, part: slice, total: Tensor) -> None:
+    def store(self, part: slice, total: Tensor) -> None:
         """What has been made of a part, in the first of what `near` gave, comes to where what is combined lies: it is there."""
 
-    def deal(self, buckets: Sequence[Sequence[slice]]) -> None:
+    def assign(self, buckets: Sequence[Sequence[slice]]) -> None:
         """Who serves what: for each bucket a slice for each place."""
 
-    def whole(self, part: slice) -> Tensor:
+    def gathered(self, part: slice) -> Tensor:
         """What is combined, whoever serves it."""
         return self.combined[part]
 
-    def hear(self, out: Tensor) -> None:
+    def sum_tails(self, out: Tensor) -> None:
         """The sum of what lies behind in all rows, as much as `out` is long."""
         if self._heard is not out:  # always the same
             self._heard, self._total = out, out.numpy()  # for so few, faster than torch
@@ -78,5 +78,5 @@ class Board:
         for tail in others:
             np.add(self._total, tail, out=self._total)
 
-    def spread(self, part: slice) -> None:
+    def copy_to_peers(self, part: slice) -> None:
         """These bytes of the pull message have been written: let all ranks of the node have them. They do."""

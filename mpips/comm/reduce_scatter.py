@@ -1,15 +1,15 @@
-"""Rooms of several nodes that serve a slice of each bucket: leaders send slices to each other.
+"""Node groups of several nodes that serve a slice of each bucket: leaders send slices to each other.
 
 Each node serves a slice of each bucket of the body, and each of its ranks a part of that. A round:
 
 | step    | on a node                                | between the leaders                                              |
 |---------|------------------------------------------|------------------------------------------------------------------|
-| combine | bucket by bucket: gradients are added,   | each sends every other what that one serves: reduce-scatter      |
+| reduce  | bucket by bucket: gradients are added,   | each sends every other what that one serves: reduce-scatter      |
 |         | and the nodes' sums of what it serves    |                                                                  |
 |         | the rest is added; sums become means     | the rest of the messages is added                                |
-| report  | as in one room                           | the least, or the sum, of the reports                            |
-| verdict | as in one room                           | the server's                                                     |
-| publish |                                          | the rest of the pull message                                     |
+| report  | as in one group                           | the least, or the sum, of the reports                            |
+| decide  | as in one group                           | the server's                                                     |
+| broadcast|                                         | the rest of the pull message                                     |
 |         | bucket by bucket, where it is staged     | each sends every other what it has stepped: allgather            |
 
 While buckets travel, in all directions at once, the next is added up and what has come is joined, by all ranks but the leader,
@@ -33,14 +33,14 @@ import torch
 from torch import Tensor
 
 from mpips.comm import multi_node as rooms
-from mpips.comm.multi_node import Begin, Finish, Leaders, Rooms, Sent
-from mpips.comm.node_group import Contents, Meeting, Op, Ready, Work
-from mpips.comm.peer_buffers import Board
+from mpips.comm.multi_node import Begin, Finish, LeaderGroup, MultiNodeGroup, Sent
+from mpips.comm.node_group import Barrier, BucketReadiness, BufferSpec, Op, SliceReducer
+from mpips.comm.peer_buffers import PeerBuffers
 from mpips.model.layout import BUCKET, EARLY, FLIGHT, LEAST, SMALLEST, STEPS, both, piece, pieces, share, steps
 
 
-class ShardedRooms(Rooms):
-    """One rank's place in its node's room; see `Rooms` for the other arguments.
+class ReduceScatterGroup(MultiNodeGroup):
+    """One rank's place in its node's group; see `MultiNodeGroup` for the other arguments.
 
     Args:
         bucket: the most bytes that a node sends, and receives, at a time.
@@ -50,11 +50,11 @@ class ShardedRooms(Rooms):
         self,
         nodes: Sequence[Sequence[int]],
         rank: int,
-        board: Board,
+        board: PeerBuffers,
         parts: Sequence[Tensor],
-        meeting: Meeting,
-        contents: Contents,
-        leaders: Leaders | None,
+        meeting: Barrier,
+        contents: BufferSpec,
+        leaders: LeaderGroup | None,
         bucket: int,
     ) -> None:
         super().__init__(nodes, rank, board, parts, meeting, contents, leaders)
@@ -71,7 +71,7 @@ class ShardedRooms(Rooms):
         self.rounded = self.rounded or self._changes
 
     def serve(self, buckets: Sequence[Sequence[slice]], behind: slice) -> None:
-        """See `Room`."""
+        """See `NodeGroup`."""
         super().serve(buckets, behind)
         counts = [len(ranks) for ranks in self.nodes]
         by_bucket = [steps(bucket, counts, self.each) for bucket in buckets]
@@ -80,18 +80,18 @@ class ShardedRooms(Rooms):
         self.push_steps = [step for of_bucket in reversed(by_bucket) for step in of_bucket]  # the last have gradients first
         self._pull_served, self._push_served = served, served[::-1]  # for each step, this rank's slice of its bucket
         if self._leaders:
-            self._pushes = [self._leaders.prepare(*self._sums(*each)) for each in enumerate(self.push_steps)]
-            self._pulls = [self._leaders.prepare(*self._weights(*each)) for each in enumerate(self.pull_steps)]
+            self._pushes = [self._leaders.persistent_sendrecv(*self._sums(*each)) for each in enumerate(self.push_steps)]
+            self._pulls = [self._leaders.persistent_sendrecv(*self._weights(*each)) for each in enumerate(self.pull_steps)]
 
-    def combine(self, weight: float, heard: Tensor, work: Work, ready: Ready | None = None) -> None:
-        """See `Room`; here everybody hears the tails."""
+    def reduce(self, weight: float, heard: Tensor, work: SliceReducer, ready: BucketReadiness | None = None) -> None:
+        """See `NodeGroup`; here everybody hears the tails."""
         self.said[self.board.place] = weight
 
         def before(number: int, step: list[slice]) -> None:
             if self.contents.overlap or not number:
                 if ready:
                     ready.wait(number, self._progress)
-                self.meet(self._progress)
+                self.barrier(self._progress)
             self._add(number, step, work)
 
         self._travel(self.push_steps, before, self._pushes, lambda number, step: self._join(number, step, work))
@@ -99,15 +99,15 @@ class ShardedRooms(Rooms):
             ready.wait(len(self.push_steps), self._progress)
         self._arrive(self._progress)
         if self._leaders:
-            self.board.hear(self._told)
-            self._leaders.sum(self._told)
+            self.board.sum_tails(self._told)
+            self._leaders.allreduce(self._told)
         self._release()
         behind = slice(self.contents.gradients, self.contents.tail)
         heard.copy_(self._told[behind.stop - behind.start :])
         if self.leads:
             self.combined[behind].copy_(self._told[: behind.stop - behind.start])
         for span in self.spans:
-            work.finish(span, self.combined[span])
+            work.finalize(span, self.combined[span])
 
     def _travel(
         self,
@@ -142,14 +142,14 @@ class ShardedRooms(Rooms):
         """This rank's share of a slice that its own node serves; on a GPU what it serves itself."""
         return pieces(both(span, served), piece(self.contents.device)) if self.board.staged else self._by_hand(span)
 
-    def _add(self, number: int, step: list[slice], work: Work) -> None:
+    def _add(self, number: int, step: list[slice], work: SliceReducer) -> None:
         for node, span in enumerate(step):
             ours = node == self._node
             for part in self._ours(span, self._push_served[number]) if ours else self._theirs(span):
-                rows = self.board.near(part)
-                work.add(part, rows)
+                rows = self.board.rows_of(part)
+                work.reduce_local(part, rows)
                 if ours:
-                    self.board.keep(part, rows[0])
+                    self.board.store(part, rows[0])
                 elif self._stages_push:
                     self._slot(self._outbox, number, node, span, part).copy_(rows[0], non_blocking=True)
 
@@ -165,11 +165,11 @@ class ShardedRooms(Rooms):
     def _leaving(self, number: int, node: int, span: slice) -> Tensor:
         return self._slot(self._outbox, number, node, span, span) if self._stages_push else self.combined[span]
 
-    def _join(self, number: int, step: list[slice], work: Work) -> None:
+    def _join(self, number: int, step: list[slice], work: SliceReducer) -> None:
         own = step[self._node]
         for part in self._ours(own, self._push_served[number]):
             sums = [self._come(self._slot(self._window, number, self._seat(node), own, part)) for node in self._others()]
-            work.join(part, [*sums[: self._node], self.combined[part], *sums[self._node :]])
+            work.reduce_remote(part, [*sums[: self._node], self.combined[part], *sums[self._node :]])
 
     def _come(self, slot: Tensor) -> Tensor:
         """What has come, where this rank's messages are."""
@@ -191,20 +191,20 @@ class ShardedRooms(Rooms):
         return memory[number % (FLIGHT + 1), row, start:stop].view(dtype)
 
     def report(self, values: Tensor, op: Op) -> Tensor:
-        """See `Room`."""
+        """See `NodeGroup`."""
         reported = super().report(values, op)
         if self._leaders:
-            self._leaders.merge(reported, op)
+            self._leaders.reduce(reported, op)
         return reported
 
-    def verdict(self, answer: Tensor) -> None:
-        """See `Room`."""
+    def decide(self, answer: Tensor) -> None:
+        """See `NodeGroup`."""
         if self._leaders:
-            self._leaders.tell(answer.view(torch.uint8))
-        super().verdict(answer)
+            self._leaders.broadcast(answer.view(torch.uint8))
+        super().decide(answer)
 
-    def publish(self, fill: Callable[[], None], moved: bool = True, whole: bool = False) -> None:
-        """See `Room`.
+    def broadcast(self, fill: Callable[[], None], moved: bool = True, whole: bool = False) -> None:
+        """See `NodeGroup`.
 
         Raises:
             ValueError: weights are given, which other nodes do not expect.
@@ -228,7 +228,7 @@ class ShardedRooms(Rooms):
         self._release()
         if moved and self._stages_pull:
             self._travel(self.pull_steps, self._give, self._pulls, self._follow)
-            self.meet()
+            self.barrier()
 
     def _weights(self, number: int, step: list[slice]) -> tuple[Sent, Sent]:
         """What becomes of this node's slice goes to all others; theirs come."""
@@ -248,7 +248,7 @@ class ShardedRooms(Rooms):
             if self._changes:
                 leaving = (self.stepped(part) - self.weights[part]).to(self._pulled)
                 self.weights[part].add_(leaving)
-                self.board.spread(self.contents.bytes_of(part))
+                self.board.copy_to_peers(self.contents.bytes_of(part))
             else:
                 self._show(part)
                 leaving = self.weights[part]
@@ -263,18 +263,18 @@ class ShardedRooms(Rooms):
                     self.weights[part].add_(come)
                 else:
                     self.weights[part].copy_(come)
-                self.board.spread(self.contents.bytes_of(part))
+                self.board.copy_to_peers(self.contents.bytes_of(part))
 
 
-def length(bucket: int, contents: Contents, nodes: int) -> int:
+def length(bucket: int, contents: BufferSpec, nodes: int) -> int:
     """How many elements a node sends each other at a time, if it is to send at most `bucket` bytes to all of them."""
     sent = contents.gradients * contents.wire.itemsize * (nodes - 1) // nodes
     most = min(bucket, EARLY if contents.overlap else BUCKET, max(SMALLEST, sent // STEPS))
     return max(LEAST, most // contents.wire.itemsize // (nodes - 1))
 
 
-def sizes(contents: Contents, ranks: int, nodes: int, bucket: int, staged: bool = False) -> list[int]:
-    """The bytes of the parts of a room of `ranks` ranks, one of `nodes`, whose board is `staged` or not; see `Rooms`."""
+def sizes(contents: BufferSpec, ranks: int, nodes: int, bucket: int, staged: bool = False) -> list[int]:
+    """The bytes of the parts of a group of `ranks` ranks, one of `nodes`, its board `staged` or not; see `MultiNodeGroup`."""
     each = (FLIGHT + 1) * length(bucket, contents, nodes) * contents.wire.itemsize
     told = (contents.numel - contents.gradients) * contents.dtype.itemsize
     stages = staged or contents.wire != contents.dtype

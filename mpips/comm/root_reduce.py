@@ -1,12 +1,12 @@
-"""Rooms of several nodes where the server serves everything: leaders Reduce their nodes' sums to it, then it tells them.
+"""Node groups of several nodes where the server serves everything: leaders Reduce their nodes' sums to it, then it tells them.
 
 A round:
 
 | step    | on a node                                           | between the leaders                  |
 |---------|-----------------------------------------------------|--------------------------------------|
-| combine | bucket by bucket: gradients are added by all ranks  | Reduce, while the next is added      |
+| reduce  | bucket by bucket: gradients are added by all ranks  | Reduce, while the next is added      |
 |         | tails are added by the leader                       | Reduce                               |
-| publish | the server has stepped                              | Bcast of the pull message            |
+| broadcast|the server has stepped                              | Bcast of the pull message            |
 
 A message that is a single bucket the leader adds up alone, with its tail, and it goes in one Reduce: no rank meets another but
 to hand in its push message and to take the pull message.
@@ -18,14 +18,14 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from mpips.comm.multi_node import Leaders, Rooms
-from mpips.comm.node_group import Contents, Meeting, Ready, Work
-from mpips.comm.peer_buffers import Board
+from mpips.comm.multi_node import LeaderGroup, MultiNodeGroup
+from mpips.comm.node_group import Barrier, BucketReadiness, BufferSpec, SliceReducer
+from mpips.comm.peer_buffers import PeerBuffers
 from mpips.model.layout import BUCKET, piece, pieces
 
 
-class RootRooms(Rooms):
-    """One rank's place in its node's room; see `Rooms` for the other arguments.
+class RootReduceGroup(MultiNodeGroup):
+    """One rank's place in its node's group; see `MultiNodeGroup` for the other arguments.
 
     Args:
         bucket: the most bytes that leaders reduce at a time.
@@ -35,11 +35,11 @@ class RootRooms(Rooms):
         self,
         nodes: Sequence[Sequence[int]],
         rank: int,
-        board: Board,
+        board: PeerBuffers,
         parts: Sequence[Tensor],
-        meeting: Meeting,
-        contents: Contents,
-        leaders: Leaders | None,
+        meeting: Barrier,
+        contents: BufferSpec,
+        leaders: LeaderGroup | None,
         bucket: int,
     ) -> None:
         super().__init__(nodes, rank, board, parts, meeting, contents, leaders)
@@ -48,48 +48,48 @@ class RootRooms(Rooms):
         self._alone = board.staged or len(self._buckets) == 1
         self._in_round = False
 
-    def combine(self, weight: float, heard: Tensor, work: Work, ready: Ready | None = None) -> None:
-        """See `Room`; only the server hears the tails."""
+    def reduce(self, weight: float, heard: Tensor, work: SliceReducer, ready: BucketReadiness | None = None) -> None:
+        """See `NodeGroup`; only the server hears the tails."""
         self.said[self.board.place], self._in_round = weight, True
         if self._alone:
             self._arrive()
         else:
-            self.meet()
+            self.barrier()
         for bucket in self._buckets:
             self._add(bucket, work)
             if self._leaders and len(self._buckets) > 1:
-                self._leaders.merge(self.combined[bucket], "sum")
+                self._leaders.reduce(self.combined[bucket], "sum")
         if self._leaders:
             self._speak(work)
         if self.leads:
             heard.copy_(self.board.row[self.contents.tail :])
             for span in self.spans:
-                work.finish(span, self.combined[span])
+                work.finalize(span, self.combined[span])
 
-    def _add(self, bucket: slice, work: Work) -> None:
+    def _add(self, bucket: slice, work: SliceReducer) -> None:
         """This node's sum of a bucket, in its leader's push message."""
         if self._alone:
             for part in pieces(bucket, piece(self.contents.device)) if self._leaders else []:
-                work.add(part, self.board.near(part))
+                work.reduce_local(part, self.board.rows_of(part))
             return
         for part in self._by_hand(bucket):
-            work.add(part, self.board.near(part))
+            work.reduce_local(part, self.board.rows_of(part))
         if bucket != self._buckets[-1]:
-            self.meet()
+            self.barrier()
             return
         self._reports[self.board.place].copy_(work.faults)
         self._arrive()  # to be released with the pull message
 
-    def _speak(self, work: Work) -> None:
+    def _speak(self, work: SliceReducer) -> None:
         """A leader hands on its node's tails, with what is wrong there."""
         whole = self.board.row
-        self.board.hear(whole[self._behind])
-        work.say(work.faults if self._alone else self._reports.amin(0))
+        self.board.sum_tails(whole[self._behind])
+        work.report_nonfinite(work.faults if self._alone else self._reports.amin(0))
         assert self._leaders
-        self._leaders.merge(whole if len(self._buckets) == 1 else whole[self._behind], "sum")
+        self._leaders.reduce(whole if len(self._buckets) == 1 else whole[self._behind], "sum")
 
-    def publish(self, fill: Callable[[], None], moved: bool = True, whole: bool = False) -> None:
-        """See `Room`; in a round all of the message is told, as only the server knows whether it has stepped."""
+    def broadcast(self, fill: Callable[[], None], moved: bool = True, whole: bool = False) -> None:
+        """See `NodeGroup`; in a round all of the message is told, as only the server knows whether it has stepped."""
         if not self._in_round:
             self._arrive()
         if self.leads:

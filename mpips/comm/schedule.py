@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from mpips.comm import ExchangeError
+from mpips.comm import CommunicatorError
 from mpips.process import rng
 
 E = TypeVar("E")
@@ -60,7 +60,7 @@ class Schedule(Generic[E]):
         """Run `program` on every rank and return what each returns, by rank; one that ends by SystemExit(0) returns nothing.
 
         Raises:
-            The first exception that a rank raised; the others are then ended with an ExchangeError.
+            The first exception that a rank raised; the others are then ended with an CommunicatorError.
         """
         results: dict[int, T] = {}
         errors: list[BaseException] = []
@@ -130,16 +130,16 @@ class Schedule(Generic[E]):
             self._yield(rank)
 
     def wait(self, rank: int, call: str, ready: Callable[[], bool]) -> None:
-        """Let others run until `ready`; raise ExchangeError if that can never be."""
+        """Let others run until `ready`; raise CommunicatorError if that can never be."""
         self._waits[rank] = (call, ready)
         self._yield(rank)
         del self._waits[rank]
         self.check()
 
     def check(self) -> None:
-        """Raise ExchangeError if nobody can go on."""
+        """Raise CommunicatorError if nobody can go on."""
         if self.broken:
-            raise ExchangeError(self.broken)
+            raise CommunicatorError(self.broken)
 
     def _yield(self, rank: int) -> None:
         self._back.release()

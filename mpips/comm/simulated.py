@@ -1,4 +1,4 @@
-"""The exchange with all ranks in one process, in turns and in virtual time unless a real clock is given.
+"""The communicator with all ranks in one process, in turns and in virtual time unless a real clock is given.
 
 A world of one rank needs no thread: that is how a script runs without MPI.
 
@@ -16,22 +16,22 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from mpips.comm import SERVER, Apply, ExchangeError, landing, pieces
+from mpips.comm import SERVER, Apply, CommunicatorError, landing, pieces
 from mpips.comm import multi_node as rooms
 from mpips.comm import reduce_scatter as sharded
-from mpips.comm.cuda_ipc import DeviceBoard
+from mpips.comm.cuda_ipc import CudaPeerBuffers
 from mpips.comm.mailbox import Letter, Mailbox, raw
-from mpips.comm.node_group import Contents, Room
-from mpips.comm.peer_buffers import Board
-from mpips.comm.reduce_scatter import ShardedRooms
-from mpips.comm.root_reduce import RootRooms
+from mpips.comm.node_group import BufferSpec, NodeGroup
+from mpips.comm.peer_buffers import PeerBuffers
+from mpips.comm.reduce_scatter import ReduceScatterGroup
+from mpips.comm.root_reduce import RootReduceGroup
 from mpips.comm.schedule import Killed as Killed
 from mpips.comm.schedule import Schedule
-from mpips.comm.simulated_group import Gates, Leaders
+from mpips.comm.simulated_group import SimulatedBarrier, SimulatedLeaderGroup
 from mpips.rules import Needs
 
 
-class World(Schedule["SimulatedExchange"]):
+class World(Schedule["SimulatedCommunicator"]):
     """Several ranks in one process.
 
     Args:
@@ -59,7 +59,7 @@ class World(Schedule["SimulatedExchange"]):
         nodes: Sequence[int] = (),
         devices: Sequence[int] = (),
     ) -> None:
-        super().__init__([SimulatedExchange(self, rank, size) for rank in range(size)], seed)
+        super().__init__([SimulatedCommunicator(self, rank, size) for rank in range(size)], seed)
         self.size, self.bucket, self.real_clock, self.shares = size, bucket, clock, shares
         self.nodes, self.devices = list(nodes) or [size], list(devices)
         self.arrived_here, self.released = [0] * size, [0] * len(self.nodes)  # how often, in rooms
@@ -106,7 +106,7 @@ class World(Schedule["SimulatedExchange"]):
     def begin(self, rank: int, call: str) -> None:
         """Every call begins so: ranks arrive at it in every order."""
         if self.ends[rank].asking:
-            raise ExchangeError(f"rank {rank} calls {call} before it has taken the answer to its last request")
+            raise CommunicatorError(f"rank {rank} calls {call} before it has taken the answer to its last request")
         self.pause(rank)
 
     def post(self, rank: int, message: Tensor) -> Letter:
@@ -122,15 +122,15 @@ class World(Schedule["SimulatedExchange"]):
     def next_request(self) -> tuple[int, Letter]:
         """Wait until no other rank can run, then take the request that has arrived first."""
         others = range(1, self.size)
-        self.wait(SERVER, "receive", lambda: bool(self.mail.requests) and not any(map(self.can_run, others)))
+        self.wait(SERVER, "next_request", lambda: bool(self.mail.requests) and not any(map(self.can_run, others)))
         return self.mail.take(self.choose)
 
     def _names(self) -> str:
         return " and ".join(sorted({name for name, _ in self._here.values()}))
 
 
-class SimulatedExchange:
-    """One rank's end of a simulated world; see `mpips.comm.Exchange`."""
+class SimulatedCommunicator:
+    """One rank's end of a simulated world; see `mpips.comm.Communicator`."""
 
     def __init__(self, world: World, rank: int, size: int) -> None:
         self.world, self.rank, self.size = world, rank, size
@@ -139,11 +139,11 @@ class SimulatedExchange:
         self.asking = False
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """See `Exchange`."""
+        """See `Communicator`."""
         return torch.zeros(numel, dtype=dtype, device=device)
 
-    def room(self, contents: Contents) -> Room | None:
-        """See `Exchange`."""
+    def node_group(self, contents: BufferSpec) -> NodeGroup | None:
+        """See `Communicator`."""
         world = self.world
         several = len(world.nodes) > 1
         if not world.shares or (several and not contents.between):
@@ -159,22 +159,22 @@ class SimulatedExchange:
         def made(given: dict[int, object]) -> list[list[Tensor]]:
             return [[torch.zeros(n, dtype=torch.uint8) for n in wanted(len(ranks))] for ranks in nodes]
 
-        found = self._meet("room", f"room({contents})", None, made, 0)
+        found = self._meet("node_group", f"node_group({contents})", None, made, 0)
         assert isinstance(found, list)
         rows, pull, *parts = found[node]
-        members, gates = nodes[node], Gates(world, node, nodes[node], self.rank)
+        members, gates = nodes[node], SimulatedBarrier(world, node, nodes[node], self.rank)
         board = self._board(contents.messages(list(rows.view(len(members), -1))), pull, members)
         if not several:
-            return Room(members, self.rank, board, parts, gates, contents)
-        leaders = Leaders(world, [ranks[0] for ranks in nodes], node) if gates.leads else None
-        kind = ShardedRooms if contents.together else RootRooms
+            return NodeGroup(members, self.rank, board, parts, gates, contents)
+        leaders = SimulatedLeaderGroup(world, [ranks[0] for ranks in nodes], node) if gates.leads else None
+        kind = ReduceScatterGroup if contents.together else RootReduceGroup
         return kind(nodes, self.rank, board, parts, gates, contents, leaders, world.bucket)
 
-    def _board(self, rows: Sequence[Tensor], pull: Tensor, members: Sequence[int]) -> Board:
+    def _board(self, rows: Sequence[Tensor], pull: Tensor, members: Sequence[int]) -> PeerBuffers:
         """On devices there is a pull message on each of a node's."""
         place = members.index(self.rank)
         if not self.world.devices:
-            return Board(rows, place, pull)
+            return PeerBuffers(rows, place, pull)
 
         def made(given: dict[int, object]) -> dict[int, Tensor]:
             return {device: pull.clone() for device in self.world.devices}
@@ -183,10 +183,10 @@ class SimulatedExchange:
         assert isinstance(pulls, dict)
         devices = [self.world.devices[rank] for rank in members]
         own = list(dict.fromkeys(devices))
-        return DeviceBoard(rows, place, [pulls[device] for device in own], [own.index(device) for device in devices])
+        return CudaPeerBuffers(rows, place, [pulls[device] for device in own], [own.index(device) for device in devices])
 
-    def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
-        """See `Exchange`."""
+    def reduce(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
+        """See `Communicator`."""
 
         def finish(given: dict[int, object]) -> object:
             messages = [m for m in given.values() if isinstance(m, Tensor)]
@@ -195,8 +195,8 @@ class SimulatedExchange:
                 messages[SERVER][tail if needs == "rows" else 0 :].add_(other[tail if needs == "rows" else 0 :])
             return rows
 
-        call = f"combine({needs}, {message.numel()} x {message.dtype}, tail at {tail})"
-        rows = self._meet("combine", call, message, finish, message.numel() * message.element_size())
+        call = f"reduce({needs}, {message.numel()} x {message.dtype}, tail at {tail})"
+        rows = self._meet("reduce", call, message, finish, message.numel() * message.element_size())
         if self.rank != SERVER:
             return
         if needs == "sum":
@@ -206,8 +206,8 @@ class SimulatedExchange:
         for part in pieces(tail, message.element_size(), self.world.bucket):
             apply(part, torch.stack([row[part] for row in rows]))
 
-    def publish(self, message: Tensor) -> None:
-        """See `Exchange`."""
+    def broadcast(self, message: Tensor) -> None:
+        """See `Communicator`."""
 
         def finish(given: dict[int, object]) -> None:
             messages = [m for m in given.values() if isinstance(m, Tensor)]
@@ -215,52 +215,52 @@ class SimulatedExchange:
                 other.copy_(messages[SERVER])
 
         cost = message.numel() * message.element_size()
-        self._meet("publish", f"publish({message.numel()} x {message.dtype})", message, finish, cost)
+        self._meet("broadcast", f"broadcast({message.numel()} x {message.dtype})", message, finish, cost)
 
-    def collect(self, blob: bytes) -> list[bytes]:
-        """See `Exchange`."""
-        blobs = self._meet("collect", "collect", blob, lambda given: list(given.values()), len(blob))
+    def gather_bytes(self, blob: bytes) -> list[bytes]:
+        """See `Communicator`."""
+        blobs = self._meet("gather_bytes", "gather_bytes", blob, lambda given: list(given.values()), len(blob))
         assert isinstance(blobs, list)
         return blobs if self.rank == SERVER else []
 
-    def compare(self, digest: bytes) -> list[bytes]:
-        """See `Exchange`."""
-        digests = self._meet("compare", "compare", digest, lambda given: list(given.values()), len(digest))
+    def allgather_digests(self, digest: bytes) -> list[bytes]:
+        """See `Communicator`."""
+        digests = self._meet("allgather_digests", "allgather_digests", digest, lambda given: list(given.values()), len(digest))
         assert isinstance(digests, list)
         return digests
 
-    def receive(self, message: Tensor, tail: int) -> tuple[int, bool]:
-        """See `Exchange`."""
-        self._role("receive", server=True)
-        self.world.begin(self.rank, "receive")
+    def next_request(self, message: Tensor, tail: int) -> tuple[int, bool]:
+        """See `Communicator`."""
+        self._role("next_request", server=True)
+        self.world.begin(self.rank, "next_request")
         rank, letter = self.world.next_request()
         data, room = self.world.arrived(self.rank, letter), raw(message)
         whole = landing(rank, len(data), len(room), len(room) - tail * message.element_size())
         room[len(room) - len(data) :].copy_(data)
         return rank, whole
 
-    def reply(self, rank: int, message: Tensor) -> None:
-        """See `Exchange`."""
-        self._role("reply", server=True)
-        self.world.begin(self.rank, "reply")
+    def respond(self, rank: int, message: Tensor) -> None:
+        """See `Communicator`."""
+        self._role("respond", server=True)
+        self.world.begin(self.rank, "respond")
         if rank not in self.world.mail.held:
-            raise ExchangeError(f"rank {rank} is answered, but no request of its was received")
+            raise CommunicatorError(f"rank {rank} is answered, but no request of its was received")
         self.world.mail.held.remove(rank)
         self.world.mail.answers[rank] = self.world.post(self.rank, message)
-        self._count("reply", message)
+        self._count("respond", message)
 
-    def ask(self, request: Tensor, answer: Tensor, short: int, overlap: bool = False) -> Callable[[], bool]:
-        """See `Exchange`; the request always leaves at once."""
-        self._role("ask", server=False)
-        self.world.begin(self.rank, "ask")
+    def request(self, request: Tensor, answer: Tensor, short: int, overlap: bool = False) -> Callable[[], bool]:
+        """See `Communicator`; the request always leaves at once."""
+        self._role("request", server=False)
+        self.world.begin(self.rank, "request")
         self.asking = True
         self.world.mail.requests[self.rank] = self.world.post(self.rank, request)
-        self._count("ask", request)
+        self._count("request", request)
 
         def finish() -> bool:
             self.asking = False
-            self.world.begin(self.rank, "ask")
-            self.world.wait(self.rank, "ask", lambda: self.rank in self.world.mail.answers)
+            self.world.begin(self.rank, "request")
+            self.world.wait(self.rank, "request", lambda: self.rank in self.world.mail.answers)
             data, room = self.world.arrived(self.rank, self.world.mail.answers.pop(self.rank)), raw(answer)
             whole = landing(SERVER, len(data), len(room), short * answer.element_size())
             room[: len(data)].copy_(data)
@@ -270,18 +270,20 @@ class SimulatedExchange:
 
     def _role(self, call: str, server: bool) -> None:
         if (self.rank == SERVER) != server or self.size == 1:
-            raise ExchangeError(f"rank {self.rank} of {self.size} calls {call}: rank 0 receives and replies, the others ask")
+            raise CommunicatorError(
+                f"rank {self.rank} of {self.size} calls {call}: rank 0 receives and replies, the others ask"
+            )
 
     def _count(self, call: str, message: Tensor) -> None:
         self.traffic[f"{call} calls"] += 1
         self.traffic[f"{call} bytes"] += message.numel() * message.element_size()
 
-    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
-        """See `Exchange`; a simulated rank does one thing after another."""
+    def run_async(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See `Communicator`; a simulated rank does one thing after another."""
         return work
 
     def clock(self) -> float:
-        """See `Exchange`."""
+        """See `Communicator`."""
         return self.world.real_clock() if self.world.real_clock else self.world.time[self.rank]
 
     def at_end(self, leave: Callable[[], None]) -> None:
@@ -289,18 +291,18 @@ class SimulatedExchange:
         self.world.at_end(self.rank, leave)
 
     def finalize(self) -> None:
-        """See `Exchange`."""
+        """See `Communicator`."""
 
     def abort(self, status: int) -> None:
-        """See `Exchange`."""
+        """See `Communicator`."""
         raise SystemExit(status)
 
-    def wait(self, patience: float | None) -> None:
-        """See `Exchange`; where nobody runs beside, nobody can be late."""
-        self._meet("wait", "wait", None, lambda given: None, 0)
+    def barrier(self, patience: float | None) -> None:
+        """See `Communicator`; where nobody runs beside, nobody can be late."""
+        self._meet("barrier", "barrier", None, lambda given: None, 0)
 
     def _meet(self, kind: str, call: str, given: object, finish: Callable[[dict[int, object]], object], cost: int) -> object:
-        if kind in ("combine", "publish"):
+        if kind in ("reduce", "broadcast"):
             self.traffic[f"{kind} calls"] += 1
             self.traffic[f"{kind} bytes"] += cost
         return self.world.meet(self.rank, call, given, finish, cost)

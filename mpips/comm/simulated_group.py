@@ -1,4 +1,4 @@
-"""Rooms of simulated ranks: how those of a node wait for each other, and what their leaders send."""
+"""Node groups of simulated ranks: how those of a node wait for each other, and what their leaders send."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from mpips.comm.simulated import World
 
 
-class Gates:
-    """How the `ranks` of a node wait for each other; see `Meeting`."""
+class SimulatedBarrier:
+    """How the `ranks` of a node wait for each other; see `Barrier`."""
 
     def __init__(self, world: World, node: int, ranks: Sequence[int], rank: int) -> None:
         self.world, self.node, self.ranks, self.rank = world, node, ranks, rank
         self.leads = rank == ranks[0]
 
     def arrive(self, meanwhile: Callable[[], object] | None = None) -> None:
-        """See `Meeting`; nothing needs to be done meanwhile."""
+        """See `Barrier`; nothing needs to be done meanwhile."""
         world, rank = self.world, self.rank
         world.begin(rank, "arrive")
         world.arrived_here[rank] += 1
@@ -33,7 +33,7 @@ class Gates:
             world.wait(rank, "arrive", lambda: all(world.arrived_here[one] >= turn for one in self.ranks))
 
     def release(self) -> None:
-        """See `Meeting`."""
+        """See `Barrier`."""
         world, rank = self.world, self.rank
         if self.leads:
             world.released[self.node] += 1
@@ -44,8 +44,10 @@ class Gates:
             world.wait(rank, "release", lambda: world.released[self.node] >= turn)
 
 
-class Leaders:
-    """One leader's end; see `mpips.comm.multi_node.Leaders`. What it is about to send is read, and written, at the last moment.
+class SimulatedLeaderGroup:
+    """One leader's end; see `mpips.comm.multi_node.LeaderGroup`.
+
+    What it is about to send is read, and written, at the last moment.
 
     Args:
         world: where they are.
@@ -56,18 +58,18 @@ class Leaders:
     def __init__(self, world: World, ranks: Sequence[int], node: int) -> None:
         self._world, self._ranks, self.node = world, ranks, node
 
-    def sum(self, values: Tensor) -> None:
-        """See `Leaders`."""
+    def allreduce(self, values: Tensor) -> None:
+        """See `LeaderGroup`."""
         values.copy_(self._meet("sum", values, lambda given: torch.stack(given).sum(0)))
 
-    def merge(self, values: Tensor, op: Op) -> None:
-        """See `Leaders`."""
+    def reduce(self, values: Tensor, op: Op) -> None:
+        """See `LeaderGroup`."""
         found = self._meet(op, values, lambda given: torch.stack(given).amin(0) if op == "min" else torch.stack(given).sum(0))
         if self.node == 0:
             values.copy_(found)
 
-    def tell(self, message: Tensor) -> None:
-        """See `Leaders`."""
+    def broadcast(self, message: Tensor) -> None:
+        """See `LeaderGroup`."""
         message.copy_(self._meet("tell", message, lambda given: given[0]))
 
     def _meet(self, call: str, values: Tensor, finish: Callable[[list[Tensor]], Tensor]) -> Tensor:
@@ -80,13 +82,13 @@ class Leaders:
         return found
 
     def progress(self) -> None:
-        """See `Leaders`; here what is sent comes by itself."""
+        """See `LeaderGroup`; here what is sent comes by itself."""
 
-    def prepare(self, sent: Sent, taken: Sent) -> Begin:
-        """See `Leaders`."""
-        return lambda: self.swap(sent, taken)
+    def persistent_sendrecv(self, sent: Sent, taken: Sent) -> Begin:
+        """See `LeaderGroup`."""
+        return lambda: self.sendrecv(sent, taken)
 
-    def swap(self, sent: Sent, taken: Sent) -> Finish:
+    def sendrecv(self, sent: Sent, taken: Sent) -> Finish:
         """Send to others and receive from them, in their order."""
         world, rank = self._world, self._ranks[self.node]
         world.begin(rank, "swap")

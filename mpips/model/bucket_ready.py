@@ -10,7 +10,7 @@ from mpips.model.flat import Slot
 PAUSE = 0.0001  # seconds between two calls of what is to be done meanwhile
 
 
-class Ready:
+class BucketReadiness:
     """One rank's, for one push after another.
 
     Args:

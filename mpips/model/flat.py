@@ -146,10 +146,10 @@ class Flat:
         for number, p in enumerate(self.parameters):
             p.register_post_accumulate_grad_hook(partial(self._accumulated, number))  # type: ignore[no-untyped-call]
         if hold:
-            self.attach_weights(self.room())
-            self.attach_grad(self.room(), keep=True)
+            self.attach_weights(self.zeros())
+            self.attach_grad(self.zeros(), keep=True)
 
-    def room(self) -> Tensor:
+    def zeros(self) -> Tensor:
         """Zeros for all of them."""
         return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
 

@@ -44,7 +44,7 @@ class _Coordinatewise(Optimizer):
         raise NotImplementedError
 
 
-class Adopt(_Coordinatewise):
+class SetWeights(_Coordinatewise):
     """w <- D: takes what comes in place of a gradient for the new weights, such as the mean of the workers' own.
 
     Args:

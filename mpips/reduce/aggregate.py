@@ -25,20 +25,20 @@ from mpips.rules import Mean, Needs, Rule, RuleError, strips
 HUGE = 1e300  # a larger square is as good as infinite: sums of a few of them would be
 
 
-class Way(Protocol):
-    """What is needed here of an exchange; one whose rows are clients is in `reduce/client_rows.py`."""
+class Collectives(Protocol):
+    """What is needed here of a communicator; one whose rows are clients is in `reduce/client_rows.py`."""
 
     rank: int
     size: int
 
-    def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
-        """See `Exchange`."""
+    def reduce(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
+        """See `Communicator`."""
 
-    def publish(self, message: Tensor) -> None:
-        """See `Exchange`."""
+    def broadcast(self, message: Tensor) -> None:
+        """See `Communicator`."""
 
 
-class Combined(NamedTuple):
+class AggregationResult(NamedTuple):
     """What came of it.
 
     Attributes:
@@ -51,47 +51,47 @@ class Combined(NamedTuple):
     refused: str = ""
 
 
-def contribute(exchange: Way, push: Push, rule: Rule, last: Needs) -> None:
+def contribute(communicator: Collectives, push: Push, rule: Rule, last: Needs) -> None:
     """The half of a rank without the server.
 
     Args:
-        exchange: this rank's end.
+        communicator: this rank's end.
         push: this rank's contribution and row; the body is changed.
         rule, last: what `choose` gives.
     """
-    prepare(exchange.rank, push, rule)
-    give(exchange, push, rule, last)
+    prepare(communicator.rank, push, rule)
+    give(communicator, push, rule, last)
 
 
-def give(exchange: Way, push: Push, rule: Rule, last: Needs) -> None:
+def give(communicator: Collectives, push: Push, rule: Rule, last: Needs) -> None:
     """`contribute`, of contributions that the rule has prepared."""
-    exchange.combine(push.message, push.tail_at, "rows" if rule.needs == "gram" else last, _ignore)
+    communicator.reduce(push.message, push.tail_at, "rows" if rule.needs == "gram" else last, _ignore)
     if rule.needs == "gram":
-        _weigh(exchange, push, rule, last, torch.zeros(exchange.size, dtype=torch.float64), _ignore)
+        _weigh(communicator, push, rule, last, torch.zeros(communicator.size, dtype=torch.float64), _ignore)
 
 
-def combine(exchange: Way, push: Push, rule: Rule, last: Needs, first: int) -> Combined:
+def combine(communicator: Collectives, push: Push, rule: Rule, last: Needs, first: int) -> AggregationResult:
     """The server's half; the contributions' combination is left in the body of its push message, their rows in the tail.
 
     Args:
-        exchange: the server's end.
+        communicator: the server's end.
         push: the server's own contribution and row; all zero if it has none.
         rule, last: what `choose` gives.
         first: the rank of the first worker.
     """
-    prepare(exchange.rank, push, rule)
-    return take(exchange, push, rule, last, first)
+    prepare(communicator.rank, push, rule)
+    return take(communicator, push, rule, last, first)
 
 
-def take(exchange: Way, push: Push, rule: Rule, last: Needs, first: int) -> Combined:
+def take(communicator: Collectives, push: Push, rule: Rule, last: Needs, first: int) -> AggregationResult:
     """`combine`, of contributions that the rule has prepared."""
     if rule.needs == "gram":
-        return _by_gram(exchange, push, rule, last, first)
-    apply = _Slices(push, rule, first, exchange.size)
-    exchange.combine(push.message, push.tail_at, last, apply)
+        return _by_gram(communicator, push, rule, last, first)
+    apply = _Slices(push, rule, first, communicator.size)
+    communicator.reduce(push.message, push.tail_at, last, apply)
     if apply.refused:
         push.body.zero_()
-    return Combined(sorted(apply.faulty | left_out(push.rows, rule)), apply.refused)
+    return AggregationResult(sorted(apply.faulty | left_out(push.rows, rule)), apply.refused)
 
 
 def left_out(rows: Tensor, rule: Rule) -> set[int]:
@@ -198,14 +198,14 @@ class _Gram:
         return ~self.faulty & (self.matrix.diagonal() <= HUGE)  # False for NaN
 
 
-def _by_gram(exchange: Way, push: Push, rule: Rule, last: Needs, first: int) -> Combined:
+def _by_gram(communicator: Collectives, push: Push, rule: Rule, last: Needs, first: int) -> AggregationResult:
     origin = rule.origin(push.gradients)
-    gram = _Gram(push, exchange.size, origin)
-    exchange.combine(push.message, push.tail_at, "rows", gram)
+    gram = _Gram(push, communicator.size, origin)
+    communicator.reduce(push.message, push.tail_at, "rows", gram)
     weights = push.rows[:, WEIGHT].double().cpu()
     usable, matrix = gram.usable().cpu(), gram.matrix.cpu()
     good, faulty = usable & (weights > 0), (~usable & (weights > 0)).nonzero().flatten().tolist()
-    coefficients, refused = torch.zeros(exchange.size, dtype=torch.float64), ""
+    coefficients, refused = torch.zeros(communicator.size, dtype=torch.float64), ""
     if good.any():
         try:
             rule.faulty = len(faulty) + _reported(push)
@@ -216,10 +216,10 @@ def _by_gram(exchange: Way, push: Push, rule: Rule, last: Needs, first: int) -> 
         refused = "no contribution is finite"
     if not coefficients.any():
         push.body.zero_()
-    _weigh(exchange, push, rule, last, coefficients, _Weighed(push, rule, coefficients, first))
+    _weigh(communicator, push, rule, last, coefficients, _Weighed(push, rule, coefficients, first))
     if origin is not None and coefficients.any():
         _move(push.gradients, origin, 1 - float(coefficients.sum()))
-    return Combined(faulty, refused)
+    return AggregationResult(faulty, refused)
 
 
 def _move(gradients: Tensor, origin: Tensor, share: float) -> None:
@@ -230,20 +230,20 @@ def _move(gradients: Tensor, origin: Tensor, share: float) -> None:
         origin.copy_(gradients)
 
 
-def _weigh(exchange: Way, push: Push, rule: Rule, last: Needs, coefficients: Tensor, apply: Apply) -> None:
+def _weigh(communicator: Collectives, push: Push, rule: Rule, last: Needs, coefficients: Tensor, apply: Apply) -> None:
     """Every rank learns the coefficients, multiplies its own by theirs, and all are brought together; none, if all are 0."""
-    exchange.publish(coefficients)
+    communicator.broadcast(coefficients)
     if not coefficients.any():
         return
     whole = float(coefficients.sum()) if rule.then == "sum" else 1.0
-    for row, body in push.own(exchange.rank):
+    for row, body in push.own(communicator.rank):
         own, weight = float(coefficients[row]), float(push.rows[row, WEIGHT])
         if own == 0 or weight <= 0:
             body.zero_()  # not multiplied: 0 times NaN is NaN
         else:
             _multiply(body[: push.gradients.numel()], own / weight)
             _multiply(body[push.gradients.numel() :], own / (whole or 1.0) / weight)
-    exchange.combine(push.body, push.tail_at, last, apply)
+    communicator.reduce(push.body, push.tail_at, last, apply)
 
 
 def _multiply(part: Tensor, factor: float) -> None:

@@ -2,7 +2,7 @@
 
     table  collect, publish (Bcast)    who is hosted where and weighs what: every rank has it, in the order of the clients
     tail   combine (Reduce)            one row for each rank, as ever
-    body   `reduce/aggregate.py`, on `Lanes`    an exchange whose rows are the clients
+    body   `reduce/aggregate.py`, on `ClientRows`    a communicator whose rows are the clients
 
 A rank keeps its clients' contributions apart, each in a lane. Of a slice it sends all lanes in one message, as many as the rank
 that hosts most has, zero where it has fewer; the slice is so much shorter. So the server holds a bucket of each rank, as ever.
@@ -15,27 +15,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpips.comm import Apply, Exchange, pieces, share
+from mpips.comm import Apply, Communicator, broadcast_bytes, pieces
 from mpips.model.message import BAD, SAMPLES, WEIGHT, Contribution, Push
-from mpips.reduce.aggregate import Combined, Way, give, take
+from mpips.reduce.aggregate import AggregationResult, Collectives, give, take
 from mpips.rules import Needs, Rule
 
 
-def contribute(exchange: Exchange, push: Push, rule: Rule, last: Needs, bucket_mb: float) -> None:
+def contribute(communicator: Communicator, push: Push, rule: Rule, last: Needs, bucket_mb: float) -> None:
     """The half of a rank without the server.
 
     Args:
-        exchange: this rank's end.
+        communicator: this rank's end.
         push: this rank's row, and its clients' contributions in `push.clients`, which are changed and then given up.
         rule, last: what `choose` gives.
         bucket_mb: largest message, in MB; the same on every rank.
     """
-    _, way, seen = _begin(exchange, push, rule, bucket_mb)
+    _, way, seen = _begin(communicator, push, rule, bucket_mb)
     give(way, seen, rule, last)
     push.clients.clear()
 
 
-def combine(exchange: Exchange, push: Push, rule: Rule, last: Needs, first: int, bucket_mb: float) -> Combined:
+def combine(communicator: Communicator, push: Push, rule: Rule, last: Needs, first: int, bucket_mb: float) -> AggregationResult:
     """The server's half; the clients' combination is left in the body of its push message, the ranks' rows in the tail.
 
     The arguments are those of `contribute`, and `first`, the rank of the first worker.
@@ -43,35 +43,35 @@ def combine(exchange: Exchange, push: Push, rule: Rule, last: Needs, first: int,
     Returns:
         What came of it; the faulty are clients by number, those among them that were reported as not finite.
     """
-    lanes, way, seen = _begin(exchange, push, rule, bucket_mb)
+    lanes, way, seen = _begin(communicator, push, rule, bucket_mb)
     found = take(way, seen, rule, last, first if seen is push else 0)
     push.clients.clear()
     reported = (seen.rows[:, BAD] > 0).nonzero().flatten().tolist()
     numbers = dict(zip(lanes.ranks if seen is push else range(lanes.size), lanes.numbers, strict=True))
-    return Combined(sorted(numbers[row] for row in {*found.faulty, *reported} if row in numbers), found.refused)
+    return AggregationResult(sorted(numbers[row] for row in {*found.faulty, *reported} if row in numbers), found.refused)
 
 
-def _begin(exchange: Exchange, push: Push, rule: Rule, bucket_mb: float) -> tuple[Lanes, Way, Push]:
+def _begin(communicator: Communicator, push: Push, rule: Rule, bucket_mb: float) -> tuple[ClientRows, Collectives, Push]:
     """The table, and what to call `reduce/aggregate.py` with."""
-    counts = bool(push.rows[exchange.rank, WEIGHT])  # else none of this rank's does
+    counts = bool(push.rows[communicator.rank, WEIGHT])  # else none of this rank's does
     for client in push.clients:
         if client.weight > 0 and not (counts and rule.prepare(client.body[: push.gradients.numel()], client.weight)):
             client.body.zero_()
             client.weight = 0
-    push.rows[exchange.rank, WEIGHT] = sum(client.weight for client in push.clients)
-    lanes = Lanes(exchange, push.clients, round(bucket_mb * 1e6))
+    push.rows[communicator.rank, WEIGHT] = sum(client.weight for client in push.clients)
+    lanes = ClientRows(communicator, push.clients, round(bucket_mb * 1e6))
     if lanes.ranks == sorted(set(lanes.ranks)):
         lanes.add(push.body)
-        return lanes, exchange, push
-    exchange.combine(push.message[push.tail_at :], 0, "sum", lambda part, rows: None)
-    return lanes, lanes, ByClient(push, lanes)
+        return lanes, communicator, push
+    communicator.reduce(push.message[push.tail_at :], 0, "sum", lambda part, rows: None)
+    return lanes, lanes, ClientView(push, lanes)
 
 
-class Lanes:
-    """An exchange whose rows are the clients of a round; as much of one as `reduce/aggregate.py` needs.
+class ClientRows:
+    """A communicator whose rows are the clients of a round; as much of one as `reduce/aggregate.py` needs.
 
     Args:
-        exchange: this rank's end of the ranks' exchange.
+        communicator: this rank's end of the ranks' communicator.
         own: this rank's contributions.
         bucket: largest message, in bytes.
 
@@ -84,32 +84,32 @@ class Lanes:
         own: the bodies of this rank's, by lane.
     """
 
-    def __init__(self, exchange: Exchange, own: list[Contribution], bucket: int) -> None:
-        self._exchange, self._bucket = exchange, bucket
-        self.rank, self.own = exchange.rank, [client.body for client in own]
-        mine = [[c.client, exchange.rank, lane, c.samples, c.weight, c.bad] for lane, c in enumerate(own)]
-        blobs = exchange.collect(np.array(mine, dtype=np.float64).tobytes())
-        table = np.frombuffer(share(exchange, b"".join(blobs))).reshape(-1, 6)
+    def __init__(self, communicator: Communicator, own: list[Contribution], bucket: int) -> None:
+        self._communicator, self._bucket = communicator, bucket
+        self.rank, self.own = communicator.rank, [client.body for client in own]
+        mine = [[c.client, communicator.rank, lane, c.samples, c.weight, c.bad] for lane, c in enumerate(own)]
+        blobs = communicator.gather_bytes(np.array(mine, dtype=np.float64).tobytes())
+        table = np.frombuffer(broadcast_bytes(communicator, b"".join(blobs))).reshape(-1, 6)
         table = table[table[:, 0].argsort(kind="stable")]
         self.size, self.said = len(table), torch.from_numpy(table[:, 3:].copy())
         self.numbers, self.ranks, self.lanes = table[:, :3].astype(int).T.tolist()
 
-    def combine(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
-        """See `Exchange`; what is brought together are the clients' bodies, and `message[:tail]` is room for their sum."""
+    def reduce(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
+        """See `Communicator`; what is brought together are the clients' bodies, and `message[:tail]` is room for their sum."""
         if needs == "sum":
             self.add(message[:tail])
-            self._exchange.combine(message[:tail], tail, "sum", apply)
+            self._communicator.reduce(message[:tail], tail, "sum", apply)
             return
         width = 1 + max(self.lanes)
         for part in pieces(tail, width * message.element_size(), self._bucket):
             mine = message.new_zeros((width, part.stop - part.start))
             for lane, body in enumerate(self.own):
                 mine[lane] = body[part]
-            self._exchange.combine(mine.view(-1), mine.numel(), "rows", _InOrder(self, part, width, apply))
+            self._communicator.reduce(mine.view(-1), mine.numel(), "rows", _InOrder(self, part, width, apply))
 
-    def publish(self, message: Tensor) -> None:
-        """See `Exchange`."""
-        self._exchange.publish(message)
+    def broadcast(self, message: Tensor) -> None:
+        """See `Communicator`."""
+        self._communicator.broadcast(message)
 
     def add(self, body: Tensor) -> None:
         """The sum of this rank's own into `body`."""
@@ -124,7 +124,7 @@ class Lanes:
 class _InOrder:
     """Takes a slice of all lanes from all ranks, and hands it on when it is whole: a row for each client, in their order."""
 
-    def __init__(self, lanes: Lanes, part: slice, width: int, apply: Apply) -> None:
+    def __init__(self, lanes: ClientRows, part: slice, width: int, apply: Apply) -> None:
         self._lanes, self._part, self._width, self._apply = lanes, part, width, apply
         self._rows = torch.empty(0)
 
@@ -140,10 +140,10 @@ class _InOrder:
             self._apply(self._part, self._rows)
 
 
-class ByClient(Push):
-    """A push message as `reduce/aggregate.py` sees it on `Lanes`: the same memory, and a row for each client."""
+class ClientView(Push):
+    """A push message as `reduce/aggregate.py` sees it on `ClientRows`: the same memory, and a row for each client."""
 
-    def __init__(self, push: Push, lanes: Lanes) -> None:
+    def __init__(self, push: Push, lanes: ClientRows) -> None:
         self.columns, self.span, self.clients, self.ranks = push.columns, push.span, push.clients, push.ranks
         self.blank = push.blank
         self._lay_out(push.message, push.lengths)

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from mpips.comm import Exchange, share
+from mpips.comm import Communicator, broadcast_bytes
 from mpips.model.flat import Slot
 from mpips.model.layout import piece, pieces
 from mpips.optim import snapshot
 from mpips.optim.flat_optimizer import FlatOptimizer, kind
-from mpips.optim.server_optimizer import Adopt, FedAdagrad, FedAdam, FedYogi, SlowMo
+from mpips.optim.server_optimizer import FedAdagrad, FedAdam, FedYogi, SetWeights, SlowMo
 
 ELEMENTWISE = {
     *(optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad, optim.Adadelta),
-    *(optim.RMSprop, optim.Rprop, optim.ASGD, Adopt, FedAdam, FedYogi, FedAdagrad, SlowMo),
+    *(optim.RMSprop, optim.Rprop, optim.ASGD, SetWeights, FedAdam, FedYogi, FedAdagrad, SlowMo),
 }
 MASTER = "master"  # beside an optimizer's own state of a piece: its weights, where they are not the model's
 BY_TENSOR = {getattr(optim, name) for name in ("Adafactor", "Muon") if hasattr(optim, name)}
 
 
-class Cut(IntEnum):
+class Granularity(IntEnum):
     """Where an optimizer's parameters may be cut."""
 
     NOWHERE = 0  # it may look at all of them at once
@@ -37,14 +37,14 @@ class Cut(IntEnum):
     ELEMENTS = 2  # and each element
 
 
-def where(optimizer: Optimizer) -> Cut:
+def where(optimizer: Optimizer) -> Granularity:
     """What is known of this optimizer: of its class itself, as a class derived from it may do anything."""
     if kind(optimizer) in ELEMENTWISE:
-        return Cut.ELEMENTS
-    return Cut.TENSORS if kind(optimizer) in BY_TENSOR else Cut.NOWHERE
+        return Granularity.ELEMENTS
+    return Granularity.TENSORS if kind(optimizer) in BY_TENSOR else Granularity.NOWHERE
 
 
-class Pieces:
+class ShardedOptimizer:
     """A `FlatOptimizer`, taken to pieces.
 
     Args:
@@ -93,7 +93,7 @@ class Pieces:
 
     def _cut_by(self, slot: Slot, start: int, stop: int) -> Iterator[tuple[nn.Parameter, Tensor, slice]]:
         if (start, stop) == (slot.offset, slot.offset + slot.numel) and (
-            slot.numel <= self._piece or where(self.torch) < Cut.ELEMENTS
+            slot.numel <= self._piece or where(self.torch) < Granularity.ELEMENTS
         ):
             own = slot.shaped(self._weights(slice(start, stop)))
             yield nn.Parameter(own), slot.view(self._gradients), slice(0, slot.numel)
@@ -126,10 +126,10 @@ class Pieces:
             for p, gradient, _ in cut:
                 p.data.copy_(gradient)
 
-    def spread(self, exchange: Exchange, leads: bool) -> None:
+    def spread(self, communicator: Communicator, leads: bool) -> None:
         """Every rank takes its pieces of the state that the optimizer of the one that `leads` had as a whole."""
         kinds = {str(n): {k: _kind(v) for k, v in state.items()} for n, state in self._kept.items()}
-        told = snapshot.from_json(share(exchange, snapshot.to_json(kinds).encode()).decode())
+        told = snapshot.from_json(broadcast_bytes(communicator, snapshot.to_json(kinds).encode()).decode())
         for n, entries in told.items():
             for key, (dtype, shape, value) in entries.items():
                 if dtype is None:
@@ -138,7 +138,7 @@ class Pieces:
                 tensor = torch.empty(shape, dtype=getattr(torch, dtype))
                 if leads:
                     tensor.copy_(self._kept[int(n)][key])
-                exchange.publish(tensor.view(-1))
+                communicator.broadcast(tensor.view(-1))
                 self._put(int(n), key, tensor.to(self._gradients.device if value == "cuda" else value))
         self._kept.clear()
 

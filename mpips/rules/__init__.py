@@ -51,7 +51,7 @@ RULES: dict[str, Callable[..., Rule]] = {
 
 
 def choose(config: Config) -> tuple[Rule, Needs]:
-    """The configured rule, and what the exchange must bring in the end: rows, in deterministic mode, for any rule.
+    """The configured rule, and what the communicator must bring in the end: rows, in deterministic mode, for any rule.
 
     A rule's constructor is given those settings of the group `robust` that it has parameters of the same names for.
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-Needs = Literal["sum", "rows"]  # what an exchange can bring
+Needs = Literal["sum", "rows"]  # what a communicator can bring
 
 
 class RuleError(ValueError):

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mpips.checkpoint import CheckpointError
-from mpips.comm import SERVER, Exchange
+from mpips.comm import SERVER, Communicator
 from mpips.config import BAD_CONFIGURATION, ConfigError
 from mpips.model.message import CallError, NonFiniteError
 from mpips.optim.snapshot import SnapshotError
@@ -37,17 +37,17 @@ def happened() -> bool:
     return bool(_failures)
 
 
-def end_all_on_exception(exchange: Exchange) -> None:
+def end_all_on_exception(communicator: Communicator) -> None:
     """From now on an exception that nobody catches ends all ranks with status 1."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         _failures.append(error)
         status = BAD_CONFIGURATION if issubclass(kind, ConfigError) else FAILED
         try:
-            _tell(exchange, kind, error, trace, status)
+            _tell(communicator, kind, error, trace, status)
         finally:  # whatever keeps a rank from saying why it ends, it ends
-            if exchange.size > 1:
-                exchange.abort(status)
+            if communicator.size > 1:
+                communicator.abort(status)
             elif status != FAILED:
                 with suppress(Exception):
                     sys.stdout.flush()
@@ -58,7 +58,7 @@ def end_all_on_exception(exchange: Exchange) -> None:
 
 
 def _tell(
-    exchange: Exchange, kind: type[BaseException], error: BaseException, trace: TracebackType | None, status: int
+    communicator: Communicator, kind: type[BaseException], error: BaseException, trace: TracebackType | None, status: int
 ) -> None:
     """Say in the log, to the launcher and on the screen why this rank ends; where one of them cannot be written, the others."""
     text = "".join(traceback.format_exception(kind, error, trace))
@@ -66,17 +66,17 @@ def _tell(
         with suppress(Exception):
             LOG.error("failed\n%s", text)
     if issubclass(kind, ConfigError):
-        if exchange.rank != SERVER:
+        if communicator.rank != SERVER:
             time.sleep(PATIENCE)  # where all refuse alike rank 0 prints and ends all
-        text = f"mpips: {error}{f', on rank {exchange.rank}' if exchange.rank != SERVER else ''}\n"
+        text = f"mpips: {error}{f', on rank {communicator.rank}' if communicator.rank != SERVER else ''}\n"
     if issubclass(kind, SAYS_ALL):
         text = f"{kind.__name__}: {error}\n"
-    if issubclass(kind, TOGETHER) and exchange.rank != SERVER:
-        exchange.wait(patience=3)  # rank 0 prints and ends all
+    if issubclass(kind, TOGETHER) and communicator.rank != SERVER:
+        communicator.barrier(patience=3)  # rank 0 prints and ends all
     with suppress(Exception):
-        process.tell_launcher(exchange.rank, text, status)
-    if exchange.size > 1 and not issubclass(kind, ConfigError):
-        text = f"mpips: rank {exchange.rank} on {socket.gethostname()} failed:\n{text}"
+        process.tell_launcher(communicator.rank, text, status)
+    if communicator.size > 1 and not issubclass(kind, ConfigError):
+        text = f"mpips: rank {communicator.rank} on {socket.gethostname()} failed:\n{text}"
     stop_copying()  # it is in the log
     with suppress(Exception):
         sys.stderr.write(text.encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding))

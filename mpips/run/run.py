@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from mpips.algorithms.modes import choose_mode
-from mpips.comm import SERVER, Exchange, share
+from mpips.comm import SERVER, Communicator, broadcast_bytes
 from mpips.config import Config, ConfigError, no_folder
 from mpips.data import Place
 from mpips.data.loader import sharded
@@ -54,7 +54,7 @@ def connect(
     trainable: Trainable | None = None,
     validate: Callable[..., Any] | None = None,
     validation_data: Callable[[], Any] | None = None,
-    exchange: Exchange | None = None,
+    communicator: Communicator | None = None,
     **settings: Any,
 ) -> Run:
     """Join the other ranks and begin a run; every rank calls this with the same model, optimizer and settings.
@@ -74,7 +74,7 @@ def connect(
         validate: measures the model on the server at the end of each epoch of `ps.epochs`, and where a worker calls
             `ps.validate()` without a function: called as its `measure` is.
         validation_data: makes the data for `validate`, once, where it is measured.
-        exchange: one end of an exchange to use in place of MPI; for tests and simulations. A rank that only serves then
+        communicator: one to use in place of MPI; for tests and simulations. A rank that only serves then
             raises SystemExit when it has served.
         settings: any field of `mpips.Config`; nested ones as dicts: `checkpoint={"every": 100}`. Flags, `MPIPS_*` variables
             and a YAML file come before these.
@@ -88,25 +88,25 @@ def connect(
     if trainable is not None:
         choose_trainable(model, trainable)
     given = one_optimizer(optimizer, model, config)
-    if exchange is not None:
-        run = _begin(Start(exchange, config, model, given, validate, validation_data))
-        if callable(at_end := getattr(exchange, "at_end", None)):  # of a simulated rank
+    if communicator is not None:
+        run = _begin(Start(communicator, config, model, given, validate, validation_data))
+        if callable(at_end := getattr(communicator, "at_end", None)):  # of a simulated rank
             at_end(run.close)
         return run
     return _connect(config, model, given, validate, validation_data)
 
 
 class _Process:
-    """What this process has of mpips: one exchange for all its runs, and the run in progress.
+    """What this process has of mpips: one communicator for all its runs, and the run in progress.
 
     Attributes:
-        exchange: this rank's end, once it has joined.
+        communicator: this rank's end, once it has joined.
         run: the last run.
         count: runs begun.
         status: what the process is to end with; None if the script says.
     """
 
-    exchange: Exchange | None = None
+    communicator: Communicator | None = None
     run: Run | None = None
     count = 0
     status: int | None = None
@@ -120,27 +120,27 @@ def _connect(
     validation_data: Callable[[], Any] | None,
 ) -> Run:
     """The run of a script; a rank that only serves ends the process in here."""
-    exchange, again = _Process.exchange, _Process.count > 0
-    if exchange is None:
-        exchange = _Process.exchange = join(config)
-        atexit.register(_leave, exchange, os.getpid())
+    communicator, again = _Process.communicator, _Process.count > 0
+    if communicator is None:
+        communicator = _Process.communicator = join(config)
+        atexit.register(_leave, communicator, os.getpid())
     elif _Process.run:
         _Process.run.end_before_another()
     _Process.count += 1
     config = folder.of_run(config, _Process.count)
-    if exchange.rank == SERVER:
+    if communicator.rank == SERVER:
         folder.check_new(config)
-    serves = exchange.rank == SERVER and exchange.size > 1 and not config.server_trains
-    if again and exchange.size > 1:
-        _meet_again(exchange, blueprint.describe(config, model, optimizer))
+    serves = communicator.rank == SERVER and communicator.size > 1 and not config.server_trains
+    if again and communicator.size > 1:
+        _meet_again(communicator, blueprint.describe(config, model, optimizer))
     try:
-        start = Start(exchange, config, model, optimizer, validate, validation_data)
+        start = Start(communicator, config, model, optimizer, validate, validation_data)
         while serves:
             start = _serve(start)
     except BaseException:
         if not serves:
             raise
-        _end_process(exchange)
+        _end_process(communicator)
     run = _Process.run = _begin(start)
     process.on_preemption(run.preempt)
     if run.worker == 0 and not again and torch.initial_seed() != run.seed:
@@ -161,16 +161,16 @@ def _serve(start: Start) -> Start:
     server.serve()
     if server.control.stop == Stop.PREEMPTED:
         _preempted(server)
-    blob = _meet_again(start.exchange, b"")
+    blob = _meet_again(start.communicator, b"")
     if not blob:
         raise SystemExit(0)
     _Process.count += 1
     config, model, optimizer = blueprint.build(blob)
     folder.check_new(config)
-    return Start(start.exchange, config, model, optimizer, None, None)
+    return Start(start.communicator, config, model, optimizer, None, None)
 
 
-def _meet_again(exchange: Exchange, own: bytes) -> bytes:
+def _meet_again(communicator: Communicator, own: bytes) -> bytes:
     """Where a run has ended all ranks say whether the script begins another, or ends.
 
     Returns:
@@ -179,16 +179,16 @@ def _meet_again(exchange: Exchange, own: bytes) -> bytes:
     Raises:
         CallError: some begin another, some do not.
     """
-    blobs = exchange.collect(own)
-    said = [bool(blob) for blob in blobs[1 if exchange.size > 1 and not blobs[0] else 0 :]] if blobs else []
+    blobs = communicator.gather_bytes(own)
+    said = [bool(blob) for blob in blobs[1 if communicator.size > 1 and not blobs[0] else 0 :]] if blobs else []
     word = b"apart" if len(set(said)) > 1 else b""
-    if share(exchange, word):
+    if broadcast_bytes(communicator, word):
         raise CallError("the workers do not make the same calls: some connect again, some are at the end of their script")
     return next((blob for blob in blobs if blob), b"")
 
 
 def _begin(start: Start) -> Run:
-    """A worker's run; with an exchange of the caller's a rank that only serves does so, then raises SystemExit."""
+    """A worker's run; with a communicator of the caller's a rank that only serves does so, then raises SystemExit."""
     if start.worker is None:
         assert start.server
         start.server.serve()
@@ -198,7 +198,7 @@ def _begin(start: Start) -> Run:
     return Run(start)
 
 
-def _end_process(exchange: Exchange) -> NoReturn:
+def _end_process(communicator: Communicator) -> NoReturn:
     """End this rank, which has served or failed: the script's `atexit` handlers run, and no other line of it."""
     kind, error, trace = sys.exc_info()
     atexit.unregister(_leave)
@@ -208,22 +208,22 @@ def _end_process(exchange: Exchange) -> NoReturn:
         assert error
         sys.excepthook(kind, error, trace)
     elif status in (0, failure.PREEMPTED):
-        exchange.wait(patience=None)
-        failure.tell_left(exchange.rank)
+        communicator.barrier(patience=None)
+        failure.tell_left(communicator.rank)
     atexit._run_exitfuncs()
-    _exit(exchange, status)
+    _exit(communicator, status)
 
 
-def _exit(exchange: Exchange, status: int) -> NoReturn:
+def _exit(communicator: Communicator, status: int) -> NoReturn:
     """End the process now, with this status."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):  # on a full disk
             stream.flush()
-    exchange.finalize()
+    communicator.finalize()
     process.end(status)
 
 
-def _leave(exchange: Exchange, born: int) -> None:
+def _leave(communicator: Communicator, born: int) -> None:
     if os.getpid() != born:  # a child that the script has forked: the run is not its own
         return
     try:
@@ -232,11 +232,11 @@ def _leave(exchange: Exchange, born: int) -> None:
             run.close()
         if not failure.happened():
             if run and not run.preempted:
-                _meet_again(exchange, b"")
-            exchange.wait(patience=None)
-            failure.tell_left(exchange.rank)
+                _meet_again(communicator, b"")
+            communicator.barrier(patience=None)
+            failure.tell_left(communicator.rank)
         if run and run.preempted and _Process.status is None:  # the script has ended by itself in the same moment
-            _exit(exchange, failure.PREEMPTED)
+            _exit(communicator, failure.PREEMPTED)
     except Exception:  # at exit nobody else would end the other ranks
         sys.excepthook(*sys.exc_info())
 
@@ -252,7 +252,7 @@ class Start:
     """How a run begins on one rank: its halves, with the server's weights in the model.
 
     Attributes:
-        config, exchange, optimizer: as given.
+        config, communicator, optimizer: as given.
         folder: the run's folder, the same on all ranks.
         id: the run's id.
         resumed: what the server says of the run that is gone on with: the values validated; empty if the run is new.
@@ -263,31 +263,33 @@ class Start:
 
     def __init__(
         self,
-        exchange: Exchange,
+        communicator: Communicator,
         config: Config,
         model: nn.Module,
         optimizer: Optimizer,
         validate: Callable[..., Any] | None,
         validation_data: Callable[[], Any] | None,
     ) -> None:
-        self.exchange, self.config, self.optimizer, self.model = exchange, config, optimizer, model
+        self.communicator, self.config, self.optimizer, self.model = communicator, config, optimizer, model
         self.validation_data, self.measures = validation_data, validate is not None
         self._count = max(1, _Process.count)
-        index, self.workers = place_of(exchange, config)
+        index, self.workers = place_of(communicator, config)
         check_rule(config, self.workers)
         check_optimizer(optimizer, self.workers)
         self._requests = choose_mode(config).requests
         self.server: Server | ParameterServer | None = None
         self.worker: Worker | None = None
         self.folder, resume, self.id = self._agree_on_folder()
-        if exchange.rank != SERVER:
+        if communicator.rank != SERVER:
             with suppress(OSError):  # a folder that only the server's machine has
-                report.log_to(self.folder, exchange.rank, self.id)
-        if exchange.rank == SERVER:
+                report.log_to(self.folder, communicator.rank, self.id)
+        if communicator.rank == SERVER:
             self._serve(validate, resume)
         if index >= 0:
             self._train()
-        self.resumed: dict[str, Any] = json.loads(share(exchange, json.dumps(self._past()).encode())) if resume else {}
+        self.resumed: dict[str, Any] = (
+            json.loads(broadcast_bytes(communicator, json.dumps(self._past()).encode())) if resume else {}
+        )
         self.kept: dict[str, Any] = self._share_kept() if resume else {}
         self.streams = rng.capture() if resume else None
 
@@ -297,12 +299,12 @@ class Start:
 
     def _share_kept(self) -> dict[str, Any]:
         blob = RankState(-1, Place(), {}, own=self.server.kept).pack() if self.server else b""
-        return RankState.unpack(share(self.exchange, blob)).own
+        return RankState.unpack(broadcast_bytes(self.communicator, blob)).own
 
     def _agree_on_folder(self) -> tuple[Path, Path | None, str]:
         """The run folder, the checkpoint to go on from and the run's id: the server looks and takes it, all take its word."""
         said = b""
-        if self.exchange.rank == SERVER:
+        if self.communicator.rank == SERVER:
             where, start = folder.folders(self.config.run_dir, self.config.resume, self._count)
             run = report.run_id(where) if start and folder.holds_run(where) else report.new_id(self._count)
             try:
@@ -311,13 +313,13 @@ class Start:
             except OSError as error:
                 raise no_folder(str(where), error) from error
             said = json.dumps([str(where), start and str(start), run]).encode()
-        where, start, run = json.loads(share(self.exchange, said))
+        where, start, run = json.loads(broadcast_bytes(self.communicator, said))
         return Path(where), start and Path(start), run
 
     def _serve(self, validate: Callable[..., Any] | None, resume: Path | None) -> None:
         kind = ParameterServer if self._requests else Server
         server = self.server = kind(
-            self.exchange,
+            self.communicator,
             self.model,
             self.optimizer,
             config=self.config,
@@ -334,11 +336,11 @@ class Start:
         server.report.start(
             self.config.yaml(),
             environment(),
-            size=self.exchange.size,
+            size=self.communicator.size,
             workers=self.workers,
             server_trains=server.trains,
             script=report.script_name(),
-            mpi=self.exchange.name,
+            mpi=self.communicator.name,
             torch=str(torch.__version__),
             device=str(server.replica.flat.weights.device),
             parameters=sum(slot.numel for slot in server.replica.flat.slots),
@@ -347,7 +349,7 @@ class Start:
 
     def _train(self) -> None:
         kind = Client if self._requests and not self.server else Worker
-        self.worker = kind(self.exchange, self.model, self.config, self.server, self.optimizer, tells=True)
+        self.worker = kind(self.communicator, self.model, self.config, self.server, self.optimizer, tells=True)
         self.worker.receive_initial_weights()
 
 
@@ -401,7 +403,7 @@ class Run:
         assert start.worker
         self.config, self.folder, self._start = start.config, start.folder, start
         self.optimizers = start.optimizer.parts if isinstance(start.optimizer, Joint) else [start.optimizer]
-        self._exchange, self._server, self._worker = start.exchange, start.server, start.worker
+        self._communicator, self._server, self._worker = start.communicator, start.server, start.worker
         self.worker, self.workers = self._worker.index, start.workers
         self._several = len(self.optimizers) > 1
         self._keeping = Keeping(start.kept, self.optimizers, self.print)
@@ -633,7 +635,7 @@ class Run:
         if which in self._keeping.own_state:
             return None
         worker, server = self._worker, self._server
-        alone = server.optimizer if server and self._exchange.size == 1 else None
+        alone = server.optimizer if server and self._communicator.size == 1 else None
         return worker.inner or (alone if isinstance(alone, FlatOptimizer) else None)
 
     def check_loadable(self, which: int) -> None:
@@ -781,4 +783,4 @@ class Run:
             return
         said = {"ended": self._ended == self._control.round, "moved": self._worker.changed_in_place()}
         self._worker.call_for(Call.LEAVE, said)
-        self._worker.replica.flat.attach_weights(self._worker.replica.flat.room())
+        self._worker.replica.flat.attach_weights(self._worker.replica.flat.zeros())

@@ -1,4 +1,4 @@
-"""How a rank starts: its settings, its end of the exchange, its device."""
+"""How a rank starts: its settings, its communicator, its device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer, SparseAdam
 
 from mpips.algorithms.modes import choose_mode
-from mpips.comm import Exchange, mpi
+from mpips.comm import Communicator, mpi
 from mpips.comm import cuda_probe as proof
 from mpips.comm.simulated import World
 from mpips.config import BAD_CONFIGURATION, Config, ConfigError, Resolved, check_resume, check_run_dir, show, trace, whence
@@ -129,54 +129,54 @@ def check_optimizer(optimizer: Optimizer, workers: int) -> None:
         raise refused(ConfigError(f"optimizer: given SparseAdam with {workers} workers, allowed: {allowed}"))
 
 
-def join(config: Config) -> Exchange:
-    """Join the other ranks: this rank's end of the exchange, a world of one without MPI if there are no others.
+def join(config: Config) -> Communicator:
+    """Join the other ranks: this rank's communicator, a world of one without MPI if there are no others.
 
     From then on an exception that nobody catches ends all ranks.
 
     Raises:
         SystemExit: with status 2 and one line on the screen, if the launcher started several separate jobs of one rank.
     """
-    exchange: Exchange
+    communicator: Communicator
     if _joined(mpi.launched) == 1:
-        exchange = World(1, clock=time.perf_counter).ends[0]
+        communicator = World(1, clock=time.perf_counter).ends[0]
     else:
-        exchange = _joined(partial(_meet, config))
-        _settle(exchange, config)
-    failure.end_all_on_exception(exchange)
+        communicator = _joined(partial(_meet, config))
+        _settle(communicator, config)
+    failure.end_all_on_exception(communicator)
     if config.cuda_aware:
-        _prove(exchange)
-    return exchange
+        _prove(communicator)
+    return communicator
 
 
-def _meet(config: Config) -> Exchange:
+def _meet(config: Config) -> Communicator:
     """This rank's end of MPI."""
     return mpi.connect(round(config.bucket_mb * 1e6), config.cuda_aware, config.ranks_per_node)
 
 
-def _settle(exchange: Exchange, settings: Config | str) -> None:
+def _settle(communicator: Communicator, settings: Config | str) -> None:
     """The first that is said: go on if all ranks do and have the same settings, else end all with one line.
 
     Raises:
         SystemExit: with status 2.
     """
-    if line := settle(exchange, settings):
-        if exchange.rank == 0:
+    if line := settle(communicator, settings):
+        if communicator.rank == 0:
             print(f"mpips: {line}", file=sys.stderr, flush=True)
-        exchange.finalize()
-        if exchange.rank != 0:  # once another has ended mpiexec may drop what rank 0 has said
+        communicator.finalize()
+        if communicator.rank != 0:  # once another has ended mpiexec may drop what rank 0 has said
             time.sleep(failure.PATIENCE)
         raise SystemExit(BAD_CONFIGURATION)
 
 
-def _prove(exchange: Exchange) -> None:
+def _prove(communicator: Communicator) -> None:
     """Let each rank with a GPU see that MPI takes its memory; the first for which it does not says so, and all end."""
     why = proof.failure(torch.cuda.current_device()) if torch.cuda.is_available() else ""
-    failed = [rank for rank, word in enumerate(exchange.compare(bytes([bool(why)]) + bytes(31))) if word[0]]
+    failed = [rank for rank, word in enumerate(communicator.allgather_digests(bytes([bool(why)]) + bytes(31))) if word[0]]
     if failed:
-        if exchange.rank == failed[0]:
+        if communicator.rank == failed[0]:
             print(
-                f"mpips: cuda_aware: on rank {exchange.rank} {why}; expected an MPI that was built for CUDA. Without this "
+                f"mpips: cuda_aware: on rank {communicator.rank} {why}; expected an MPI that was built for CUDA. Without this "
                 f"setting GPU memory is staged through pinned host memory",
                 file=sys.stderr,
             )

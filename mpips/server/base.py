@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 import mpips
 from mpips import checkpoint
 from mpips.algorithms.modes import Mode, choose_mode, server_optimizer, summed
-from mpips.comm import Exchange, share
+from mpips.comm import Communicator, broadcast_bytes
 from mpips.config import Config
 from mpips.data import Place
 from mpips.model.message import BEGUN, COLUMNS, DIGEST, DRAWN, LOSS, Call, CallError, Control, Stop, replicate
@@ -29,7 +29,7 @@ from mpips.optim import hyperparameters as hyper
 from mpips.optim import snapshot
 from mpips.optim.flat_optimizer import FlatOptimizer, MakeOptimizer, made
 from mpips.process import rng
-from mpips.reduce.sharded_step import Slices, settle
+from mpips.reduce.sharded_step import ShardedStep, settle
 from mpips.report.run_report import Report, number
 from mpips.rules import choose
 from mpips.server import contract
@@ -43,7 +43,7 @@ class Service:
     """The state of a server.
 
     Args:
-        exchange: rank 0's end.
+        communicator: rank 0's end.
         model: the model to serve; its parameters are rank 0's copy of the weights.
         optimizer: an optimizer of the model's parameters, or a function from a list of parameters to one. In modes with steps
             of the workers' own it is theirs.
@@ -72,7 +72,7 @@ class Service:
 
     def __init__(
         self,
-        exchange: Exchange,
+        communicator: Communicator,
         model: nn.Module,
         optimizer: Optimizer | MakeOptimizer,
         *,
@@ -83,13 +83,13 @@ class Service:
         validate: Callable[..., Any] | None = None,
         follows: bool = False,
     ) -> None:
-        self.exchange, self.model, self.config, self.folder = exchange, model, config or Config(), folder
+        self.communicator, self.model, self.config, self.folder = communicator, model, config or Config(), folder
         self.mode: Mode = choose_mode(self.config)
         self.rule, self.last = choose(self.config)
         self.report = report or Report(None, self.config.metrics)
-        self.trains = exchange.size == 1 or self.config.server_trains
+        self.trains = communicator.size == 1 or self.config.server_trains
         self.first = 0 if self.trains else 1  # rank of the first worker
-        self.workers = exchange.size - self.first
+        self.workers = communicator.size - self.first
         self.control = Control()
         self.patience: dict[str, Patience] = {}  # by the name of what is validated, the first one first
         self.values: dict[str, float] = {}  # the last of each
@@ -107,20 +107,20 @@ class Service:
         self.states = b""
         self.kept: dict[str, Any] = {}
         self.told_state: dict[str, Any] = {}
-        self.slices: Slices | None = None
-        self.optimizer: FlatOptimizer | Slices
+        self.slices: ShardedStep | None = None
+        self.optimizer: FlatOptimizer | ShardedStep
         self._columns = COLUMNS + self.config.metrics
         self._averaged = [LOSS, *range(len(COLUMNS), len(self._columns))]  # over samples: loss and metrics
-        self._last = exchange.clock()
+        self._last = communicator.clock()
 
     def create_model(self) -> None:
         """Lay the model out flat and make the master weights, the optimizers and the scheduler."""
         given = made(self._given, self.model)
-        rows = 1 if self.mode.requests else self.exchange.size
+        rows = 1 if self.mode.requests else self.communicator.size
         self._numbers = hyper.read(given)  # with which the run began
         numbers = len(self._numbers) if self._follows else 0
         self._terms = hyper.terms(given) if self._follows else []
-        self.replica = replicate(self.model, self.config, rows, self.exchange.allocate, self.mode.vectors, numbers)
+        self.replica = replicate(self.model, self.config, rows, self.communicator.allocate, self.mode.vectors, numbers)
         self.inner = FlatOptimizer(self.replica, given, own=True) if self.mode.local else None
         self.optimizer = server_optimizer(self.mode, self.config, self.workers, self.replica, given)
         self.control.lr = self.lr
@@ -148,24 +148,24 @@ class Service:
         if not hasattr(self, "replica"):
             self.create_model()
         self.replica.pull.control = self.control
-        self.digest = contract.begin(self.exchange, self.replica, self.config, self._terms)
-        share(self.exchange, self.states)
-        optimizer = None if isinstance(self.optimizer, Slices) else self.optimizer
+        self.digest = contract.begin(self.communicator, self.replica, self.config, self._terms)
+        broadcast_bytes(self.communicator, self.states)
+        optimizer = None if isinstance(self.optimizer, ShardedStep) else self.optimizer
         update = summed(self.mode, self.config)
-        self.slices = settle(self.exchange, self.replica, self.config, self.rule, optimizer, update, self.trains)
+        self.slices = settle(self.communicator, self.replica, self.config, self.rule, optimizer, update, self.trains)
         if self.slices:
             self.optimizer = self.slices
         if self.inner:
             self.inner.rebind()
         if not self.trains:
-            told_streams(self.exchange, rng.capture())
-        if self.exchange.size > 1 and not self.mode.requests:
+            told_streams(self.communicator, rng.capture())
+        if self.communicator.size > 1 and not self.mode.requests:
             self._say_plan()
-        self._last = self.exchange.clock()
+        self._last = self.communicator.clock()
 
     def _say_plan(self) -> None:
         plan, how = (self.slices.plan, self.slices.how) if self.slices else ("root", "messages")
-        self.report.event("plan", plan=plan, exchange=how)
+        self.report.event("plan", plan=plan, communicator=how)
         self.report.line(f"plan: {plan}, by {how}", always=True)
         if self.config.wire != "full" and self.config.wire not in how:
             self.report.event(
@@ -288,10 +288,10 @@ class Service:
         if self.stop_asked and not self.control.stop:
             self.end(Stop.REQUESTED, [0])
         if self.slices:
-            self.slices.publish(self.control)
+            self.slices.broadcast(self.control)
             return
         self.replica.pull.control = self.control
-        self.exchange.publish(self.replica.pull.control_message)
+        self.communicator.broadcast(self.replica.pull.control_message)
 
     def agree_on_call(self, rows: Mapping[int, Mapping[str, float]]) -> Call:
         """What all workers wait in, by rank, those apart that are at the end of their script; a fault if it differs."""
@@ -325,7 +325,7 @@ class Service:
         calls = {rank: Call(int(row["call"])) for rank, row in rows.items()}
         free = (Call.NONE, Call.LOOP, Call.LEAVE, Call.STATE)
         waiting: dict[int, Call] = {rank: call for rank, call in calls.items() if call not in free}
-        now = self.exchange.clock()
+        now = self.communicator.clock()
         if waiting != self._waiting[0]:
             self._waiting = waiting, now
         elif waiting and now - self._waiting[1] > WAITING:
@@ -350,7 +350,7 @@ class Service:
         Raises:
             CallError: always.
         """
-        raise CallError(share(self.exchange, self.fault.encode()).decode())
+        raise CallError(broadcast_bytes(self.communicator, self.fault.encode()).decode())
 
     def take_part(self) -> bool:
         """Do what all workers have called for; whether they have all left."""
@@ -367,7 +367,9 @@ class Service:
 
     def converse(self, given: bytes) -> dict[str, Any]:
         """Hear what every rank has to say to the call, and tell all what comes of it; `given` is what this rank says."""
-        reply: dict[str, Any] = json.loads(share(self.exchange, self.answer(self.exchange.collect(given))))
+        reply: dict[str, Any] = json.loads(
+            broadcast_bytes(self.communicator, self.answer(self.communicator.gather_bytes(given)))
+        )
         return reply
 
     def act(self, reply: Mapping[str, Any]) -> None:
@@ -376,7 +378,7 @@ class Service:
             self.save_model()
         if reply["finish"]:
             self.write_results(self.report.values)
-            share(self.exchange, b"")  # no worker goes on before DONE is there
+            broadcast_bytes(self.communicator, b"")  # no worker goes on before DONE is there
 
     def tell_state(self, slices: dict[str, Any]) -> dict[str, Any]:
         """Put the optimizer's state together, and tell it to all ranks, one of which has asked.
@@ -387,9 +389,9 @@ class Service:
         Returns:
             As `FlatOptimizer.state_dict`.
         """
-        blobs = self.exchange.collect(RankState(-1, Place(), {}, slices=slices).pack())
+        blobs = self.communicator.gather_bytes(RankState(-1, Place(), {}, slices=slices).pack())
         tree = self._optimizer_tree([RankState.unpack(blob) for blob in blobs])
-        share(self.exchange, RankState(-1, Place(), {}, own=tree).pack())
+        broadcast_bytes(self.communicator, RankState(-1, Place(), {}, own=tree).pack())
         return tree
 
     def answer(self, blobs: Sequence[bytes]) -> bytes:
@@ -481,9 +483,9 @@ class Service:
             self.end(verdict, [0])
         return verdict != Stop.NO
 
-    def get_queue(self) -> Exchange:
-        """Where the server receives: its end of the exchange."""
-        return self.exchange
+    def get_queue(self) -> Communicator:
+        """Where the server receives: its communicator."""
+        return self.communicator
 
     def get_server_iterations(self) -> int:
         """Rounds done so far."""
@@ -497,7 +499,7 @@ class Service:
         """
         begun = time.perf_counter()
         own = self.worker_state() if self.worker_state else RankState(-1, self.place, rng.capture())
-        blobs = self.exchange.collect(own.pack())
+        blobs = self.communicator.gather_bytes(own.pack())
         if self.folder is None:
             return None
         states = [RankState.unpack(blob) for blob in blobs]
@@ -522,7 +524,7 @@ class Service:
             "config": json.dumps(self.config.settings()),
             "contract": self.digest,
             "versions": {"mpips": mpips.__version__, "torch": str(torch.__version__)},
-            "world": {"size": self.exchange.size, "workers": self.workers},
+            "world": {"size": self.communicator.size, "workers": self.workers},
             **snapshot.take_model(self.replica, next((state.frozen for state in states if state.index == 0), {})),
             **self._optimizer_tree(states),
             "inner": self.inner.state_dict() | {"masters": {}} if self.inner else {},
@@ -652,7 +654,7 @@ class Service:
         Returns:
             Calls made and bytes handed over, summed over the ranks; `performances` has them by rank.
         """
-        blobs = self.exchange.collect(json.dumps(self.exchange.traffic).encode())
+        blobs = self.communicator.gather_bytes(json.dumps(self.communicator.traffic).encode())
         self.performances = {rank: json.loads(blob) for rank, blob in enumerate(blobs)}
         totals = [
             sum(n for traffic in self.performances.values() for call, n in traffic.items() if call.endswith(kind))
@@ -667,7 +669,7 @@ class Service:
         self.report.done(
             {
                 "seconds": round(time.time() - self.report.begun, 3),
-                "ranks": self.exchange.size,
+                "ranks": self.communicator.size,
                 "rounds": self.get_server_iterations(),
                 "versions": int(self.control.version),
                 "name": self.report.name,

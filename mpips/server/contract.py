@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import mpips
-from mpips.comm import SERVER, Exchange, share
+from mpips.comm import SERVER, Communicator, broadcast_bytes
 from mpips.config import Config, cut
 from mpips.model.message import Replica
 
@@ -53,11 +53,11 @@ def shared_settings(config: Config) -> dict[str, str]:
     return {key: repr(value) for key, value in config.settings().items() if key not in LOCAL}
 
 
-def settle(exchange: Exchange, settings: Config | str) -> str:
-    """Compare the settings with all other ranks', before anything else is said on this exchange.
+def settle(communicator: Communicator, settings: Config | str) -> str:
+    """Compare the settings with all other ranks', before anything else is said on this communicator.
 
     Args:
-        exchange: this rank's end.
+        communicator: this rank's end.
         settings: this rank's, or the line in which it refuses them.
 
     Returns:
@@ -65,10 +65,10 @@ def settle(exchange: Exchange, settings: Config | str) -> str:
     """
     given = settings if isinstance(settings, str) else shared_settings(settings)
     text = json.dumps(given).encode()
-    if len(set(exchange.compare(hashlib.sha256(text).digest()))) == 1:
+    if len(set(communicator.allgather_digests(hashlib.sha256(text).digest()))) == 1:
         return given if isinstance(given, str) else ""
-    everyone = [json.loads(blob) for blob in exchange.collect(text)]
-    return share(exchange, _refusal(everyone).encode() if exchange.rank == SERVER else b"").decode()
+    everyone = [json.loads(blob) for blob in communicator.gather_bytes(text)]
+    return broadcast_bytes(communicator, _refusal(everyone).encode() if communicator.rank == SERVER else b"").decode()
 
 
 def _refusal(given: list[str | dict[str, str]]) -> str:
@@ -90,7 +90,7 @@ def _ranks(ranks: list[int]) -> str:
     return f"on {'ranks' if len(ranks) > 1 else 'rank'} {', '.join(map(str, ranks[:MOST_RANKS]))}{more}"
 
 
-def begin(exchange: Exchange, replica: Replica, config: Config, optimizer: Sequence[str] = ()) -> str:
+def begin(communicator: Communicator, replica: Replica, config: Config, optimizer: Sequence[str] = ()) -> str:
     """Agree, then let every rank have the server's weights, trained and frozen, and buffers.
 
     Returns:
@@ -99,15 +99,15 @@ def begin(exchange: Exchange, replica: Replica, config: Config, optimizer: Seque
     Raises:
         ContractError: on every rank, before anything has moved.
     """
-    digest = agree(exchange, write(config, replica, optimizer))
+    digest = agree(communicator, write(config, replica, optimizer))
     for tensor in replica.everything:
         whole = tensor.detach().contiguous()
-        exchange.publish(whole.view(-1))
+        communicator.broadcast(whole.view(-1))
         tensor.detach().copy_(whole)
     return digest
 
 
-def agree(exchange: Exchange, lines: list[str]) -> str:
+def agree(communicator: Communicator, lines: list[str]) -> str:
     """Compare the contract with all other ranks'.
 
     Returns:
@@ -118,10 +118,10 @@ def agree(exchange: Exchange, lines: list[str]) -> str:
     """
     text = "\n".join(lines)
     digest = hashlib.sha256(text.encode())
-    if len(set(exchange.compare(digest.digest()))) > 1:
-        texts = exchange.collect(text.encode())
-        verdict = _difference([t.decode().split("\n") for t in texts]) if exchange.rank == SERVER else ""
-        raise ContractError(share(exchange, verdict.encode()).decode())
+    if len(set(communicator.allgather_digests(digest.digest()))) > 1:
+        texts = communicator.gather_bytes(text.encode())
+        verdict = _difference([t.decode().split("\n") for t in texts]) if communicator.rank == SERVER else ""
+        raise ContractError(broadcast_bytes(communicator, verdict.encode()).decode())
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mpips.checkpoint import Saved
-from mpips.comm import Exchange, share
+from mpips.comm import Communicator, broadcast_bytes
 from mpips.data import Place
 from mpips.process import rng
 
@@ -204,6 +204,6 @@ def _clients(states: list[RankState], index: int, workers: int) -> dict[str, Any
     return {"clients": {k: state for k, state in saved.items() if int(k) % workers == index}} if saved else {}
 
 
-def told_streams(exchange: Exchange, own: rng.State) -> rng.State:
+def told_streams(communicator: Communicator, own: rng.State) -> rng.State:
     """The server's random streams, at every rank."""
-    return RankState.unpack(share(exchange, RankState(-1, Place(), own).pack())).streams
+    return RankState.unpack(broadcast_bytes(communicator, RankState(-1, Place(), own).pack())).streams

@@ -2,7 +2,7 @@
 
     collect_updates  combine, rule            the contributions become one
     update_weights   clip, the server's step  the weights become the next version
-    send_updates     exchange.publish         every rank has them
+    send_updates     communicator.broadcast         every rank has them
 
 Rank 0 is the server. It may train as well; then its own contribution is already in the push message.
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from mpips.algorithms.modes import judges_clients
-from mpips.comm import ExchangeError
+from mpips.comm import CommunicatorError
 from mpips.model.message import (
     ADOPT,
     BAD,
@@ -39,7 +39,7 @@ from mpips.model.message import (
 )
 from mpips.optim.joint import Joint
 from mpips.reduce import client_rows as lanes
-from mpips.reduce.aggregate import Combined, combine, left_out
+from mpips.reduce.aggregate import AggregationResult, combine, left_out
 from mpips.report.run_report import rank_states
 from mpips.server.base import Service
 
@@ -143,7 +143,7 @@ class Server(Service):
         """Take every worker's contribution of this round; their combination is left in the push message.
 
         Raises:
-            ExchangeError: a rank is in another round.
+            CommunicatorError: a rank is in another round.
         """
         push = self.replica.push
         if not self.trains:
@@ -151,17 +151,17 @@ class Server(Service):
         self._at = self.control.round
         push = self.replica.push_for(self._at)
         if self.slices:
-            self.slices.combine()
-            self.combined = Combined(sorted(left_out(push.heard.rows, self.rule)))
+            self.slices.reduce()
+            self.combined = AggregationResult(sorted(left_out(push.heard.rows, self.rule)))
         elif judges_clients(self.mode, self.config):
-            self.combined = lanes.combine(self.exchange, push, self.rule, self.last, self.first, self.config.bucket_mb)
+            self.combined = lanes.combine(self.communicator, push, self.rule, self.last, self.first, self.config.bucket_mb)
         else:
-            self.combined = combine(self.exchange, push, self.rule, self.last, self.first)
+            self.combined = combine(self.communicator, push, self.rule, self.last, self.first)
         push.spill()
         rows, expected = push.heard.table()[self.first :], self.control.round % ROUNDS
         for rank, row in enumerate(rows, self.first):
             if row[ROUND] != expected:
-                raise ExchangeError(f"rank {rank} is in round {row[ROUND]:.0f}, the server in {self.control.round:.0f}")
+                raise CommunicatorError(f"rank {rank} is in round {row[ROUND]:.0f}, the server in {self.control.round:.0f}")
         stepping = [k for k, row in enumerate(rows) if row[WEIGHT] > 0]
         self.follow(rows, push.heard.told()[self.first :], stepping)
         return Updates(rows, self._columns, self.first)
@@ -217,15 +217,15 @@ class Server(Service):
         """Whose combined gradient is not finite, rank -> slot: of a rank that has not said so, or the server's, if of none."""
         if not self.slices:
             overflow = self.replica.flat.first_nonfinite(self.replica.push.gradients)
-            return {} if overflow is None else {self.exchange.rank: overflow}
-        return self.slices.guilty()
+            return {} if overflow is None else {self.communicator.rank: overflow}
+        return self.slices.nonfinite_ranks()
 
     def average(self) -> None:
         """See `Service`."""
         push = self.replica.push
         push.message.zero_()
-        combine(self.exchange, push, self.rule, self.last, self.first)
-        self.exchange.publish(push.message)
+        combine(self.communicator, push, self.rule, self.last, self.first)
+        self.communicator.broadcast(push.message)
 
     def note(self, updates: Updates) -> None:
         """What this round means for the next: the control, and the report."""
@@ -252,7 +252,7 @@ class Server(Service):
         control.fault = bool(self.fault)
         if not counts:
             return
-        now = self.exchange.clock()
+        now = self.communicator.clock()
         speed, self._last = samples / max(now - self._last, 1e-9), now
         row = (control.round, self.place.epoch, control.version, samples, means[0], control.lr, *means[1:])
         self.report.round(row, speed, lambda: rank_states(updates.results, self.trains))
@@ -275,10 +275,10 @@ class Server(Service):
         With `local.fragments` the round's fragment alone is sent.
         """
         if self.slices:
-            self.slices.publish(self.control, weights)
+            self.slices.broadcast(self.control, weights)
             return
         if weights is not None:
             self.replica.pull.weights.copy_(weights)
         self.replica.pull.control = self.control
         for part in self.replica.pull_for(self._at):
-            self.exchange.publish(part)
+            self.communicator.broadcast(part)

@@ -1,6 +1,6 @@
 """A worker of the server that answers requests: it pulls when it likes and pushes when it is ready.
 
-    push  update.write, exchange.ask    on its way at once; with `overlap` the next update is computed meanwhile
+    push  update.write, communicator.request    on its way at once; with `overlap` the next update is computed meanwhile
     pull  the answer                    what is new, or that nothing is; also the acknowledgement of the push
 
 Everything else is `Worker`.
@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mpips.algorithms.easgd import Elastic
-from mpips.comm import share
+from mpips.algorithms.easgd import EASGD
+from mpips.comm import broadcast_bytes
 from mpips.data import Place
-from mpips.model.message import CONTROL_BYTES, ROUNDS, SIGNAL, STOP, TICKETS, Call, CallError, Control, Row
+from mpips.model.message import CONTROL_BYTES, ROUNDS, SIGNAL, STOP, TICKETS, Call, CallError, Control, WorkerStatus
 from mpips.server.parameter_server.request import BATCH, BUSY, BYE, WEIGHTS
 from mpips.server.rank_state import RankState
 from mpips.worker.round_worker import Worker
@@ -37,7 +37,7 @@ class Client(Worker):
         super().__init__(*given, **named)
         self.version = 0
         push, pull = self.replica.push, self.replica.pull
-        self._elastic = self.update if isinstance(self.update, Elastic) else None
+        self._elastic = self.update if isinstance(self.update, EASGD) else None
         self._pull = self._elastic.centre if self._elastic else pull  # where answers land
         self._request = push.message[push.tail_at :].clone()  # of a pull: the push message is never touched by one
         self._outgoing = self._incoming = push.message[:0]
@@ -166,12 +166,12 @@ class Client(Worker):
         if self.update.pending and not self.control.stop:
             self._push()
             return self.pull()
-        self._begun, self._told = self.exchange.clock(), self.done
+        self._begun, self._told = self.communicator.clock(), self.done
         self.ask()
-        self._left = self.exchange.clock()
+        self._left = self.communicator.clock()
         return self.control
 
-    def _row(self, samples: float = 0, loss: float = 0) -> Row:
+    def _row(self, samples: float = 0, loss: float = 0) -> WorkerStatus:
         row = super()._row(samples, loss)
         row.round, row.tickets, row.want = self.version % ROUNDS, self.used, WEIGHTS * self.update.wants_weights
         if self._draws and not self.done and len(self._granted) < 1 + self.config.overlap:
@@ -192,7 +192,7 @@ class Client(Worker):
         row.want = (int(row.want) & BATCH) + BUSY * busy + WEIGHTS * weights
         values = [*vars(row).values(), *[0.0] * len(self.config.metrics)]
         self._request[len(self._request) - len(values) :].copy_(self._request.new_tensor(values))
-        self._waiting = self.exchange.ask(self._request, self._landing, CONTROL_BYTES)
+        self._waiting = self.communicator.request(self._request, self._landing, CONTROL_BYTES)
 
     def _push(self) -> None:
         if self._waiting and not self._beside:
@@ -200,7 +200,7 @@ class Client(Worker):
         super()._push()
 
     def _send(self) -> None:
-        self._begun, self._told = self.exchange.clock(), self.done
+        self._begun, self._told = self.communicator.clock(), self.done
         if self._waiting:
             self._composed = True
             self._before_push(self._hear)
@@ -213,7 +213,7 @@ class Client(Worker):
         if self._beside:
             message = self._outgoing.copy_(message)
         self._sent, self._reported, self._pushed = replace(self.place), 0, True
-        self._waiting = self.exchange.ask(message, self._landing, CONTROL_BYTES, self._beside)
+        self._waiting = self.communicator.request(message, self._landing, CONTROL_BYTES, self._beside)
 
     @property
     def _landing(self) -> Tensor:
@@ -222,7 +222,7 @@ class Client(Worker):
     def _receive(self, contributed: bool) -> None:
         if self._waiting and (not self.config.overlap or self.done):
             self._hear(later=not (self.config.overlap or self.call))  # in a step, of which the script has not done all
-        self._left = self.exchange.clock()
+        self._left = self.communicator.clock()
 
     def _hear(self, later: bool = False) -> None:
         """Take the answer. A checkpoint is written if it says so; then this worker asks again, for it may not go on yet.
@@ -238,7 +238,7 @@ class Client(Worker):
             elif self.control.checkpoint:
                 self.save()
             if self.control.fault:
-                raise CallError(share(self.exchange, b"").decode())
+                raise CallError(broadcast_bytes(self.communicator, b"").decode())
             self.replica.check_finite(self.control)
             if self.control.again and not self._owes:
                 self._post_request(not self._elastic, busy=False)

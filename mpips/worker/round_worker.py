@@ -1,7 +1,7 @@
 """A training rank's half of a round: push its contribution, pull the new weights.
 
-    push  update.write: the body and this rank's row   exchange.combine
-    pull  exchange.publish: control, weights, buffers  read
+    push  update.write: the body and this rank's row   communicator.reduce
+    pull  communicator.broadcast: control, weights, buffers  read
 
 The weights land where the model's parameters are; there is nothing to copy.
 """
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mpips.algorithms.modes import choose_mode, judges_clients, make_update, server_optimizer, summed
-from mpips.comm import Exchange, share
+from mpips.comm import Communicator, broadcast_bytes
 from mpips.config import Config, ConfigError
 from mpips.data import Common, Place
-from mpips.model.message import LOSS, ROUNDS, SAMPLES, WEIGHT, Call, CallError, Control, Replica, Row, Stop, replicate
+from mpips.model.message import LOSS, ROUNDS, SAMPLES, WEIGHT, Call, CallError, Control, Replica, Stop, WorkerStatus, replicate
 from mpips.optim import hyperparameters as hyper
 from mpips.optim.flat_optimizer import FlatOptimizer, MakeOptimizer, made
 from mpips.process import rng
 from mpips.reduce import client_rows as lanes
 from mpips.reduce.aggregate import combine, contribute
-from mpips.reduce.sharded_step import Slices, settle
+from mpips.reduce.sharded_step import ShardedStep, settle
 from mpips.rules import choose
 from mpips.server import contract
 from mpips.server.rank_state import RankState, for_worker, told_streams, unpack_all
@@ -55,7 +55,7 @@ class Serving(Protocol):
     replica: Replica
     inner: FlatOptimizer | None
     optimizer: Any
-    slices: Slices | None
+    slices: ShardedStep | None
     states: bytes
     place: Place
     worker_state: Callable[[], RankState] | None
@@ -74,17 +74,17 @@ class Serving(Protocol):
         """Do what the reply to all ranks says."""
 
 
-def place_of(exchange: Exchange, config: Config) -> tuple[int, int]:
+def place_of(communicator: Communicator, config: Config) -> tuple[int, int]:
     """This rank's worker number, -1 if it only serves, and the number of workers."""
-    dedicated = exchange.size > 1 and not config.server_trains
-    return exchange.rank - dedicated, exchange.size - dedicated
+    dedicated = communicator.size > 1 and not config.server_trains
+    return communicator.rank - dedicated, communicator.size - dedicated
 
 
 class Worker:
     """One worker.
 
     Args:
-        exchange: this rank's end.
+        communicator: this rank's end.
         model: the model to train.
         config: the settings.
         server: the server on the same rank, if any, which has begun; it then does the rounds.
@@ -114,29 +114,29 @@ class Worker:
 
     def __init__(
         self,
-        exchange: Exchange,
+        communicator: Communicator,
         model: nn.Module,
         config: Config | None = None,
         server: Serving | None = None,
         optimizer: Optimizer | MakeOptimizer | None = None,
         tells: bool = False,
     ) -> None:
-        self.exchange, self.config = exchange, config or Config()
-        self.index, self.workers = place_of(exchange, self.config)
+        self.communicator, self.config = communicator, config or Config()
+        self.index, self.workers = place_of(communicator, self.config)
         self.mode = mode = choose_mode(self.config)
-        rows = 1 if mode.requests else exchange.size
+        rows = 1 if mode.requests else communicator.size
         given = None if optimizer is None else made(optimizer, model)
         self.told = hyper.Told(given) if given and tells else None
         numbers = len(self.told.numbers) if self.told else 0
         self._terms = hyper.terms(given) if given and tells else []
         self.replica = (
-            server.replica if server else replicate(model, self.config, rows, exchange.allocate, mode.vectors, numbers)
+            server.replica if server else replicate(model, self.config, rows, communicator.allocate, mode.vectors, numbers)
         )
         if self.told:
-            self.replica.push.write_hyper(exchange.rank, self.told.limbs)
+            self.replica.push.write_hyper(communicator.rank, self.told.limbs)
         self._rule, self._last = choose(self.config)
         self._server = server
-        self.slices: Slices | None = None  # where there is a server here, it has them
+        self.slices: ShardedStep | None = None  # where there is a server here, it has them
         self.inner = server.inner if server else None
         if mode.local and not server:
             if given is None:
@@ -145,7 +145,7 @@ class Worker:
         self._optimizer: FlatOptimizer | None = None  # of slices of the server's weights, perhaps
         if given is not None and not server and not mode.requests:
             self._optimizer = server_optimizer(mode, self.config, self.workers, self.replica, given, masters=False)
-        self.update = make_update(mode, self.config, self.replica, exchange.rank, self.index, self.workers, self.inner)
+        self.update = make_update(mode, self.config, self.replica, communicator.rank, self.index, self.workers, self.inner)
         self.update.here = server is not None
         self.tally = Tally()
         self.place = Place()
@@ -165,21 +165,21 @@ class Worker:
         self._streams: rng.State | None = None
         if self.config.overlap and mode.gradients:
             model.register_forward_pre_hook(lambda *_: self.settle())  # no function that deepcopy would follow
-        self._begun = self._left = exchange.clock()
+        self._begun = self._left = communicator.clock()
 
     def receive_initial_weights(self) -> None:
         """Agree with all ranks, take the server's weights and, if the run is resumed, this worker's own state."""
         if self._server:
             states = self._server.states
         else:
-            contract.begin(self.exchange, self.replica, self.config, self._terms)
-            states = share(self.exchange, b"")
+            contract.begin(self.communicator, self.replica, self.config, self._terms)
+            states = broadcast_bytes(self.communicator, b"")
             update = summed(self.mode, self.config)
-            self.slices = settle(self.exchange, self.replica, self.config, self._rule, self._optimizer, update, trains=True)
+            self.slices = settle(self.communicator, self.replica, self.config, self._rule, self._optimizer, update, trains=True)
             self._optimizer = None  # what steps here, if anything, is in the slices
             if self.inner:
                 self.inner.rebind()
-        self.common = _common(self.exchange, self.workers)
+        self.common = _common(self.communicator, self.workers)
         rng.diverge(self.index)
         mine = for_worker(unpack_all(states), self.index, self.workers) if states else None
         if mine is not None:
@@ -250,7 +250,7 @@ class Worker:
             self._write()
             self.replica.flat.clear()  # of what is on its way nothing is left to the script
             self._streams = rng.capture()  # what it draws from now on belongs to the next round
-            self._rest = self.exchange.beside(self._send_and_receive)
+            self._rest = self.communicator.run_async(self._send_and_receive)
             return self.control
         self._push()
         self.pull()
@@ -271,7 +271,7 @@ class Worker:
             raise RuntimeError(
                 "the optimizer has other param_groups than it had at connect; add and remove groups before connect"
             )
-        self.replica.push.write_hyper(self.exchange.rank, told.limbs)
+        self.replica.push.write_hyper(self.communicator.rank, told.limbs)
         if self.inner:
             hyper.write(self.inner.torch, told.numbers)
 
@@ -285,7 +285,13 @@ class Worker:
         changed = flat.changed_weights()
         if not changed:
             return
-        own = self.inner if self.update.apart else self._server.optimizer if self._server and self.exchange.size == 1 else None
+        own = (
+            self.inner
+            if self.update.apart
+            else self._server.optimizer
+            if self._server and self.communicator.size == 1
+            else None
+        )
         if own is None:
             changed = [number for number in changed if number not in flat.renormalised]  # whatever that led to: ours is pulled
             if not changed:
@@ -311,7 +317,7 @@ class Worker:
     @property
     def _elsewhere(self) -> bool:
         """Whether the weights are stepped elsewhere, or are those of others, too."""
-        return self.exchange.size > 1 and not self.update.apart
+        return self.communicator.size > 1 and not self.update.apart
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -330,7 +336,7 @@ class Worker:
             flat.note_weights(moved=False)
 
     @property
-    def _overlapping(self) -> Slices | None:
+    def _overlapping(self) -> ShardedStep | None:
         """The slices that travel while the script goes on, if any do."""
         if not self.config.overlap:
             return None
@@ -413,11 +419,11 @@ class Worker:
     def _keeps_gradients(self) -> bool:
         """Whether the gradients of a step are still what backward left: in no memory that was multiplied or added to."""
         push = self.replica.push
-        if self.update.apart or self.exchange.size == 1 or not self.replica.wire_is_grad:
+        if self.update.apart or self.communicator.size == 1 or not self.replica.wire_is_grad:
             return not self.update.apart
         if not push.shared:
             return self._server is None and self.config.rule == "mean" and self._weight > 0
-        return push.raw and self.slices is not None and self.slices.room.board.place > 0
+        return push.raw and self.slices is not None and self.slices.group.board.place > 0
 
     def idle(self) -> Control:
         """Take part in a round without a new step: with what has not been pushed yet, gradients apart, or with nothing."""
@@ -507,14 +513,14 @@ class Worker:
             heard = self._server.converse(given)
             self._server.act(heard)
             return heard
-        self.exchange.collect(given)
-        reply: dict[str, Any] = json.loads(share(self.exchange, b""))
+        self.communicator.gather_bytes(given)
+        reply: dict[str, Any] = json.loads(broadcast_bytes(self.communicator, b""))
         self.control.stop = reply["stop"]
         if reply["save"]:
             self.save()
         if reply["finish"]:
             self.give_performance()
-            share(self.exchange, b"")
+            broadcast_bytes(self.communicator, b"")
         return reply
 
     def average(self, loss: float = 0.0, samples: float = 1) -> float:
@@ -548,12 +554,12 @@ class Worker:
                 push.gradients.mul_(row.weight)
         else:
             push.message.zero_()
-            push.write(self.exchange.rank, row, metrics)
+            push.write(self.communicator.rank, row, metrics)
         if self._server:
-            combine(self.exchange, push, self._rule, self._last, first=self.exchange.rank)
+            combine(self.communicator, push, self._rule, self._last, first=self.communicator.rank)
         else:
-            contribute(self.exchange, push, self._rule, self._last)
-        self.exchange.publish(push.message)
+            contribute(self.communicator, push, self._rule, self._last)
+        self.communicator.broadcast(push.message)
         if not counts:
             return
         rows = push.table()
@@ -563,7 +569,7 @@ class Worker:
         replica.flat.take_average(push.gradients, push.present())
         if self.config.buffers == "mean":
             replica.buffers.combine(push.floats, push.limbs, [buffer.data for buffer in replica.buffers.tensors])
-        self._leads = next(rank for rank, row in enumerate(rows) if row[WEIGHT]) == self.exchange.rank
+        self._leads = next(rank for rank, row in enumerate(rows) if row[WEIGHT]) == self.communicator.rank
 
     def adopt(self, weights: Tensor, loss: float, samples: float, taken: int = 0) -> Control:
         """A round in which the server takes `weights`, `(numel,)`, which all workers have alike, as they are."""
@@ -581,7 +587,7 @@ class Worker:
             push.presence.fill_(1)
         elif not push.shared:
             push.body.zero_()
-        push.write(self.exchange.rank, row, [0.0] * len(self.config.metrics))
+        push.write(self.communicator.rank, row, [0.0] * len(self.config.metrics))
         self._send()
         self._receive(contributed=True)
         replica.flat.clear()
@@ -602,8 +608,8 @@ class Worker:
             self._state = self._server.told_state
             return
         slices = self.slices.own() if self.slices else {}
-        self.exchange.collect(RankState(-1, Place(), {}, slices=slices).pack())
-        self._state = RankState.unpack(share(self.exchange, b"")).own
+        self.communicator.gather_bytes(RankState(-1, Place(), {}, slices=slices).pack())
+        self._state = RankState.unpack(broadcast_bytes(self.communicator, b"")).own
 
     def _park(self) -> None:
         self._parked = True
@@ -617,14 +623,14 @@ class Worker:
     def hear(self) -> None:
         """Take what the server says between rounds."""
         if self.slices:
-            self.slices.publish()
+            self.slices.broadcast()
         elif not self._server:
-            self.exchange.publish(self.replica.pull.control_message)
+            self.communicator.broadcast(self.replica.pull.control_message)
         self.control = self.replica.pull.control
 
     def give_performance(self) -> None:
         """This rank's traffic, at the end of the run."""
-        self.exchange.collect(json.dumps(self.exchange.traffic).encode())
+        self.communicator.gather_bytes(json.dumps(self.communicator.traffic).encode())
 
     def state(self) -> RankState:
         """What only this rank knows."""
@@ -646,22 +652,22 @@ class Worker:
             slices,
             kept=self.kept() if first else {},
             orders=self.common.state_dict(),
-            frozen=flat.changed_frozen() if first and self.exchange.size > 1 else {},
+            frozen=flat.changed_frozen() if first and self.communicator.size > 1 else {},
         )
 
     def save(self) -> None:
         """This rank's part of a checkpoint, together with all other ranks."""
         if not self._server:
-            self.exchange.collect(self.state().pack())
+            self.communicator.gather_bytes(self.state().pack())
             return
         self.update.park()  # what the server writes are the weights in the model
         self._server.save_model()
         if not self._parked:
             self.update.unpark()
 
-    def _row(self, samples: float = 0, loss: float = 0) -> Row:
-        now = self.exchange.clock()
-        row = Row(samples=samples, loss=loss, done=self.done, stop=self.stop, signal=self.signalled)
+    def _row(self, samples: float = 0, loss: float = 0) -> WorkerStatus:
+        now = self.communicator.clock()
+        row = WorkerStatus(samples=samples, loss=loss, done=self.done, stop=self.stop, signal=self.signalled)
         row.round = self.control.round % ROUNDS
         row.train, row.wait = now - self._left, self._left - self._begun
         row.overflow, row.which = self.overflow, self.which
@@ -671,17 +677,17 @@ class Worker:
 
     def _send(self) -> None:
         """The push message as it stands; where the server is on this rank, it takes it from there."""
-        self._begun = self.exchange.clock()
+        self._begun = self.communicator.clock()
         self._told = self.done
         push = self.replica.push if self._server else self.replica.push_for(self.control.round)
         if self.slices:
-            self.slices.combine()
-            self.slices.follow()
+            self.slices.reduce()
+            self.slices.follow_server()
         elif not self._server:
             if judges_clients(self.mode, self.config):
-                lanes.contribute(self.exchange, push, self._rule, self._last, self.config.bucket_mb)
+                lanes.contribute(self.communicator, push, self._rule, self._last, self.config.bucket_mb)
             else:
-                contribute(self.exchange, push, self._rule, self._last)
+                contribute(self.communicator, push, self._rule, self._last)
 
     def _receive(self, contributed: bool) -> None:
         self.control = self._server.round(contributed) if self._server else self._pull_message(contributed)
@@ -693,31 +699,31 @@ class Worker:
             self._park()
         members, elsewhere = self.update.members if contributed else None, self._elsewhere
         self.replica.flat.note_weights(elsewhere, members, others=elsewhere)
-        self._left = self.exchange.clock()
+        self._left = self.communicator.clock()
 
     def _pull_message(self, contributed: bool) -> Control:
         version = self.control.version
         if self.slices:
-            self.slices.publish()
+            self.slices.broadcast()
         else:
             for part in self.replica.pull_for(self.control.round):
-                self.exchange.publish(part)
+                self.communicator.broadcast(part)
         self.control = self.replica.pull.control
         if self.call == Call.LOOP:  # a checkpoint of this round is one of the loop's end
             self.place.over = not self.control.active
         if self.control.fault:
-            raise CallError(share(self.exchange, b"").decode())
+            raise CallError(broadcast_bytes(self.communicator, b"").decode())
         self.replica.check_finite(self.control)
         if contributed or self.control.version > version:
             self.replica.buffers.load(self.replica.pull.buffers)
         return self.control
 
 
-def _common(exchange: Exchange, workers: int) -> Common:
+def _common(communicator: Communicator, workers: int) -> Common:
     """The streams that orders are drawn from: as the server's are now, whatever this worker has drawn before."""
     own = rng.capture()
-    if exchange.size > 1:
-        rng.restore({name: value for name, value in told_streams(exchange, own).items() if name != "cuda"})
+    if communicator.size > 1:
+        rng.restore({name: value for name, value in told_streams(communicator, own).items() if name != "cuda"})
     common = Common(workers)
     rng.restore(own)
     return common

@@ -46,8 +46,8 @@ def checkpoints(options: argparse.Namespace) -> list[Case]:
 def one_size(count: int, folder: Path, repeats: int) -> Case:
     """All variants, interleaved, with `count` weights and as much momentum."""
     model = Parts(initial(count))
-    exchange = join()
-    with connected(exchange, model, momentum_sgd(fused=True), folder) as ps:
+    communicator = join()
+    with connected(communicator, model, momentum_sgd(fused=True), folder) as ps:
         save = Save(ps, model)
         state = torch.cat([initial(count), initial(count)])
         writers: dict[str, Write] = {"mpips": save.write, **others(state, folder)}

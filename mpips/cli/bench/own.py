@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import mpips
 from mpips.cli.bench.gradient import Gradient, Loss, parts_of
-from mpips.comm import Exchange, share
+from mpips.comm import Communicator, broadcast_bytes
 
 MakeStep = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 LAUNCHER = "MPIPS_LAUNCH_DIR"  # names where the launcher looks for a run; these are none of its business
@@ -28,20 +28,20 @@ def momentum_sgd(fused: bool) -> MakeStep:
     return lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9, fused=fused or None)
 
 
-def join() -> Exchange:
-    """This rank's end of an exchange of its own."""
+def join() -> Communicator:
+    """This rank's communicator of its own."""
     return mpips.join(mpips.configure(**SETTINGS))
 
 
 @contextmanager
-def connected(exchange: Exchange, model: nn.Module, make: MakeStep, beside: Path | None = None) -> Iterator[mpips.Run]:
+def connected(communicator: Communicator, model: nn.Module, make: MakeStep, beside: Path | None = None) -> Iterator[mpips.Run]:
     """A run whose folder is temporary, in `beside` if that is given."""
-    name = tempfile.mkdtemp(prefix="mpips-bench-", dir=beside) if exchange.rank == 0 else ""
-    folder = share(exchange, name.encode()).decode()
+    name = tempfile.mkdtemp(prefix="mpips-bench-", dir=beside) if communicator.rank == 0 else ""
+    folder = broadcast_bytes(communicator, name.encode()).decode()
     launcher = os.environ.pop(LAUNCHER, None)
     try:
-        yield mpips.connect(model, make, exchange=exchange, run_dir=folder, **SETTINGS)
-        exchange.wait(patience=None)
+        yield mpips.connect(model, make, communicator=communicator, run_dir=folder, **SETTINGS)
+        communicator.barrier(patience=None)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if launcher is not None:

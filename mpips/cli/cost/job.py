@@ -1,4 +1,4 @@
-"""What is to be trained where, and what a run would ask of the exchange for it."""
+"""What is to be trained where, and what a run would ask of the communicator for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from mpips.comm.node_group import Contents
+from mpips.comm.node_group import BufferSpec
 from mpips.comm.reduce_scatter import length
 from mpips.model.flat import ALIGNMENT, Slot, lay_out
 from mpips.model.layout import SMALL, buckets
@@ -112,10 +112,10 @@ class Job:
         return torch.bfloat16 if self.wire == "bfloat16" and self.how == "rooms, sharded" else MODEL
 
     @property
-    def contents(self) -> Contents:
+    def contents(self) -> BufferSpec:
         """What `mpips.reduce.sharded_step` asks of a room, for a model without buffers and a run without further metrics."""
         weights = self.numel * MODEL.itemsize
-        return Contents(
+        return BufferSpec(
             numel=self.numel + len(self.slots) + self.size * (len(COLUMNS) + LIMBS * self.numbers),
             dtype=MODEL,
             tail=self.numel,
@@ -131,7 +131,7 @@ class Job:
 
     @property
     def hands(self) -> int:
-        """The ranks of a node that add up and join, as `Rooms._by_hand` has it: all but the leader, unless it is alone."""
+        """The ranks of a node that add up and join, as `MultiNodeGroup._by_hand` has it: all but a leader that is not alone."""
         return max(1, self.ranks - 1)
 
     @property

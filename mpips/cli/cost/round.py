@@ -1,11 +1,11 @@
 """The seconds of a round, phase by phase.
 
-Between nodes it is followed step by step as in `ShardedRooms._travel`: while some steps travel the next is added up and one
-that has come is joined; whoever is done first waits. A link carries steps one after the other; nothing but the last byte waits
-for the latency. Within a node all ranks that work do so at once, each as fast as its part of the memory is. What stays in a
-core's cache is free.
+Between nodes it is followed step by step as in `ReduceScatterGroup._travel`: while some steps travel the next is added up and
+one that has come is joined; whoever is done first waits. A link carries steps one after the other; nothing but the last byte
+waits for the latency. Within a node all ranks that work do so at once, each as fast as its part of the memory is. What stays
+in a core's cache is free.
 
-Not in it: meetings of a node's ranks (some us each), what the network's card takes of the memory, other traffic on the links,
+Not in it: barriers of a node's ranks (some us each), what the network's card takes of the memory, other traffic on the links,
 ranks that come late.
 """
 
@@ -104,7 +104,7 @@ class Travel:
             values.append(value)
 
     def pipelined(self, latency: float, flight: int = FLIGHT) -> float:
-        """Until the last step is joined: as `ShardedRooms._travel` goes, so many steps under way while one is waited for."""
+        """Until the last step is joined: as in `ReduceScatterGroup._travel`, so many are under way while one is waited for."""
         now = free = 0.0
         there: list[float] = []
         for number in range(len(self.bytes) + flight):

@@ -1,4 +1,4 @@
-"""Who sends how many bytes to whom in which step, as `mpips.comm.reduce_scatter.ShardedRooms` would.
+"""Who sends how many bytes to whom in which step, as `mpips.comm.reduce_scatter.ReduceScatterGroup` would.
 
 In a step of the push every node sends each other that part of the other's slice that the step is about; in a step of the pull
 it sends all others that part of its own. So a number for each node says all of a step, and nodes with slices of the same

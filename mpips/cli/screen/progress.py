@@ -88,7 +88,7 @@ def describe(event: Event) -> str | None:
     if kind == "start":
         return f"run folder {event.get('run_dir')}, {whole(event.get('parameters'))} parameters, {ranks_of(event)}"
     if kind == "plan":
-        return f"plan: {event.get('plan')}, by {event.get('exchange')}"
+        return f"plan: {event.get('plan')}, by {event.get('communicator')}"
     if kind == "validate":
         best = number(event.get("best"))
         return f"validation at {at}: {event.get('name') or 'value'} {number(event.get('value'))} (best {best})"

@@ -35,11 +35,11 @@ from mpips.model.message.header import (
     WHICH,
     Call,
     Control,
-    Row,
     Stop,
+    WorkerStatus,
 )
 from mpips.model.message.pull import Pull
-from mpips.model.message.push import LIMBS, Allocate, Contribution, Fragment, Heard, Push, wire_dtype
+from mpips.model.message.push import LIMBS, Allocate, Contribution, Fragment, Push, ReducedTail, wire_dtype
 from mpips.model.message.replica import CallError, NonFiniteError, Replica, replicate
 
 __all__ = [
@@ -71,13 +71,13 @@ __all__ = [
     "Contribution",
     "Control",
     "Fragment",
-    "Heard",
     "NonFiniteError",
     "Pull",
     "Push",
+    "ReducedTail",
     "Replica",
-    "Row",
     "Stop",
+    "WorkerStatus",
     "replicate",
     "wire_dtype",
 ]

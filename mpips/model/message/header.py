@@ -11,7 +11,7 @@ ROUNDS = 1 << 20  # a row carries its round modulo this
 
 
 @dataclass
-class Row:
+class WorkerStatus:
     """What one rank says of its step: the tail's fixed columns.
 
     Attributes:
@@ -23,7 +23,7 @@ class Row:
         stop: 1 when this rank asks to end the run, 2 when it has left its loop, 3 when it has closed.
         signal: 1 when it was told to write a checkpoint and end.
         round: the round this rank believes to be in, modulo ROUNDS; in a request the version of its weights.
-        train, wait: seconds since the last round spent outside and inside the exchange.
+        train, wait: seconds since the last round spent outside and inside the communicator.
         steps: local steps behind the contribution, times its weight.
         tickets: dealt batches that are used up with this step.
         want: what the answer to this request is to bring, see `server/parameter_server/request.py`.
@@ -60,7 +60,7 @@ class Row:
     overflow: float = 0
 
 
-COLUMNS = tuple(vars(Row()))
+COLUMNS = tuple(vars(WorkerStatus()))
 SAMPLES, WEIGHT, LOSS, BAD, DONE, STOP, SIGNAL, ROUND, TRAIN, WAIT, STEPS, TICKETS, WANT = range(13)  # their places
 CALL, BEGUN, DIGEST, DRAWN, EPOCHS, WHICH, ADOPT, OVERFLOW = range(13, len(COLUMNS))
 

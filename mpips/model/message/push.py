@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mpips.model.buffers import Buffers
 from mpips.model.flat import Flat
-from mpips.model.message.header import COLUMNS, WEIGHT, Row
+from mpips.model.message.header import COLUMNS, WEIGHT, WorkerStatus
 
 LIMBS = 4  # 16-bit pieces of an int64
 
@@ -32,7 +32,7 @@ class Contribution:
     Attributes:
         client: its number.
         body: `(tail_at,)` of a push message, times the weight; zero of one that does not count.
-        samples, weight, bad: as in `Row`.
+        samples, weight, bad: as in `WorkerStatus`.
     """
 
     client: int
@@ -101,12 +101,12 @@ class Push:
         self._row = None if self._numbers is None else struct.Struct(f"{len(self.columns)}{self._numbers.dtype.char}")
         self._hyper = None if room.is_cuda else self.hyper.numpy()
         self._around = None if room.is_cuda else (self.behind.numpy(), self.presence.numpy(), self.blank.numpy())
-        self.heard: Push | Heard = self
+        self.heard: Push | ReducedTail = self
 
     def move(self, room: Tensor, raw: bool) -> None:
         """From now on the message lies in `room`, where other ranks see it."""
         self._lay_out(room, self.lengths)
-        self.heard = Heard(torch.zeros_like(room[self.tail_at :]), self.lengths[3:], self.ranks, len(self.columns))
+        self.heard = ReducedTail(torch.zeros_like(room[self.tail_at :]), self.lengths[3:], self.ranks, len(self.columns))
         self.shared, self.raw = True, raw
 
     def forget(self) -> None:
@@ -134,12 +134,12 @@ class Push:
         return _table(self.rows, self._numbers)
 
     def weights(self) -> list[float]:
-        """See `Heard`."""
+        """See `ReducedTail`."""
         found: list[float] = self.rows[:, WEIGHT].tolist()
         return found
 
     def present(self) -> list[float]:
-        """See `Heard`."""
+        """See `ReducedTail`."""
         found: list[float] = self.presence.tolist()
         return found
 
@@ -157,7 +157,7 @@ class Push:
         """The contributions of this rank: for each its row and its body."""
         return [(rank, self.body)]
 
-    def write(self, rank: int, row: Row, metrics: Sequence[float]) -> None:
+    def write(self, rank: int, row: WorkerStatus, metrics: Sequence[float]) -> None:
         """Say `row` and the metrics' sums for this rank; a request has one row, whoever makes it."""
         place = rank if self.ranks > 1 else 0
         if self._row is None:
@@ -185,7 +185,7 @@ class Push:
             self.presence.copy_(self.presence.new_tensor(present))
 
 
-class Heard:
+class ReducedTail:
     """The sum of all ranks' tails.
 
     Attributes:

@@ -56,7 +56,7 @@ class Replica:
         self.wire_is_grad = self.push.message.dtype == flat.dtype
         self.apart = self.handed = False
         self.active: slice | None = None
-        flat.attach_grad(self.push.gradients if self.wire_is_grad else flat.room())
+        flat.attach_grad(self.push.gradients if self.wire_is_grad else flat.zeros())
 
     def move(self, push: Tensor, pull: Tensor, fill: bool, apart: bool, raw: bool) -> None:
         """From now on the messages lie in memory that ranks share: `push` is this rank's, `pull` everybody's.
@@ -73,7 +73,7 @@ class Replica:
             pull.copy_(old)
         self.apart = apart
         if apart:
-            self.flat.attach_weights(self.flat.room())
+            self.flat.attach_weights(self.flat.zeros())
         else:
             self.flat.rehang_weights(self.pull.weights)
         if self.wire_is_grad:

@@ -8,6 +8,6 @@ Where the server's rank serves all slices, `follow` is empty and nothing is told
 """
 
 from mpips.reduce.sharded_step.setup import settle
-from mpips.reduce.sharded_step.step import SETTINGS, Slices
+from mpips.reduce.sharded_step.step import SETTINGS, ShardedStep
 
-__all__ = ["SETTINGS", "Slices", "settle"]
+__all__ = ["SETTINGS", "ShardedStep", "settle"]

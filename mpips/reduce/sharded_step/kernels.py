@@ -1,4 +1,4 @@
-"""What is computed on one slice of a room's rows: of few elements by numpy, of more by torch. The bits are the same."""
+"""What is computed on one slice of a node group's rows: of few elements by numpy, of more by torch. The bits are the same."""
 
 from __future__ import annotations
 

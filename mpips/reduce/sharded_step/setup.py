@@ -1,4 +1,4 @@
-"""How ranks come to serve slices: they agree, move their messages into a room, and deal them out."""
+"""How ranks come to serve slices: they agree, move their messages into a group, and deal them out."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from mpips.algorithms.update import Gradient
-from mpips.comm import Exchange
-from mpips.comm.node_group import Contents, Room
+from mpips.comm import Communicator
+from mpips.comm.node_group import BufferSpec, NodeGroup
 from mpips.config import Config
 from mpips.model.layout import SMALL, buckets
 from mpips.model.message import Replica
 from mpips.optim import hyperparameters as hyper
 from mpips.optim.flat_optimizer import FlatOptimizer
-from mpips.reduce.sharded_optimizer import Cut, Pieces, where
-from mpips.reduce.sharded_step.step import SETTINGS, Slices
+from mpips.reduce.sharded_optimizer import Granularity, ShardedOptimizer, where
+from mpips.reduce.sharded_step.step import SETTINGS, ShardedStep
 from mpips.rules import Mean, Rule
 from mpips.rules.mean import NormClip
 
@@ -24,18 +24,18 @@ KINDS = ["", "cpu", "cuda"]  # of memory that ranks can share
 
 
 def settle(
-    exchange: Exchange,
+    communicator: Communicator,
     replica: Replica,
     config: Config,
     rule: Rule,
     optimizer: FlatOptimizer | None,
     update: type[Gradient] | None,
     trains: bool,
-) -> Slices | None:
+) -> ShardedStep | None:
     """Move the messages into memory that the ranks share, if they do, and deal out the slices; all ranks call this.
 
     Args:
-        exchange: this rank's end.
+        communicator: this rank's end.
         replica: has the server's weights on every rank.
         config: the settings.
         rule: combines.
@@ -46,49 +46,49 @@ def settle(
     Returns:
         None where MPI is to carry the messages.
     """
-    if exchange.size == 1 or update is None or not config.shared_memory:
+    if communicator.size == 1 or update is None or not config.shared_memory:
         return None
     apart, clip = update.apart and trains, None if update.apart else config.clip  # there each worker clips its own steps
-    cut = _agreed(exchange, replica, type(rule) in (Mean, NormClip) and _shareable(replica, apart), optimizer)
+    cut = _agreed(communicator, replica, type(rule) in (Mean, NormClip) and _shareable(replica, apart), optimizer)
     if cut is None:
         return None
     settings = len(hyper.read(optimizer.torch)) if cut and optimizer else 0
-    contents = _contents(exchange.size, replica, config, cut, SETTINGS + settings)
-    room = exchange.room(contents)
-    if room is None:
+    contents = _contents(communicator.size, replica, config, cut, SETTINGS + settings)
+    group = communicator.node_group(contents)
+    if group is None:
         return None
     raw = update.raw and not config.deterministic  # a rank's own product is rounded before it is added
-    replica.move(room.board.row, room.board.pull, fill=room.board.fills, apart=apart, raw=raw)
+    replica.move(group.board.row, group.board.pull, fill=group.board.fills, apart=apart, raw=raw)
     if optimizer:
         optimizer.rebind()  # nothing is to hold the messages' former memory
-    room.meet()
-    deal(room, replica, cut)
-    if not room.together and not (update.apart and replica.wire_is_grad):
-        return Slices(room, replica, rule, optimizer if room.leads else None, config, exchange, clip)
+    group.barrier()
+    deal(group, replica, cut)
+    if not group.together and not (update.apart and replica.wire_is_grad):
+        return ShardedStep(group, replica, rule, optimizer if group.leads else None, config, communicator, clip)
     assert optimizer
-    part = Pieces(optimizer, room.slices, room.combined[: replica.flat.numel], room.stepped, room.rounded)
-    part.spread(exchange, room.leads)
-    return Slices(room, replica, rule, part if room.together or room.leads else None, config, exchange, clip)
+    part = ShardedOptimizer(optimizer, group.slices, group.combined[: replica.flat.numel], group.stepped, group.rounded)
+    part.spread(communicator, group.leads)
+    return ShardedStep(group, replica, rule, part if group.together or group.leads else None, config, communicator, clip)
 
 
-def _agreed(exchange: Exchange, replica: Replica, shares: bool, optimizer: FlatOptimizer | None) -> Cut | None:
+def _agreed(communicator: Communicator, replica: Replica, shares: bool, optimizer: FlatOptimizer | None) -> Granularity | None:
     """Where all ranks may cut the optimizer's parameters; None if some rank does not share memory, or not of that kind."""
-    cut = where(optimizer.torch) if optimizer else Cut.NOWHERE
+    cut = where(optimizer.torch) if optimizer else Granularity.NOWHERE
     kind = type(optimizer.torch).__qualname__ if optimizer else ""
     memory = KINDS.index(replica.flat.device.type) if shares else 0
-    said = exchange.compare(bytes([memory, cut]) + hashlib.sha256(kind.encode()).digest()[:30])
+    said = communicator.allgather_digests(bytes([memory, cut]) + hashlib.sha256(kind.encode()).digest()[:30])
     if not memory or any(word[0] != memory for word in said):
         return None
-    return Cut(min(word[1] for word in said)) if len({word[2:] for word in said}) == 1 else Cut.NOWHERE
+    return Granularity(min(word[1] for word in said)) if len({word[2:] for word in said}) == 1 else Granularity.NOWHERE
 
 
-def _contents(ranks: int, replica: Replica, config: Config, cut: Cut, answer: int) -> Contents:
+def _contents(ranks: int, replica: Replica, config: Config, cut: Granularity, answer: int) -> BufferSpec:
     """What the ranks' rooms are to hold."""
     push, flat = replica.push.message, replica.flat
     large = flat.numel * flat.weights.element_size() > SMALL
-    sharded = cut > Cut.NOWHERE and (config.plan == "sharded" or (config.plan == "auto" and large))
+    sharded = cut > Granularity.NOWHERE and (config.plan == "sharded" or (config.plan == "auto" and large))
     encoded = sharded and config.wire == "bfloat16" and push.dtype == torch.float32
-    return Contents(
+    return BufferSpec(
         numel=push.numel(),
         dtype=push.dtype,
         tail=replica.push.tail_at,
@@ -105,13 +105,13 @@ def _contents(ranks: int, replica: Replica, config: Config, cut: Cut, answer: in
     )
 
 
-def deal(room: Room, replica: Replica, cut: Cut) -> None:
+def deal(group: NodeGroup, replica: Replica, cut: Granularity) -> None:
     """Deal out the slices of the body."""
-    numel, counts = replica.flat.numel, [len(node) for node in room.nodes]
+    numel, counts = replica.flat.numel, [len(node) for node in group.nodes]
     dealt = [[slice(0, numel)] + [slice(numel, numel)] * (sum(counts) - 1)]
-    if room.together:
-        dealt = buckets(replica.flat.slots, numel, counts, room.each, cut == Cut.TENSORS)
-    room.serve(dealt, slice(numel, replica.push.tail_at))
+    if group.together:
+        dealt = buckets(replica.flat.slots, numel, counts, group.each, cut == Granularity.TENSORS)
+    group.serve(dealt, slice(numel, replica.push.tail_at))
 
 
 def _shareable(replica: Replica, apart: bool) -> bool:

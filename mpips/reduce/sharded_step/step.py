@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpips.comm import Exchange
-from mpips.comm.node_group import Room
+from mpips.comm import Communicator
+from mpips.comm.node_group import NodeGroup
 from mpips.comm.peer_buffers import Rows
-from mpips.comm.reduce_scatter import ShardedRooms
+from mpips.comm.reduce_scatter import ReduceScatterGroup
 from mpips.config import Config
-from mpips.model.bucket_ready import Ready
+from mpips.model.bucket_ready import BucketReadiness
 from mpips.model.layout import both
 from mpips.model.message import BAD, WEIGHT, Replica
 from mpips.optim import hyperparameters as hyper
 from mpips.optim.flat_optimizer import FlatOptimizer
 from mpips.reduce.aggregate import prepare
-from mpips.reduce.sharded_optimizer import Pieces
+from mpips.reduce.sharded_optimizer import ShardedOptimizer
 from mpips.reduce.sharded_step.kernels import Terms, add_up, divide, is_finite
 from mpips.rules import Rule
 
@@ -29,66 +29,66 @@ TAKE, FACTOR, SCALE, SETTINGS = range(4)  # of the verdict
 ADOPT = 2.0  # as TAKE: not a step, but the weights themselves
 
 
-class Slices:
+class ShardedStep:
     """This rank's slices.
 
     Args:
-        room: where the messages lie.
+        group: where the messages lie.
         replica: the model in them.
         rule: combines; needs "sum".
         optimizer: steps this rank's slices; None where it serves none.
         config: the settings.
-        exchange: this rank's end.
+        communicator: this rank's end.
         clip: the largest norm of what is stepped with.
 
     Attributes:
-        faults: see `Work`; the index of the first tensor of each rank's that is not finite.
+        faults: see `SliceReducer`; the index of the first tensor of each rank's that is not finite.
     """
 
     def __init__(
         self,
-        room: Room,
+        group: NodeGroup,
         replica: Replica,
         rule: Rule,
-        optimizer: Pieces | FlatOptimizer | None,
+        optimizer: ShardedOptimizer | FlatOptimizer | None,
         config: Config,
-        exchange: Exchange,
+        communicator: Communicator,
         clip: float | None,
     ) -> None:
-        self.room, self.replica, self.config, self._clip = room, replica, config, clip
+        self.group, self.replica, self.config, self._clip = group, replica, config, clip
         self._push, self._rule, self._optimizer = replica.push, rule, optimizer
         self._prepares = type(rule).prepare is not Rule.prepare
         self._gradients = replica.flat.numel
-        self._alone = len(room.nodes) == 1
-        self._terms: Terms | None = None  # the rows of this room that count, and what they are multiplied by
+        self._alone = len(group.nodes) == 1
+        self._terms: Terms | None = None  # the rows of this group that count, and what they are multiplied by
         self._counted: Terms = []  # the same of what is multiplied already
         self._whole = 0.0
         self._weights: list[float] = []  # what `_terms` was made of last, and what it was then
         self._weighed: tuple[Terms | None, float] = None, 0.0
-        self._exchange = exchange
-        self.ready: Ready | None = None
-        if isinstance(room, ShardedRooms) and config.overlap:
-            self.ready = Ready(room.push_steps, replica.flat.slots)
-        self._rounds = not self._alone and room.contents.wire != room.contents.dtype
-        self._watches = not (self._alone or room.together)  # whether it alone sees the sum over all nodes
+        self._communicator = communicator
+        self.ready: BucketReadiness | None = None
+        if isinstance(group, ReduceScatterGroup) and config.overlap:
+            self.ready = BucketReadiness(group.push_steps, replica.flat.slots)
+        self._rounds = not self._alone and group.contents.wire != group.contents.dtype
+        self._watches = not (self._alone or group.together)  # whether it alone sees the sum over all nodes
         self._begun: tuple[float, Callable[[], None]] | None = None
         self._moved = False
         self._active: slice | None = None  # what of the body a round is about, if that is not all of it
         self._faulty = False
-        self.faults = torch.full((room.contents.lines,), math.inf, dtype=torch.float64)
-        own = hyper.read(optimizer.torch) if isinstance(optimizer, Pieces) else []
+        self.faults = torch.full((group.contents.lines,), math.inf, dtype=torch.float64)
+        own = hyper.read(optimizer.torch) if isinstance(optimizer, ShardedOptimizer) else []
         self._verdict = torch.zeros(SETTINGS + len(own), dtype=torch.float64)
 
     @property
     def plan(self) -> str:
         """The plan's name."""
-        return "sharded" if self.room.together else "root"
+        return "sharded" if self.group.together else "root"
 
     @property
     def how(self) -> str:
         """How the contributions come together."""
-        nodes, wire = self.room.nodes, str(self.room.contents.wire).removeprefix("torch.")
-        memory = "memory of GPUs, by CUDA IPC" if self.room.contents.device.type == "cuda" else "shared memory"
+        nodes, wire = self.group.nodes, str(self.group.contents.wire).removeprefix("torch.")
+        memory = "memory of GPUs, by CUDA IPC" if self.group.contents.device.type == "cuda" else "shared memory"
         return memory if self._alone else f"{memory}, {wire} between {len(nodes)} nodes"
 
     def begin(self, weight: float) -> None:
@@ -104,7 +104,7 @@ class Slices:
                 "loss.backward() for all batches but the last"
             )
         self.ready.begin()
-        self._begun = weight, self._exchange.beside(partial(self._combine, weight, self.ready))
+        self._begun = weight, self._communicator.run_async(partial(self._combine, weight, self.ready))
 
     def end(self) -> None:
         """This rank's push message is written.
@@ -112,7 +112,7 @@ class Slices:
         Raises:
             ValueError: its weight is another than that which bringing slices together was begun with.
         """
-        weight = self._push.weight(self.room.rank)
+        weight = self._push.weight(self.group.rank)
         if self._begun and self._begun[0] != weight:
             raise ValueError(
                 f"ps.step() was given samples={weight:.0f} after ps.backward() with samples={self._begun[0]:.0f}; expected the "
@@ -121,26 +121,26 @@ class Slices:
         if self._begun and self.ready:
             self.ready.end()
 
-    def combine(self) -> None:
+    def reduce(self) -> None:
         """This rank's push message is written: bring slices together, or wait until they are."""
         begun, self._begun = self._begun, None
         if begun:
             begun[1]()
         else:
-            self._combine(self._push.weight(self.room.rank), None)
+            self._combine(self._push.weight(self.group.rank), None)
 
-    def _combine(self, weight: float, ready: Ready | None) -> None:
+    def _combine(self, weight: float, ready: BucketReadiness | None) -> None:
         self._terms, self._whole = None, 0.0
         self._active = self.replica.active
         if self._faulty:
             self.faults.fill_(math.inf)
         self._faulty = False
         if self._prepares:
-            prepare(self.room.rank, self._push, self._rule)
-        self.room.combine(weight, self._push.heard.message, self, ready)
+            prepare(self.group.rank, self._push, self._rule)
+        self.group.reduce(weight, self._push.heard.message, self, ready)
 
-    def add(self, part: slice, rows: Rows) -> None:
-        """The sum of one slice over this room's ranks; on one node the mean."""
+    def reduce_local(self, part: slice, rows: Rows) -> None:
+        """The sum of one slice over this group's ranks; on one node the mean."""
         if self._active and self._passes(part):
             return
         if self._terms is None:
@@ -152,20 +152,20 @@ class Slices:
         if not behind and not is_finite(total):
             guilty = [k for k, _ in terms if k and not _all_finite(rows[k])]
             for k in guilty or [0]:  # the first row holds the sum by now
-                self._blame(self.room.members[k], part, rows[k])
+                self._blame(self.group.members[k], part, rows[k])
         if self._alone:
             divide(total, self._total() if behind else self._whole)
 
-    def join(self, part: slice, sums: Sequence[Tensor]) -> None:
-        """The sum of one slice over all rooms."""
+    def reduce_remote(self, part: slice, sums: Sequence[Tensor]) -> None:
+        """The sum of one slice over all nodes."""
         total = sums[0].to(self._push.message.dtype, copy=True)
         for one in sums[1:]:
             total.add_(one)
         if part.start < self._gradients and not is_finite(total) and (self._rounds or all(map(_all_finite, sums))):
             self._blame(0, part, total)  # nobody's alone; or it became infinite when it was rounded
-        self.room.combined[part].copy_(total)  # which is one of those
+        self.group.combined[part].copy_(total)  # which is one of those
 
-    def finish(self, part: slice, total: Tensor) -> None:
+    def finalize(self, part: slice, total: Tensor) -> None:
         """The mean of one slice: its sum divided by that of the weights."""
         if self._alone or (self._active and self._passes(part)):
             return
@@ -175,8 +175,8 @@ class Slices:
             self._whole = self._total()
         divide(total, self._whole)
 
-    def say(self, faults: Tensor) -> None:
-        """Which ranks of this room are to blame, in their rows of this rank's tail, which is the sum of theirs."""
+    def report_nonfinite(self, faults: Tensor) -> None:
+        """Which ranks of this group are to blame, in their rows of this rank's tail, which is the sum of theirs."""
         for rank, slot in enumerate(faults.tolist()):
             if slot < math.inf:
                 self._push.rows[rank, BAD] = 1 + slot
@@ -186,7 +186,7 @@ class Slices:
         return float(self._push.heard.rows[not self.config.server_trains :, WEIGHT].sum())
 
     def _judge(self, part: slice, total: Tensor) -> None:
-        """The sum over all rooms is not finite: to blame is whom a room has named, or nobody alone."""
+        """The sum over all nodes is not finite: to blame is whom a node has named, or nobody alone."""
         named = [(rank, row[BAD]) for rank, row in enumerate(self._push.heard.table()) if row[BAD] and row[WEIGHT]]
         for rank, bad in named:
             self._faulty, self.faults[rank] = True, bad - 1
@@ -201,7 +201,7 @@ class Slices:
 
     def _weigh(self) -> None:
         """What each row is multiplied by; of equal weights, where all are known, only who has one matters."""
-        weights = self._push.heard.weights() if self._alone else self.room.said.tolist()
+        weights = self._push.heard.weights() if self._alone else self.group.said.tolist()
         if self._alone and weights == self._weights:
             self._terms, self._whole = self._weighed
             return
@@ -222,25 +222,25 @@ class Slices:
             slot = max(i for i, s in enumerate(self.replica.flat.slots) if s.offset <= at)
             self.faults[rank] = min(float(self.faults[rank]), slot)
 
-    def guilty(self) -> dict[int, int]:
+    def nonfinite_ranks(self) -> dict[int, int]:
         """At the server: which ranks' contributions are not finite, with the index of a tensor."""
-        if not self.room.together and not self._faulty:
+        if not self.group.together and not self._faulty:
             return {}
-        found = self.room.report(self.faults, "min")
+        found = self.group.report(self.faults, "min")
         named = {rank: int(slot) for rank, slot in enumerate(found.tolist()) if slot < math.inf}
         return {rank: slot for rank, slot in named.items() if rank or len(named) == 1 or not self._rounds}
 
     def step(self, present: Sequence[float], clip: float | None, scale: float = 1.0, times: float = 1.0) -> None:
         """At the server: step, and have the others step; see `FlatOptimizer.step`."""
         self._moved = True
-        if not isinstance(self._optimizer, Pieces):
+        if not isinstance(self._optimizer, ShardedOptimizer):
             assert self._optimizer
             self._optimizer.step(present, clip, scale, times)
             return
         self._tell(1.0, scale, times)
         factor = times
         if clip is not None:
-            norms = [norm * times for norm in self._norms(self.room.report(self._measure(present), "sum").tolist())]
+            norms = [norm * times for norm in self._norms(self.group.report(self._measure(present), "sum").tolist())]
             factor *= _factor([norm for norm, seen in zip(norms, present, strict=False) if seen], clip, self._push.message)
             self._tell(1.0, scale, factor)
         self._optimizer.step(present, factor, scale)
@@ -249,26 +249,26 @@ class Slices:
         """At the server: take what is combined for the new weights, and have the others do so."""
         self._moved = True
         assert self._optimizer
-        if isinstance(self._optimizer, Pieces):
+        if isinstance(self._optimizer, ShardedOptimizer):
             self._tell(ADOPT, 1.0)
         self._optimizer.adopt()
 
     def skip(self) -> None:
         """At the server: no step is taken in this round."""
-        if isinstance(self._optimizer, Pieces):
+        if isinstance(self._optimizer, ShardedOptimizer):
             self._tell(0.0, 1.0)
 
     def _tell(self, take: float, scale: float, factor: float = 1.0) -> None:
-        assert isinstance(self._optimizer, Pieces)
+        assert isinstance(self._optimizer, ShardedOptimizer)
         self._verdict.copy_(torch.tensor([take, factor, scale, *hyper.read(self._optimizer.torch)], dtype=torch.float64))
-        self.room.verdict(self._verdict)
+        self.group.decide(self._verdict)
 
-    def follow(self) -> None:
+    def follow_server(self) -> None:
         """On the other ranks: do as the server judges."""
-        if not isinstance(self._optimizer, Pieces):
+        if not isinstance(self._optimizer, ShardedOptimizer):
             return
-        self.room.report(self.faults, "min")
-        self.room.verdict(self._verdict)
+        self.group.report(self.faults, "min")
+        self.group.decide(self._verdict)
         if not self._verdict[TAKE]:
             return
         if self._verdict[TAKE] == ADOPT:
@@ -277,8 +277,8 @@ class Slices:
             return
         present = self._push.heard.present()
         if self._clip is not None:
-            self.room.report(self._measure(present), "sum")
-            self.room.verdict(self._verdict)
+            self.group.report(self._measure(present), "sum")
+            self.group.decide(self._verdict)
         _, factor, scale, *numbers = self._verdict.tolist()
         hyper.write(self._optimizer.torch, numbers)
         self._optimizer.step(present, factor, scale)
@@ -291,19 +291,19 @@ class Slices:
         """
         norms = torch.zeros_like(self.faults)
         for n, slot in enumerate(self.replica.flat.slots):
-            for span in self.room.spans if present[n] else []:
+            for span in self.group.spans if present[n] else []:
                 start, stop = max(span.start, slot.offset), min(span.stop, slot.offset + slot.numel)
                 if not self._alone and start < stop:
-                    norms[n] += float(torch.linalg.vector_norm(self.room.combined[start:stop], dtype=torch.float64)) ** 2
+                    norms[n] += float(torch.linalg.vector_norm(self.group.combined[start:stop], dtype=torch.float64)) ** 2
                 elif self._alone and span.start <= slot.offset + slot.numel // 2 < span.stop:
-                    norms[n] = _norm(slot.shaped(self.room.board.whole(slot.span)))
+                    norms[n] = _norm(slot.shaped(self.group.board.gathered(slot.span)))
         return norms
 
     def _norms(self, measured: list[float]) -> list[float]:
         """Of whole tensors, from the sum of all that was measured."""
         return [math.sqrt(square) for square in measured] if not self._alone else measured
 
-    def publish(self, control: Any = None, weights: Tensor | None = None) -> None:
+    def broadcast(self, control: Any = None, weights: Tensor | None = None) -> None:
         """The weights are stepped; the server adds what else it has to say, or other weights, `(numel,)`."""
         pull = self.replica.pull
 
@@ -313,7 +313,7 @@ class Slices:
             if weights is not None:
                 pull.weights.copy_(weights)
 
-        self.room.publish(fill, self._moved, weights is not None)
+        self.group.broadcast(fill, self._moved, weights is not None)
         self._moved = False
 
     @property
@@ -330,12 +330,16 @@ class Slices:
 
     def own(self) -> dict[str, Any]:
         """The optimizer's state on this rank, for the server's checkpoint."""
-        return self._optimizer.own() if isinstance(self._optimizer, Pieces) else {}
+        return self._optimizer.own() if isinstance(self._optimizer, ShardedOptimizer) else {}
 
     def state_dict(self, elsewhere: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         """The whole optimizer, given the other ranks' `own`."""
         assert self._optimizer
-        return self._optimizer.state_dict(elsewhere) if isinstance(self._optimizer, Pieces) else self._optimizer.state_dict()
+        return (
+            self._optimizer.state_dict(elsewhere)
+            if isinstance(self._optimizer, ShardedOptimizer)
+            else self._optimizer.state_dict()
+        )
 
     def load_state_dict(self, tree: dict[str, Any]) -> None:
         """Nothing is put back once slices are served."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-class Dealing:
+class BatchQueue:
     """Which batches each worker has been given and has not used up.
 
     Nobody here knows how many there are: a worker that is given a number beyond the last is at its end.

@@ -10,12 +10,12 @@ from mpips.config import ConfigError
 from mpips.model.message import ROUNDS
 from mpips.optim.flat_optimizer import FlatOptimizer
 from mpips.server.base import Service
-from mpips.server.parameter_server.sent_weights import Sent
-from mpips.server.parameter_server.update_buffer import Kept
-from mpips.server.parameter_server.worker_table import Row
+from mpips.server.parameter_server.sent_weights import SentWeights
+from mpips.server.parameter_server.update_buffer import UpdateBuffer
+from mpips.server.parameter_server.worker_table import WorkerStatus
 
 
-class Intake:
+class PendingUpdates:
     """The contributions on their way into the weights.
 
     Args:
@@ -34,8 +34,8 @@ class Intake:
         self._policy = config.policy or service.mode.policy
         enough = service.workers - self._backup if self._backup else config.buffer or service.mode.buffer
         self._needed = max(1, enough)  # contributions of one update
-        self._kept = Kept(service.replica.push)
-        self.sent = Sent(self._policy, config, service.config.overlap)
+        self._kept = UpdateBuffer(service.replica.push)
+        self.sent = SentWeights(self._policy, config, service.config.overlap)
         self._look_up_or_down()
         self.staleness: Counter[int] = Counter()
         self.rejected = 0
@@ -53,7 +53,7 @@ class Intake:
         if True in climbs:
             compensation.strength = -compensation.strength
 
-    def take(self, rank: int, row: Row) -> bool:
+    def take(self, rank: int, row: WorkerStatus) -> bool:
         """Take what lies in the push message as the mode and the policy will have it; whether it was taken."""
         service, push = self._service, self._service.replica.push
         version = int(service.control.version)
@@ -95,7 +95,7 @@ class Intake:
         if overflow is None:
             self._service.step_with(scale)
         else:
-            self._service.judge({self._service.exchange.rank: overflow})
+            self._service.judge({self._service.communicator.rank: overflow})
 
     def summary(self) -> dict[str, Any]:
         """What there is to say of the run at its end."""

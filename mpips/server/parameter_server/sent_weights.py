@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mpips.config import Staleness
 
 
-class Sent:
+class SentWeights:
     """The weights sent to each worker last; nothing where the policy corrects nothing.
 
     A worker that overlaps computes at the weights before the last: two copies are kept of it.

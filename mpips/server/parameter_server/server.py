@@ -1,8 +1,8 @@
 """One request at a time: what comes is taken, then whoever may go on is answered.
 
-    action_listener    exchange.receive   one request: a pull, or a push that carries the version it was computed from
+    action_listener    communicator.next_request   one request: a pull, or a push that carries the version it was computed from
     update_parameters  clip, any step     the contribution is taken, scaled, compensated, kept for later, or rejected
-    get_parameters     exchange.reply     what is new since the worker's version; that is also the push's acknowledgement
+    get_parameters     communicator.respond     what is new since the worker's version; that is also the push's acknowledgement
 
 So no update is lost and no answer is torn. A worker that may not go on yet is simply not answered. All ranks act together on
 
@@ -22,11 +22,11 @@ from mpips.config import ConfigError
 from mpips.model.message import ROUNDS, Call, Control, Stop
 from mpips.report.run_report import rank_states
 from mpips.server.base import Service
-from mpips.server.parameter_server.batch_queue import Dealing
-from mpips.server.parameter_server.pending_updates import Intake
+from mpips.server.parameter_server.batch_queue import BatchQueue
+from mpips.server.parameter_server.pending_updates import PendingUpdates
 from mpips.server.parameter_server.request import BATCH, WEIGHTS
 from mpips.server.parameter_server.turn import Turn
-from mpips.server.parameter_server.worker_table import Roll, Row
+from mpips.server.parameter_server.worker_table import WorkerStatus, WorkerTable
 from mpips.server.rank_state import RankState
 
 
@@ -46,7 +46,7 @@ class ParameterServer(Service):
             raise ConfigError(f"backup_workers: given {backup} with {self.workers} workers, allowed: fewer than the workers")
         self.ahead = self.config.staleness.bound - self.config.overlap  # while a push travels its worker is one clock further
         ranks = range(self.first, self.first + self.workers)
-        self.roll, self.dealing = Roll(ranks), Dealing(ranks)
+        self.roll, self.dealing = WorkerTable(ranks), BatchQueue(ranks)
         self._here = Control()  # the answer to a worker on this rank
         self._owed = False  # a checkpoint, which that worker says when to write
         self._started = False
@@ -55,7 +55,7 @@ class ParameterServer(Service):
     def create_model(self) -> None:
         """See `Service`."""
         super().create_model()
-        self.intake = Intake(self)
+        self.intake = PendingUpdates(self)
 
     def start(self) -> None:
         """Agree with the workers and give them the weights; a server that runs is stopped before, and starts again."""
@@ -98,7 +98,7 @@ class ParameterServer(Service):
         push = self.replica.push
         with self._turn:
             while self.roll.open:
-                rank, whole = self.exchange.receive(push.message, push.tail_at)
+                rank, whole = self.communicator.next_request(push.message, push.tail_at)
                 self.action_listener(rank, whole)
         self._end_loop()
         if self.fault:
@@ -139,7 +139,7 @@ class ParameterServer(Service):
 
     def round(self, contributed: bool = True) -> Control:
         """A request of the worker on this rank, in one process: its push message as it stands."""
-        rank, version = self.exchange.rank, self.control.version
+        rank, version = self.communicator.rank, self.control.version
         self.roll.open = {rank}
         if self.config.buffers == "server":
             self.replica.buffers.store(self.replica.pull.buffers)
@@ -158,7 +158,7 @@ class ParameterServer(Service):
     def action_listener(self, rank: int, whole: bool) -> None:
         """Deal with the request that lies in the push message: a push if it is whole, else a pull."""
         row = dict(zip(self._columns, self.replica.push.rows[0].tolist(), strict=True))
-        if rank == self.exchange.rank:
+        if rank == self.communicator.rank:
             row["round"] = self.control.version % ROUNDS
         self.roll.rows[rank] = row
         self.roll.held.add(rank)
@@ -171,7 +171,7 @@ class ParameterServer(Service):
         self._obey({rank: row})
         self._answer()
 
-    def update_parameters(self, rank: int, row: Row) -> bool:
+    def update_parameters(self, rank: int, row: WorkerStatus) -> bool:
         """Take a worker's contribution as the mode and the policy will have it.
 
         Returns:
@@ -182,7 +182,7 @@ class ParameterServer(Service):
         self._note(row)
         return taken
 
-    def _note(self, row: Row) -> None:
+    def _note(self, row: WorkerStatus) -> None:
         """One push in the report, and whether a checkpoint is due."""
         control, samples = self.control, row["samples"]
         means = [row[name] / samples if samples else math.nan for name in ("loss", *self.config.metrics)]
@@ -191,12 +191,12 @@ class ParameterServer(Service):
         every = self.config.checkpoint.every
         if every and control.round % every == 0:
             control.checkpoint = self._can_save
-        now = self.exchange.clock()
+        now = self.communicator.clock()
         speed, self._last = samples / max(now - self._last, 1e-9), now
         line = (control.round, self.place.epoch, control.version, samples, means[0], control.lr, *means[1:])
         self.report.round(line, speed, lambda: rank_states(dict(sorted(self.roll.rows.items())), self.trains))
 
-    def _obey(self, rows: Mapping[int, Row]) -> None:
+    def _obey(self, rows: Mapping[int, WorkerStatus]) -> None:
         """End the run if a rank asks for it; who has left its loop only waits for the loop's end."""
         if self.control.stop or self.control.culprit >= 0:
             return
@@ -273,12 +273,12 @@ class ParameterServer(Service):
         control.ticket = self.dealing.deal(rank) if dealt else -1
         pull.control = control
         whole = bool(want & WEIGHTS) and row["round"] != control.version % ROUNDS
-        if whole or rank == self.exchange.rank:
+        if whole or rank == self.communicator.rank:
             self.intake.sent.remember(rank, int(control.version), pull.weights)
-        if rank == self.exchange.rank:
+        if rank == self.communicator.rank:
             self._here = control
         else:
-            self.exchange.reply(rank, pull.message if whole else pull.control_message)
+            self.communicator.respond(rank, pull.message if whole else pull.control_message)
 
     def _saved(self) -> bool:
         """Write the checkpoint that is due, if every rank has been told; whether one was written."""

@@ -9,7 +9,7 @@ import torch
 from mpips.model.message import Push
 
 
-class Kept:
+class UpdateBuffer:
     """Their sum, each multiplied by its share.
 
     Attributes:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 
 from mpips.server.parameter_server.request import BUSY, BYE
 
-Row = Mapping[str, float]
-ABSENT: Row = {"done": 0.0, "stop": 0.0, "want": 0.0}  # of a rank that has not asked yet
+WorkerStatus = Mapping[str, float]
+ABSENT: WorkerStatus = {"done": 0.0, "stop": 0.0, "want": 0.0}  # of a rank that has not asked yet
 
 
-class Roll:
+class WorkerTable:
     """The workers' ranks.
 
     Attributes:
@@ -24,7 +24,7 @@ class Roll:
 
     def __init__(self, ranks: Iterable[int]) -> None:
         self.clocks = dict.fromkeys(ranks, 0)
-        self.rows: dict[int, Row] = {}
+        self.rows: dict[int, WorkerStatus] = {}
         self.open, self.gone, self.held, self.told = set[int](), set[int](), set[int](), set[int]()
 
     def clear(self) -> None:
@@ -59,7 +59,7 @@ class Roll:
         """The least clock of those that train: one that is done never holds the others."""
         return min(self.clocks[rank] for rank in self.training)
 
-    def row(self, rank: int) -> Row:
+    def row(self, rank: int) -> WorkerStatus:
         """What it said last."""
         return self.rows.get(rank, ABSENT)
 

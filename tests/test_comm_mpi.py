@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_exchange import ExchangeContract, Program, RequestsContract
+from contract_communicator import CommunicatorContract, Program, RequestsContract
 
 from mpips.comm import SERVER
 
@@ -17,10 +17,10 @@ def on_mpi(program: Program, bucket: int = 100_000) -> list[Any]:
     """Run a program on all ranks of this job; every rank gets all results."""
     from mpi4py import MPI
 
-    from mpips.comm.mpi import MpiExchange
+    from mpips.comm.mpi import MpiCommunicator
 
     comm = MPI.COMM_WORLD.Dup()
-    result = program(MpiExchange(comm, bucket, cuda_aware=False))
+    result = program(MpiCommunicator(comm, bucket, cuda_aware=False))
     results: list[Any] = comm.allgather(result)
     comm.Free()
     return results
@@ -29,11 +29,11 @@ def on_mpi(program: Program, bucket: int = 100_000) -> list[Any]:
 def as_simulated(program: Program) -> Program:
     """The program as a simulated world runs it: it leaves at its end, and gives None on a rank that has only served."""
 
-    def run(exchange: Any) -> Any:
+    def run(communicator: Any) -> Any:
         leaving: list[Callable[[], None]] = []
-        exchange.at_end = leaving.append
+        communicator.at_end = leaving.append
         try:
-            result = program(exchange)
+            result = program(communicator)
             for leave in leaving:
                 leave()
         except SystemExit as end:
@@ -53,7 +53,7 @@ def size() -> int:
 
 
 @pytest.mark.mpi(min_size=2)
-class TestMpi(ExchangeContract):
+class TestMpi(CommunicatorContract):
     def run(self, program: Program, size: int) -> list[Any]:
         return on_mpi(program)
 
@@ -97,11 +97,11 @@ def test_the_server_does_not_wait_for_a_rank_that_computes(tmp_path: Path) -> No
         numel, room = 1_000_000, torch.zeros(1_000_000)
         replied = Path(e.comm.bcast(str(tmp_path / "replied")))
         if e.rank == SERVER:
-            e.receive(room, 0)
-            e.reply(1, torch.ones(numel))
+            e.next_request(room, 0)
+            e.respond(1, torch.ones(numel))
             replied.touch()
         elif e.rank == 1:
-            finish = e.ask(torch.zeros(numel), room, 1, overlap=True)
+            finish = e.request(torch.zeros(numel), room, 1, overlap=True)
             deadline = time.monotonic() + 20
             while not replied.exists():
                 assert time.monotonic() < deadline, "the server waits"
@@ -116,11 +116,11 @@ def test_the_server_does_not_wait_for_a_rank_that_computes(tmp_path: Path) -> No
 def test_an_error_beside_surfaces_where_the_answer_is_taken() -> None:
     def program(e: Any) -> bool:
         def fail(request: Any) -> None:
-            raise ZeroDivisionError("beside")
+            raise ZeroDivisionError("work")
 
         e._conversation.begin = fail
-        with pytest.raises(ZeroDivisionError, match="beside"):
-            e.ask(torch.zeros(4), torch.zeros(4), 1, overlap=True)()
+        with pytest.raises(ZeroDivisionError, match="work"):
+            e.request(torch.zeros(4), torch.zeros(4), 1, overlap=True)()
         return True
 
     assert all(on_mpi(program))
@@ -131,20 +131,20 @@ def test_a_rank_that_waits_leaves_its_core_to_others() -> None:
     def program(e: Any) -> float:
         message, used = torch.zeros(4), time.process_time()
         if e.rank == SERVER:
-            held = [e.receive(message, 0)[0] for _ in range(e.size - 1)]
+            held = [e.next_request(message, 0)[0] for _ in range(e.size - 1)]
             time.sleep(1)
             for rank in held:
-                e.reply(rank, message)
+                e.respond(rank, message)
             used = time.process_time()
-            e.receive(message, 0)
+            e.next_request(message, 0)
             share = time.process_time() - used
-            e.reply(1, message)
+            e.respond(1, message)
             return share
-        e.ask(message, torch.zeros(4), 1)()
+        e.request(message, torch.zeros(4), 1)()
         share = time.process_time() - used
         if e.rank == 1:
             time.sleep(1)
-            e.ask(message, torch.zeros(4), 1)()
+            e.request(message, torch.zeros(4), 1)()
         return share
 
     assert max(on_mpi(program)) < 0.2  # seconds; a rank that spins takes 1
@@ -154,23 +154,23 @@ def test_a_rank_that_waits_leaves_its_core_to_others() -> None:
 def test_more_than_2_to_the_31_bytes() -> None:
     from mpi4py import MPI
 
-    from mpips.comm.mpi import MpiExchange
+    from mpips.comm.mpi import MpiCommunicator
 
     if MPI.COMM_WORLD.size > 2:
         pytest.skip("2 ranks are enough for 2 GiB each")
-    exchange = MpiExchange(MPI.COMM_WORLD.Dup(), 1 << 28, cuda_aware=False)
+    communicator = MpiCommunicator(MPI.COMM_WORLD.Dup(), 1 << 28, cuda_aware=False)
     numel = 2**31 // 4 + 1000  # float32
-    message = torch.full((numel,), float(exchange.rank + 1))
-    exchange.combine(message, numel - 1, "sum", lambda part, rows: None)
-    exchange.publish(message)
+    message = torch.full((numel,), float(communicator.rank + 1))
+    communicator.reduce(message, numel - 1, "sum", lambda part, rows: None)
+    communicator.broadcast(message)
     assert message[0] == message[numel // 2] == message[-1] == 3
-    assert exchange.traffic["combine bytes"] == numel * 4 > 2**31
+    assert communicator.traffic["reduce bytes"] == numel * 4 > 2**31
 
 
 @pytest.mark.mpi(min_size=2)
 def test_the_server_memory_for_rows_is_that_of_a_bucket() -> None:
     def program(e: Any) -> int:
-        e.combine(torch.zeros(1_000_000), 1_000_000, "rows", lambda part, rows: None)
+        e.reduce(torch.zeros(1_000_000), 1_000_000, "rows", lambda part, rows: None)
         return int(e._rows.numel())
 
     results = on_mpi(program, bucket=40_000)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpips.comm import SERVER, ExchangeError
-from mpips.comm.simulated import Killed, SimulatedExchange, World
+from mpips.comm import SERVER, CommunicatorError
+from mpips.comm.simulated import Killed, SimulatedCommunicator, World
 
 MESSAGE = torch.zeros(2)  # 8 bytes
 
@@ -15,16 +15,16 @@ def server(world: World, count: int, work: float = 0.0) -> list[tuple[int, float
     """Answer `count` requests, each after `work` seconds; who asked and when it was received."""
     end, came = world.ends[SERVER], []
     for _ in range(count):
-        rank, _ = end.receive(torch.zeros(2), 0)
+        rank, _ = end.next_request(torch.zeros(2), 0)
         came.append((rank, end.clock()))
         world.sleep(SERVER, work)
-        end.reply(rank, MESSAGE)
+        end.respond(rank, MESSAGE)
     return came
 
 
-def ask(end: SimulatedExchange) -> float:
+def ask(end: SimulatedCommunicator) -> float:
     """A round trip; when it was over."""
-    end.ask(MESSAGE, torch.zeros(2), 1)()
+    end.request(MESSAGE, torch.zeros(2), 1)()
     return end.clock()
 
 
@@ -32,7 +32,7 @@ def ask(end: SimulatedExchange) -> float:
 def test_virtual_times_are_those_computed_by_hand(seed: int) -> None:
     world = World(3, seed=seed, latency=1.0, bandwidth=4.0)  # a message takes 1 + 8 / 4 = 3 s
 
-    def program(e: SimulatedExchange) -> object:
+    def program(e: SimulatedCommunicator) -> object:
         if e.rank == SERVER:
             return server(world, 5, work=0.5)
         times = []
@@ -52,12 +52,12 @@ def test_virtual_times_are_those_computed_by_hand(seed: int) -> None:
 def test_a_rank_that_overlaps_goes_on_by_its_own_clock() -> None:
     world = World(2, latency=1.0, bandwidth=4.0)
 
-    def program(e: SimulatedExchange) -> object:
+    def program(e: SimulatedCommunicator) -> object:
         if e.rank == SERVER:
             return server(world, 2)
         times = []
         for compute in (1.0, 20.0):
-            finish = e.ask(MESSAGE, torch.zeros(2), 1, overlap=True)
+            finish = e.request(MESSAGE, torch.zeros(2), 1, overlap=True)
             world.sleep(1, compute)
             finish()
             times.append(e.clock())
@@ -71,7 +71,7 @@ def test_the_server_waits_for_a_rank_that_may_still_ask_earlier() -> None:
     for seed in range(30):
         world = World(3, seed=seed)
 
-        def program(e: SimulatedExchange, world: World = world) -> object:
+        def program(e: SimulatedCommunicator, world: World = world) -> object:
             if e.rank == SERVER:
                 return [rank for rank, _ in server(world, 2)]
             if e.rank == 1:
@@ -86,7 +86,7 @@ def test_the_server_waits_for_a_rank_that_may_still_ask_earlier() -> None:
 def order(seed: int) -> list[int]:
     world = World(5, seed=seed)
 
-    def program(e: SimulatedExchange) -> list[int]:
+    def program(e: SimulatedCommunicator) -> list[int]:
         if e.rank == SERVER:
             return [rank for rank, _ in server(world, 20)]
         for turn in range(5):
@@ -108,22 +108,22 @@ def fails(world: World, server_does: str, others_do: str) -> dict[int, str]:
     """Run a program that comes to a standstill; what each rank was told."""
     told: dict[int, str] = {}
 
-    def program(e: SimulatedExchange) -> None:
+    def program(e: SimulatedCommunicator) -> None:
         try:
             for call in (server_does if e.rank == SERVER else others_do).split():
                 if call == "serve":
                     server(world, 1)
-                elif call == "receive":
-                    e.receive(torch.zeros(2), 0)
-                elif call == "ask":
+                elif call == "next_request":
+                    e.next_request(torch.zeros(2), 0)
+                elif call == "request":
                     ask(e)
                 else:
-                    e.publish(torch.zeros(1))
-        except ExchangeError as error:
+                    e.broadcast(torch.zeros(1))
+        except CommunicatorError as error:
             told[e.rank] = str(error)
             raise
 
-    with pytest.raises(ExchangeError):
+    with pytest.raises(CommunicatorError):
         world.run(program)
     return told
 
@@ -132,11 +132,19 @@ def fails(world: World, server_does: str, others_do: str) -> dict[int, str]:
 @pytest.mark.parametrize(
     ("server_does", "others_do", "said"),
     [
-        ("receive", "", {0: "ranks [0] wait in receive, [1, 2] have ended"}),
-        ("", "ask", {1: "ranks [1, 2] wait in ask, [0] have ended"}),
-        ("receive", "publish", {0: "ranks [1, 2] wait in publish(1 x torch.float32) and ranks [0] wait in receive"}),
-        ("publish", "ask", {2: "ranks [1, 2] wait in ask and ranks [0] wait in publish(1 x torch.float32)"}),
-        ("receive receive receive", "ask", {0: "ranks [1, 2] wait in ask and ranks [0] wait in receive"}),
+        ("next_request", "", {0: "ranks [0] wait in next_request, [1, 2] have ended"}),
+        ("", "request", {1: "ranks [1, 2] wait in request, [0] have ended"}),
+        (
+            "next_request",
+            "broadcast",
+            {0: "ranks [1, 2] wait in broadcast(1 x torch.float32) and ranks [0] wait in next_request"},
+        ),
+        ("broadcast", "request", {2: "ranks [0] wait in broadcast(1 x torch.float32) and ranks [1, 2] wait in request"}),
+        (
+            "next_request next_request next_request",
+            "request",
+            {0: "ranks [0] wait in next_request and ranks [1, 2] wait in request"},
+        ),
     ],
 )
 def test_a_standstill_names_ranks_and_calls(seed: int, server_does: str, others_do: str, said: dict[int, str]) -> None:
@@ -153,7 +161,7 @@ def test_a_killed_rank_leaves_the_others_served_and_the_server_told(call: int) -
     served: list[tuple[int, float]] = []
     told: list[str] = []
 
-    def program(e: SimulatedExchange) -> None:
+    def program(e: SimulatedCommunicator) -> None:
         if e.rank != SERVER:
             for _ in range(3):
                 ask(e)
@@ -161,7 +169,7 @@ def test_a_killed_rank_leaves_the_others_served_and_the_server_told(call: int) -
         try:
             for _ in range(6):
                 served.extend(server(world, 1))
-        except ExchangeError as error:
+        except CommunicatorError as error:
             told.append(str(error))
             raise
 
@@ -170,14 +178,14 @@ def test_a_killed_rank_leaves_the_others_served_and_the_server_told(call: int) -
     ranks = [rank for rank, _ in served]
     assert ranks.count(2) == 3, "rank 2 was served to its end"
     assert ranks.count(1) == (call + 1) // 2
-    assert told == ["ranks [0] wait in receive, [1, 2] have ended"]
+    assert told == ["ranks [0] wait in next_request, [1, 2] have ended"]
 
 
 def test_a_killed_server_ends_the_others() -> None:
     world = World(3)
     world.kill(SERVER, call=3)  # receive, reply, receive, and no second reply
 
-    def program(e: SimulatedExchange) -> None:
+    def program(e: SimulatedCommunicator) -> None:
         if e.rank == SERVER:
             server(world, 2)
         else:
@@ -188,39 +196,39 @@ def test_a_killed_server_ends_the_others() -> None:
 
 
 def test_who_asks_and_who_answers() -> None:
-    def program(e: SimulatedExchange) -> None:
-        with pytest.raises(ExchangeError, match="rank 0 receives and replies, the others ask"):
-            e.ask(MESSAGE, MESSAGE, 1) if e.rank == SERVER else e.receive(MESSAGE, 0)
+    def program(e: SimulatedCommunicator) -> None:
+        with pytest.raises(CommunicatorError, match="rank 0 receives and replies, the others ask"):
+            e.request(MESSAGE, MESSAGE, 1) if e.rank == SERVER else e.next_request(MESSAGE, 0)
         if e.rank == SERVER:
-            with pytest.raises(ExchangeError, match="rank 1 is answered, but"):
-                e.reply(1, MESSAGE)
+            with pytest.raises(CommunicatorError, match="rank 1 is answered, but"):
+                e.respond(1, MESSAGE)
 
     World(2).run(program)
-    with pytest.raises(ExchangeError, match="rank 0 of 1"):
-        World(1).ends[0].receive(MESSAGE, 0)
+    with pytest.raises(CommunicatorError, match="rank 0 of 1"):
+        World(1).ends[0].next_request(MESSAGE, 0)
 
 
 def test_no_other_call_while_a_request_is_under_way() -> None:
     world = World(2)
 
-    def program(e: SimulatedExchange) -> None:
+    def program(e: SimulatedCommunicator) -> None:
         if e.rank == SERVER:
             server(world, 1)
             return
-        finish = e.ask(MESSAGE, torch.zeros(2), 1)
-        with pytest.raises(ExchangeError, match=r"rank 1 calls publish.* before it has taken the answer"):
-            e.publish(MESSAGE)
+        finish = e.request(MESSAGE, torch.zeros(2), 1)
+        with pytest.raises(CommunicatorError, match=r"rank 1 calls broadcast.* before it has taken the answer"):
+            e.broadcast(MESSAGE)
         finish()
 
     world.run(program)
 
 
 def test_the_request_may_be_of_no_other_length() -> None:
-    def program(e: SimulatedExchange) -> None:
+    def program(e: SimulatedCommunicator) -> None:
         if e.rank == SERVER:
-            with pytest.raises(ExchangeError, match="rank 1 sent 12 bytes where 16 or 8 are expected"):
-                e.receive(torch.zeros(4), 2)
+            with pytest.raises(CommunicatorError, match="rank 1 sent 12 bytes where 16 or 8 are expected"):
+                e.next_request(torch.zeros(4), 2)
         else:
-            e.ask(torch.zeros(3), torch.zeros(4), 1)
+            e.request(torch.zeros(3), torch.zeros(4), 1)
 
     World(2).run(program)

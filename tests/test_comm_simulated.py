@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from contract_exchange import ExchangeContract, Program, RequestsContract
+from contract_communicator import CommunicatorContract, Program, RequestsContract
 
-from mpips.comm import ExchangeError
-from mpips.comm.simulated import Killed, SimulatedExchange, World
+from mpips.comm import CommunicatorError
+from mpips.comm.simulated import Killed, SimulatedCommunicator, World
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-class TestSimulated(ExchangeContract):
+class TestSimulated(CommunicatorContract):
     def run(self, program: Program, size: int) -> list[Any]:
         return World(size, seed=size, bucket=100_000).run(program)
 
@@ -27,10 +27,10 @@ class TestRequests(RequestsContract):
 def order_of_arrival(seed: int) -> list[int]:
     order: list[int] = []
 
-    def program(e: SimulatedExchange) -> None:
+    def program(e: SimulatedCommunicator) -> None:
         for _ in range(10):
             order.append(e.rank)
-            e.publish(torch.zeros(1))
+            e.broadcast(torch.zeros(1))
 
     World(3, seed=seed).run(program)
     return order
@@ -44,31 +44,31 @@ def test_a_seed_is_a_schedule() -> None:
 def test_virtual_time_is_that_of_the_slowest_rank() -> None:
     world = World(2, latency=1.0, bandwidth=4.0)
 
-    def program(e: SimulatedExchange) -> float:
+    def program(e: SimulatedCommunicator) -> float:
         world.sleep(e.rank, 10.0 * e.rank)
-        e.publish(torch.zeros(2))  # 8 bytes take 2 s
+        e.broadcast(torch.zeros(2))  # 8 bytes take 2 s
         return e.clock()
 
     assert world.run(program) == [13.0, 13.0]
 
 
 def test_a_rank_that_is_elsewhere_is_named() -> None:
-    def program(e: SimulatedExchange) -> None:
+    def program(e: SimulatedCommunicator) -> None:
         if e.rank == 1:
-            e.publish(torch.zeros(1))
+            e.broadcast(torch.zeros(1))
         else:
-            e.combine(torch.zeros(2), 1, "sum", lambda part, rows: None)
+            e.reduce(torch.zeros(2), 1, "sum", lambda part, rows: None)
 
-    with pytest.raises(ExchangeError, match=r"rank \d is at (publish|combine).*ranks \[.*\] at (publish|combine)"):
+    with pytest.raises(CommunicatorError, match=r"rank \d is at (broadcast|reduce).*ranks \[.*\] at (broadcast|reduce)"):
         World(3).run(program)
 
 
 def test_a_rank_that_has_ended_is_named() -> None:
-    def program(e: SimulatedExchange) -> None:
+    def program(e: SimulatedCommunicator) -> None:
         if e.rank != 2:
-            e.publish(torch.zeros(1))
+            e.broadcast(torch.zeros(1))
 
-    with pytest.raises(ExchangeError, match=r"ranks \[0, 1\] wait in publish.*\[2\] have ended"):
+    with pytest.raises(CommunicatorError, match=r"ranks \[0, 1\] wait in broadcast.*\[2\] have ended"):
         World(3).run(program)
 
 
@@ -77,11 +77,11 @@ def test_a_killed_rank_ends_the_others() -> None:
     world.kill(1, call=4)
     ended: list[int] = []
 
-    def program(e: SimulatedExchange) -> None:
+    def program(e: SimulatedCommunicator) -> None:
         try:
             for _ in range(10):
-                e.publish(torch.zeros(1))
-        except ExchangeError:
+                e.broadcast(torch.zeros(1))
+        except CommunicatorError:
             ended.append(e.rank)
             raise
 
@@ -91,12 +91,12 @@ def test_a_killed_rank_ends_the_others() -> None:
 
 
 def test_each_rank_has_random_streams_of_its_own() -> None:
-    def program(e: SimulatedExchange) -> list[float]:
+    def program(e: SimulatedCommunicator) -> list[float]:
         torch.manual_seed(e.rank)
         drawn = []
         for _ in range(5):
             drawn.append(float(torch.rand(())))
-            e.publish(torch.zeros(1))
+            e.broadcast(torch.zeros(1))
         return drawn
 
     first = World(3, seed=1).run(program)
@@ -113,7 +113,7 @@ def test_a_rank_that_has_ended_is_gone_before_others_go_on() -> None:
             time.sleep(0.05)
             gone.append(1)
 
-    def program(e: SimulatedExchange) -> int:
+    def program(e: SimulatedCommunicator) -> int:
         if e.rank:
             kept.held = Slow()
             return 0

@@ -20,7 +20,7 @@ from mpips.model.message import Push, WorkerStatus, replicate
 from mpips.reduce.aggregate import combine, contribute
 from mpips.rules import RULES, choose
 
-BUCKET = 16_000_000  # bytes, as `bucket_mb` has it
+BUCKET = 16_000_000  # bytes, as `bucket_cap_mb` has it
 
 
 def resident(what: str) -> float:
@@ -48,7 +48,7 @@ def main() -> None:
         if model is not None:
             push = replicate(model, Config(), communicator.size, communicator.allocate).push
         assert push is not None
-        config = Config(rule=name, robust=Robust(bad=1))
+        config = Config(rule=name, robust=Robust(num_byzantine=1))
         rule, last = choose(config)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         before, seconds = resident("VmRSS"), 0.0

@@ -58,7 +58,7 @@ def main() -> None:
     decay, rest = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}])
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * args.rounds, pct_start=0.1)
-    ps = mpips.connect(model, optimizer, clip=1.0, stop={"goal": "min", "patience": 3})
+    ps = mpips.connect(model, optimizer, clip=1.0, early_stopping={"mode": "min", "patience": 3})
     for _ in ps.epochs(args.epochs):
         draws = (train[torch.randint(len(train), (args.batch_size,))] for _ in range(args.rounds * args.accumulate))
         for number, batch in enumerate(ps.batches(draws, shard=False), 1):

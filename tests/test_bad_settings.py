@@ -74,8 +74,8 @@ FILES: list[str | bytes] = [
     *("- a\n- b", "hello", "3", "seed: 1\n---\nseed: 2", "checkpoint:\n\tevery: 1", "metrics: [a, b", 'rule: "mean', "a: b: c"),
     *(
         "seed: 1\nseed: 2",
-        "stop: {patience: 1}\nstop: {patience: 2}",
-        "stop: {patience: 1}\nstop.patience: 1",
+        "early_stopping: {patience: 1}\nearly_stopping: {patience: 2}",
+        "early_stopping: {patience: 1}\nearly_stopping.patience: 1",
         "'seed': 1\nseed: 1",
     ),
     *(
@@ -145,7 +145,13 @@ FLAGS = [
     *(["--mpips.metrics=" + BOMB], ["--mpips.seed\n=1"], ["--mpips.seed=1\n2"], ["--mpips.seed", "--mpips.clip", "1"]),
 ]
 VARIABLES = [
-    *(("MPIPS_CLPI", "1"), ("MPIPS_clip", "1"), ("MPIPS_CHECKPOINT_EVERY", "1"), ("MPIPS_STOP", "1"), ("MPIPS_", "1")),
+    *(
+        ("MPIPS_CLPI", "1"),
+        ("MPIPS_clip", "1"),
+        ("MPIPS_CHECKPOINT_EVERY", "1"),
+        ("MPIPS_EARLY_STOPPING", "1"),
+        ("MPIPS_", "1"),
+    ),
     *(
         ("MPIPS_CONFIG", ""),
         ("MPIPS_CONFIG", "nowhere.yaml"),

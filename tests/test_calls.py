@@ -132,7 +132,7 @@ def test_validate_sees_the_servers_weights_in_every_mode(mode: str) -> None:
 
 def test_several_numbers_are_judged_apart() -> None:
     def program(e: Communicator) -> tuple[int, str, Any]:
-        ps = mpips.connect(mlp(), sgd, communicator=e, run_dir="run", stop={"patience": 2})
+        ps = mpips.connect(mlp(), sgd, communicator=e, run_dir="run", early_stopping={"patience": 2})
         for epoch in ps.epochs(6):
             ps.validate(lambda epoch=epoch: 0.1 * epoch, "accuracy")
             ps.validate(lambda epoch=epoch: 2.0 - 0.1 * epoch, "loss")
@@ -144,7 +144,7 @@ def test_several_numbers_are_judged_apart() -> None:
 
 def test_which_number_stops_is_a_setting() -> None:
     def program(e: Communicator) -> tuple[int, str]:
-        ps = mpips.connect(mlp(), sgd, communicator=e, run_dir="run", stop={"patience": 2, "monitor": "loss"})
+        ps = mpips.connect(mlp(), sgd, communicator=e, run_dir="run", early_stopping={"patience": 2, "monitor": "loss"})
         for epoch in ps.epochs(6):
             ps.validate(lambda epoch=epoch: 0.1 * epoch, "accuracy")
             ps.validate(lambda epoch=epoch: 2.0 - 0.1 * epoch, "loss")
@@ -193,7 +193,7 @@ def test_the_server_validates_where_it_was_given_the_means(size: int) -> None:
             run_dir="run",
             validate=measure,
             validation_data=lambda: data(8)[0],
-            stop={"target": -100.0},
+            early_stopping={"target": -100.0},
         )
         for _ in ps.epochs(3):
             steps(ps, model, ps.batches(data(48), 8, shuffle=False))

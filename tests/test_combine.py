@@ -24,7 +24,7 @@ from mpips.reduce.aggregate import combine, contribute
 from mpips.rules import RULES, Needs, Rule, choose
 
 Run = Callable[[Program, int], list[Any]]
-WIDE = Robust(radius=1e9)  # nothing is clipped
+WIDE = Robust(clip_radius=1e9)  # nothing is clipped
 
 
 class Model(nn.Module):
@@ -109,7 +109,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("deterministic", [False, True])
 @each_rule
 def test_slice_by_slice_is_as_good_as_whole(name: str, deterministic: bool, trains: bool) -> None:
-    config = Config(rule=name, deterministic=deterministic, robust=Robust(radius=3.0))
+    config = Config(rule=name, deterministic=deterministic, robust=Robust(clip_radius=3.0))
     values, weights = random_values(8), torch.arange(8.0)
     expected = together(choose(config)[0], values.clone(), weights)
     for bucket in (4, 64, 100, 10_000):
@@ -147,7 +147,7 @@ def test_a_round_without_contributions_leaves_the_rule_alone(name: str, monkeypa
 def test_one_contribution_keeps_every_bit(name: str, trains: bool, deterministic: bool) -> None:
     """Whether there is one worker, or one of several has data."""
     value = torch.tensor([[1e-45, 1 / 3, 3.4e38, 0.1]])
-    config = Config(rule=name, deterministic=deterministic, robust=Robust(bad=2, radius=1e39))
+    config = Config(rule=name, deterministic=deterministic, robust=Robust(num_byzantine=2, clip_radius=1e39))
     assert torch.equal(once(config, value, trains=trains).gradient, value[0])
     among = torch.cat([torch.zeros(2, 4), value, torch.zeros(2, 4)])
     assert torch.equal(once(config, among, torch.tensor([0.0, 0, 1, 0, 0]), trains=trains).gradient, value[0])
@@ -221,7 +221,7 @@ def test_one_faulty_worker_moves_the_geometric_median_little(attack: str, rank: 
 @pytest.mark.parametrize("rank", [0, 6])
 @each_attack
 def test_one_faulty_worker_moves_centred_clipping_by_its_share_of_the_radius(attack: str, rank: int) -> None:
-    config = Config(rule="cclip", robust=Robust(radius=2.0, iterations=1))
+    config = Config(rule="cclip", robust=Robust(clip_radius=2.0, iterations=1))
     came, _ = attacked(config, attack, rank)
     assert came.gradient.norm() <= 2.0 + 1e-5
     without = once(config, HONEST).gradient
@@ -231,7 +231,7 @@ def test_one_faulty_worker_moves_centred_clipping_by_its_share_of_the_radius(att
 @pytest.mark.parametrize("rank", [0, 6])
 @each_attack
 def test_one_faulty_worker_moves_clipped_norms_by_its_share_of_the_radius(attack: str, rank: int) -> None:
-    config = Config(rule="normclip", robust=Robust(radius=2.0))
+    config = Config(rule="normclip", robust=Robust(clip_radius=2.0))
     for trains in (False, True):
         came, faulty = attacked(config, attack, rank, trains)
         without = once(config, HONEST).gradient
@@ -257,14 +257,16 @@ def test_a_float64_too_large_to_square_counts_as_not_finite(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["krum", "multikrum", "bulyan"])
 def test_each_one_left_out_is_one_faulty_less_to_assume(name: str) -> None:
-    """With bad=2 these take 7, 7 and 11; two are not finite, and what is left is combined as with bad=0."""
+    """With num_byzantine=2 these take 7, 7 and 11; two are not finite, and what is left is combined as with num_byzantine=0."""
     n = 11 if name == "bulyan" else 7
     values = random_values(n)
     values[[1, 4]] = math.nan
-    came = once(Config(rule=name, robust=Robust(bad=2)), values)
+    came = once(Config(rule=name, robust=Robust(num_byzantine=2)), values)
     good = [i for i in range(n) if i not in (1, 4)]
     assert came.faulty == [2, 5]
-    assert close(came.gradient, together(choose(Config(rule=name, robust=Robust(bad=0)))[0], values[good], torch.ones(n - 2)))
+    assert close(
+        came.gradient, together(choose(Config(rule=name, robust=Robust(num_byzantine=0)))[0], values[good], torch.ones(n - 2))
+    )
 
 
 @pytest.mark.parametrize("name", ["trimmed", "krum", "multikrum", "bulyan"])
@@ -284,7 +286,7 @@ def test_one_that_has_left_itself_out_is_one_faulty_less_as_well(name: str) -> N
     came, gradient = World(n, bucket=64).run(program)[SERVER]
     assert came == ([], "")
     good = torch.cat([values[:1], values[2:]])
-    assert close(gradient, together(choose(Config(rule=name, robust=Robust(bad=0)))[0], good, torch.ones(n - 1)))
+    assert close(gradient, together(choose(Config(rule=name, robust=Robust(num_byzantine=0)))[0], good, torch.ones(n - 1)))
 
 
 @each_rule
@@ -337,7 +339,7 @@ def test_statistics_by_hand(name: str, expected: float) -> None:
     if name == "multikrum":
         values[0] += 100  # left out: the mean of 4, 12, 5, 4 and a quarter
         expected = 6.25
-    came = once(Config(rule=name, robust=Robust(radius=0.5)), values, statistics=statistics)
+    came = once(Config(rule=name, robust=Robust(clip_radius=0.5)), values, statistics=statistics)
     assert came.statistics.tolist() == pytest.approx([expected] * 3, rel=1e-6)
 
 
@@ -356,7 +358,7 @@ def test_a_statistic_that_is_not_finite_leaves_its_rank_out(name: str) -> None:
 def test_centred_clipping_goes_on_from_the_last_result() -> None:
     """Far from 0 with a radius of 1, one iteration a round: each round comes nearer by one radius."""
     values = torch.full((3, 4), 5.0)  # 10 away from 0
-    config = Config(rule="cclip", robust=Robust(radius=1.0, iterations=1))
+    config = Config(rule="cclip", robust=Robust(clip_radius=1.0, iterations=1))
     came = World(4).run(rounds(config, values, torch.ones(3), times=12))[SERVER]
     assert [round(float(c.gradient.norm()), 4) for c in came] == [*map(float, range(1, 11)), 10.0, 10.0]
 
@@ -385,7 +387,7 @@ def test_mpi_gives_what_the_simulation_gives(name: str, deterministic: bool) -> 
     from mpi4py import MPI
 
     size = int(MPI.COMM_WORLD.size)
-    config = Config(rule=name, deterministic=deterministic, robust=Robust(bad=0, radius=3.0))
+    config = Config(rule=name, deterministic=deterministic, robust=Robust(num_byzantine=0, clip_radius=3.0))
     for trains in (False, True):
         values = random_values(size - (not trains), 1000)
         weights = torch.arange(1.0, len(values) + 1)
@@ -480,7 +482,7 @@ def test_a_rule_is_a_rule() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @each_rule
 def test_a_gpu_gives_what_a_cpu_gives(name: str) -> None:
-    config = Config(rule=name, robust=Robust(radius=3.0))
+    config = Config(rule=name, robust=Robust(clip_radius=3.0))
     values, found = random_values(8), []
     values[2, 5] = math.nan
     for device in ("cpu", "cuda"):

@@ -65,13 +65,13 @@ VALUES: dict[str, list[Any]] = {
     "buffers": ["server", "local", "mean", "server"],
     "clip": [0.5, 1.5, 2.5, None],
     "seed": [11, 12, 13, 14],
-    "bucket_mb": [1.0, 2.0, 3.0, 4.0],
+    "bucket_cap_mb": [1.0, 2.0, 3.0, 4.0],
     "run_dir": ["a", "b", "12", "no"],
     "resume": ["auto", "no", "12", "null"],
     "metrics": [("a",), ("b", "c"), (), ("d",)],
     "checkpoint.every": [1, 2, 3, 4],
-    "stop.target": [-1.0, 0.5, 1e-3, None],
-    "stop.goal": ["min", "max", "min", "max"],
+    "early_stopping.target": [-1.0, 0.5, 1e-3, None],
+    "early_stopping.mode": ["min", "max", "min", "max"],
 }
 
 
@@ -112,10 +112,10 @@ def test_the_file_may_come_from_a_variable_and_the_flag_wins(monkeypatch: pytest
 
 
 def test_one_setting_of_a_group_leaves_its_neighbours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("c.yaml").write_text("stop: {patience: 2, goal: min}\n")
-    monkeypatch.setenv("MPIPS_STOP__MIN_GAIN", "0.25")
-    config = resolve({"stop": {"patience": 9, "target": 7.0}}, ["--stop.goal", "max", "--config", "c.yaml"])
-    assert config.stop == mpips.config.Stopping(patience=2, min_gain=0.25, target=7.0, goal="max")
+    Path("c.yaml").write_text("early_stopping: {patience: 2, mode: min}\n")
+    monkeypatch.setenv("MPIPS_EARLY_STOPPING__MIN_DELTA", "0.25")
+    config = resolve({"early_stopping": {"patience": 9, "target": 7.0}}, ["--early_stopping.mode", "max", "--config", "c.yaml"])
+    assert config.early_stopping == mpips.config.EarlyStopping(patience=2, min_delta=0.25, target=7.0, mode="max")
 
 
 def test_dotted_keys_and_empty_files_are_fine() -> None:
@@ -152,7 +152,9 @@ def test_a_folder_may_have_any_name(folder: str) -> None:
     run_dir=st.none() | st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=8)
         ,
     resume=st.sampled_from(["no", "auto", "yes", "1", "a: b", "# c", "'"]),
-    stop=st.builds(mpips.config.Stopping, patience=st.integers(0, 10**6), target=st.none() | st.floats(-1e9, 1e9)),
+    early_stopping=st.builds(
+        mpips.config.EarlyStopping, patience=st.integers(0, 10**6), target=st.none() | st.floats(-1e9, 1e9)
+    ),
 ))  # fmt: skip
 def test_the_saved_configuration_read_again_is_the_same(chosen: dict[str, Any]) -> None:
     config = Config(**chosen)
@@ -178,8 +180,8 @@ WRONG = [
     ("seed", "true", "a whole number"),
     ("seed", "null", "a whole number"),
     ("seed", str(2**60), "a whole number from -2^53 to 2^53"),
-    ("bucket_mb", "0", "a number from 0.001 to 1000"),
-    ("bucket_mb", "1e9", "a number from 0.001 to 1000"),
+    ("bucket_cap_mb", "0", "a number from 0.001 to 1000"),
+    ("bucket_cap_mb", "1e9", "a number from 0.001 to 1000"),
     ("metrics", "acc", "a list of names, as [a,b]"),
     ("metrics", "[a, a]", "different Python names"),
     ("metrics", "[loss]", "different Python names, none of"),
@@ -188,12 +190,12 @@ WRONG = [
     ("checkpoint.every", "-1", "a whole number, 0 or more"),
     ("checkpoint.every", "soon", "a whole number"),
     ("checkpoint.keep", "0", "a whole number, 1 or more"),
-    ("stop.patience", "-2", "a whole number, 0 or more"),
-    ("stop.patience", "1.0", "a whole number"),
-    ("stop.min_gain", "-0.1", "a number, 0 or more"),
-    ("stop.target", "best", "a number or null"),
-    ("stop.target", ".nan", "a number or null"),
-    ("stop.goal", "lower", "max, min"),
+    ("early_stopping.patience", "-2", "a whole number, 0 or more"),
+    ("early_stopping.patience", "1.0", "a whole number"),
+    ("early_stopping.min_delta", "-0.1", "a number, 0 or more"),
+    ("early_stopping.target", "best", "a number or null"),
+    ("early_stopping.target", ".nan", "a number or null"),
+    ("early_stopping.mode", "lower", "max, min"),
     ("clients.mu", "null", "a number"),
     ("clients.mu", "-1", "a number, 0 or more"),
 ]
@@ -250,7 +252,8 @@ def test_one_line_says_key_given_and_allowed(
     ({"seed": {"a": 1}}, "seed: given {'a': 1}, allowed: a whole number"),
     ({"clip": "1.5"}, "clip: given '1.5', allowed: a number or null"),
     ({"clip": 10**400}, f"clip: given 1{'0' * 96}..., allowed: a number or null"),
-    ({"stop": {"patience": 10**30}}, f"stop.patience: given {10**30}, allowed: a whole number from -2^53 to 2^53"),
+    ({"early_stopping": {"patience": 10**30}},
+     f"early_stopping.patience: given {10**30}, allowed: a whole number from -2^53 to 2^53"),
     ({"run_dir": b"x"}, "run_dir: given b'x', allowed: text or null"),
     ({"run_dir": ""}, "run_dir: given '', allowed: text or null"),
     ({"metrics": ["a", 1]}, "metrics: given ['a', 1], allowed: a list of names, as [a,b]"),
@@ -355,7 +358,7 @@ def test_only_a_file_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal({}, []).startswith("config: given '', allowed: a YAML file of settings")
 
 
-@pytest.mark.parametrize("key", ["clip", "run_dir", "stop.monitor", "metrics", "seed", "overlap", "staleness.policy"])
+@pytest.mark.parametrize("key", ["clip", "run_dir", "early_stopping.monitor", "metrics", "seed", "overlap", "staleness.policy"])
 def test_nothing_is_no_value(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the default nor null: what a shell makes of a variable that is not there."""
     assert refusal({}, [f"--{key}="]).startswith(f"{key}: given '', allowed: ")
@@ -402,7 +405,7 @@ def test_any_text_is_a_setting_or_a_line(key: str, given: str) -> None:
     ("MPIPS_CLPI", "did you mean MPIPS_CLIP?"),
     ("MPIPS_CHECKPOINT_EVERY", "did you mean MPIPS_CHECKPOINT__EVERY?"),
     ("MPIPS_clip", "did you mean"),
-    ("MPIPS_STOP", "did you mean MPIPS_STOP__"),
+    ("MPIPS_EARLY_STOPPING", "did you mean MPIPS_EARLY_STOPPING__"),
 ])  # fmt: skip
 def test_unknown_variables_of_ours_are_refused(name: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "1")
@@ -432,7 +435,7 @@ SPLITS: list[tuple[list[str], list[str], dict[str, str | None]]] = [
     (["--mpips.deterministic", "no"], [], {"deterministic": "no"}),
     (["--mpips.deterministic", "--mpips.overlap"], [], {"deterministic": "true", "overlap": "true"}),
     (["--mpips.print_config", "--lr", "2"], ["--lr", "2"], {"print_config": "true"}),
-    (["--mpips.stop.target", "-0.5"], [], {"stop.target": "-0.5"}),
+    (["--mpips.early_stopping.target", "-0.5"], [], {"early_stopping.target": "-0.5"}),
     (["--mpips.clip", "--lr", "3"], ["--lr", "3"], {"clip": None}),
     (["--mpips.clip"], [], {"clip": None}),
     (["--mpips.clpi", "1", "data/"], ["data/"], {"clpi": "1"}),
@@ -615,7 +618,7 @@ def test_settings_of_the_launcher_may_name_the_file(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_is_shown_says_where_from_and_gives_the_same_settings_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("c.yaml").write_text("stop: {patience: 2}\n")
+    Path("c.yaml").write_text("early_stopping: {patience: 2}\n")
     monkeypatch.setenv("MPIPS_CHECKPOINT__EVERY", "7")
     monkeypatch.setenv("MPIPS_SET", '{"checkpoint.keep": "9"}')
     given = {"metrics": ["a", "b"], "run_dir": "a #b\nc", "clip": 1e-7, "resume": "no: # 'ü' " * 20}
@@ -627,7 +630,7 @@ def test_what_is_shown_says_where_from_and_gives_the_same_settings_again(monkeyp
         "metrics: [a, b] # connect",
         "seed: 3 # flag --mpips.seed",
         "checkpoint: every: 7 # variable MPIPS_CHECKPOINT__EVERY keep: 9 # --set",
-        "stop: patience: 2 # file c.yaml",
+        "early_stopping: patience: 2 # file c.yaml",
     ):
         assert words in " ".join(shown.split()), words
     assert [text.endswith(":") or "  # " in text for text in shown.splitlines()] == [True] * (len(FIELDS) + len(GROUPS))

@@ -58,7 +58,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("nodes", "ranks"), [(2, 1), (4, 8), (8, 1), (64, 16), (2048, 8)])
 @WIRES
 def test_even_slices_send_the_least_that_n_nodes_must(nodes: int, ranks: int, wire: Any) -> None:
-    job = Job.of(nodes, ranks, 4 * nodes * ranks * GRAIN * 20, wire=wire, plan="sharded")
+    job = Job.of(nodes, ranks, 4 * nodes * ranks * GRAIN * 20, comm_dtype=wire, plan="sharded")
     found = predict(job, Machine())
     least = 2 * (nodes - 1) * job.numel // nodes * job.travels.itemsize
     assert schedule(job).sent() == [least]
@@ -70,7 +70,7 @@ def test_even_slices_send_the_least_that_n_nodes_must(nodes: int, ranks: int, wi
 @WIRES
 @pytest.mark.usefixtures("small_steps")
 def test_what_is_sent_is_taken_and_the_body_travels_once(nodes: int, ranks: int, wire: Any) -> None:
-    job = odd(nodes, ranks, wire=wire)
+    job = odd(nodes, ranks, comm_dtype=wire)
     found = schedule(job)
     assert len(found.parts) > FLIGHT + 1
     sent, taken = Counter[int](), Counter[int]()
@@ -149,7 +149,7 @@ def really(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[Posted, Made, lis
 @WIRES
 @pytest.mark.usefixtures("small_steps")
 def test_it_is_what_rooms_post(nodes: int, ranks: int, wire: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = odd(nodes, ranks, wire=wire)
+    job = odd(nodes, ranks, comm_dtype=wire)
     found = schedule(job)
     posted, made, worked = really(job, monkeypatch)
     for node in range(nodes):
@@ -190,7 +190,7 @@ def test_a_run_asks_for_the_same(
     slots, numel = lay_out(mlp().named_parameters())
     for module in (start, cost.job):
         monkeypatch.setattr(module, "SMALL", 4 * numel - larger)
-    job = Job(nodes, 2, numel, slots, plan=chosen, wire=wire)
+    job = Job(nodes, 2, numel, slots, plan=chosen, comm_dtype=wire)
     group, deal = SimulatedCommunicator.node_group, start.deal
 
     def asking(self: SimulatedCommunicator, contents: BufferSpec) -> Any:
@@ -205,7 +205,7 @@ def test_a_run_asks_for_the_same(
     monkeypatch.setattr(start, "deal", dealing)
 
     def program(e: SimulatedCommunicator) -> bool:
-        settings: Any = {"plan": chosen, "wire": wire, "run_dir": str(tmp_path)}
+        settings: Any = {"plan": chosen, "comm_dtype": wire, "run_dir": str(tmp_path)}
         ps = train(e, mlp(), lambda params: torch.optim.Adam(params), data(20), **settings)
         half = ps._server or ps._worker
         return half is not None and half.slices is not None
@@ -244,7 +244,7 @@ def test_posting_keeps_the_line_idle_only_if_it_takes_longer() -> None:
 @pytest.mark.parametrize("nodes", [2, 8, 64, 2048])
 @WIRES
 def test_on_the_network_alone_it_is_the_bound_and_some_latencies(nodes: int, wire: Any) -> None:
-    job = Job.of(nodes, 8, 4e9, wire=wire)
+    job = Job.of(nodes, 8, 4e9, comm_dtype=wire)
     found = predict(job, FAST)
     assert found.bound < found.push + found.pull < 1.03 * found.bound
     assert found.bottleneck == "network"
@@ -253,17 +253,17 @@ def test_on_the_network_alone_it_is_the_bound_and_some_latencies(nodes: int, wir
 def test_it_takes_longer_the_worse_the_machine_and_the_larger_the_model() -> None:
     job, machine = Job.of(16, 4, 1e8), Machine()
     for wire in ("full", "bfloat16"):
-        base = predict(replace(job, wire=wire), machine).seconds
+        base = predict(replace(job, comm_dtype=wire), machine).seconds
         for worse in (
             replace(machine, link=machine.link / 2),
             replace(machine, latency=machine.latency * 50),
             replace(machine, message=machine.message * 10),
             replace(machine, memory=machine.memory / 2),
         ):
-            assert predict(replace(job, wire=wire), worse).seconds > base
-        assert predict(replace(job, wire=wire, state=5), machine).seconds > base
-        assert predict(Job.of(16, 4, 2e8, wire=wire), machine).seconds > base
-    assert predict(replace(job, wire="bfloat16"), FAST).seconds < predict(job, FAST).seconds
+            assert predict(replace(job, comm_dtype=wire), worse).seconds > base
+        assert predict(replace(job, comm_dtype=wire, state=5), machine).seconds > base
+        assert predict(Job.of(16, 4, 2e8, comm_dtype=wire), machine).seconds > base
+    assert predict(replace(job, comm_dtype="bfloat16"), FAST).seconds < predict(job, FAST).seconds
 
 
 @pytest.mark.parametrize(
@@ -343,10 +343,21 @@ def test_the_verb_prints_what_is_predicted(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["--wire", "bfloat16", "--latency-us", "5", "--message-us", "0", "--memory-gbs", "100", "--optimizer-floats", "1"]
-    assert cli.main([*WORDS, *more, "--bucket-mb", "2", "--plan", "sharded", "--json"]) == 0
+    more = [
+        "--comm-dtype",
+        "bfloat16",
+        "--latency-us",
+        "5",
+        "--message-us",
+        "0",
+        "--memory-gbs",
+        "100",
+        "--optimizer-floats",
+        "1",
+    ]
+    assert cli.main([*WORDS, *more, "--bucket-cap-mb", "2", "--plan", "sharded", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    job = Job.of(64, 8, 1e8, plan="sharded", wire="bfloat16", bucket=2_000_000, state=1.0)
+    job = Job.of(64, 8, 1e8, plan="sharded", comm_dtype="bfloat16", bucket=2_000_000, state=1.0)
     found = predict(job, Machine(25e9, 5e-6, 0.0, 1e11))
     assert facts["seconds"] == pytest.approx(found.seconds)
     assert facts["ratio"] == pytest.approx(found.seconds / found.bound)
@@ -358,7 +369,7 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("nodes", "ranks"), [("1", "1"), ("1", "8"), ("2", "1"), ("300", "3")])
 def test_every_plan_can_be_shown(nodes: str, ranks: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--nodes", nodes, "--ranks-per-node", ranks, "--model-mb", size, "--gbit", "1", "--latency-us", "0"]
-    for more in ([], ["--plan", "root"], ["--plan", "sharded", "--wire", "bfloat16"]):
+    for more in ([], ["--plan", "root"], ["--plan", "sharded", "--comm-dtype", "bfloat16"]):
         assert cli.main([*words, *more]) == 0
         assert "nan" not in capsys.readouterr().out
 
@@ -375,7 +386,7 @@ def test_every_plan_can_be_shown(nodes: str, ranks: str, size: str, capsys: pyte
         ({"--gbit": "fast"}, ["--gbit", "'fast'", "a number from"]),
         ({"--latency-us": "-1"}, ["--latency-us", "'-1'", "a number from 0"]),
         ({"--memory-gbs": "0"}, ["--memory-gbs", "'0'", "a number from"]),
-        ({"--wire": "int8"}, ["--wire", "'int8'", "bfloat16"]),
+        ({"--comm-dtype": "int8"}, ["--comm-dtype", "'int8'", "bfloat16"]),
         ({"--plan": "best"}, ["--plan", "'best'", "sharded"]),
         ({"--nodes": None}, ["--nodes", "required"]),
     ],
@@ -401,7 +412,7 @@ def test_bad_numbers_are_one_line(changed: dict[str, str | None], said: list[str
 def test_simgrid_takes_as_long(wire: str, tmp_path: Path) -> None:
     if not (shutil.which("smpicc") and shutil.which("smpirun")):
         pytest.skip("no SimGrid here: smpicc and smpirun are missing (Debian: libsimgrid-dev)")
-    words = ["--nodes", "2", "8", "--model-mb", "30", "--gbit", "100", "--wire", wire]
+    words = ["--nodes", "2", "8", "--model-mb", "30", "--gbit", "100", "--comm-dtype", wire]
     done = run([sys.executable, str(ROOT / "benchmarks/simgrid/check.py"), *words], tmp_path, 100)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()[2:]]

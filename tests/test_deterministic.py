@@ -34,7 +34,7 @@ def test_the_same_weights_from_open_mpi_and_mpich(workers: int, mpirun: Any) -> 
 def test_the_same_weights_from_any_algorithm_and_bucket(mpirun: Any) -> None:
     flags = ["--deterministic", "--epochs", "1", "--samples", "501"]
     results = {
-        weights(mpirun(4, SCRIPT, *flags, "--run_dir", f"run-{bucket}", "--bucket_mb", bucket, environment=algorithm))
+        weights(mpirun(4, SCRIPT, *flags, "--run_dir", f"run-{bucket}", "--bucket_cap_mb", bucket, environment=algorithm))
         for bucket, algorithm in zip(("16", "0.002"), ALGORITHMS, strict=True)
     }
     assert len(results) == 1

@@ -57,7 +57,7 @@ def two_devices_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_ranks_are_changes_no_bit(wire: str, each: int) -> None:
     """They add up in the order of ranks; whose slice it is decides nothing."""
     for shape in ([2, 2], [1, 3], [2, 1, 2]):
-        settings: dict[str, Any] = {"clip": 0.1, "samples": (4, 16, 8, 2), "rounds": 3, "wire": wire}
+        settings: dict[str, Any] = {"clip": 0.1, "samples": (4, 16, 8, 2), "rounds": 3, "comm_dtype": wire}
         host = World(sum(shape), seed=1, shares=True, nodes=shape, bucket=3000)
         expected = uneven(host, Odd, MAKE["adam"], **settings)
         assert_alike(uneven(on_devices(shape, 2, each=each), Odd, MAKE["adam"], **settings), expected[:1])
@@ -66,7 +66,7 @@ def test_where_ranks_are_changes_no_bit(wire: str, each: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_models_of_16_bits_come_back_as_they_are(dtype: torch.dtype) -> None:
     for wire in ("full", "bfloat16"):
-        settings: dict[str, Any] = {"samples": (4, 16, 8, 2), "rounds": 3, "wire": wire}
+        settings: dict[str, Any] = {"samples": (4, 16, 8, 2), "rounds": 3, "comm_dtype": wire}
         host = World(4, seed=1, shares=True, nodes=[2, 2], bucket=3000)
         expected = uneven(host, lambda: Odd().to(dtype), MAKE["momentum"], **settings)
         assert_alike(expected, expected[:1])

@@ -817,10 +817,10 @@ ROBUST: dict[str, dict[str, Any]] = {
     "trimmed": {},
     "krum": {},
     "multikrum": {},
-    "bulyan": {"robust": {"bad": 0}},
+    "bulyan": {"robust": {"num_byzantine": 0}},
     "rfa": {},
-    "cclip": {"robust": {"radius": 0.05}},
-    "normclip": {"robust": {"radius": 0.05}},
+    "cclip": {"robust": {"clip_radius": 0.05}},
+    "normclip": {"robust": {"clip_radius": 0.05}},
     "sign": {"outer": {"lr": 0.01}},
 }
 UNEVEN = (19, 2, 40, 12, 3, 8)  # hosted by size: on 2 workers 1 and 5, on 3 workers 1, 1 and 4
@@ -886,7 +886,7 @@ def test_clients_that_lie_beside_honest_ones_are_withstood(rule: str, lie: float
     honest = list(zip(x.split(16), y.split(16), strict=True))
     given = Clients([(xs * lie if k == 2 else xs, ys) for k, (xs, ys) in enumerate(honest)])
     fair = judged(rule, 3, Clients([*honest[:2], *honest[3:]]))
-    how = {"nonfinite": "drop", "rounds": ROUNDS, **({"robust": {"bad": 1}} if rule == "bulyan" else {})}
+    how = {"nonfinite": "drop", "rounds": ROUNDS, **({"robust": {"num_byzantine": 1}} if rule == "bulyan" else {})}
     for size in (1, 2, 3):
         lied = judged(rule, size, given, **how, run_dir=f"{rule}-{size}")
         assert (lied - fair).norm() < 0.7
@@ -902,7 +902,7 @@ def test_a_client_that_is_left_out_is_one_faulty_less_to_assume() -> None:
     parts = list(zip(x.split(16), y.split(16), strict=True))
     finite = Clients([parts[0], (x[:0], y[:0]), *parts[2:]])
     given = Clients([(xs * (float("nan") if k == 1 else 1), ys) for k, (xs, ys) in enumerate(parts)])
-    expected = judged("krum", 5, finite, robust={"bad": 0}, rounds=1)
+    expected = judged("krum", 5, finite, robust={"num_byzantine": 0}, rounds=1)
     for size in (1, 3, 6):
         assert_near(judged("krum", size, given, rounds=1, nonfinite="drop"), expected)
         with pytest.raises(NonFiniteError):
@@ -911,7 +911,7 @@ def test_a_client_that_is_left_out_is_one_faulty_less_to_assume() -> None:
 
 @pytest.mark.parametrize("rule", ["median", "multikrum", "cclip"])
 def test_batchnorm_s_statistics_are_judged_by_client(rule: str) -> None:
-    how: dict[str, Any] = {"mode": "fedavg", "rule": rule, "robust": {"bad": 0, "radius": 0.05}}
+    how: dict[str, Any] = {"mode": "fedavg", "rule": rule, "robust": {"num_byzantine": 0, "clip_radius": 0.05}}
     each, *others = [World(size).run(lambda e: normalised(e, **how)) for size in (5, 1, 2, 3)]
     for results in others:
         assert all(torch.equal(results[0][name], rank[name]) for rank in results for name in rank)
@@ -928,7 +928,7 @@ def test_a_loop_that_is_broken_out_of_has_its_clients_judged(size: int) -> None:
 
 def test_a_rule_of_clients_that_remembers_is_resumed() -> None:
     """Killed at any call, on 3 ranks."""
-    how: dict[str, Any] = {"rule": "cclip", "robust": {"radius": 0.05}}
+    how: dict[str, Any] = {"rule": "cclip", "robust": {"clip_radius": 0.05}}
     whole = World(3, seed=3)
     expected = whole.run(lambda e: resumable(e, "fedavg", run_dir="whole", **how))
     for call in range(6, min(whole.calls), 17):

@@ -86,7 +86,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 @each_hosting
 @each_rule
 def test_wherever_clients_are_hosted_the_rule_is_that_of_clients(name: str, hosted: str, deterministic: bool) -> None:
-    config = Config(rule=name, deterministic=deterministic, robust=Robust(radius=3.0))
+    config = Config(rule=name, deterministic=deterministic, robust=Robust(clip_radius=3.0))
     values, weights = random_values(8, dtype=torch.float64), torch.arange(8.0, dtype=torch.float64)
     expected = together(choose(config)[0], values.clone(), weights)
     came = once(config, HOSTED[hosted], values, weights)
@@ -98,7 +98,7 @@ def test_wherever_clients_are_hosted_the_rule_is_that_of_clients(name: str, host
 @pytest.mark.parametrize("deterministic", [False, True])
 @each_rule
 def test_one_client_each_has_the_bits_of_ranks(name: str, deterministic: bool) -> None:
-    config = Config(rule=name, deterministic=deterministic, robust=Robust(radius=3.0))
+    config = Config(rule=name, deterministic=deterministic, robust=Robust(clip_radius=3.0))
     values, weights, statistics = random_values(8), torch.arange(8.0), random_values(8, 3, seed=1)
     ranks = World(9, bucket=64).run(rounds(config, values, weights, statistics, times=3))[SERVER]
     clients = World(9, bucket=64).run(hosting(config, HOSTED["one each"], values, weights, statistics, times=3))[SERVER]
@@ -134,21 +134,23 @@ def test_clients_that_are_not_finite_are_named(name: str) -> None:
     values = random_values(9, dtype=torch.float64)
     values[[2, 5]] = math.nan
     hosted = [[], [0, 2, 4, 6], [8, 7, 5], [1, 3]]
-    config = Config(rule=name, robust=Robust(bad=2, radius=3.0))
+    config = Config(rule=name, robust=Robust(num_byzantine=2, clip_radius=3.0))
     came = once(config, hosted, values)
     if name == "mean":
         assert came.gradient.isnan().all()
         return
     good = [k for k in range(9) if k not in (2, 5)]
-    rest = Config(rule=name, robust=Robust(bad=0, radius=3.0))  # two of two have been found
+    rest = Config(rule=name, robust=Robust(num_byzantine=0, clip_radius=3.0))  # two of two have been found
     assert came.faulty == [20, 50]
     assert close(came.gradient, together(choose(rest)[0], values[good], torch.ones(7, dtype=torch.float64)))
 
 
 def test_clients_that_were_reported_count_as_faulty_and_are_named() -> None:
-    """Krum with bad=1 takes 5; one of 5 is reported, and 4 with bad=0 are enough, where 4 with bad=1 are not."""
+    """Krum with f = 1 takes 5; one of 5 is reported, and 4 are enough with f = 0, where with f = 1 they are not."""
     values = random_values(5, dtype=torch.float64)
-    expected = together(choose(Config(rule="krum", robust=Robust(bad=0)))[0], values[1:], torch.ones(4, dtype=torch.float64))
+    expected = together(
+        choose(Config(rule="krum", robust=Robust(num_byzantine=0)))[0], values[1:], torch.ones(4, dtype=torch.float64)
+    )
 
     def program(e: Communicator, reports: bool) -> Any:
         rule, last = choose(Config(rule="krum"))
@@ -185,7 +187,7 @@ def test_too_few_clients_are_refused_without_harm(name: str, deterministic: bool
 
 @each_rule
 def test_rounds_without_clients_and_with_one(name: str) -> None:
-    config = Config(rule=name, robust=Robust(radius=1e39))
+    config = Config(rule=name, robust=Robust(clip_radius=1e39))
     came = once(config, [[], [], []], torch.zeros(1, 5))
     assert not came.gradient.any()
     assert (came.faulty, came.refused) == ([], "")
@@ -209,14 +211,14 @@ def test_statistics_by_hand(name: str, expected: float, hosted: str) -> None:
     if name == "multikrum":
         values[2] += 100  # left out
         expected = (sum(numbers) - 12) / 7
-    came = once(Config(rule=name, robust=Robust(radius=0.5)), HOSTED[hosted], values, statistics=statistics)
+    came = once(Config(rule=name, robust=Robust(clip_radius=0.5)), HOSTED[hosted], values, statistics=statistics)
     assert came.statistics.tolist() == pytest.approx([expected] * 3, rel=1e-12)
 
 
 @each_hosting
 def test_centred_clipping_goes_on_from_the_last_result(hosted: str) -> None:
     values = torch.full((8, 4), 5.0, dtype=torch.float64)  # 10 away from 0
-    config = Config(rule="cclip", robust=Robust(radius=1.0, iterations=1))
+    config = Config(rule="cclip", robust=Robust(clip_radius=1.0, iterations=1))
     program = hosting(config, HOSTED[hosted], values, torch.ones(8, dtype=torch.float64), times=12)
     came = World(len(HOSTED[hosted])).run(program)[SERVER]
     assert [round(float(c.gradient.norm()), 4) for c in came] == [*map(float, range(1, 11)), 10.0, 10.0]
@@ -264,7 +266,7 @@ def test_mpi_gives_what_whole_contributions_give(name: str, deterministic: bool)
     from mpi4py import MPI
 
     size = int(MPI.COMM_WORLD.size)
-    config = Config(rule=name, deterministic=deterministic, robust=Robust(radius=3.0))
+    config = Config(rule=name, deterministic=deterministic, robust=Robust(clip_radius=3.0))
     values, weights = random_values(8, 1000, dtype=torch.float64), torch.arange(1.0, 9.0, dtype=torch.float64)
     expected = together(choose(config)[0], values.clone(), weights)
     for first in (0, 1):

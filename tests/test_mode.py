@@ -95,7 +95,7 @@ def test_weights_travel_only_where_their_plain_mean_is_taken() -> None:
 def test_a_rule_with_too_few_workers_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         World(3).run(lambda e: mpips.connect(mlp(), sgd, communicator=e, rule="krum"))
-    assert "mpips: rule: krum with robust.bad=1 needs 5 contributions, 2 came\n" in capsys.readouterr().err
+    assert "mpips: rule: krum with robust.num_byzantine=1 needs 5 contributions, 2 came\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [1, 3, 9])
@@ -107,7 +107,9 @@ def test_a_rule_with_too_few_clients_a_round_is_refused(size: int) -> None:
         given, settings = mpips.Clients.split(data(60), clients), {"clients": {"fraction": 0.5}}
         train(communicator, net, sgd(net.parameters()), given, 5, mode="fedavg", rule="krum", **settings)
 
-    with pytest.raises(ConfigError, match=r"krum with robust\.bad=1 needs 5 contributions, 4 came, the clients of a round"):
+    with pytest.raises(
+        ConfigError, match=r"krum with robust\.num_byzantine=1 needs 5 contributions, 4 came, the clients of a round"
+    ):
         World(size).run(lambda e: program(e, 8))
     World(size).run(lambda e: program(e, 10))
 

@@ -45,7 +45,7 @@ PAIRS = {
     "q-FedAvg with q = 0 is FedAvg of equal clients": Pair({"mode": "qfedavg", "clients": {"q": 0.0}}, FEDAVG),
     "FedAvgM without momentum is FedAvg": Pair({"mode": "fedavgm", "outer": {"momentum": 0.0}}, FEDAVG),
     "SSP with bound 0 is sync": Pair({"mode": "ssp", "staleness": {"bound": 0}}, {}, shared=True),
-    "a trimmed mean that trims nothing is the mean": Pair({"rule": "trimmed", "robust": {"bad": 0}}, {}),
+    "a trimmed mean that trims nothing is the mean": Pair({"rule": "trimmed", "robust": {"num_byzantine": 0}}, {}),
     "rows in rank order are the sum": Pair({"deterministic": True}, {}),
 }
 

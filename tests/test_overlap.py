@@ -123,7 +123,7 @@ def simulate(nodes: list[int], overlap: bool, seed: int = 0, **settings: Any) ->
         {},
         {"server_trains": True},
         {"clip": 0.1},
-        {"wire": "bfloat16"},
+        {"comm_dtype": "bfloat16"},
         {"backward": "accumulated"},
         {"backward": "plain"},
         {"backward": "by turns"},
@@ -351,7 +351,7 @@ def noisy(e: Communicator, epochs: int, stop_at: int = -1, **settings: Any) -> s
 def test_resume_is_exact_though_the_next_batch_was_loaded_before_the_checkpoint(here: None, wire: str) -> None:
     def run(**settings: Any) -> list[str]:
         world = World(3, shares=True, nodes=[1, 2], bucket=BUCKET)
-        return world.run(lambda e: noisy(e, 2, wire=wire, **settings))
+        return world.run(lambda e: noisy(e, 2, comm_dtype=wire, **settings))
 
     whole = run(run_dir="whole")
     rounds = sorted(Path("whole/checkpoints").glob("*.h5"))
@@ -365,7 +365,7 @@ def test_resume_is_exact_though_the_next_batch_was_loaded_before_the_checkpoint(
     ("neighbours", "settings"),
     [
         (2, {"model": cnn}),
-        (2, {"server_trains": True, "wire": "bfloat16"}),
+        (2, {"server_trains": True, "comm_dtype": "bfloat16"}),
         (1, {"backward": "accumulated"}),
         (2, {"model": Sometimes}),
         (2, {"model": half}),

@@ -517,7 +517,7 @@ def test_more_ranks_than_there_is_to_serve(wire: str) -> None:
 
     for shape in ([2, 2], [1, 1, 1, 1]):
         expected = World(4).run(program)[0]
-        ours = on_nodes(shape).run(lambda e: program(e, plan="sharded", wire=wire))
+        ours = on_nodes(shape).run(lambda e: program(e, plan="sharded", comm_dtype=wire))
         assert ours == ours[:1] * 3
         assert ours[0] == pytest.approx(expected, rel=1e-5 if wire == "full" else 2e-2)
 
@@ -528,14 +528,16 @@ def test_no_schedule_and_no_bucket_changes_a_bit() -> None:
     expected = uneven(on_nodes([2, 1, 2], 0, 1 << 24), Odd, MAKE["adam"], **settings)
     for seed, bucket in ((1, 1000), (2, 3000)):
         assert_alike(uneven(on_nodes([2, 1, 2], seed, bucket), Odd, MAKE["adam"], **settings), expected[:1])
-    rounded = [uneven(on_nodes([2, 1, 2], seed), Odd, MAKE["adam"], wire="bfloat16", **settings) for seed in (3, 4)]
+    rounded = [uneven(on_nodes([2, 1, 2], seed), Odd, MAKE["adam"], comm_dtype="bfloat16", **settings) for seed in (3, 4)]
     assert_alike(rounded[1], rounded[0][:1])
 
 
 def test_normclip_shortens_each_contribution() -> None:
     def program(e: Communicator, **settings: Any) -> list[Tensor]:
         net = mlp()
-        train(e, net, OPTIMIZERS["sgd"](net.parameters()), data(60), 7, rule="normclip", robust={"radius": 0.1}, **settings)
+        train(
+            e, net, OPTIMIZERS["sgd"](net.parameters()), data(60), 7, rule="normclip", robust={"clip_radius": 0.1}, **settings
+        )
         return all_of(net)
 
     expected = World(4).run(program)[0]
@@ -607,7 +609,7 @@ def test_nonfinite_raise_names_rank_and_tensor_and_moves_nothing(name: str, valu
         ([2, 2], 0, {"server_trains": True}),
         ([2, 2], 2, {"server_trains": True, "rule": "normclip"}),
     ):
-        results = poisoned(on_nodes(shape, guilty), {guilty: (name, value)}, plan="sharded", wire=wire, **settings)
+        results = poisoned(on_nodes(shape, guilty), {guilty: (name, value)}, plan="sharded", comm_dtype=wire, **settings)
         for said, version, _ in results:
             assert f"rank {guilty} has a NaN or Inf in the gradient of {name}, round 3" in said, f"{shape}, {guilty}"
             assert version == 2
@@ -626,7 +628,7 @@ def test_of_several_guilty_ranks_one_is_named() -> None:
 def test_nonfinite_skip_and_drop_are_as_by_messages(nonfinite: str, wire: str) -> None:
     for bad in ({2: ("2.weight", math.nan)}, {1: ("0.bias", math.nan), 3: ("2.weight", math.inf)}):
         expected = poisoned(World(4), bad, nonfinite=nonfinite, run_dir="mpi")
-        ours = poisoned(on_nodes([2, 2]), bad, nonfinite=nonfinite, run_dir="nodes", plan="sharded", wire=wire)
+        ours = poisoned(on_nodes([2, 2]), bad, nonfinite=nonfinite, run_dir="nodes", plan="sharded", comm_dtype=wire)
         assert [version for _, version, _ in ours] == [version for _, version, _ in expected] == [4 + (nonfinite == "drop")] * 3
         assert_close([weights for *_, weights in ours], expected[0][2], 1e-5 if wire == "full" else 1e-2)
         for a, b in zip(metrics(Path("nodes")), metrics(Path("mpi")), strict=True):
@@ -647,7 +649,7 @@ def test_a_sum_that_overflows_is_the_server_s(shape: Shape, name: str) -> None:
 def test_a_sum_that_is_infinite_once_it_is_rounded_is_not_taken(nonfinite: str, version: int) -> None:
     """Of 8 samples it is 3.4e38, which float32 holds and bfloat16 does not; nobody is to blame, so rank 0 is named."""
     bad: Bad = {3: ("0.weight", 4.25e37)}  # served by the first node
-    settings: dict[str, Any] = {"plan": "sharded", "wire": "bfloat16", "nonfinite": nonfinite}
+    settings: dict[str, Any] = {"plan": "sharded", "comm_dtype": "bfloat16", "nonfinite": nonfinite}
     for said, last_version, weights in poisoned(on_nodes([2, 2]), bad, **settings):
         assert said.startswith("rank 0 has a NaN or Inf in the gradient of 0.weight, round 3") == (nonfinite == "raise")
         assert last_version == version
@@ -671,7 +673,7 @@ def test_weights_stay_within_one_rounding_of_the_masters() -> None:
     def program(e: Communicator) -> list[Tensor]:
         model = mlp()
         made = optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        ps = mpips.connect(model, made, communicator=e, run_dir="run", plan="sharded", wire="bfloat16")
+        ps = mpips.connect(model, made, communicator=e, run_dir="run", plan="sharded", comm_dtype="bfloat16")
         half = ps._server or ps._worker
         assert half and half.slices
         group = half.slices.group
@@ -698,7 +700,7 @@ def test_training_reaches_what_it_reaches_in_full() -> None:
     start = all_of(Odd())
     for name in MAKE:
         full = uneven(on_nodes([2, 2]), Odd, MAKE[name], rounds=8)[0]
-        ours = uneven(on_nodes([2, 2], 1), Odd, MAKE[name], rounds=8, wire="bfloat16")
+        ours = uneven(on_nodes([2, 2], 1), Odd, MAKE[name], rounds=8, comm_dtype="bfloat16")
         assert_alike(ours, ours[:1])
         assert differ(ours[0], full), "16 bits are not 32"
         way, off = (
@@ -717,7 +719,7 @@ def test_statistics_keep_up_on_a_wire_of_bfloat16() -> None:
         return model
 
     full = uneven(on_nodes([1, 3]), build, MAKE["momentum"], rounds=12)[0]
-    ours = uneven(on_nodes([1, 3]), build, MAKE["momentum"], rounds=12, wire="bfloat16")
+    ours = uneven(on_nodes([1, 3]), build, MAKE["momentum"], rounds=12, comm_dtype="bfloat16")
     names = [name for name, _ in build().named_parameters()] + [name for name, _ in build().named_buffers()]
     variance = names.index("2.running_var")
     start = torch.ones(7)
@@ -730,7 +732,7 @@ def warnings(folder: str) -> list[str]:
     import json
 
     events = [json.loads(line) for line in Path(folder, "events.jsonl").read_text().splitlines()]
-    return [event["message"] for event in events if event["event"] == "warning" and "wire" in event["message"]]
+    return [event["message"] for event in events if event["event"] == "warning" and "comm_dtype" in event["message"]]
 
 
 def test_it_is_ignored_with_a_word_where_it_is_not_for() -> None:
@@ -751,12 +753,12 @@ def test_it_is_ignored_with_a_word_where_it_is_not_for() -> None:
 
         nodes, size = world.nodes, world.size
         plain = World(size, shares=True, nodes=nodes, bucket=3000).run(lambda e: program(e, folder="full"))
-        own = {"settings": {**settings, "wire": "bfloat16"}, "folder": f"run-{number}"}
+        own = {"settings": {**settings, "comm_dtype": "bfloat16"}, "folder": f"run-{number}"}
         ours = world.run(lambda e, own=own: program(e, **own))
         assert_alike(ours, plain)
-        assert warnings(f"run-{number}") == ["wire: bfloat16 is for plan sharded on several nodes; not used here"]
+        assert warnings(f"run-{number}") == ["comm_dtype: bfloat16 is for plan sharded on several nodes; not used here"]
         assert not warnings("full")
-    uneven(on_nodes([2, 2]), Odd, MAKE["adam"], 2, wire="bfloat16", run_dir="used")
+    uneven(on_nodes([2, 2]), Odd, MAKE["adam"], 2, comm_dtype="bfloat16", run_dir="used")
     assert not warnings("used")
     said = Path("used", "events.jsonl").read_text()
     assert "shared memory, bfloat16 between 2 nodes" in said
@@ -795,7 +797,7 @@ def test_the_checkpoint_is_the_same_whatever_the_nodes() -> None:
         tree = exact(world, name, plan="sharded")
         assert not tree["masters"]
         assert_same(tree, expected)
-    tree = exact(on_nodes([2, 2]), "bfloat16", plan="sharded", wire="bfloat16")
+    tree = exact(on_nodes([2, 2]), "bfloat16", plan="sharded", comm_dtype="bfloat16")
     assert_same(tree.pop("masters"), {name: expected["parameters"][name] for name in ("bias", "weight")})
     expected.pop("masters")
     assert_same(tree, expected)
@@ -814,7 +816,7 @@ def odd_run(world: World, epochs: int, folder: str, make: Make = MAKE["adam"], *
 
 @pytest.mark.parametrize(("name", "wire"), [("momentum", "bfloat16"), ("adam", "bfloat16"), ("adam", "full")])
 def test_a_run_resumes_on_the_same_nodes_bit_for_bit(name: str, wire: str) -> None:
-    settings: dict[str, Any] = {"wire": wire, "make": MAKE[name]}
+    settings: dict[str, Any] = {"comm_dtype": wire, "make": MAKE[name]}
     expected = odd_run(on_nodes([2, 1]), 2, "whole", **settings)
     odd_run(on_nodes([2, 1], 1), 1, "cut", **settings)
     saved = last(Path("cut"))
@@ -848,7 +850,7 @@ def drawing(folder: str, epochs: int, **settings: Any) -> tuple[list[str], list[
 
 
 def test_resume_from_every_checkpoint_is_exact() -> None:
-    settings: dict[str, Any] = {"wire": "bfloat16", "checkpoint": {"every": 1, "keep": 100}}
+    settings: dict[str, Any] = {"comm_dtype": "bfloat16", "checkpoint": {"every": 1, "keep": 100}}
     expected = drawing("whole", 2, **settings)
     files = sorted(Path("whole", "checkpoints").glob("*.h5"))
     assert len(files) >= 6
@@ -857,12 +859,12 @@ def test_resume_from_every_checkpoint_is_exact() -> None:
 
 
 KINDS: dict[str, tuple[Shape, dict[str, Any]]] = {
-    "bfloat16": ([2, 1], {"wire": "bfloat16"}),
+    "bfloat16": ([2, 1], {"comm_dtype": "bfloat16"}),
     "full": ([2, 1], {}),
     "root": ([2, 1], {"plan": "root"}),
-    "other nodes": ([1, 1, 1], {"wire": "bfloat16"}),
-    "fewer": ([1, 1], {"wire": "bfloat16"}),
-    "one node": ([3], {"wire": "bfloat16"}),
+    "other nodes": ([1, 1, 1], {"comm_dtype": "bfloat16"}),
+    "fewer": ([1, 1], {"comm_dtype": "bfloat16"}),
+    "one node": ([3], {"comm_dtype": "bfloat16"}),
 }
 
 
@@ -910,15 +912,15 @@ def test_a_rank_that_dies_anywhere_ends_the_others_and_the_run_resumes() -> None
 
     for wire in ("full", "bfloat16"):
         whole = on_nodes([2, 2], 3)
-        expected, _ = run(whole, f"whole-{wire}", wire=wire)
+        expected, _ = run(whole, f"whole-{wire}", comm_dtype=wire)
         assert expected == expected[:1] * 3
         for number, call in enumerate(range(40 + 17 * (wire == "full"), min(whole.calls), 97)):
             world = on_nodes([2, 2], call)
             world.kill(number % 4, call)
-            ended, how = run(world, f"killed-{wire}-{call}", wire=wire)
+            ended, how = run(world, f"killed-{wire}-{call}", comm_dtype=wire)
             assert not ended
             assert sorted(how) == ["CommunicatorError"] * 3 + ["Killed"], f"rank {number % 4} died at call {call}"
-            again, _ = run(on_nodes([2, 2], call + 1), f"killed-{wire}-{call}", resume="auto", wire=wire)
+            again, _ = run(on_nodes([2, 2], call + 1), f"killed-{wire}-{call}", resume="auto", comm_dtype=wire)
             assert again == expected, f"rank {number % 4} died at call {call}"
 
 
@@ -993,7 +995,7 @@ def test_each_node_sends_its_share_of_the_model_twice(shape: Shape, wire: str, m
 
     def program(e: SimulatedCommunicator) -> tuple[int, int, int, int]:
         model = mlp()
-        settings: dict[str, Any] = {"plan": "sharded", "wire": wire, "nonfinite": "skip"}
+        settings: dict[str, Any] = {"plan": "sharded", "comm_dtype": wire, "nonfinite": "skip"}
         ps = mpips.connect(model, OPTIMIZERS["adam"](model.parameters()), communicator=e, run_dir="run", **settings)
         before: dict[str, int] = {}
         for x, y in ps.batches(samples, 8, shuffle=False):
@@ -1056,8 +1058,8 @@ def test_a_round_has_many_buckets_none_of_them_tiny(wire: torch.dtype, nodes: in
         ("ranks_per_node", "-1", "a whole number, 0 or more"),
         ("ranks_per_node", "1.5", "a whole number"),
         ("ranks_per_node", "all", "a whole number"),
-        ("wire", "float16", "full, bfloat16"),
-        ("wire", "", "full, bfloat16"),
+        ("comm_dtype", "float16", "full, bfloat16"),
+        ("comm_dtype", "", "full, bfloat16"),
     ],
 )
 def test_one_line_says_which_setting_is_wrong(key: str, given: str, allowed: str) -> None:
@@ -1072,7 +1074,7 @@ def test_one_line_says_which_setting_is_wrong(key: str, given: str, allowed: str
 
 def test_settings_have_their_defaults() -> None:
     assert (Config().ranks_per_node, Config().wire) == (0, "full")
-    assert resolve({}, ["--ranks_per_node=2", "--wire=bfloat16"]).settings()["wire"] == "bfloat16"
+    assert resolve({}, ["--ranks_per_node=2", "--comm_dtype=bfloat16"]).settings()["comm_dtype"] == "bfloat16"
 
 
 # Over MPI
@@ -1118,7 +1120,7 @@ def test_over_mpi_the_bits_are_those_of_the_simulated_run(ranks_per_node: int, w
 
     size, rank = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
     shape = shape_of(size, ranks_per_node)
-    settings: dict[str, Any] = {"server_trains": server_trains, "wire": wire}
+    settings: dict[str, Any] = {"server_trains": server_trains, "comm_dtype": wire}
     expected = on_nodes(shape).run(lambda e: trained(e, run_dir=f"simulated-{rank}", **settings))
     assert on_mpi(lambda e: trained(e, run_dir="mpi", **settings), ranks_per_node) == expected
     assert [len(node) for node in expected[0][1]] == shape

@@ -21,7 +21,7 @@ from mpips.rules import RULES, Mean, Rule, RuleError, choose
 from mpips.rules.coordinate import ascending
 
 numbers = st.floats(-1e3, 1e3, width=32)
-LEAST = {"trimmed": 3, "krum": 5, "multikrum": 5, "bulyan": 7}  # contributions it takes with bad=1
+LEAST = {"trimmed": 3, "krum": 5, "multikrum": 5, "bulyan": 7}  # contributions it takes with num_byzantine=1
 GRAM = [name for name, rule in RULES.items() if rule().needs == "gram"]
 each_rule = pytest.mark.parametrize("name", RULES)
 each_rule_but_sign = pytest.mark.parametrize("name", [name for name in RULES if name != "sign"])
@@ -29,7 +29,7 @@ each_rule_but_sign = pytest.mark.parametrize("name", [name for name in RULES if 
 
 def rule_of(name: str, **settings: Any) -> Rule:
     """The rule with settings of the group `robust`; nothing is clipped unless they say so."""
-    return choose(Config(rule=name, robust=Robust(**{"radius": 1e9, **settings})))[0]
+    return choose(Config(rule=name, robust=Robust(**{"clip_radius": 1e9, **settings})))[0]
 
 
 def together(rule: Rule, values: Tensor, weights: Tensor) -> Tensor:
@@ -101,7 +101,8 @@ def test_shifted_and_scaled_contributions_give_the_shifted_and_scaled_result(
 ) -> None:
     values, weights = data.draw(contributions(name))
     expected = combine(name, values, weights) * scale + shift
-    assert_close(combine(name, values * scale + shift, weights), expected, 1e-7 if name == "rfa" else 1e-9)
+    smoothed = 1e-6 * (1 + abs(scale))  # nu moves a result that is one of the vectors by up to nu, whatever their scale
+    assert_close(combine(name, values * scale + shift, weights), expected, smoothed if name == "rfa" else 1e-9)
 
 
 @each_rule
@@ -159,7 +160,7 @@ def test_a_rule_of_the_sum_takes_the_sum(name: str) -> None:
 @pytest.mark.parametrize("bad", [0, 1, 3])
 def test_a_single_contribution_of_weight_1_keeps_every_bit(name: str, bad: int) -> None:
     row = torch.tensor([[1e-45, 1 / 3, 3.4e38, -0.0]])
-    rule, out = rule_of(name, bad=bad, radius=1e39), torch.empty(4)
+    rule, out = rule_of(name, num_byzantine=bad, clip_radius=1e39), torch.empty(4)
     rule.check(1)
     if rule.needs == "gram":
         gram = row.double() @ row.double().T
@@ -211,7 +212,7 @@ def test_the_median_by_hand() -> None:
 def test_the_trimmed_mean_by_hand() -> None:
     values = column(1, 100, 6, 2, -50)
     assert combine("trimmed", values, torch.ones(5)).item() == 3.0
-    assert combine("trimmed", values, torch.ones(5), bad=2).item() == 2.0
+    assert combine("trimmed", values, torch.ones(5), num_byzantine=2).item() == 2.0
 
 
 @settings(deadline=None, max_examples=50)
@@ -219,7 +220,7 @@ def test_the_trimmed_mean_by_hand() -> None:
 def test_the_mean_trimmed_of_nothing_is_the_unweighted_mean_bit_for_bit(given: tuple[Tensor, Tensor]) -> None:
     values = given[0].float()
     ones = torch.ones(len(values))
-    assert torch.equal(combine("trimmed", values, ones, bad=0), combine("mean", values, ones))
+    assert torch.equal(combine("trimmed", values, ones, num_byzantine=0), combine("mean", values, ones))
 
 
 def test_the_sign_by_hand() -> None:
@@ -229,7 +230,7 @@ def test_the_sign_by_hand() -> None:
 
 @pytest.mark.parametrize(("name", "expected"), [("median", [2.5, 3.0]), ("trimmed", [2.5, 3.0]), ("sign", [1.0, 1.0])])
 def test_a_value_that_is_not_finite_is_faulty_in_its_coordinate(name: str, expected: list[float]) -> None:
-    """Of 5 contributions and bad=1: 4 are left in the first coordinate, none to be trimmed; 2 in the second."""
+    """Of 5 contributions and num_byzantine=1: 4 are left in the first coordinate, none to be trimmed; 2 in the second."""
     nan, inf = math.nan, math.inf
     values = torch.tensor([[1.0, nan], [2.0, 2.0], [3.0, -inf], [4.0, 4.0], [inf, nan]])
     rule = rule_of(name)
@@ -307,7 +308,7 @@ def random_values(n: int, length: int, seed: int) -> Tensor:
 def test_selections_are_those_of_the_papers(name: str, naive: Any, seed: int) -> None:
     bad = seed % 3
     values = random_values(4 * bad + 3 + seed % 4, 6, seed)
-    assert_close(combine(name, values, torch.arange(1.0, len(values) + 1), bad=bad), naive(values, bad))
+    assert_close(combine(name, values, torch.arange(1.0, len(values) + 1), num_byzantine=bad), naive(values, bad))
 
 
 def nearest_one_by_one(values: list[int], count: int) -> float:
@@ -327,7 +328,7 @@ def test_bulyan_takes_the_values_nearest_to_the_median_where_many_are_alike(bad:
     chance = torch.Generator().manual_seed(bad)
     for n in range(4 * bad + 3, 4 * bad + 8):
         values = torch.randint(-6, 7, (n - 2 * bad, 500), generator=chance)
-        rule, out = rule_of("bulyan", bad=bad), torch.empty(500, dtype=torch.float64)
+        rule, out = rule_of("bulyan", num_byzantine=bad), torch.empty(500, dtype=torch.float64)
         rule.coefficients(torch.eye(n, dtype=torch.float64), torch.ones(n))
         rule(values.double(), torch.ones(len(values)), out)
         expected = [nearest_one_by_one(column, n - 4 * bad) for column in values.T.tolist()]
@@ -336,7 +337,7 @@ def test_bulyan_takes_the_values_nearest_to_the_median_where_many_are_alike(bad:
 
 def test_bulyan_keeps_no_farther_value_beside_one_of_the_same_reach() -> None:
     """Of -3, -3, -1, 0, 5 the three nearest to the median -1 are -1, 0 and one -3."""
-    rule, out = rule_of("bulyan", bad=1), torch.empty(1, dtype=torch.float64)
+    rule, out = rule_of("bulyan", num_byzantine=1), torch.empty(1, dtype=torch.float64)
     rule.coefficients(torch.eye(7, dtype=torch.float64), torch.ones(7))
     rule(column(-3, -3, -1, 0, 5), torch.ones(5), out)
     assert out.item() == pytest.approx(-4 / 3, rel=1e-15)
@@ -363,7 +364,7 @@ def test_a_step_of_weiszfeld_is_the_papers() -> None:
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_centred_clipping_is_the_papers(seed: int, iterations: int) -> None:
     values, last = random_values(6, 4, seed), random_values(1, 4, 100 + seed)[0]
-    rule = rule_of("cclip", radius=1.5, iterations=iterations)
+    rule = rule_of("cclip", clip_radius=1.5, iterations=iterations)
     rule.load_state_dict({"origin": last.clone()})
     assert_close(together(rule, values, torch.arange(1.0, 7.0)), naive_cclip(values, last, 1.5, iterations))
 
@@ -391,9 +392,9 @@ def test_the_geometric_median_by_hand() -> None:
 
 def test_clipping_by_hand() -> None:
     values = column(3, 0.5)
-    assert combine("cclip", values, torch.ones(2), radius=1.0, iterations=1).item() == pytest.approx(0.75)
+    assert combine("cclip", values, torch.ones(2), clip_radius=1.0, iterations=1).item() == pytest.approx(0.75)
     values = torch.tensor([[3.0, 4.0], [30.0, -40.0]])
-    assert combine("normclip", values, torch.tensor([1.0, 3.0]), radius=5.0).tolist() == pytest.approx([3.0, -2.0])
+    assert combine("normclip", values, torch.tensor([1.0, 3.0]), clip_radius=5.0).tolist() == pytest.approx([3.0, -2.0])
 
 
 @pytest.mark.parametrize("bad", [0, 1])
@@ -405,7 +406,7 @@ def test_ties_go_to_the_lowest_ranks(n: int, bad: int) -> None:
     ones = torch.ones(n, dtype=torch.float64)
 
     def chosen(name: str) -> list[int]:
-        return rule_of(name, bad=bad).coefficients(gram + noise + noise.T, ones).nonzero().flatten().tolist()
+        return rule_of(name, num_byzantine=bad).coefficients(gram + noise + noise.T, ones).nonzero().flatten().tolist()
 
     assert chosen("krum") == [0]
     assert chosen("multikrum") == list(range(n - bad))
@@ -417,7 +418,7 @@ def test_a_contribution_of_1e30_leaves_the_other_coefficients_exact(name: str) -
     """Squares of 1e60 stand beside differences of 1; the smallest of the others must still decide."""
     x = random_values(8, 20, 3)
     ones = torch.ones(8, dtype=torch.float64)
-    rule = rule_of(name, bad=1, iterations=40, radius=1e9)
+    rule = rule_of(name, num_byzantine=1, iterations=40, clip_radius=1e9)
     honest = x[:7] - x[0]
     spoilt = torch.cat([honest, torch.full((1, 20), 1e30, dtype=torch.float64)])
     c = rule.coefficients(spoilt @ spoilt.T, ones)
@@ -475,14 +476,14 @@ def test_rules_remember_nothing_at_the_start(name: str) -> None:
     ],
 )
 def test_too_few_contributions_are_refused(name: str, bad: int, least: int) -> None:
-    rule = rule_of(name, bad=bad)
+    rule = rule_of(name, num_byzantine=bad)
     rule.check(1)
     rule.check(least)
     if bad:  # one that was left out is one less to look for
         rule.faulty = 1
         rule.check(least - (4 if name == "bulyan" else 2))
         rule.faulty = 0
-    with pytest.raises(RuleError, match=rf"^{name} with robust.bad={bad} needs .*{least - 1} came$"):
+    with pytest.raises(RuleError, match=rf"^{name} with robust.num_byzantine={bad} needs .*{least - 1} came$"):
         rule.check(least - 1)
     with pytest.raises(RuleError):
         together(rule, random_values(least - 1, 2, 0), torch.ones(least - 1))
@@ -498,10 +499,10 @@ def test_the_configured_rule_says_what_it_needs(name: str, deterministic: bool) 
 
 
 def test_a_rule_is_given_the_settings_that_it_has_parameters_for() -> None:
-    settings = Robust(bad=3, radius=2.5, iterations=11)
+    settings = Robust(num_byzantine=3, clip_radius=2.5, iterations=11)
     bulyan, clip = (choose(Config(rule=name, robust=settings))[0] for name in ("bulyan", "cclip"))
-    assert vars(bulyan)["bad"] == 3
-    assert (vars(clip)["radius"], vars(clip)["iterations"]) == (2.5, 11)
+    assert vars(bulyan)["num_byzantine"] == 3
+    assert (vars(clip)["clip_radius"], vars(clip)["iterations"]) == (2.5, 11)
 
 
 def test_an_unknown_rule_is_refused_with_those_there_are() -> None:
@@ -512,8 +513,8 @@ def test_an_unknown_rule_is_refused_with_those_there_are() -> None:
 class Own(Rule):
     needs = "rows"
 
-    def __init__(self, bad: int) -> None:
-        self.bad = bad
+    def __init__(self, num_byzantine: int) -> None:
+        self.num_byzantine = num_byzantine
 
     def __call__(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
         out.copy_(rows[0])
@@ -530,9 +531,9 @@ class Leaving(Own):
 
 @pytest.mark.parametrize(("own", "bad"), [(f"{__name__}:Own", 2), (f"{__name__}.Own", 2)])
 def test_a_rule_of_somebody_else_s_is_found_by_its_name(own: str, bad: int) -> None:
-    rule, last = choose(Config(rule=own, robust=Robust(bad=2)))
+    rule, last = choose(Config(rule=own, robust=Robust(num_byzantine=2)))
     assert isinstance(rule, Own)
-    assert (rule.bad, last) == (bad, "rows")
+    assert (rule.num_byzantine, last) == (bad, "rows")
 
 
 @pytest.mark.parametrize(

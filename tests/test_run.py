@@ -75,7 +75,7 @@ def test_early_stopping_is_obeyed_by_all_ranks_in_the_same_round(server_trains: 
         values = iter([0.1, 0.5, 0.4, 0.5, 0.3, 0.9])
         told: list[float] = []
         stop = {"patience": 3}
-        run = loop(e, epochs=9, value=lambda: next(values), told=told, server_trains=server_trains, stop=stop)
+        run = loop(e, epochs=9, value=lambda: next(values), told=told, server_trains=server_trains, early_stopping=stop)
         return run.round, run.stopping, *told
 
     results = World(4).run(program)
@@ -107,7 +107,7 @@ def test_without_a_function_the_server_measures_as_connect_said() -> None:
 
 def test_several_numbers_are_a_dict_and_the_monitored_one_stops() -> None:
     def program(e: Communicator) -> tuple[Any, ...]:
-        ps = mpips.connect(mlp(), sgd, communicator=e, run_dir="run", stop={"patience": 2, "monitor": "f1"})
+        ps = mpips.connect(mlp(), sgd, communicator=e, run_dir="run", early_stopping={"patience": 2, "monitor": "f1"})
         told = [ps.validate(lambda: {"loss": 1.0, "f1": 0.5}), ps.validate(lambda: 0.25, "other"), ps.stopping]
         return *told, ps.validate(lambda: {"loss": 1.0, "f1": 0.5}), ps.validate(lambda: {"f1": 0.5}), ps.stopping
 
@@ -220,7 +220,7 @@ def test_the_run_folder_has_what_is_promised(tmp_path: Path) -> None:
 
 
 def test_the_saved_configuration_gives_the_same_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    World(2).run(lambda e: loop(e, clip=0.5, seed=3, stop={"patience": 7}))
+    World(2).run(lambda e: loop(e, clip=0.5, seed=3, early_stopping={"patience": 7}))
     monkeypatch.setenv("MPIPS_CONFIG", str(tmp_path / "run" / "config.yaml"))
     monkeypatch.setenv("MPIPS_RUN_DIR", "again")
     World(2).run(loop)

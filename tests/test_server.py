@@ -16,7 +16,7 @@ import mpips
 from mpips import checkpoint
 from mpips.comm import CommunicatorError
 from mpips.comm.simulated import SimulatedCommunicator, World
-from mpips.config import Config, Stopping
+from mpips.config import Config, EarlyStopping
 from mpips.model.message import COLUMNS, LIMBS, Stop
 from mpips.optim import hyperparameters as hyper
 from mpips.report.run_report import Report
@@ -179,20 +179,20 @@ def test_validation_is_in_eval_mode_without_grad_and_restores_the_mode() -> None
 @pytest.mark.parametrize(
     ("stop", "values", "expected"),
     [
-        (Stopping(patience=2), [1, 2, 2, 2], [False, False, False, True]),
-        (Stopping(patience=2), [1, 0, 2, 1, 1], [False, False, False, False, True]),
-        (Stopping(patience=1, min_gain=0.5), [1, 1.4], [False, True]),
-        (Stopping(patience=1, min_gain=0.5), [1, 1.6, 2.2], [False, False, False]),
-        (Stopping(patience=2, goal="min"), [3, 2, 2, 2], [False, False, False, True]),
-        (Stopping(target=0.9), [0.5, 0.9], [False, True]),
-        (Stopping(target=0.1, goal="min"), [0.5, 0.05], [False, True]),
-        (Stopping(patience=2), [float("nan")] * 2, [False, True]),
-        (Stopping(patience=1), [float("nan"), 1.0, 1.0], [True, False, True]),
-        (Stopping(), [1, 0, 0, 0, 0], [False] * 5),
+        (EarlyStopping(patience=2), [1, 2, 2, 2], [False, False, False, True]),
+        (EarlyStopping(patience=2), [1, 0, 2, 1, 1], [False, False, False, False, True]),
+        (EarlyStopping(patience=1, min_delta=0.5), [1, 1.4], [False, True]),
+        (EarlyStopping(patience=1, min_delta=0.5), [1, 1.6, 2.2], [False, False, False]),
+        (EarlyStopping(patience=2, mode="min"), [3, 2, 2, 2], [False, False, False, True]),
+        (EarlyStopping(target=0.9), [0.5, 0.9], [False, True]),
+        (EarlyStopping(target=0.1, mode="min"), [0.5, 0.05], [False, True]),
+        (EarlyStopping(patience=2), [float("nan")] * 2, [False, True]),
+        (EarlyStopping(patience=1), [float("nan"), 1.0, 1.0], [True, False, True]),
+        (EarlyStopping(), [1, 0, 0, 0, 0], [False] * 5),
     ],
 )
-def test_check_improvement_is_true_to_stop(stop: Stopping, values: list[float], expected: list[bool]) -> None:
-    server = alone(Config(stop=stop))
+def test_check_improvement_is_true_to_stop(stop: EarlyStopping, values: list[float], expected: list[bool]) -> None:
+    server = alone(Config(early_stopping=stop))
     assert [server.check_improvement(value) for value in values] == expected
 
 

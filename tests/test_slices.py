@@ -671,8 +671,8 @@ def test_the_server_s_word_ends_a_run(chosen: str) -> None:
 
     for how, settings, rounds, why in (
         ("stop", {}, 9, "requested"),
-        ("target", {"stop": {"target": 0.6}}, 12, "target"),
-        ("patience", {"stop": {"patience": 1}}, 18, "patience"),
+        ("target", {"early_stopping": {"target": 0.6}}, 12, "target"),
+        ("patience", {"early_stopping": {"patience": 1}}, 18, "patience"),
     ):
         results = sharing(3, 5).run(lambda e, how=how, settings=settings: program(e, how, **settings))
         assert results == [(rounds, why, results[0][2])] * 2
@@ -727,7 +727,7 @@ def test_other_modes_and_settings_are_not_shared() -> None:
         {"rule": "median"},
         {"mode": "async"},
         {"mode": "fedavg", "rule": "median"},
-        {"rule": "krum", "robust": {"bad": 0}},
+        {"rule": "krum", "robust": {"num_byzantine": 0}},
     ):
 
         def program(e: Communicator, settings: dict[str, Any] = settings) -> bool:
@@ -742,7 +742,9 @@ def test_other_modes_and_settings_are_not_shared() -> None:
 def test_normclip_shortens_each_contribution(chosen: str, deterministic: bool) -> None:
     def program(e: Communicator, **settings: Any) -> list[Tensor]:
         net = mlp()
-        train(e, net, OPTIMIZERS["sgd"](net.parameters()), data(60), 7, rule="normclip", robust={"radius": 0.1}, **settings)
+        train(
+            e, net, OPTIMIZERS["sgd"](net.parameters()), data(60), 7, rule="normclip", robust={"clip_radius": 0.1}, **settings
+        )
         return [p.detach().clone() for p in net.parameters()]
 
     expected = World(3).run(lambda e: program(e, deterministic=deterministic))

@@ -36,7 +36,7 @@ LOCAL: dict[str, dict[str, Any]] = {
     "scaffold": {},
     "fedavgm": {},
     "fedadam": {},
-    "normclip": {"mode": "diloco", "local": {"steps": 2}, "rule": "normclip", "robust": {"radius": 0.01}},
+    "normclip": {"mode": "diloco", "local": {"steps": 2}, "rule": "normclip", "robust": {"clip_radius": 0.01}},
 }
 
 

@@ -299,7 +299,7 @@ def test_rules_judge_fragments(rule: str) -> None:
         return weights(net)
 
     expected = World(1).run(program)[0]
-    assert_near(World(6).run(lambda e: program(e, rule=rule, robust={"radius": 1e9}))[0], expected)
+    assert_near(World(6).run(lambda e: program(e, rule=rule, robust={"clip_radius": 1e9}))[0], expected)
 
 
 # Traffic.

@@ -69,7 +69,7 @@ def replayed(job: Job, machine: Machine, plan: Schedule, folder: Path, program: 
     (folder / "hosts").write_text("".join(f"n{node}\n" for node in range(job.nodes)))
     longest = max(map(max, plan.parts), default=0)
     command = ["smpirun", "-np", job.nodes, "-platform", folder / "platform.xml", "-hostfile", folder / "hosts"]
-    command += [*FLAGS, program, folder, longest, FLIGHT, FLIGHT if job.wire == "bfloat16" else len(plan.parts)]
+    command += [*FLAGS, program, folder, longest, FLIGHT, FLIGHT if job.comm_dtype == "bfloat16" else len(plan.parts)]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=timeout)
     if done.returncode:
         raise RuntimeError(f"smpirun ended with status {done.returncode}: {(done.stdout + done.stderr)[-1000:]}")
@@ -85,20 +85,22 @@ def main() -> int:
     parser.add_argument("--model-mb", type=float, default=100.0, help="of 10^6 bytes")
     parser.add_argument("--gbit", type=float, default=200.0, help="of each link, each way")
     parser.add_argument("--latency-us", type=float, default=2.0)
-    parser.add_argument("--wire", choices=["full", "bfloat16"], default="full")
+    parser.add_argument("--comm-dtype", choices=["full", "bfloat16"], default="full")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one simulation")
     options = parser.parse_args()
     if not (shutil.which("smpicc") and shutil.which("smpirun")):
         print("check: smpicc and smpirun are not there; Debian has them in libsimgrid-dev", file=sys.stderr)
         return 2
     machine = Machine(link=options.gbit * 1e9 / 8, latency=1e-6 * options.latency_us, message=0.0, memory=math.inf)
-    print(f"{options.model_mb:g} MB, {options.gbit:g} Gbit/s, {options.latency_us:g} us, wire {options.wire}; milliseconds")
+    print(
+        f"{options.model_mb:g} MB, {options.gbit:g} Gbit/s, {options.latency_us:g} us, wire {options.comm_dtype}; milliseconds"
+    )
     print(f"{'nodes':>6}{'steps':>6}{'messages':>11}{'bound':>10}{'model':>10}{'simulated':>10}{'/ bound':>9}{'/ model':>9}"
           f"{'here, s':>9}")  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         program = compiled(Path(name))
         for nodes in options.nodes:
-            job = Job.of(nodes, options.ranks_per_node, 1e6 * options.model_mb, plan="sharded", wire=options.wire)
+            job = Job.of(nodes, options.ranks_per_node, 1e6 * options.model_mb, plan="sharded", comm_dtype=options.comm_dtype)
             plan, found = schedule(job), predict(job, machine)
             begun = time.monotonic()
             both = replayed(job, machine, plan, Path(name), program, options.timeout)[1]

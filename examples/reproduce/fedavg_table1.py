@@ -6,13 +6,12 @@
     mpips run -n 3 examples/reproduce/fedavg_table1.py mnist.h5 --centred --lr 0.147         pixels of -0.5 to 0.5
     mpips run -n 3 examples/reproduce/fedavg_table1.py mnist.h5 --centred --by-label --lr 0.1 --every 20
 
-The paper took the best learning rate of a grid for each entry, and where the curve of the best accuracy so far, drawn from
-point to point, first crosses the target; `--stop.target 0.97` does the latter. It says neither how far apart the points are
-nor how the pixels were scaled. Pixels of -0.5 to 0.5, as in TensorFlow's own MNIST example of 2016, give IID clients about
-the paper's number of rounds, those of 0 to 1 half of it. Where single rounds scatter (one client a round, two labels a
-client), a point every 20 rounds misses the lucky ones: 20 to 40 % more rounds. --seed chooses the clients, their order and
-the first weights.
-"""
+The paper took the best learning rate of a grid for each entry, and where the curve of the best accuracy so far, drawn
+from point to point, first crosses the target; `--early_stopping.target 0.97` does the latter. It says neither how far
+apart the points are nor how the pixels were scaled. Pixels of -0.5 to 0.5, as in TensorFlow's own MNIST example of 2016,
+give IID clients about the paper's number of rounds, those of 0 to 1 half of it. Where single rounds scatter (one client a
+round, two labels a client), a point every 20 rounds misses the lucky ones: 20 to 40 % more rounds. --seed chooses the
+clients, their order and the first weights."""
 
 import argparse
 import sys
@@ -42,7 +41,12 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = two_layers()
-    settings = {"clients": {"fraction": 0.1}, "stop": {"target": 0.97}, "checkpoint": {"epochs": 0}, "seed": args.seed}
+    settings = {
+        "clients": {"fraction": 0.1},
+        "early_stopping": {"target": 0.97},
+        "checkpoint": {"epochs": 0},
+        "seed": args.seed,
+    }
     ps = mpips.connect(model, lambda params: torch.optim.SGD(params, lr=args.lr), mode="fedavg", **settings)
     (x, y), (test_x, test_y) = load(args.file, "train"), load(args.file, "test")
     middle = 0.5 if args.centred else 0.0

@@ -123,7 +123,12 @@ def train(
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=of_server)
         kept = torch.zeros(sum(p.numel() for p in model.parameters()))
         bad = end.rank > WORKERS - BAD
-        options: dict[str, Any] = {"rule": rule, "robust": {"bad": BAD, **settings}, "nonfinite": "drop", "seed": seed}
+        options: dict[str, Any] = {
+            "rule": rule,
+            "robust": {"num_byzantine": BAD, **settings},
+            "nonfinite": "drop",
+            "seed": seed,
+        }
         communicator = Broken(end) if bad and attack == "nan-late" else end
         ps = mpips.connect(model, optimizer, communicator=communicator, run_dir=folder, checkpoint={"epochs": 0}, **options)
         for _ in ps.epochs(epochs):

@@ -61,7 +61,7 @@ def rounds(
             model,
             lambda params: torch.optim.SGD(params, lr=rate),
             run_dir=folder,
-            stop={"target": target},
+            early_stopping={"target": target},
             checkpoint={"epochs": 0},
             nonfinite="skip",  # a rate that is too large does not reach the target
             seed=seed,

@@ -201,7 +201,7 @@ def takes_weights(mode: Mode, config: Config, workers: int) -> bool:
     step but plain averaging, and a wire of 16 bits, on which a change keeps more of what it is than the weights would.
     """
     outer = config.outer
-    full = config.rule == "mean" and config.wire == "full"
+    full = config.rule == "mean" and config.comm_dtype == "full"
     plain = mode.step is average and (outer.lr or 1.0) == 1.0 and not outer.momentum and full
     if not plain or issubclass(mode.update, EASGD):
         return False

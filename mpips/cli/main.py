@@ -164,9 +164,9 @@ def _add_plan(verbs: argparse._SubParsersAction[Parser]) -> None:
         metavar="G",
         help="GB/s that a node's ranks read and write (200)",
     )
-    add("--wire", choices=["full", "bfloat16"], default="full", help="between nodes, as the setting (full)")
+    add("--comm-dtype", choices=["full", "bfloat16"], default="full", help="between nodes, as the setting (full)")
     add("--plan", choices=["auto", "root", "sharded"], default="auto", help="who steps, as the setting (auto)")
-    add("--bucket-mb", type=_number(0.001, 1000), default=16.0, metavar="MB", help="as the setting (16)")
+    add("--bucket-cap-mb", type=_number(0.001, 1000), default=16.0, metavar="MB", help="as the setting (16)")
     add(
         "--optimizer-floats",
         type=_number(0, 100),
@@ -401,8 +401,8 @@ def plan_verb(options: argparse.Namespace) -> int:
         options.ranks_per_node,
         1e6 * options.model_mb,
         plan=options.plan,
-        wire=options.wire,
-        bucket=round(1e6 * options.bucket_mb),
+        comm_dtype=options.comm_dtype,
+        bucket=round(1e6 * options.bucket_cap_mb),
         state=options.optimizer_floats,
     )
     machine = cost.Machine(

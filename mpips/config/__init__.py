@@ -11,7 +11,7 @@ from mpips.config.config import GROUPS, TAKEN, Config
 from mpips.config.error import BAD_CONFIGURATION, ConfigError, check, cut, shown
 from mpips.config.field import allowed, fields
 from mpips.config.flags import add_arguments
-from mpips.config.groups import Checkpointing, Clients, Local, Outer, Robust, Staleness, Stopping
+from mpips.config.groups import Checkpointing, Clients, EarlyStopping, Local, Outer, Robust, Staleness
 from mpips.config.line import SET, take_flags, whole_line
 from mpips.config.names import check_mode, check_names, check_rule
 from mpips.config.paths import ANSWERS, check_resume, check_run_dir, no_folder
@@ -28,12 +28,12 @@ __all__ = [
     "Clients",
     "Config",
     "ConfigError",
+    "EarlyStopping",
     "Local",
     "Outer",
     "Resolved",
     "Robust",
     "Staleness",
-    "Stopping",
     "add_arguments",
     "allowed",
     "check",

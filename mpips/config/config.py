@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from mpips.config.error import check
-from mpips.config.groups import Checkpointing, Clients, Local, Outer, Robust, Staleness, Stopping
+from mpips.config.groups import Checkpointing, Clients, EarlyStopping, Local, Outer, Robust, Staleness
 
 TAKEN = (  # names that a metric cannot have: other columns of the messages and of the report
     *("samples", "weight", "loss", "bad", "done", "stop", "signal", "round", "train", "wait", "steps", "tickets", "want"),
@@ -51,12 +51,12 @@ class Config:
     clip: float | None = field(default=None, metadata={"help": "the combined gradient's largest global norm"})
     metrics: tuple[str, ...] = field(default=(), metadata={"help": "names of the extra metrics given to step()"})
     seed: int = field(default=0, metadata={"help": "which clients train in a round, and their orders"})
-    bucket_mb: float = field(default=16.0, metadata={"help": "largest single message, in MB (10^6 bytes)"})
+    bucket_cap_mb: float = field(default=16.0, metadata={"help": "largest single message, in MB (10^6 bytes)"})
     shared_memory: bool = field(default=True, metadata={"help": "ranks of a node share weights and gradients in memory"})
     ranks_per_node: int = field(
         default=0, metadata={"help": "at most so many neighbours share memory, as if the others were on other nodes; 0: all"}
     )
-    wire: Literal["full", "bfloat16"] = field(
+    comm_dtype: Literal["full", "bfloat16"] = field(
         default="full", metadata={"help": "between nodes: float32 in full, or 16 bits of it, added in float32; plan sharded"}
     )
     plan: Literal["auto", "root", "sharded"] = field(
@@ -71,7 +71,7 @@ class Config:
         },
     )
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
-    stop: Stopping = field(default_factory=Stopping)
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     staleness: Staleness = field(default_factory=Staleness)
     local: Local = field(default_factory=Local)
     outer: Outer = field(default_factory=Outer)
@@ -85,7 +85,7 @@ class Config:
         good = free == list(dict.fromkeys(self.metrics))
         check("metrics", list(self.metrics), f"different Python names, none of {', '.join(TAKEN)}", good)
         check("seed", self.seed, "a whole number from -2^53 to 2^53", abs(self.seed) <= 2**53)
-        check("bucket_mb", self.bucket_mb, "a number from 0.001 to 1000", 0.001 <= self.bucket_mb <= 1000)
+        check("bucket_cap_mb", self.bucket_cap_mb, "a number from 0.001 to 1000", 0.001 <= self.bucket_cap_mb <= 1000)
         check("ranks_per_node", self.ranks_per_node, "a whole number, 0 or more", self.ranks_per_node >= 0)
         check("resume", self.resume, "no, auto, aside, or a path", self.resume != "" and "\0" not in self.resume)
         check(

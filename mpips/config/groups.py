@@ -24,19 +24,19 @@ class Checkpointing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stopping:
+class EarlyStopping:
     """When the server ends the run early, judged on the value that `validate` returns."""
 
     patience: int = field(default=0, metadata={"help": "stop after so many validations without a gain; 0: never"})
-    min_gain: float = field(default=0.0, metadata={"help": "a smaller gain over the best value does not count"})
+    min_delta: float = field(default=0.0, metadata={"help": "a smaller gain over the best value does not count"})
     target: float | None = field(default=None, metadata={"help": "stop once the value is at least this good"})
     monitor: str | None = field(default=None, metadata={"help": "the name of the value that decides; the first validated"})
-    goal: Literal["max", "min"] = field(default="max", metadata={"help": "whether a larger or a smaller value is better"})
+    mode: Literal["max", "min"] = field(default="max", metadata={"help": "whether a larger or a smaller value is better"})
 
     def __post_init__(self) -> None:
-        check("stop.patience", self.patience, "a whole number, 0 or more", self.patience >= 0)
-        check("stop.min_gain", self.min_gain, "a number, 0 or more", 0 <= self.min_gain < math.inf)
-        check("stop.target", self.target, "a number or null", self.target is None or math.isfinite(self.target))
+        check("early_stopping.patience", self.patience, "a whole number, 0 or more", self.patience >= 0)
+        check("early_stopping.min_delta", self.min_delta, "a number, 0 or more", 0 <= self.min_delta < math.inf)
+        check("early_stopping.target", self.target, "a number or null", self.target is None or math.isfinite(self.target))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +122,11 @@ class Clients:
 class Robust:
     """What the rules that withstand faulty workers assume."""
 
-    bad: int = field(default=1, metadata={"help": "faulty contributions to withstand (f)"})
-    radius: float = field(default=1.0, metadata={"help": "cclip, normclip: the largest norm that counts in full"})
+    num_byzantine: int = field(default=1, metadata={"help": "faulty contributions to withstand (f)"})
+    clip_radius: float = field(default=1.0, metadata={"help": "cclip, normclip: the largest norm that counts in full"})
     iterations: int = field(default=8, metadata={"help": "rfa, cclip: iterations"})
 
     def __post_init__(self) -> None:
-        check("robust.bad", self.bad, "a whole number, 0 or more", self.bad >= 0)
-        check("robust.radius", self.radius, "a number above 0", 0 < self.radius < math.inf)
+        check("robust.num_byzantine", self.num_byzantine, "a whole number, 0 or more", self.num_byzantine >= 0)
+        check("robust.clip_radius", self.clip_radius, "a number above 0", 0 < self.clip_radius < math.inf)
         check("robust.iterations", self.iterations, "a whole number, 1 or more", self.iterations >= 1)

@@ -21,21 +21,23 @@ from mpips.reduce.aggregate import AggregationResult, Collectives, give, take
 from mpips.rules import Needs, Rule
 
 
-def contribute(communicator: Communicator, push: Push, rule: Rule, last: Needs, bucket_mb: float) -> None:
+def contribute(communicator: Communicator, push: Push, rule: Rule, last: Needs, bucket_cap_mb: float) -> None:
     """The half of a rank without the server.
 
     Args:
         communicator: this rank's end.
         push: this rank's row, and its clients' contributions in `push.clients`, which are changed and then given up.
         rule, last: what `choose` gives.
-        bucket_mb: largest message, in MB; the same on every rank.
+        bucket_cap_mb: largest message, in MB; the same on every rank.
     """
-    _, way, seen = _begin(communicator, push, rule, bucket_mb)
+    _, way, seen = _begin(communicator, push, rule, bucket_cap_mb)
     give(way, seen, rule, last)
     push.clients.clear()
 
 
-def combine(communicator: Communicator, push: Push, rule: Rule, last: Needs, first: int, bucket_mb: float) -> AggregationResult:
+def combine(
+    communicator: Communicator, push: Push, rule: Rule, last: Needs, first: int, bucket_cap_mb: float
+) -> AggregationResult:
     """The server's half; the clients' combination is left in the body of its push message, the ranks' rows in the tail.
 
     The arguments are those of `contribute`, and `first`, the rank of the first worker.
@@ -43,7 +45,7 @@ def combine(communicator: Communicator, push: Push, rule: Rule, last: Needs, fir
     Returns:
         What came of it; the faulty are clients by number, those among them that were reported as not finite.
     """
-    lanes, way, seen = _begin(communicator, push, rule, bucket_mb)
+    lanes, way, seen = _begin(communicator, push, rule, bucket_cap_mb)
     found = take(way, seen, rule, last, first if seen is push else 0)
     push.clients.clear()
     reported = (seen.rows[:, BAD] > 0).nonzero().flatten().tolist()
@@ -51,7 +53,7 @@ def combine(communicator: Communicator, push: Push, rule: Rule, last: Needs, fir
     return AggregationResult(sorted(numbers[row] for row in {*found.faulty, *reported} if row in numbers), found.refused)
 
 
-def _begin(communicator: Communicator, push: Push, rule: Rule, bucket_mb: float) -> tuple[ClientRows, Collectives, Push]:
+def _begin(communicator: Communicator, push: Push, rule: Rule, bucket_cap_mb: float) -> tuple[ClientRows, Collectives, Push]:
     """The table, and what to call `reduce/aggregate.py` with."""
     counts = bool(push.rows[communicator.rank, WEIGHT])  # else none of this rank's does
     for client in push.clients:
@@ -59,7 +61,7 @@ def _begin(communicator: Communicator, push: Push, rule: Rule, bucket_mb: float)
             client.body.zero_()
             client.weight = 0
     push.rows[communicator.rank, WEIGHT] = sum(client.weight for client in push.clients)
-    lanes = ClientRows(communicator, push.clients, round(bucket_mb * 1e6))
+    lanes = ClientRows(communicator, push.clients, round(bucket_cap_mb * 1e6))
     if lanes.ranks == sorted(set(lanes.ranks)):
         lanes.add(push.body)
         return lanes, communicator, push

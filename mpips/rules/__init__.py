@@ -7,19 +7,19 @@ derive a class from `Rule` and enter it in RULES (see CONTRIBUTING.md), or leave
 | rule      | needs | what                                                                | faulty ones it withstands       |
 |-----------|-------|---------------------------------------------------------------------|---------------------------------|
 | mean      | sum   | samples-weighted mean                                               | none                            |
-| normclip  | sum   | the same, of contributions cut to `robust.radius`                   | bounds what each can do         |
+| normclip  | sum   | the same, of contributions cut to `robust.clip_radius`              | bounds what each can do         |
 | median    | rows  | coordinate-wise median                                              | less than half                  |
-| trimmed   | rows  | mean without the `robust.bad` smallest and largest of a coordinate  | `bad`, 2 bad < n                |
+| trimmed   | rows  | mean without the f smallest and largest of a coordinate             | f, 2 f < n                      |
 | sign      | rows  | the sign that most have                                             | less than half                  |
-| krum      | gram  | the one nearest to its neighbours                                   | `bad`, 2 bad + 2 < n            |
-| multikrum | gram  | the mean of the n - bad best of Krum                                | `bad`, 2 bad + 2 < n            |
-| bulyan    | gram  | Krum's choice, trimmed around the median                            | `bad`, 4 bad + 3 <= n           |
+| krum      | gram  | the one nearest to its neighbours                                   | f, 2 f + 2 < n                  |
+| multikrum | gram  | the mean of the n - f best of Krum                                  | f, 2 f + 2 < n                  |
+| bulyan    | gram  | Krum's choice, trimmed around the median                            | f, 4 f + 3 <= n                 |
 | rfa       | gram  | geometric median                                                    | less than half of the weight    |
-| cclip     | gram  | last result, moved by differences cut to `robust.radius`            | bounds what each can do         |
+| cclip     | gram  | last result, moved by differences cut to `robust.clip_radius`       | bounds what each can do         |
 
-Contributions are those of workers; in federated modes those of a round's clients, wherever they are hosted
-(`reduce/client_rows.py`). "gram" trusts its second collective: a rank that sends something else in the sum than what its inner
-products were computed from is not noticed.
+f is `robust.num_byzantine`. Contributions are those of workers; in federated modes those of a round's clients, wherever they
+are hosted (`reduce/client_rows.py`). "gram" trusts its second collective: a rank that sends something else in the sum than what
+its inner products were computed from is not noticed.
 """
 
 from __future__ import annotations

@@ -109,20 +109,20 @@ class Median(Coordinate):
 
 
 class TrimmedMean(Coordinate):
-    """The mean without the `bad` smallest and largest values of a coordinate (arXiv 1803.01498, definition 2)."""
+    """The mean without the `num_byzantine` smallest and largest values of a coordinate (arXiv 1803.01498, definition 2)."""
 
-    def __init__(self, bad: int = 1) -> None:
-        self.bad = bad
+    def __init__(self, num_byzantine: int = 1) -> None:
+        self.num_byzantine = num_byzantine
 
     def check(self, n: int) -> None:
         """See `Rule`."""
-        bad = self.left(self.bad)
+        bad = self.left(self.num_byzantine)
         if n > 1 and n <= 2 * bad:
-            raise RuleError(f"trimmed with robust.bad={bad} needs more than {2 * bad} contributions, {n} came")
+            raise RuleError(f"trimmed with robust.num_byzantine={bad} needs more than {2 * bad} contributions, {n} came")
 
     def combine(self, values: Tensor, missing: int) -> Tensor:
         """See `Coordinate`."""
-        bad = max(0, self.left(self.bad) - missing) if len(values) > 1 else 0
+        bad = max(0, self.left(self.num_byzantine) - missing) if len(values) > 1 else 0
         rows = ascending(values) if bad else list(values)
         return average(rows[bad : len(rows) - bad])
 

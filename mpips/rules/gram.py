@@ -48,18 +48,18 @@ class Krum(Rule):
     needs = "gram"
     name = "krum"
 
-    def __init__(self, bad: int = 1) -> None:
-        self.bad = bad
+    def __init__(self, num_byzantine: int = 1) -> None:
+        self.num_byzantine = num_byzantine
 
     def check(self, n: int) -> None:
         """See `Rule`."""
-        bad = self.left(self.bad)
+        bad = self.left(self.num_byzantine)
         if 1 < n <= 2 * bad + 2:
-            raise RuleError(f"{self.name} with robust.bad={bad} needs {2 * bad + 3} contributions, {n} came")
+            raise RuleError(f"{self.name} with robust.num_byzantine={bad} needs {2 * bad + 3} contributions, {n} came")
 
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
         """See `Rule`."""
-        n, bad = len(gram), self.left(self.bad)
+        n, bad = len(gram), self.left(self.num_byzantine)
         self.check(n)
         scores = krum_scores(squares(gram), bad)
         chosen = torch.zeros(n, dtype=torch.float64)
@@ -93,19 +93,19 @@ class Bulyan(Rule):
     needs = "gram"
     then: Needs = "rows"
 
-    def __init__(self, bad: int = 1) -> None:
-        self.bad = bad
+    def __init__(self, num_byzantine: int = 1) -> None:
+        self.num_byzantine = num_byzantine
         self._near = 1  # values whose mean is taken in each coordinate
 
     def check(self, n: int) -> None:
         """See `Rule`."""
-        bad = self.left(self.bad)
+        bad = self.left(self.num_byzantine)
         if 1 < n < 4 * bad + 3:
-            raise RuleError(f"bulyan with robust.bad={bad} needs {4 * bad + 3} contributions, {n} came")
+            raise RuleError(f"bulyan with robust.num_byzantine={bad} needs {4 * bad + 3} contributions, {n} came")
 
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
         """See `Rule`; 1 for a contribution that is chosen."""
-        n, bad = len(gram), self.left(self.bad)
+        n, bad = len(gram), self.left(self.num_byzantine)
         self.check(n)
         squared, left = squares(gram), list(range(n))
         for _ in range(max(1, n - 2 * bad)):
@@ -174,8 +174,8 @@ class CentredClipping(Rule):
 
     needs = "gram"
 
-    def __init__(self, radius: float = 1.0, iterations: int = 8) -> None:
-        self.radius, self.iterations = radius, iterations
+    def __init__(self, clip_radius: float = 1.0, iterations: int = 8) -> None:
+        self.clip_radius, self.iterations = clip_radius, iterations
         self._last: Tensor | None = None
 
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class CentredClipping(Rule):
         c = torch.zeros_like(weights)
         for _ in range(self.iterations):
             far = distances_to(gram, c)
-            shares = torch.where(far > self.radius, self.radius / far, 1.0) / len(c)
+            shares = torch.where(far > self.clip_radius, self.clip_radius / far, 1.0) / len(c)
             c = c + shares - c * shares.sum()
         return c
 

@@ -34,13 +34,13 @@ class NormClip(Mean):
     bits unless it is longer. BatchNorm's statistics are averaged as they are.
     """
 
-    def __init__(self, radius: float = 1.0) -> None:
-        self.radius = radius
+    def __init__(self, clip_radius: float = 1.0) -> None:
+        self.clip_radius = clip_radius
 
     def prepare(self, contribution: Tensor, weight: float) -> bool:
         """See `Rule`."""
         parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in torch.split(contribution, STEP)]
         norm = float(torch.stack(parts).norm()) / weight
-        if norm > self.radius:
-            contribution.mul_(self.radius / norm)
+        if norm > self.clip_radius:
+            contribution.mul_(self.clip_radius / norm)
         return norm < float("inf")

@@ -664,7 +664,8 @@ class Run:
         Args:
             measure: called on worker 0 alone, in eval mode and without grad, with the validation data if `connect` was given
                 any. Returns a number, or a dict of several by name. None: the server measures, as `connect` said.
-            name: what the number is. Numbers of different names are judged apart; which stops the run `stop.monitor` says.
+            name: what the number is. Numbers of different names are judged apart; `early_stopping.monitor` says which
+                stops the run.
 
         Returns:
             The number, or the dict, the same on every worker; that of before if a resumed run has this validation behind it,

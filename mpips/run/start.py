@@ -151,7 +151,7 @@ def join(config: Config) -> Communicator:
 
 def _meet(config: Config) -> Communicator:
     """This rank's end of MPI."""
-    return mpi.connect(round(config.bucket_mb * 1e6), config.cuda_aware, config.ranks_per_node)
+    return mpi.connect(round(config.bucket_cap_mb * 1e6), config.cuda_aware, config.ranks_per_node)
 
 
 def _settle(communicator: Communicator, settings: Config | str) -> None:

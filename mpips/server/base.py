@@ -167,9 +167,9 @@ class Service:
         plan, how = (self.slices.plan, self.slices.how) if self.slices else ("root", "messages")
         self.report.event("plan", plan=plan, communicator=how)
         self.report.line(f"plan: {plan}, by {how}", always=True)
-        if self.config.wire != "full" and self.config.wire not in how:
+        if self.config.comm_dtype != "full" and self.config.comm_dtype not in how:
             self.report.event(
-                "warning", message=f"wire: {self.config.wire} is for plan sharded on several nodes; not used here"
+                "warning", message=f"comm_dtype: {self.config.comm_dtype} is for plan sharded on several nodes; not used here"
             )
 
     def step_with(self, scale: float = 1.0, adopt: bool = False, times: float = 1.0) -> None:
@@ -473,11 +473,11 @@ class Service:
         """Take note of a validation's value.
 
         Returns:
-            True to stop: the target is reached, or there was no gain for `stop.patience` validations. False to go on, and for
-            a value of another name than that which `stop.monitor` says, or which was validated first.
+            True to stop: the target is reached, or there was no gain for `early_stopping.patience` validations. False to
+            go on, and for a value of another name than that which `early_stopping.monitor` says, or which was validated first.
         """
-        verdict = self.patience.setdefault(name, Patience()).judge(accuracy, self.config.stop)
-        if name != (self.config.stop.monitor or next(iter(self.patience))):
+        verdict = self.patience.setdefault(name, Patience()).judge(accuracy, self.config.early_stopping)
+        if name != (self.config.early_stopping.monitor or next(iter(self.patience))):
             return False
         if verdict and not self.control.stop:
             self.end(verdict, [0])

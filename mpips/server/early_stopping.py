@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mpips.config import Stopping
+from mpips.config import EarlyStopping
 from mpips.model.message import Stop
 
 
@@ -21,14 +21,14 @@ class Patience:
     best: float = math.nan
     waited: int = 0
 
-    def judge(self, value: float, rule: Stopping) -> Stop:
+    def judge(self, value: float, rule: EarlyStopping) -> Stop:
         """Take note of a validation; a NaN is no gain.
 
         Returns:
             Stop.NO to go on, else why to stop.
         """
-        sign = 1 if rule.goal == "max" else -1
-        if (math.isnan(self.best) and not math.isnan(value)) or sign * (value - self.best) > rule.min_gain:
+        sign = 1 if rule.mode == "max" else -1
+        if (math.isnan(self.best) and not math.isnan(value)) or sign * (value - self.best) > rule.min_delta:
             self.best, self.waited = value, 0
         else:
             self.waited += 1

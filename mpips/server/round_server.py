@@ -154,7 +154,7 @@ class Server(Service):
             self.slices.reduce()
             self.combined = AggregationResult(sorted(left_out(push.heard.rows, self.rule)))
         elif judges_clients(self.mode, self.config):
-            self.combined = lanes.combine(self.communicator, push, self.rule, self.last, self.first, self.config.bucket_mb)
+            self.combined = lanes.combine(self.communicator, push, self.rule, self.last, self.first, self.config.bucket_cap_mb)
         else:
             self.combined = combine(self.communicator, push, self.rule, self.last, self.first)
         push.spill()

@@ -685,7 +685,7 @@ class Worker:
             self.slices.follow_server()
         elif not self._server:
             if judges_clients(self.mode, self.config):
-                lanes.contribute(self.communicator, push, self._rule, self._last, self.config.bucket_mb)
+                lanes.contribute(self.communicator, push, self._rule, self._last, self.config.bucket_cap_mb)
             else:
                 contribute(self.communicator, push, self._rule, self._last)
 

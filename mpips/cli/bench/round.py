@@ -57,7 +57,7 @@ def one_size(comm: MPI.Comm, hosts: list[int], count: int, repeats: int, batch: 
             "mpips": own.weights,
             **{name: split(them.weights[0], own) for name, them in (("raw_mpi", raw), ("ddp_gloo", gloo))},
         }
-        allowed = ROUNDING if ps.config.wire == "full" else ROUNDED
+        allowed = ROUNDING if ps.config.comm_dtype == "full" else ROUNDED
         off = agree(comm, weights, f"{label['n']} ranks, {label['mb']:g} MB", allowed)
     seconds["limit"] = [bound.scale * taken for taken in seconds["limit"]]
     found = case(label, seconds, batch)

@@ -46,7 +46,7 @@ class Job:
         nodes, ranks: the nodes, and the ranks of each.
         numel: elements of the flat buffer.
         slots: its tensors.
-        plan, wire: as in the configuration.
+        plan, comm_dtype: as in the configuration.
         bucket: bytes that a node sends at a time.
         state: floats that the optimizer keeps of each parameter.
         numbers: its hyperparameters, of all groups together; Adam has 11 in one.
@@ -57,7 +57,7 @@ class Job:
     numel: int
     slots: Sequence[Slot] = field(repr=False)
     plan: Literal["auto", "root", "sharded"] = "auto"
-    wire: Literal["full", "bfloat16"] = "full"
+    comm_dtype: Literal["full", "bfloat16"] = "full"
     bucket: int = 16_000_000
     state: float = 2
     numbers: int = 11
@@ -109,7 +109,7 @@ class Job:
     @property
     def travels(self) -> torch.dtype:
         """What weights and gradients are between nodes."""
-        return torch.bfloat16 if self.wire == "bfloat16" and self.how == "rooms, sharded" else MODEL
+        return torch.bfloat16 if self.comm_dtype == "bfloat16" and self.how == "rooms, sharded" else MODEL
 
     @property
     def contents(self) -> BufferSpec:

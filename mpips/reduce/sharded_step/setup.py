@@ -87,7 +87,7 @@ def _contents(ranks: int, replica: Replica, config: Config, cut: Granularity, an
     push, flat = replica.push.message, replica.flat
     large = flat.numel * flat.weights.element_size() > SMALL
     sharded = cut > Granularity.NOWHERE and (config.plan == "sharded" or (config.plan == "auto" and large))
-    encoded = sharded and config.wire == "bfloat16" and push.dtype == torch.float32
+    encoded = sharded and config.comm_dtype == "bfloat16" and push.dtype == torch.float32
     return BufferSpec(
         numel=push.numel(),
         dtype=push.dtype,

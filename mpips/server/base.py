@@ -84,6 +84,7 @@ class Service:
         follows: bool = False,
     ) -> None:
         self.communicator, self.model, self.config, self.folder = communicator, model, config or Config(), folder
+        self._settings = json.dumps(self.config.settings())
         self.mode: Mode = choose_mode(self.config)
         self.rule, self.last = choose(self.config)
         self.report = report or Report(None, self.config.metrics)
@@ -521,7 +522,7 @@ class Service:
             "version": int(self.control.version),
             "epoch": self.place.epoch,
             "run": report.run,
-            "config": json.dumps(self.config.settings()),
+            "config": self._settings,
             "contract": self.digest,
             "versions": {"mpips": mpips.__version__, "torch": str(torch.__version__)},
             "world": {"size": self.communicator.size, "workers": self.workers},

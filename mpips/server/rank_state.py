@@ -63,7 +63,7 @@ class RankState:
         """As nested dicts of scalars, lists and tensors, for a checkpoint."""
         return {
             "index": self.index,
-            "place": dataclasses.asdict(self.place),
+            "place": {**vars(self.place), "cuts": list(self.place.cuts)},
             "streams": self.streams,
             "orders": self.orders,
             "buffers": self.buffers,
@@ -114,7 +114,7 @@ class RankState:
 
 def _place(tree: dict[str, Any]) -> Place:
     """Every field is there: none has its default for being lost."""
-    return Place(**{field.name: tree[field.name] for field in dataclasses.fields(Place)})
+    return Place(**{name: tree[name] for name in Place.__dataclass_fields__})
 
 
 def _strip(value: Any, arrays: Arrays) -> Any:

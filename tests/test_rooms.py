@@ -1073,7 +1073,7 @@ def test_one_line_says_which_setting_is_wrong(key: str, given: str, allowed: str
 
 
 def test_settings_have_their_defaults() -> None:
-    assert (Config().ranks_per_node, Config().wire) == (0, "full")
+    assert (Config().ranks_per_node, Config().comm_dtype) == (0, "full")
     assert resolve({}, ["--ranks_per_node=2", "--comm_dtype=bfloat16"]).settings()["comm_dtype"] == "bfloat16"
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from mpips.comm.mpi import connect
 from mpips.config import Config, Robust
 from mpips.model.message import Push, WorkerStatus, replicate
-from mpips.reduce.aggregate import combine, contribute
+from mpips.reduce.aggregate import aggregate
 from mpips.rules import RULES, choose
 
 BUCKET = 16_000_000  # bytes, as `bucket_cap_mb` has it
@@ -56,10 +56,7 @@ def main() -> None:
             fill(push, communicator.rank, numel)
             communicator.barrier(None)
             begun = time.perf_counter()
-            if communicator.rank == 0:
-                combine(communicator, push, rule, last, 1)
-            else:
-                contribute(communicator, push, rule, last)
+            aggregate(communicator, push, rule, last, 1)
             communicator.barrier(None)
             seconds = time.perf_counter() - begun
         if communicator.rank == 0:

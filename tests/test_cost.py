@@ -31,7 +31,8 @@ from mpips.comm.simulated_group import SimulatedLeaderGroup
 from mpips.model import layout as plan
 from mpips.model.flat import lay_out
 from mpips.model.layout import FLIGHT, GRAIN, SMALL
-from mpips.reduce.sharded_step import setup as start
+from mpips.reduce import choice
+from mpips.reduce.shared_memory_transport import SharedMemoryTransport
 
 WIRES = pytest.mark.parametrize("wire", ["full", "bfloat16"])
 SHAPES = pytest.mark.parametrize(("nodes", "ranks"), [(2, 1), (2, 2), (3, 1), (4, 3), (5, 2)])
@@ -188,10 +189,10 @@ def test_a_run_asks_for_the_same(
     asked: list[BufferSpec] = []
     dealt: dict[int, list[slice]] = {}
     slots, numel = lay_out(mlp().named_parameters())
-    for module in (start, cost.job):
+    for module in (choice, cost.job):
         monkeypatch.setattr(module, "SMALL", 4 * numel - larger)
     job = Job(nodes, 2, numel, slots, plan=chosen, comm_dtype=wire)
-    group, deal = SimulatedCommunicator.node_group, start.deal
+    group, deal = SimulatedCommunicator.node_group, choice.deal
 
     def asking(self: SimulatedCommunicator, contents: BufferSpec) -> Any:
         asked.append(contents)
@@ -202,13 +203,12 @@ def test_a_run_asks_for_the_same(
         dealt[group.rank] = group.slices
 
     monkeypatch.setattr(SimulatedCommunicator, "node_group", asking)
-    monkeypatch.setattr(start, "deal", dealing)
+    monkeypatch.setattr(choice, "deal", dealing)
 
     def program(e: SimulatedCommunicator) -> bool:
         settings: Any = {"plan": chosen, "comm_dtype": wire, "run_dir": str(tmp_path)}
         ps = train(e, mlp(), lambda params: torch.optim.Adam(params), data(20), **settings)
-        half = ps._server or ps._worker
-        return half is not None and half.slices is not None
+        return isinstance(ps._worker.server.transport, SharedMemoryTransport)
 
     assert World(job.size, shares=True, nodes=[2] * nodes).run(program) == [True] * (job.size - 1)
     fields = {**vars(job.contents), "answer": 0}

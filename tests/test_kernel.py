@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpips.comm.peer_buffers import FEW, PeerBuffers, Rows
-from mpips.reduce.sharded_step.kernels import ONE_THREAD, Terms, add_up, divide, is_finite
+from mpips.reduce.kernels import ONE_THREAD, Terms, add_up, divide, is_finite
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 
@@ -74,7 +74,7 @@ def test_what_is_not_finite_is_seen_wherever_it_is(bad: float, arrays: bool, len
 OVERFLOW = """
 import numpy as np, torch
 from mpips.comm.peer_buffers import Rows
-from mpips.reduce.sharded_step.kernels import add_up; from mpips.reduce.sharded_step.kernels import is_finite
+from mpips.reduce.kernels import add_up; from mpips.reduce.kernels import is_finite
 for values in ((3e38, 3e38), (np.inf, -np.inf)):
     rows = Rows(torch.full((100,), value) for value in values)
     rows.arrays = [row.numpy() for row in rows]

@@ -19,7 +19,7 @@ from mpips.comm.simulated import World
 from mpips.config import Config, Robust
 from mpips.model.message import Contribution, Push, WorkerStatus
 from mpips.reduce.aggregate import WEIGHT
-from mpips.reduce.client_rows import combine, contribute
+from mpips.reduce.client_rows import aggregate_clients
 from mpips.rules import choose
 
 Hosted = Sequence[Sequence[int]]  # for each rank the rows of its clients
@@ -59,10 +59,8 @@ def hosting(
         push, came = a_push(e, values.shape[1], values.dtype), []
         for _ in range(times):
             give(push, e.rank, hosted[e.rank], values, weights, stats)
-            if e.rank != SERVER:
-                contribute(e, push, rule, last, SMALL)
-            else:
-                found = combine(e, push, rule, last, int(not hosted[0]), SMALL)
+            found = aggregate_clients(e, push, rule, last, int(not hosted[0]), SMALL)
+            if e.rank == SERVER:
                 ends = push.gradients[: values.shape[1]].clone(), push.floats[:3].clone()
                 came.append(Came(*ends, found.faulty, found.refused, push.rows.clone(), e.traffic.copy()))
             assert not push.clients
@@ -160,9 +158,7 @@ def test_clients_that_were_reported_count_as_faulty_and_are_named() -> None:
         give(push, e.rank, [[], [0, 1, 2], [3, 4]][e.rank], values, weights, torch.zeros(5, 3))
         if e.rank == 1 and reports:
             push.clients[0].bad = 1
-        if e.rank != SERVER:
-            return contribute(e, push, rule, last, SMALL)
-        return combine(e, push, rule, last, 1, SMALL), push.gradients[:37]
+        return aggregate_clients(e, push, rule, last, 1, SMALL), push.gradients[:37]
 
     came, gradient = World(3).run(lambda e: program(e, True))[SERVER]
     assert (came.faulty, came.refused) == ([0], "")
@@ -234,9 +230,7 @@ def test_a_rank_that_does_not_count_has_no_clients_that_do() -> None:
         give(push, e.rank, [[], [0, 1, 2], [3, 4, 5]][e.rank], values, torch.ones(6), torch.zeros(6, 3))
         if e.rank == 1:
             push.write(1, WorkerStatus(bad=1), ())
-        if e.rank != SERVER:
-            return contribute(e, push, rule, last, SMALL)
-        return combine(e, push, rule, last, 1, SMALL), push.gradients[:37]
+        return aggregate_clients(e, push, rule, last, 1, SMALL), push.gradients[:37]
 
     assert close(World(3).run(program)[SERVER][1], values[3:].median(0).values)
 

@@ -96,13 +96,11 @@ def trained(e: Communicator, overlap: bool, backward: str = "ps", model: Any = c
             ps.step(loss.detach())
             assert all(p.grad is None for p in net.parameters()), "of what is on its way nothing is left to the script"
             seen.append(float(loss.detach()))
-    half = ps._server or ps._worker
-    assert half
-    slices = half.slices
+    transport = ps._worker.server.transport
     return {
         "weights": sha(net),
         "losses": seen,
-        "steps": len(slices.group.push_steps) if slices and isinstance(slices.group, sharded.ReduceScatterGroup) else 0,
+        "steps": len(transport.group.push_steps) if transport.ready else 0,
         "rounds": ps.round,
     }
 
@@ -189,9 +187,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradients_of_16_bits_are_in_the_push_message_before_they_may_leave(here: None) -> None:
     def program(ps: mpips.Run, net: nn.Module) -> int:
         half = ps._worker
-        slices = half and half._overlapping
-        assert half and slices and slices.ready
-        push, flat, marked, mark = half.replica.push, half.replica.flat, 0, slices.ready.mark
+        ready = half.server.transport.ready
+        assert ready
+        push, flat, marked, mark = half.replica.push, half.replica.flat, 0, ready.mark
 
         def looked(number: int) -> None:
             nonlocal marked
@@ -200,7 +198,7 @@ def test_gradients_of_16_bits_are_in_the_push_message_before_they_may_leave(here
             marked += 1
             mark(number)
 
-        slices.ready.mark = looked  # type: ignore[method-assign]
+        ready.mark = looked  # type: ignore[method-assign]
         for x, y in ps.batches(data(105, torch.bfloat16), 7):
             loss = F.cross_entropy(net(x), y)
             ps.backward(loss)

@@ -32,6 +32,7 @@ from mpips.config import Config, ConfigError, resolve
 from mpips.model import layout as plan
 from mpips.model.layout import share
 from mpips.model.message import NonFiniteError
+from mpips.reduce.shared_memory_transport import SharedMemoryTransport
 
 Shape = list[int]
 SHAPES: list[Shape] = [[2, 2], [1, 3], [3, 1], [1, 1, 1], [2, 1, 2], [4, 4]]
@@ -674,9 +675,7 @@ def test_weights_stay_within_one_rounding_of_the_masters() -> None:
         model = mlp()
         made = optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         ps = mpips.connect(model, made, communicator=e, run_dir="run", plan="sharded", comm_dtype="bfloat16")
-        half = ps._server or ps._worker
-        assert half and half.slices
-        group = half.slices.group
+        group = ps._worker.server.transport.group
         before = group.weights.clone()
         for x, y in ps.batches(data(160), 8):
             loss = F.cross_entropy(model(x), y)
@@ -951,7 +950,7 @@ def test_auto_shares_between_nodes_what_is_large(monkeypatch: pytest.MonkeyPatch
         net = mlp()
         return is_sharded(train(e, net, OPTIMIZERS["adam"](net.parameters()), data(30), 7))
 
-    monkeypatch.setattr("mpips.reduce.sharded_step.setup.SMALL", 1000)
+    monkeypatch.setattr("mpips.reduce.choice.SMALL", 1000)
     assert on_nodes([2, 2]).run(program) == [True] * 3
 
 
@@ -1004,8 +1003,7 @@ def test_each_node_sends_its_share_of_the_model_twice(shape: Shape, wire: str, m
             loss.backward()
             ps.step(loss)
         assert all(e.traffic[call] == before.get(call, 0) for call in e.traffic), "who does not lead sends nothing"
-        half = ps._server or ps._worker
-        assert half
+        half = ps._worker
         ps.validate(lambda: 1.0)
         push, numel = half.replica.push, half.replica.flat.numel
         return int(ps.round), int(ps._control.version), numel, push.message[numel:].nbytes
@@ -1105,10 +1103,10 @@ def trained(e: Any, **settings: Any) -> tuple[str, list[list[int]], str]:
     net = cnn()
     made = OPTIMIZERS["adam"](net.parameters())
     ps = train(e, net, made, data(101), 7, 2, True, plan="sharded", clip=0.5, **settings)
-    half = ps._server or ps._worker
-    assert half and half.slices
+    transport = ps._worker.server.transport
+    assert isinstance(transport, SharedMemoryTransport)
     assert not e.traffic["reduce calls"]
-    return sha(nn.ParameterList(net.parameters())), half.slices.group.nodes, half.slices.how
+    return sha(nn.ParameterList(net.parameters())), transport.group.nodes, transport.how
 
 
 @pytest.mark.mpi(min_size=2)

@@ -42,6 +42,7 @@ from mpips.comm.node_group import BufferSpec
 from mpips.comm.root_reduce import RootReduceGroup
 from mpips.comm.simulated import Killed, SimulatedCommunicator, World
 from mpips.comm.simulated_group import SimulatedBarrier, SimulatedLeaderGroup
+from mpips.reduce.shared_memory_transport import SharedMemoryTransport
 
 small_pieces = test_rooms.small_pieces
 BUCKETS = pytest.mark.parametrize("bucket", [3000, 1 << 24], ids=["several buckets", "one bucket"])
@@ -317,9 +318,7 @@ def test_a_round_is_a_reduce_and_a_bcast_of_the_leaders(bucket: int, merges: int
             ps.step(loss)
         assert all(e.traffic[call] == before.get(call, 0) for call in e.traffic)
         ps.validate(lambda: 1.0)
-        half = ps._server or ps._worker
-        assert half
-        replica = half.replica
+        replica = ps._worker.replica
         return ps.round, replica.flat.numel, replica.push.message.nbytes, replica.pull.message.nbytes
 
     done, numel, push, pull = on_nodes([2, 1, 2], bucket=bucket).run(program)[0]
@@ -347,10 +346,10 @@ def test_over_mpi_the_weights_are_those_of_the_simulated_run(ranks_per_node: int
     def program(e: Any, folder: str) -> list[Tensor]:
         net = cnn()
         ps = train(e, net, OPTIMIZERS["momentum"](net.parameters()), data(101), 7, 2, True, plan="root", run_dir=folder)
-        half = ps._server or ps._worker
-        assert half and half.slices
+        transport = ps._worker.server.transport
+        assert isinstance(transport, SharedMemoryTransport)
         assert not e.traffic["reduce calls"]
-        assert [len(node) for node in half.slices.group.nodes] == shape
+        assert [len(node) for node in transport.group.nodes] == shape
         return all_of(net)
 
     expected = on_nodes(shape, bucket=bucket).run(lambda e: program(e, f"simulated-{rank}"))

@@ -21,6 +21,7 @@ from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.model import layout as plan
 from mpips.model.message import CallError, NonFiniteError
+from mpips.reduce.shared_memory_transport import SharedMemoryTransport
 from mpips.server.contract import ContractError
 
 Make = Callable[[Any], optim.Optimizer]
@@ -105,13 +106,11 @@ def sharing(size: int, seed: int = 0) -> World:
 
 
 def is_shared(ps: mpips.Run) -> bool:
-    half = ps._server or ps._worker
-    return half is not None and half.slices is not None
+    return isinstance(ps._worker.server.transport, SharedMemoryTransport)
 
 
 def is_sharded(ps: mpips.Run) -> bool:
-    half = ps._server or ps._worker
-    return half is not None and half.slices is not None and half.slices.group.together
+    return is_shared(ps) and ps._worker.server.transport.plan == "sharded"
 
 
 def odd(
@@ -209,7 +208,7 @@ def test_no_schedule_changes_a_bit(size: int) -> None:
 
 def test_auto_shards_what_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     for small, sharded in ((plan.SMALL, False), (1000, True)):
-        monkeypatch.setattr("mpips.reduce.sharded_step.setup.SMALL", small)
+        monkeypatch.setattr("mpips.reduce.choice.SMALL", small)
         odd(sharing(3), ELEMENTWISE["sgd"], torch.float32, (True, sharded))
 
 
@@ -305,10 +304,12 @@ def test_an_optimizer_of_whole_tensors_is_cut_between_them(name: str, clip: floa
             )
             ps = train(communicator, model, getattr(optim, name)(model.parameters(), lr=0.01), data(60), 7, **settings)
             if "plan" in settings:
-                half = ps._server or ps._worker
-                assert half and half.slices and half.slices.group.together
+                assert is_sharded(ps)
+                transport: Any = ps._worker.server.transport
                 whole = {(33, 12), (40, 33), (5, 40)}
-                assert all(tuple(p.shape) in whole for group in half.slices.torch.param_groups for p in group["params"])
+                assert all(
+                    tuple(p.shape) in whole for group in transport._optimizer.torch.param_groups for p in group["params"]
+                )
             return [p.detach().clone() for p in model.parameters()]
 
         return world.run(program), tree_of(settings["run_dir"])

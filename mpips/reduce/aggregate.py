@@ -45,46 +45,36 @@ class AggregationResult(NamedTuple):
         faulty: ranks whose contribution was left out for a NaN or Inf that they had not reported; by a rule that looks at one
             coordinate at a time, left out where it had one. The plain mean looks for none.
         refused: why the rule could not combine what came; the body is then zero and no update is to be taken. Else "".
+        nonfinite: rank -> the index of a tensor, where the combined gradient is not finite: of the rank whose contribution was
+            not, or the server's, if no rank's was.
     """
 
     faulty: list[int]
     refused: str = ""
+    nonfinite: dict[int, int] = {}
 
 
-def contribute(communicator: Collectives, push: Push, rule: Rule, last: Needs) -> None:
-    """The half of a rank without the server.
+def aggregate(communicator: Collectives, push: Push, rule: Rule, last: Needs, first: int) -> AggregationResult:
+    """Combine the contributions of all ranks by the rule; every rank calls this.
+
+    At the server the combination is left in the body of its push message, and the sum of all tails behind it. The body of every
+    other rank is changed.
 
     Args:
         communicator: this rank's end.
-        push: this rank's contribution and row; the body is changed.
-        rule, last: what `choose` gives.
-    """
-    prepare(communicator.rank, push, rule)
-    give(communicator, push, rule, last)
-
-
-def give(communicator: Collectives, push: Push, rule: Rule, last: Needs) -> None:
-    """`contribute`, of contributions that the rule has prepared."""
-    communicator.reduce(push.message, push.tail_at, "rows" if rule.needs == "gram" else last, _ignore)
-    if rule.needs == "gram":
-        _weigh(communicator, push, rule, last, torch.zeros(communicator.size, dtype=torch.float64), _ignore)
-
-
-def combine(communicator: Collectives, push: Push, rule: Rule, last: Needs, first: int) -> AggregationResult:
-    """The server's half; the contributions' combination is left in the body of its push message, their rows in the tail.
-
-    Args:
-        communicator: the server's end.
-        push: the server's own contribution and row; all zero if it has none.
+        push: this rank's contribution and row; all zero if it has none.
         rule, last: what `choose` gives.
         first: the rank of the first worker.
+
+    Returns:
+        What came of it, at the server; elsewhere it means nothing.
     """
     prepare(communicator.rank, push, rule)
-    return take(communicator, push, rule, last, first)
+    return bring_together(communicator, push, rule, last, first)
 
 
-def take(communicator: Collectives, push: Push, rule: Rule, last: Needs, first: int) -> AggregationResult:
-    """`combine`, of contributions that the rule has prepared."""
+def bring_together(communicator: Collectives, push: Push, rule: Rule, last: Needs, first: int) -> AggregationResult:
+    """`aggregate`, of contributions that the rule has prepared."""
     if rule.needs == "gram":
         return _by_gram(communicator, push, rule, last, first)
     apply = _Slices(push, rule, first, communicator.size)
@@ -99,10 +89,6 @@ def left_out(rows: Tensor, rule: Rule) -> set[int]:
     if type(rule).prepare is Rule.prepare:
         return set()
     return set(((rows[:, SAMPLES] > 0) & (rows[:, WEIGHT] == 0)).nonzero().flatten().tolist())
-
-
-def _ignore(part: slice, rows: Tensor) -> None:
-    pass
 
 
 def prepare(rank: int, push: Push, rule: Rule) -> None:
@@ -170,12 +156,16 @@ class _Gram:
     an honest one, or as short, so the products stay as small as the differences that matter.
     """
 
-    def __init__(self, push: Push, size: int, origin: Tensor | None) -> None:
-        self._push, self._origin = push, origin
+    def __init__(self, push: Push, size: int, rule: Rule) -> None:
+        self._push, self._rule = push, rule
+        self.called = False  # it is at the server alone
+        self.origin: Tensor | None = None
         self.matrix = push.message.new_zeros((size, size), dtype=torch.float64)
         self.faulty = torch.zeros(size, dtype=torch.bool, device=push.message.device)
 
     def __call__(self, part: slice, rows: Tensor) -> None:
+        if not self.called:
+            self.called, self.origin = True, self._rule.origin(self._push.gradients)
         weights = self._push.rows[:, WEIGHT]
         here = weights > 0
         gradients, behind = _split(part, self._push.gradients.numel())
@@ -185,7 +175,7 @@ class _Gram:
         products = rows[:, : gradients.stop - part.start]
         for strip in strips(products):
             values = products[:, strip].double().div_(shares)
-            values -= self._centre(values, here) if self._origin is None else self._origin[gradients][strip]
+            values -= self._centre(values, here) if self.origin is None else self.origin[gradients][strip]
             self.matrix += values @ values.T
 
     def _centre(self, values: Tensor, here: Tensor) -> Tensor:
@@ -199,27 +189,33 @@ class _Gram:
 
 
 def _by_gram(communicator: Collectives, push: Push, rule: Rule, last: Needs, first: int) -> AggregationResult:
-    origin = rule.origin(push.gradients)
-    gram = _Gram(push, communicator.size, origin)
+    gram = _Gram(push, communicator.size, rule)
     communicator.reduce(push.message, push.tail_at, "rows", gram)
+    coefficients, found = torch.zeros(communicator.size, dtype=torch.float64), AggregationResult([])
+    if gram.called:
+        coefficients, found = _coefficients(push, rule, gram)
+        if not coefficients.any():
+            push.body.zero_()
+    _weigh(communicator, push, rule, last, coefficients, first)
+    if gram.origin is not None and coefficients.any():
+        _move(push.gradients, gram.origin, 1 - float(coefficients.sum()))
+    return found
+
+
+def _coefficients(push: Push, rule: Rule, gram: _Gram) -> tuple[Tensor, AggregationResult]:
+    """`(size,)` float64: what each rank's contribution is multiplied by; all 0 where the rule refuses."""
     weights = push.rows[:, WEIGHT].double().cpu()
     usable, matrix = gram.usable().cpu(), gram.matrix.cpu()
     good, faulty = usable & (weights > 0), (~usable & (weights > 0)).nonzero().flatten().tolist()
-    coefficients, refused = torch.zeros(communicator.size, dtype=torch.float64), ""
-    if good.any():
-        try:
-            rule.faulty = len(faulty) + _reported(push)
-            coefficients[good] = rule.coefficients(matrix[good][:, good], weights[good])
-        except RuleError as error:
-            refused = str(error)
-    elif faulty:
-        refused = "no contribution is finite"
-    if not coefficients.any():
-        push.body.zero_()
-    _weigh(communicator, push, rule, last, coefficients, _Weighed(push, rule, coefficients, first))
-    if origin is not None and coefficients.any():
-        _move(push.gradients, origin, 1 - float(coefficients.sum()))
-    return AggregationResult(faulty, refused)
+    coefficients = torch.zeros(len(weights), dtype=torch.float64)
+    if not good.any():
+        return coefficients, AggregationResult(faulty, "no contribution is finite" if faulty else "")
+    rule.faulty = len(faulty) + _reported(push)
+    try:
+        coefficients[good] = rule.coefficients(matrix[good][:, good], weights[good])
+    except RuleError as error:
+        return coefficients, AggregationResult(faulty, str(error))
+    return coefficients, AggregationResult(faulty)
 
 
 def _move(gradients: Tensor, origin: Tensor, share: float) -> None:
@@ -230,7 +226,7 @@ def _move(gradients: Tensor, origin: Tensor, share: float) -> None:
         origin.copy_(gradients)
 
 
-def _weigh(communicator: Collectives, push: Push, rule: Rule, last: Needs, coefficients: Tensor, apply: Apply) -> None:
+def _weigh(communicator: Collectives, push: Push, rule: Rule, last: Needs, coefficients: Tensor, first: int) -> None:
     """Every rank learns the coefficients, multiplies its own by theirs, and all are brought together; none, if all are 0."""
     communicator.broadcast(coefficients)
     if not coefficients.any():
@@ -243,7 +239,7 @@ def _weigh(communicator: Collectives, push: Push, rule: Rule, last: Needs, coeff
         else:
             _multiply(body[: push.gradients.numel()], own / weight)
             _multiply(body[push.gradients.numel() :], own / (whole or 1.0) / weight)
-    communicator.reduce(push.body, push.tail_at, last, apply)
+    communicator.reduce(push.body, push.tail_at, last, _Weighed(push, rule, coefficients, first))
 
 
 def _multiply(part: Tensor, factor: float) -> None:

@@ -17,39 +17,32 @@ from torch import Tensor
 
 from mpips.comm import Apply, Communicator, broadcast_bytes, pieces
 from mpips.model.message import BAD, SAMPLES, WEIGHT, Contribution, Push
-from mpips.reduce.aggregate import AggregationResult, Collectives, give, take
+from mpips.reduce.aggregate import AggregationResult, Collectives, bring_together
 from mpips.rules import Needs, Rule
 
 
-def contribute(communicator: Communicator, push: Push, rule: Rule, last: Needs, bucket_cap_mb: float) -> None:
-    """The half of a rank without the server.
+def aggregate_clients(
+    communicator: Communicator, push: Push, rule: Rule, last: Needs, first: int, bucket_cap_mb: float
+) -> AggregationResult:
+    """Combine the contributions of all clients by the rule; every rank calls this.
+
+    At the server the combination is left in the body of its push message, and the ranks' rows in the tail.
 
     Args:
         communicator: this rank's end.
         push: this rank's row, and its clients' contributions in `push.clients`, which are changed and then given up.
         rule, last: what `choose` gives.
+        first: the rank of the first worker.
         bucket_cap_mb: largest message, in MB; the same on every rank.
-    """
-    _, way, seen = _begin(communicator, push, rule, bucket_cap_mb)
-    give(way, seen, rule, last)
-    push.clients.clear()
-
-
-def combine(
-    communicator: Communicator, push: Push, rule: Rule, last: Needs, first: int, bucket_cap_mb: float
-) -> AggregationResult:
-    """The server's half; the clients' combination is left in the body of its push message, the ranks' rows in the tail.
-
-    The arguments are those of `contribute`, and `first`, the rank of the first worker.
 
     Returns:
-        What came of it; the faulty are clients by number, those among them that were reported as not finite.
+        What came of it, at the server; the faulty are clients by number, those among them that were reported as not finite.
     """
-    lanes, way, seen = _begin(communicator, push, rule, bucket_cap_mb)
-    found = take(way, seen, rule, last, first if seen is push else 0)
+    table, way, seen = _begin(communicator, push, rule, bucket_cap_mb)
+    found = bring_together(way, seen, rule, last, first if seen is push else 0)
     push.clients.clear()
     reported = (seen.rows[:, BAD] > 0).nonzero().flatten().tolist()
-    numbers = dict(zip(lanes.ranks if seen is push else range(lanes.size), lanes.numbers, strict=True))
+    numbers = dict(zip(table.ranks if seen is push else range(table.size), table.numbers, strict=True))
     return AggregationResult(sorted(numbers[row] for row in {*found.faulty, *reported} if row in numbers), found.refused)
 
 

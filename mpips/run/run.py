@@ -619,7 +619,7 @@ class Run:
             return None
         if worker.inner:
             return None if worker.replica.wire_is_grad else self._numbered(which, worker.inner.state_dict())
-        if self._server and not self._server.slices and worker.replica.wire_is_grad:
+        if self._server and self._server.transport.steps_whole and worker.replica.wire_is_grad:
             return None
         if isinstance(worker, Client):
             raise RuntimeError(
@@ -635,8 +635,7 @@ class Run:
         if which in self._keeping.own_state:
             return None
         worker, server = self._worker, self._server
-        alone = server.optimizer if server and self._communicator.size == 1 else None
-        return worker.inner or (alone if isinstance(alone, FlatOptimizer) else None)
+        return worker.inner or (server.optimizer if server and self._communicator.size == 1 else None)
 
     def check_loadable(self, which: int) -> None:
         """Raise RuntimeError if the state of an optimizer lies with a server elsewhere."""

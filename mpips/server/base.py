@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 import mpips
 from mpips import checkpoint
-from mpips.algorithms.modes import Mode, choose_mode, server_optimizer, summed
+from mpips.algorithms.modes import Mode, choose_mode, server_optimizer
 from mpips.comm import Communicator, broadcast_bytes
 from mpips.config import Config
 from mpips.data import Place
@@ -29,7 +29,8 @@ from mpips.optim import hyperparameters as hyper
 from mpips.optim import snapshot
 from mpips.optim.flat_optimizer import FlatOptimizer, MakeOptimizer, made
 from mpips.process import rng
-from mpips.reduce.sharded_step import ShardedStep, settle
+from mpips.reduce.choice import choose_transport
+from mpips.reduce.transport import Decision, Transport
 from mpips.report.run_report import Report, number
 from mpips.rules import choose
 from mpips.server import contract
@@ -58,6 +59,7 @@ class Service:
         mode: the row of MODES that this run is.
         replica: the model's flat buffers and messages.
         optimizer: the server's own step.
+        transport: how the messages of a round move, from `broadcast_initial_weights` on.
         inner: the workers' optimizer, where they take steps of their own: for its learning rate, and for a worker here.
         fault: why no rank can go on, to be said with the next message to all; else "".
         control: what is said to all ranks next.
@@ -108,8 +110,8 @@ class Service:
         self.states = b""
         self.kept: dict[str, Any] = {}
         self.told_state: dict[str, Any] = {}
-        self.slices: ShardedStep | None = None
-        self.optimizer: FlatOptimizer | ShardedStep
+        self.optimizer: FlatOptimizer
+        self.transport: Transport
         self._columns = COLUMNS + self.config.metrics
         self._averaged = [LOSS, *range(len(COLUMNS), len(self._columns))]  # over samples: loss and metrics
         self._last = communicator.clock()
@@ -151,11 +153,8 @@ class Service:
         self.replica.pull.control = self.control
         self.digest = contract.begin(self.communicator, self.replica, self.config, self._terms)
         broadcast_bytes(self.communicator, self.states)
-        optimizer = None if isinstance(self.optimizer, ShardedStep) else self.optimizer
-        update = summed(self.mode, self.config)
-        self.slices = settle(self.communicator, self.replica, self.config, self.rule, optimizer, update, self.trains)
-        if self.slices:
-            self.optimizer = self.slices
+        given = self.replica, self.config, self.mode, self.optimizer, self.rule, self.last
+        self.transport = choose_transport(self.communicator, *given, serves=True)
         if self.inner:
             self.inner.rebind()
         if not self.trains:
@@ -165,7 +164,7 @@ class Service:
         self._last = self.communicator.clock()
 
     def _say_plan(self) -> None:
-        plan, how = (self.slices.plan, self.slices.how) if self.slices else ("root", "messages")
+        plan, how = self.transport.plan, self.transport.how
         self.report.event("plan", plan=plan, communicator=how)
         self.report.line(f"plan: {plan}, by {how}", always=True)
         if self.config.comm_dtype != "full" and self.config.comm_dtype not in how:
@@ -173,24 +172,14 @@ class Service:
                 "warning", message=f"comm_dtype: {self.config.comm_dtype} is for plan sharded on several nodes; not used here"
             )
 
-    def step_with(self, scale: float = 1.0, adopt: bool = False, times: float = 1.0) -> None:
-        """One server update with what is combined in the push message.
-
-        Args:
-            scale: what the learning rates are multiplied by.
-            adopt: the message holds new weights: take them as they are.
-            times: what the gradient is multiplied by.
-        """
+    def take(self, decision: Decision) -> None:
+        """Take one server update with what is combined in the push message."""
         push, pull = self.replica.push, self.replica.pull
-        clip = None if self.mode.local else self.config.clip  # there each worker clips its own steps
         if self.inner and self.optimizer.torch:
             for group in self.optimizer.torch.param_groups:
                 if "inner_lr" in group:  # SlowMo's gamma
                     group["inner_lr"] = self.inner.lr
-        if adopt:
-            self.optimizer.adopt()
-        else:
-            self.optimizer.step(push.heard.present(), clip, scale, times)
+        self.transport.decide(decision)
         self.combine_buffers()
         if push.second is not None and pull.second is not None:
             pull.second.add_(push.second)
@@ -288,11 +277,7 @@ class Service:
         """Tell all ranks, between rounds, what the control says: whether to stop."""
         if self.stop_asked and not self.control.stop:
             self.end(Stop.REQUESTED, [0])
-        if self.slices:
-            self.slices.broadcast(self.control)
-            return
-        self.replica.pull.control = self.control
-        self.communicator.broadcast(self.replica.pull.control_message)
+        self.transport.tell(self.control)
 
     def agree_on_call(self, rows: Mapping[int, Mapping[str, float]]) -> Call:
         """What all workers wait in, by rank, those apart that are at the end of their script; a fault if it differs."""
@@ -381,17 +366,14 @@ class Service:
             self.write_results(self.report.values)
             broadcast_bytes(self.communicator, b"")  # no worker goes on before DONE is there
 
-    def tell_state(self, slices: dict[str, Any]) -> dict[str, Any]:
+    def tell_state(self) -> dict[str, Any]:
         """Put the optimizer's state together, and tell it to all ranks, one of which has asked.
-
-        Args:
-            slices: the state of those that this rank serves.
 
         Returns:
             As `FlatOptimizer.state_dict`.
         """
-        blobs = self.communicator.gather_bytes(RankState(-1, Place(), {}, slices=slices).pack())
-        tree = self._optimizer_tree([RankState.unpack(blob) for blob in blobs])
+        blobs = self.communicator.gather_bytes(RankState(-1, Place(), {}).pack())
+        tree = self.transport.optimizer_state([RankState.unpack(blob).slices for blob in blobs])
         broadcast_bytes(self.communicator, RankState(-1, Place(), {}, own=tree).pack())
         return tree
 
@@ -516,6 +498,9 @@ class Service:
 
     def state_dict(self, states: list[RankState]) -> dict[str, Any]:
         """Everything a run needs to go on, as nested dicts."""
+        return self._tree(self.transport.optimizer_state([state.slices for state in states]), states)
+
+    def _tree(self, optimizer: dict[str, Any], states: list[RankState]) -> dict[str, Any]:
         report = self.report
         return {
             "round": int(self.control.round),
@@ -527,7 +512,7 @@ class Service:
             "versions": {"mpips": mpips.__version__, "torch": str(torch.__version__)},
             "world": {"size": self.communicator.size, "workers": self.workers},
             **snapshot.take_model(self.replica, next((state.frozen for state in states if state.index == 0), {})),
-            **self._optimizer_tree(states),
+            **optimizer,
             "inner": self.inner.state_dict() | {"masters": {}} if self.inner else {},
             "rule": {"name": self.config.rule, **self.rule.state_dict()},
             "mode": {"name": self.config.mode, **self.own_tree()},
@@ -543,10 +528,6 @@ class Service:
             "validations": {"rows": report.validations.count},
             "ranks": {str(rank): state.state_dict() for rank, state in enumerate(states)},
         }
-
-    def _optimizer_tree(self, states: list[RankState]) -> dict[str, Any]:
-        """The optimizer's part; it is the same, whichever ranks have served which slices."""
-        return self.slices.state_dict([state.slices for state in states]) if self.slices else self.optimizer.state_dict()
 
     def own_tree(self) -> dict[str, Any]:
         """What this kind of server has to add to a checkpoint: what travels back beside the weights."""
@@ -593,7 +574,7 @@ class Service:
 
     def _put(self, tree: dict[str, Any], path: Path) -> None:
         """Take up what `state_dict` gave, which was saved at `path`."""
-        for name in self.state_dict([]):
+        for name in self._tree(self.optimizer.state_dict(), []):
             tree[name]  # also those that are there for people
         saved = tree["mode"]["name"]
         if saved != self.config.mode and (self.mode.local or tree["inner"]):

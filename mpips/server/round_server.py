@@ -38,8 +38,7 @@ from mpips.model.message import (
     Stop,
 )
 from mpips.optim.joint import Joint
-from mpips.reduce import client_rows as lanes
-from mpips.reduce.aggregate import AggregationResult, combine, left_out
+from mpips.reduce.transport import Decision
 from mpips.report.run_report import rank_states
 from mpips.server.base import Service
 
@@ -94,8 +93,6 @@ class Updates:
 class Server(Service):
     """The synchronous server; see `Service` for its arguments."""
 
-    _at: float = 0  # the round in progress, or the last
-
     def serve(self) -> None:
         """Serve until every worker has left: rounds, and between them what all workers call for."""
         while True:
@@ -132,7 +129,7 @@ class Server(Service):
             self.complain()
         self.replica.check_finite(self.control)
         if self.control.call == Call.STATE:
-            self.told_state = self.tell_state(self.slices.own() if self.slices else {})
+            self.told_state = self.tell_state()
         if contributed or self.control.version > version:
             self.replica.buffers.load(self.replica.pull.buffers)
         if self.control.checkpoint and self.worker_state is None:  # else the worker here says when
@@ -148,16 +145,8 @@ class Server(Service):
         push = self.replica.push
         if not self.trains:
             push.forget()
-        self._at = self.control.round
-        push = self.replica.push_for(self._at)
-        if self.slices:
-            self.slices.reduce()
-            self.combined = AggregationResult(sorted(left_out(push.heard.rows, self.rule)))
-        elif judges_clients(self.mode, self.config):
-            self.combined = lanes.combine(self.communicator, push, self.rule, self.last, self.first, self.config.bucket_cap_mb)
-        else:
-            self.combined = combine(self.communicator, push, self.rule, self.last, self.first)
-        push.spill()
+        self.transport.push()
+        self.combined = self.transport.reduce(self.control.round)
         rows, expected = push.heard.table()[self.first :], self.control.round % ROUNDS
         for rank, row in enumerate(rows, self.first):
             if row[ROUND] != expected:
@@ -170,7 +159,7 @@ class Server(Service):
         """One server update with the combined gradient, unless there is none or it is not to be taken."""
         if self.combined.faulty or self.combined.refused:
             self._say_what_was_left_out()
-        bad, found, skipped = updates.bad, self._found(), bool(updates.totals[OVERFLOW])
+        bad, found, skipped = updates.bad, self.combined.nonfinite, bool(updates.totals[OVERFLOW])
         self.control.skipped = skipped
         if skipped:
             bad, found = {}, {}
@@ -186,9 +175,9 @@ class Server(Service):
         if take and not (bad and self.config.nonfinite != "drop"):
             scale = updates.totals[STEPS] / updates.totals[WEIGHT] if self.mode.normalised else 1.0
             times = updates.totals[WEIGHT] if self.config.reduction == "sum" else 1.0  # the mean of so many, each of weight 1
-            self.step_with(scale, adopt=True in adopting, times=times)
+            self.take(Decision("adopt" if True in adopting else "step", scale, times))
         else:
-            self.optimizer.skip()
+            self.transport.decide(Decision("skip"))
         if skipped:  # without a step, but forward has been through BatchNorm
             self.combine_buffers()
         if bad:
@@ -213,19 +202,11 @@ class Server(Service):
         if self.combined.refused:
             self.report.event("warning", message=f"no update: {self.combined.refused}", round=self.control.round)
 
-    def _found(self) -> dict[int, int]:
-        """Whose combined gradient is not finite, rank -> slot: of a rank that has not said so, or the server's, if of none."""
-        if not self.slices:
-            overflow = self.replica.flat.first_nonfinite(self.replica.push.gradients)
-            return {} if overflow is None else {self.communicator.rank: overflow}
-        return self.slices.nonfinite_ranks()
-
     def average(self) -> None:
         """See `Service`."""
-        push = self.replica.push
-        push.message.zero_()
-        combine(self.communicator, push, self.rule, self.last, self.first)
-        self.communicator.broadcast(push.message)
+        if not self.trains:
+            self.replica.push.message.zero_()
+        self.transport.average()
 
     def note(self, updates: Updates) -> None:
         """What this round means for the next: the control, and the report."""
@@ -238,8 +219,6 @@ class Server(Service):
         control.call = Call.NONE
         if totals[CALL]:
             self._hear_calls(updates)
-            if self.trains and control.call == Call.LOOP:  # a checkpoint of this round is one of the loop's end
-                self.place.over = True
         control.lr = self.lr
         if counts:
             control.loss = means[0]
@@ -270,15 +249,5 @@ class Server(Service):
         self.report.epochs = int(max(row[EPOCHS] for row in updates.rows)) or None
 
     def send_updates(self, weights: Tensor | None = None) -> None:
-        """Send the weights, or these ones (`(numel,)`, the flat layout), and the control to all ranks; `note` has come before.
-
-        With `local.fragments` the round's fragment alone is sent.
-        """
-        if self.slices:
-            self.slices.broadcast(self.control, weights)
-            return
-        if weights is not None:
-            self.replica.pull.weights.copy_(weights)
-        self.replica.pull.control = self.control
-        for part in self.replica.pull_for(self._at):
-            self.communicator.broadcast(part)
+        """Send the weights, or these `(numel,)` ones, and the control to all ranks; call `note` before."""
+        self.transport.pull(self.control, weights)

@@ -17,20 +17,17 @@ from typing import Any, NoReturn, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mpips.algorithms.modes import choose_mode, judges_clients, make_update, server_optimizer, summed
-from mpips.comm import Communicator, broadcast_bytes
+from mpips.algorithms.modes import choose_mode, make_update, server_optimizer
+from mpips.comm import Communicator
 from mpips.config import Config, ConfigError
 from mpips.data import Common, Place
-from mpips.model.message import LOSS, ROUNDS, SAMPLES, WEIGHT, Call, CallError, Control, Replica, Stop, WorkerStatus, replicate
+from mpips.model.message import LOSS, ROUNDS, SAMPLES, WEIGHT, Call, Control, Replica, Stop, WorkerStatus, replicate
 from mpips.optim import hyperparameters as hyper
 from mpips.optim.flat_optimizer import FlatOptimizer, MakeOptimizer, made
 from mpips.process import rng
-from mpips.reduce import client_rows as lanes
-from mpips.reduce.aggregate import combine, contribute
-from mpips.reduce.sharded_step import ShardedStep, settle
-from mpips.rules import choose
-from mpips.server import contract
+from mpips.reduce.transport import Transport
 from mpips.server.rank_state import RankState, for_worker, told_streams, unpack_all
+from mpips.worker.remote_server import RemoteServer
 
 
 @dataclass
@@ -50,28 +47,40 @@ class Tally:
 
 
 class Serving(Protocol):
-    """What a worker needs of the server on the same rank."""
+    """What a worker needs of the server, be it on the same rank or, by `RemoteServer`, on another.
+
+    Attributes:
+        replica, inner, optimizer, transport, states, worker_state, told_state: as in `Service`.
+        place: the place of this rank's worker in its data.
+    """
 
     replica: Replica
     inner: FlatOptimizer | None
     optimizer: Any
-    slices: ShardedStep | None
+    transport: Transport
     states: bytes
     place: Place
     worker_state: Callable[[], RankState] | None
     told_state: dict[str, Any]
 
     def round(self, contributed: bool = True) -> Control:
-        """One whole round, with this rank's push message as it stands."""
+        """Take part in one whole round, with this rank's push message as it stands.
+
+        Args:
+            contributed: whether the push message holds a contribution.
+        """
 
     def save_model(self) -> object:
         """Write a checkpoint together with all other ranks."""
 
     def converse(self, given: bytes) -> dict[str, Any]:
-        """Hear what every rank has to say to a call, and tell all what comes of it."""
+        """Say `given` to a call, and return the server's reply to all ranks."""
 
     def act(self, reply: Mapping[str, Any]) -> None:
         """Do what the reply to all ranks says."""
+
+    def average(self) -> None:
+        """Combine all gradients without a step; the push message then holds the combination."""
 
 
 def place_of(communicator: Communicator, config: Config) -> tuple[int, int]:
@@ -134,17 +143,8 @@ class Worker:
         )
         if self.told:
             self.replica.push.write_hyper(communicator.rank, self.told.limbs)
-        self._rule, self._last = choose(self.config)
-        self._server = server
-        self.slices: ShardedStep | None = None  # where there is a server here, it has them
-        self.inner = server.inner if server else None
-        if mode.local and not server:
-            if given is None:
-                raise ConfigError(f"optimizer: given none with mode {self.config.mode}, allowed: the workers' optimizer")
-            self.inner = FlatOptimizer(self.replica, given, own=True)
-        self._optimizer: FlatOptimizer | None = None  # of slices of the server's weights, perhaps
-        if given is not None and not server and not mode.requests:
-            self._optimizer = server_optimizer(mode, self.config, self.workers, self.replica, given, masters=False)
+        self.server: Serving = server or self._remote_server(given)
+        self.inner = self.server.inner
         self.update = make_update(mode, self.config, self.replica, communicator.rank, self.index, self.workers, self.inner)
         self.update.here = server is not None
         self.tally = Tally()
@@ -167,18 +167,22 @@ class Worker:
             model.register_forward_pre_hook(lambda *_: self.settle())  # no function that deepcopy would follow
         self._begun = self._left = communicator.clock()
 
+    def _remote_server(self, given: Optimizer | None) -> RemoteServer:
+        """Make what this worker calls in the place of a server on another rank."""
+        inner = optimizer = None
+        if self.mode.local:
+            if given is None:
+                raise ConfigError(f"optimizer: given none with mode {self.config.mode}, allowed: the workers' optimizer")
+            inner = FlatOptimizer(self.replica, given, own=True)
+        if given is not None and not self.mode.requests:
+            optimizer = server_optimizer(self.mode, self.config, self.workers, self.replica, given, masters=False)
+        return RemoteServer(self.communicator, self.replica, self.config, self.mode, inner, optimizer, self._terms)
+
     def receive_initial_weights(self) -> None:
         """Agree with all ranks, take the server's weights and, if the run is resumed, this worker's own state."""
-        if self._server:
-            states = self._server.states
-        else:
-            contract.begin(self.communicator, self.replica, self.config, self._terms)
-            states = broadcast_bytes(self.communicator, b"")
-            update = summed(self.mode, self.config)
-            self.slices = settle(self.communicator, self.replica, self.config, self._rule, self._optimizer, update, trains=True)
-            self._optimizer = None  # what steps here, if anything, is in the slices
-            if self.inner:
-                self.inner.rebind()
+        if isinstance(self.server, RemoteServer):  # one on this rank has begun before
+            self.server.begin()
+        states = self.server.states
         self.common = _common(self.communicator, self.workers)
         rng.diverge(self.index)
         mine = for_worker(unpack_all(states), self.index, self.workers) if states else None
@@ -196,8 +200,7 @@ class Worker:
             if tally := mine.own.get("tally"):  # of local steps that are not pushed
                 self.tally = Tally(float(tally["samples"]), float(tally["loss"]), [float(m) for m in tally["metrics"]])
             self._park()  # until the loop goes on
-        if self._server:
-            self._server.place, self._server.worker_state = self.place, self.state
+        self.server.place, self.server.worker_state = self.place, self.state
 
     def _restore(self, mine: RankState) -> None:
         self.place = mine.place
@@ -211,17 +214,16 @@ class Worker:
     def backward(self, loss: Tensor, samples: float) -> None:
         """Backward, the last before a step; slices may leave as soon as their gradients are there."""
         self.settle()
-        slices = self._overlapping
-        if slices is None or slices.ready is None:
+        transport, ready, flat = self.server.transport, self.server.transport.ready, self.replica.flat
+        if ready is None:
             loss.backward()  # type: ignore[no-untyped-call]
             return
-        ready, flat = slices.ready, self.replica.flat
 
         def there(number: int) -> None:
             self.replica.hand(number)
             ready.mark(number)
 
-        slices.begin(self.update.weigh(samples))
+        transport.begin(self.update.weigh(samples))
         flat.watch = there
         try:
             loss.backward()  # type: ignore[no-untyped-call]
@@ -246,7 +248,7 @@ class Worker:
         self._note(loss, samples, metrics, taken)
         if not self.update.step(loss, samples, self.control) and not (self.done and self.update.pending):
             return self.control
-        if self._overlapping:
+        if self.server.transport.ready:
             self._write()
             self.replica.flat.clear()  # of what is on its way nothing is left to the script
             self._streams = rng.capture()  # what it draws from now on belongs to the next round
@@ -285,13 +287,7 @@ class Worker:
         changed = flat.changed_weights()
         if not changed:
             return
-        own = (
-            self.inner
-            if self.update.apart
-            else self._server.optimizer
-            if self._server and self.communicator.size == 1
-            else None
-        )
+        own = self.inner if self.update.apart else self.server.optimizer if self.communicator.size == 1 else None
         if own is None:
             changed = [number for number in changed if number not in flat.renormalised]  # whatever that led to: ours is pulled
             if not changed:
@@ -334,14 +330,6 @@ class Worker:
                 if now != then and number not in flat.renormalised:
                     self._refuse(number, "put back at the end of what ps.validate() is given the weights that were there")
             flat.note_weights(moved=False)
-
-    @property
-    def _overlapping(self) -> ShardedStep | None:
-        """The slices that travel while the script goes on, if any do."""
-        if not self.config.overlap:
-            return None
-        slices = self.slices or (self._server.slices if self._server else None)
-        return slices if slices and slices.ready else None
 
     def _send_and_receive(self) -> None:
         self._send()
@@ -397,8 +385,6 @@ class Worker:
         self._weight = row.weight
         self.replica.flat.pushed()
         self.replica.flat.averaged, self.update.lead = False, None
-        if slices := self._overlapping:
-            slices.end()
 
     def pull(self) -> Control:
         """Take the new weights and what the server says; gradients are then None.
@@ -422,8 +408,8 @@ class Worker:
         if self.update.apart or self.communicator.size == 1 or not self.replica.wire_is_grad:
             return not self.update.apart
         if not push.shared:
-            return self._server is None and self.config.rule == "mean" and self._weight > 0
-        return push.raw and self.slices is not None and self.slices.group.board.place > 0
+            return not self.update.here and self.config.rule == "mean" and self._weight > 0
+        return push.raw and self.replica.keeps_push
 
     def idle(self) -> Control:
         """Take part in a round without a new step: with what has not been pushed yet, gradients apart, or with nothing."""
@@ -436,8 +422,6 @@ class Worker:
             flat.collect()
         self._kept = flat.grad.clone() if flat.pending else None
         self.update.write_nothing(self._row(), len(self.config.metrics))
-        if slices := self._overlapping:
-            slices.end()
         self._send()
         self._receive(contributed=False)
         if self.replica.wire_is_grad:
@@ -508,19 +492,9 @@ class Worker:
         return self.control.call == self.call
 
     def _take_part(self, said: Mapping[str, Any]) -> dict[str, Any]:
-        given = json.dumps(said).encode() if said else b""
-        if self._server:
-            heard = self._server.converse(given)
-            self._server.act(heard)
-            return heard
-        self.communicator.gather_bytes(given)
-        reply: dict[str, Any] = json.loads(broadcast_bytes(self.communicator, b""))
+        reply = self.server.converse(json.dumps(said).encode() if said else b"")
         self.control.stop = reply["stop"]
-        if reply["save"]:
-            self.save()
-        if reply["finish"]:
-            self.give_performance()
-            broadcast_bytes(self.communicator, b"")
+        self.server.act(reply)
         return reply
 
     def average(self, loss: float = 0.0, samples: float = 1) -> float:
@@ -550,16 +524,10 @@ class Worker:
         row, metrics = self._row(samples=samples, loss=loss), [0.0] * len(self.config.metrics)
         if counts:
             self.update.write(row, metrics)
-            if push.raw and row.weight != 1:
-                push.gradients.mul_(row.weight)
         else:
             push.message.zero_()
             push.write(self.communicator.rank, row, metrics)
-        if self._server:
-            combine(self.communicator, push, self._rule, self._last, first=self.communicator.rank)
-        else:
-            contribute(self.communicator, push, self._rule, self._last)
-        self.communicator.broadcast(push.message)
+        self.server.average()
         if not counts:
             return
         rows = push.table()
@@ -603,14 +571,6 @@ class Worker:
         self.call = Call.NONE
         return self._state
 
-    def _take_state(self) -> None:
-        if self._server:
-            self._state = self._server.told_state
-            return
-        slices = self.slices.own() if self.slices else {}
-        self.communicator.gather_bytes(RankState(-1, Place(), {}, slices=slices).pack())
-        self._state = RankState.unpack(broadcast_bytes(self.communicator, b"")).own
-
     def _park(self) -> None:
         self._parked = True
         self.update.park()
@@ -622,15 +582,13 @@ class Worker:
 
     def hear(self) -> None:
         """Take what the server says between rounds."""
-        if self.slices:
-            self.slices.broadcast()
-        elif not self._server:
-            self.communicator.broadcast(self.replica.pull.control_message)
-        self.control = self.replica.pull.control
+        if isinstance(self.server, RemoteServer):
+            self.control = self.server.hear()
 
     def give_performance(self) -> None:
-        """This rank's traffic, at the end of the run."""
-        self.communicator.gather_bytes(json.dumps(self.communicator.traffic).encode())
+        """Give the server this rank's traffic, at the end of the run."""
+        if isinstance(self.server, RemoteServer):
+            self.server.give_performance()
 
     def state(self) -> RankState:
         """What only this rank knows."""
@@ -640,7 +598,7 @@ class Worker:
             flat.collect()
         waiting = self._kept if self._kept is not None else flat.grad
         pending = dict(flat.named(waiting)) if flat.pending else {}
-        slices = self.slices.own() if self.slices else {}
+        slices = {} if self.update.here else self.server.transport.optimizer_shard()
         first = self.index == 0
         return RankState(
             self.index,
@@ -657,12 +615,10 @@ class Worker:
 
     def save(self) -> None:
         """This rank's part of a checkpoint, together with all other ranks."""
-        if not self._server:
-            self.communicator.gather_bytes(self.state().pack())
-            return
-        self.update.park()  # what the server writes are the weights in the model
-        self._server.save_model()
-        if not self._parked:
+        if self.update.here:
+            self.update.park()  # what the server writes are the weights in the model
+        self.server.save_model()
+        if self.update.here and not self._parked:
             self.update.unpark()
 
     def _row(self, samples: float = 0, loss: float = 0) -> WorkerStatus:
@@ -676,47 +632,23 @@ class Worker:
         return row
 
     def _send(self) -> None:
-        """The push message as it stands; where the server is on this rank, it takes it from there."""
+        """Note that the push message is on its way; it leaves in the round, see `_receive`."""
         self._begun = self.communicator.clock()
         self._told = self.done
-        push = self.replica.push if self._server else self.replica.push_for(self.control.round)
-        if self.slices:
-            self.slices.reduce()
-            self.slices.follow_server()
-        elif not self._server:
-            if judges_clients(self.mode, self.config):
-                lanes.contribute(self.communicator, push, self._rule, self._last, self.config.bucket_cap_mb)
-            else:
-                contribute(self.communicator, push, self._rule, self._last)
 
     def _receive(self, contributed: bool) -> None:
-        self.control = self._server.round(contributed) if self._server else self._pull_message(contributed)
+        self.control = self.server.round(contributed)
+        if self.call == Call.LOOP:  # a checkpoint of this round is one of the loop's end
+            self.place.over = not self.control.active
         self._owes = bool(self.control.checkpoint)
         if self.control.call == Call.STATE:
-            self._take_state()
+            self._state = self.server.told_state
         self.update.received()
         if self._parked or self.control.stop:
             self._park()
         members, elsewhere = self.update.members if contributed else None, self._elsewhere
         self.replica.flat.note_weights(elsewhere, members, others=elsewhere)
         self._left = self.communicator.clock()
-
-    def _pull_message(self, contributed: bool) -> Control:
-        version = self.control.version
-        if self.slices:
-            self.slices.broadcast()
-        else:
-            for part in self.replica.pull_for(self.control.round):
-                self.communicator.broadcast(part)
-        self.control = self.replica.pull.control
-        if self.call == Call.LOOP:  # a checkpoint of this round is one of the loop's end
-            self.place.over = not self.control.active
-        if self.control.fault:
-            raise CallError(broadcast_bytes(self.communicator, b"").decode())
-        self.replica.check_finite(self.control)
-        if contributed or self.control.version > version:
-            self.replica.buffers.load(self.replica.pull.buffers)
-        return self.control
 
 
 def _common(communicator: Communicator, workers: int) -> Common:

@@ -15,7 +15,7 @@ from mpips.model.flat import ALIGNMENT, Slot, lay_out
 from mpips.model.layout import SMALL, buckets
 from mpips.model.message.header import COLUMNS, CONTROL_BYTES
 from mpips.optim.hyperparameters import LIMBS
-from mpips.reduce.sharded_step import SETTINGS
+from mpips.reduce.shared_memory_transport import SETTINGS
 
 MODEL = torch.float32
 How = Literal["one process", "shared memory, root", "shared memory, sharded", "rooms, root", "rooms, sharded"]
@@ -81,12 +81,12 @@ class Job:
 
     @property
     def sharded(self) -> bool:
-        """Whether every rank serves a slice: as `mpips.reduce.sharded_step.settle` decides."""
+        """Whether every rank serves a slice: as `mpips.reduce.choice` decides."""
         return self.size > 1 and (self.plan == "sharded" or (self.plan == "auto" and self.model > SMALL))
 
     @cached_property
     def buckets(self) -> list[list[slice]]:
-        """For each bucket the slice of each rank, node by node: as `mpips.reduce.sharded_step.setup.deal` cuts them."""
+        """For each bucket the slice of each rank, node by node: as `mpips.reduce.choice.deal` cuts them."""
         if not self.sharded:
             return [[slice(0, self.numel)] + [slice(self.numel, self.numel)] * (self.size - 1)]
         each = length(self.bucket, self.contents, self.nodes) if self.nodes > 1 else self.numel
@@ -113,7 +113,7 @@ class Job:
 
     @property
     def contents(self) -> BufferSpec:
-        """What `mpips.reduce.sharded_step` asks of a room, for a model without buffers and a run without further metrics."""
+        """What `mpips.reduce.choice` asks of a room, for a model without buffers and a run without further metrics."""
         weights = self.numel * MODEL.itemsize
         return BufferSpec(
             numel=self.numel + len(self.slots) + self.size * (len(COLUMNS) + LIMBS * self.numbers),

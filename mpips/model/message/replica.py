@@ -35,6 +35,7 @@ class Replica:
         wire_is_grad: whether gradients accumulate directly in the push message.
         apart: whether the model's weights are this rank's own and not those in the pull message.
         handed: whether the gradients have been handed to the push message one by one, during backward.
+        keeps_push: whether no rank writes to this rank's push message in a round.
         active: what of the flat buffer the round is about, where ranks share memory and it is not all of it.
     """
 
@@ -54,7 +55,7 @@ class Replica:
         self.pull = Pull(flat, buffers, allocate, vectors)
         flat.attach_weights(self.pull.weights)
         self.wire_is_grad = self.push.message.dtype == flat.dtype
-        self.apart = self.handed = False
+        self.apart = self.handed = self.keeps_push = False
         self.active: slice | None = None
         flat.attach_grad(self.push.gradients if self.wire_is_grad else flat.zeros())
 

@@ -8,7 +8,7 @@ from typing import Any
 from mpips.algorithms.staleness import POLICIES
 from mpips.config import ConfigError
 from mpips.model.message import ROUNDS
-from mpips.optim.flat_optimizer import FlatOptimizer
+from mpips.reduce.transport import Decision
 from mpips.server.base import Service
 from mpips.server.parameter_server.sent_weights import SentWeights
 from mpips.server.parameter_server.update_buffer import UpdateBuffer
@@ -44,7 +44,7 @@ class PendingUpdates:
     def _look_up_or_down(self) -> None:
         """The square of a gradient stands for the curvature of what is minimised; of what is maximised, for minus that."""
         compensation, optimizer = self.sent.compensation, self._service.optimizer
-        if compensation is None or not isinstance(optimizer, FlatOptimizer):
+        if compensation is None:
             return
         climbs = {bool(group.get("maximize")) for group in optimizer.torch.param_groups}
         if len(climbs) > 1:
@@ -93,7 +93,7 @@ class PendingUpdates:
         changed = self._needed > 1 or self.sent.compensation
         overflow = replica.flat.first_nonfinite(replica.push.gradients) if changed else None
         if overflow is None:
-            self._service.step_with(scale)
+            self._service.take(Decision("step", scale))
         else:
             self._service.judge({self._service.communicator.rank: overflow})
 

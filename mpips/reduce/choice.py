@@ -1,4 +1,4 @@
-"""How ranks come to serve slices: they agree, move their messages into a group, and deal them out."""
+"""Which transport a run has: the ranks agree on it, move their messages into shared memory, and deal out the slices."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
-from mpips.algorithms.update import Gradient
+from mpips.algorithms.modes import Mode, judges_clients, summed
 from mpips.comm import Communicator
 from mpips.comm.node_group import BufferSpec, NodeGroup
 from mpips.config import Config
@@ -15,40 +15,68 @@ from mpips.model.layout import SMALL, buckets
 from mpips.model.message import Replica
 from mpips.optim import hyperparameters as hyper
 from mpips.optim.flat_optimizer import FlatOptimizer
+from mpips.reduce.message_transport import ClientMessageTransport, MessageTransport
 from mpips.reduce.sharded_optimizer import Granularity, ShardedOptimizer, where
-from mpips.reduce.sharded_step.step import SETTINGS, ShardedStep
-from mpips.rules import Mean, Rule
+from mpips.reduce.shared_memory_transport import SETTINGS, SharedMemoryTransport
+from mpips.reduce.transport import Transport
+from mpips.rules import Mean, Needs, Rule
 from mpips.rules.mean import NormClip
 
 KINDS = ["", "cpu", "cuda"]  # of memory that ranks can share
 
 
-def settle(
+def choose_transport(
     communicator: Communicator,
     replica: Replica,
     config: Config,
-    rule: Rule,
+    mode: Mode,
     optimizer: FlatOptimizer | None,
-    update: type[Gradient] | None,
-    trains: bool,
-) -> ShardedStep | None:
-    """Move the messages into memory that the ranks share, if they do, and deal out the slices; all ranks call this.
+    rule: Rule,
+    last: Needs,
+    serves: bool,
+) -> Transport:
+    """Choose the transport of this run's rounds; every rank calls this.
 
     Args:
         communicator: this rank's end.
         replica: has the server's weights on every rank.
         config: the settings.
-        rule: combines.
-        optimizer: what the server steps with, on this rank; None if it was given none.
-        update: what workers push; None where that is not for slices of one sum.
-        trains: whether there is a worker on this rank.
+        mode: the row of MODES.
+        optimizer: what the server steps with, on every rank; None if this rank was given none.
+        rule, last: what `mpips.rules.choose` gives.
+        serves: whether the server is on this rank.
+    """
+    first = int(communicator.size > 1 and not config.server_trains)
+    clip = None if mode.local else config.clip  # there each worker clips its own steps
+    trains = config.server_trains or not serves
+    shared = _share_memory(communicator, replica, config, mode, optimizer, rule, trains)
+    if shared:
+        group, steps = shared
+        return SharedMemoryTransport(group, replica, rule, last, first, steps, clip, communicator)
+    given = communicator, replica, rule, last, first, optimizer if serves else None, clip
+    if judges_clients(mode, config):
+        return ClientMessageTransport(config.bucket_cap_mb, *given)
+    return MessageTransport(*given)
+
+
+def _share_memory(
+    communicator: Communicator,
+    replica: Replica,
+    config: Config,
+    mode: Mode,
+    optimizer: FlatOptimizer | None,
+    rule: Rule,
+    trains: bool,
+) -> tuple[NodeGroup, ShardedOptimizer | FlatOptimizer | None] | None:
+    """Move the messages into memory that the ranks of a node share, and deal out the slices.
 
     Returns:
-        None where MPI is to carry the messages.
+        The group, and what steps this rank's slices, None where it serves none; or None where messages must be sent.
     """
+    update = summed(mode, config)
     if communicator.size == 1 or update is None or not config.shared_memory:
         return None
-    apart, clip = update.apart and trains, None if update.apart else config.clip  # there each worker clips its own steps
+    apart = update.apart and trains
     cut = _agreed(communicator, replica, type(rule) in (Mean, NormClip) and _shareable(replica, apart), optimizer)
     if cut is None:
         return None
@@ -59,16 +87,17 @@ def settle(
         return None
     raw = update.raw and not config.deterministic  # a rank's own product is rounded before it is added
     replica.move(group.board.row, group.board.pull, fill=group.board.fills, apart=apart, raw=raw)
+    replica.keeps_push = group.board.place > 0
     if optimizer:
         optimizer.rebind()  # nothing is to hold the messages' former memory
     group.barrier()
     deal(group, replica, cut)
     if not group.together and not (update.apart and replica.wire_is_grad):
-        return ShardedStep(group, replica, rule, optimizer if group.leads else None, config, communicator, clip)
+        return group, optimizer if group.leads else None
     assert optimizer
-    part = ShardedOptimizer(optimizer, group.slices, group.combined[: replica.flat.numel], group.stepped, group.rounded)
-    part.spread(communicator, group.leads)
-    return ShardedStep(group, replica, rule, part if group.together or group.leads else None, config, communicator, clip)
+    shard = ShardedOptimizer(optimizer, group.slices, group.combined[: replica.flat.numel], group.stepped, group.rounded)
+    shard.spread(communicator, group.leads)
+    return group, shard if group.together or group.leads else None
 
 
 def _agreed(communicator: Communicator, replica: Replica, shares: bool, optimizer: FlatOptimizer | None) -> Granularity | None:

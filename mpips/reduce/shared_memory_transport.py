@@ -1,4 +1,7 @@
-"""What a rank does with the slices that it serves, and what it is told; see the package."""
+"""The transport in memory that the ranks of a node share: each rank combines and steps the slices that it serves.
+
+Where rank 0 serves all slices (plan "root") the other ranks only hand in their push messages. See `mpips.reduce.transport`.
+"""
 
 from __future__ import annotations
 
@@ -14,32 +17,32 @@ from mpips.comm import Communicator
 from mpips.comm.node_group import NodeGroup
 from mpips.comm.peer_buffers import Rows
 from mpips.comm.reduce_scatter import ReduceScatterGroup
-from mpips.config import Config
 from mpips.model.bucket_ready import BucketReadiness
 from mpips.model.layout import both
-from mpips.model.message import BAD, WEIGHT, Replica
+from mpips.model.message import BAD, WEIGHT, Control, Replica
 from mpips.optim import hyperparameters as hyper
 from mpips.optim.flat_optimizer import FlatOptimizer
-from mpips.reduce.aggregate import prepare
+from mpips.reduce.aggregate import AggregationResult, left_out, prepare
+from mpips.reduce.kernels import Terms, add_up, divide, is_finite
 from mpips.reduce.sharded_optimizer import ShardedOptimizer
-from mpips.reduce.sharded_step.kernels import Terms, add_up, divide, is_finite
-from mpips.rules import Rule
+from mpips.reduce.transport import Decision, average_by_messages
+from mpips.rules import Needs, Rule
 
-TAKE, FACTOR, SCALE, SETTINGS = range(4)  # of the verdict
-ADOPT = 2.0  # as TAKE: not a step, but the weights themselves
+TAKE, FACTOR, SCALE, SETTINGS = range(4)  # places of the decision as numbers; behind them the optimizer's hyperparameters
+SKIPPED, STEPPED, ADOPTED = 0.0, 1.0, 2.0  # at TAKE
 
 
-class ShardedStep:
-    """This rank's slices.
+class SharedMemoryTransport:
+    """One rank's end; see `Transport`.
 
     Args:
         group: where the messages lie.
         replica: the model in them.
-        rule: combines; needs "sum".
+        rule, last: what `mpips.rules.choose` gives.
+        first: the rank of the first worker.
         optimizer: steps this rank's slices; None where it serves none.
-        config: the settings.
+        clip: the largest norm of the combined gradient.
         communicator: this rank's end.
-        clip: the largest norm of what is stepped with.
 
     Attributes:
         faults: see `SliceReducer`; the index of the first tensor of each rank's that is not finite.
@@ -50,16 +53,20 @@ class ShardedStep:
         group: NodeGroup,
         replica: Replica,
         rule: Rule,
+        last: Needs,
+        first: int,
         optimizer: ShardedOptimizer | FlatOptimizer | None,
-        config: Config,
-        communicator: Communicator,
         clip: float | None,
+        communicator: Communicator,
     ) -> None:
-        self.group, self.replica, self.config, self._clip = group, replica, config, clip
+        self.group, self.replica, self._clip, self._last, self._first = group, replica, clip, last, first
         self._push, self._rule, self._optimizer = replica.push, rule, optimizer
         self._prepares = type(rule).prepare is not Rule.prepare
         self._gradients = replica.flat.numel
         self._alone = len(group.nodes) == 1
+        self.plan = "sharded" if group.together else "root"
+        self.how = _how(group)
+        self.steps_whole = not isinstance(optimizer, ShardedOptimizer)
         self._terms: Terms | None = None  # the rows of this group that count, and what they are multiplied by
         self._counted: Terms = []  # the same of what is multiplied already
         self._whole = 0.0
@@ -67,7 +74,7 @@ class ShardedStep:
         self._weighed: tuple[Terms | None, float] = None, 0.0
         self._communicator = communicator
         self.ready: BucketReadiness | None = None
-        if isinstance(group, ReduceScatterGroup) and config.overlap:
+        if isinstance(group, ReduceScatterGroup) and group.contents.overlap:
             self.ready = BucketReadiness(group.push_steps, replica.flat.slots)
         self._rounds = not self._alone and group.contents.wire != group.contents.dtype
         self._watches = not (self._alone or group.together)  # whether it alone sees the sum over all nodes
@@ -77,26 +84,10 @@ class ShardedStep:
         self._faulty = False
         self.faults = torch.full((group.contents.lines,), math.inf, dtype=torch.float64)
         own = hyper.read(optimizer.torch) if isinstance(optimizer, ShardedOptimizer) else []
-        self._verdict = torch.zeros(SETTINGS + len(own), dtype=torch.float64)
-
-    @property
-    def plan(self) -> str:
-        """The plan's name."""
-        return "sharded" if self.group.together else "root"
-
-    @property
-    def how(self) -> str:
-        """How the contributions come together."""
-        nodes, wire = self.group.nodes, str(self.group.contents.wire).removeprefix("torch.")
-        memory = "memory of GPUs, by CUDA IPC" if self.group.contents.device.type == "cuda" else "shared memory"
-        return memory if self._alone else f"{memory}, {wire} between {len(nodes)} nodes"
+        self._decision = torch.zeros(SETTINGS + len(own), dtype=torch.float64)
 
     def begin(self, weight: float) -> None:
-        """Bring slices together as soon as gradients of them are there: `ready` is told, then `combine` called.
-
-        Raises:
-            RuntimeError: it has begun already.
-        """
+        """See `Transport`."""
         assert self.ready
         if self._begun:
             raise RuntimeError(
@@ -106,28 +97,37 @@ class ShardedStep:
         self.ready.begin()
         self._begun = weight, self._communicator.run_async(partial(self._combine, weight, self.ready))
 
-    def end(self) -> None:
-        """This rank's push message is written.
-
-        Raises:
-            ValueError: its weight is another than that which bringing slices together was begun with.
-        """
+    def push(self) -> None:
+        """See `Transport`."""
+        if not self._begun:
+            return
         weight = self._push.weight(self.group.rank)
-        if self._begun and self._begun[0] != weight:
+        if self._begun[0] != weight:
             raise ValueError(
                 f"ps.step() was given samples={weight:.0f} after ps.backward() with samples={self._begun[0]:.0f}; expected the "
                 f"same: gradients are weighted before they leave"
             )
-        if self._begun and self.ready:
-            self.ready.end()
+        assert self.ready
+        self.ready.end()
 
-    def reduce(self) -> None:
-        """This rank's push message is written: bring slices together, or wait until they are."""
+    def reduce(self, round: float) -> AggregationResult:
+        """See `Transport`."""
+        self.replica.push_for(round)
         begun, self._begun = self._begun, None
         if begun:
             begun[1]()
         else:
             self._combine(self._push.weight(self.group.rank), None)
+        reported = self.group.report(self.faults, "min") if self.group.together or self._faulty else None
+        if not self.group.leads:
+            return AggregationResult([])
+        found = {} if reported is None else self._named(reported)
+        return AggregationResult(sorted(left_out(self._push.heard.rows, self._rule)), nonfinite=found)
+
+    def _named(self, reported: Tensor) -> dict[int, int]:
+        """The ranks whose contributions are not finite, with the index of a tensor."""
+        named = {rank: int(slot) for rank, slot in enumerate(reported.tolist()) if slot < math.inf}
+        return {rank: slot for rank, slot in named.items() if rank or len(named) == 1 or not self._rounds}
 
     def _combine(self, weight: float, ready: BucketReadiness | None) -> None:
         self._terms, self._whole = None, 0.0
@@ -183,7 +183,7 @@ class ShardedStep:
 
     def _total(self) -> float:
         """The sum of all weights, as the mean by messages adds them up: they may be no whole numbers."""
-        return float(self._push.heard.rows[not self.config.server_trains :, WEIGHT].sum())
+        return float(self._push.heard.rows[self._first :, WEIGHT].sum())
 
     def _judge(self, part: slice, total: Tensor) -> None:
         """The sum over all nodes is not finite: to blame is whom a node has named, or nobody alone."""
@@ -222,64 +222,60 @@ class ShardedStep:
             slot = max(i for i, s in enumerate(self.replica.flat.slots) if s.offset <= at)
             self.faults[rank] = min(float(self.faults[rank]), slot)
 
-    def nonfinite_ranks(self) -> dict[int, int]:
-        """At the server: which ranks' contributions are not finite, with the index of a tensor."""
-        if not self.group.together and not self._faulty:
-            return {}
-        found = self.group.report(self.faults, "min")
-        named = {rank: int(slot) for rank, slot in enumerate(found.tolist()) if slot < math.inf}
-        return {rank: slot for rank, slot in named.items() if rank or len(named) == 1 or not self._rounds}
+    def decide(self, decision: Decision | None = None) -> None:
+        """See `Transport`."""
+        if decision is None:
+            self._follow()
+        elif decision.action == "step":
+            self._step(decision.scale, decision.times)
+        elif decision.action == "adopt":
+            self._tell(ADOPTED)
+            self._adopt()
+        else:
+            self._tell(SKIPPED)
 
-    def step(self, present: Sequence[float], clip: float | None, scale: float = 1.0, times: float = 1.0) -> None:
-        """At the server: step, and have the others step; see `FlatOptimizer.step`."""
-        self._moved = True
+    def _step(self, scale: float, times: float) -> None:
+        """At the server: step, and have the others step."""
+        self._moved, present = True, self._push.heard.present()
         if not isinstance(self._optimizer, ShardedOptimizer):
             assert self._optimizer
-            self._optimizer.step(present, clip, scale, times)
+            self._optimizer.step(present, self._clip, scale, times)
             return
-        self._tell(1.0, scale, times)
+        self._tell(STEPPED, scale, times)
         factor = times
-        if clip is not None:
+        if self._clip is not None:
             norms = [norm * times for norm in self._norms(self.group.report(self._measure(present), "sum").tolist())]
-            factor *= _factor([norm for norm, seen in zip(norms, present, strict=False) if seen], clip, self._push.message)
-            self._tell(1.0, scale, factor)
+            seen = [norm for norm, there in zip(norms, present, strict=False) if there]
+            factor *= _factor(seen, self._clip, self._push.message)
+            self._tell(STEPPED, scale, factor)
         self._optimizer.step(present, factor, scale)
 
-    def adopt(self) -> None:
-        """At the server: take what is combined for the new weights, and have the others do so."""
-        self._moved = True
+    def _adopt(self) -> None:
         assert self._optimizer
-        if isinstance(self._optimizer, ShardedOptimizer):
-            self._tell(ADOPT, 1.0)
+        self._moved = True
         self._optimizer.adopt()
 
-    def skip(self) -> None:
-        """At the server: no step is taken in this round."""
+    def _tell(self, take: float, scale: float = 1.0, factor: float = 1.0) -> None:
         if isinstance(self._optimizer, ShardedOptimizer):
-            self._tell(0.0, 1.0)
+            said = [take, factor, scale, *hyper.read(self._optimizer.torch)]
+            self._decision.copy_(torch.tensor(said, dtype=torch.float64))
+            self.group.decide(self._decision)
 
-    def _tell(self, take: float, scale: float, factor: float = 1.0) -> None:
-        assert isinstance(self._optimizer, ShardedOptimizer)
-        self._verdict.copy_(torch.tensor([take, factor, scale, *hyper.read(self._optimizer.torch)], dtype=torch.float64))
-        self.group.decide(self._verdict)
-
-    def follow_server(self) -> None:
-        """On the other ranks: do as the server judges."""
+    def _follow(self) -> None:
+        """On the other ranks: do as the server has decided."""
         if not isinstance(self._optimizer, ShardedOptimizer):
             return
-        self.group.report(self.faults, "min")
-        self.group.decide(self._verdict)
-        if not self._verdict[TAKE]:
-            return
-        if self._verdict[TAKE] == ADOPT:
-            self._optimizer.adopt()
-            self._moved = True
+        self.group.decide(self._decision)
+        take = self._decision[TAKE]
+        if take == ADOPTED:
+            self._adopt()
+        if take != STEPPED:
             return
         present = self._push.heard.present()
         if self._clip is not None:
             self.group.report(self._measure(present), "sum")
-            self.group.decide(self._verdict)
-        _, factor, scale, *numbers = self._verdict.tolist()
+            self.group.decide(self._decision)
+        _, factor, scale, *numbers = self._decision.tolist()
         hyper.write(self._optimizer.torch, numbers)
         self._optimizer.step(present, factor, scale)
         self._moved = True
@@ -303,8 +299,8 @@ class ShardedStep:
         """Of whole tensors, from the sum of all that was measured."""
         return [math.sqrt(square) for square in measured] if not self._alone else measured
 
-    def broadcast(self, control: Any = None, weights: Tensor | None = None) -> None:
-        """The weights are stepped; the server adds what else it has to say, or other weights, `(numel,)`."""
+    def pull(self, control: Control | None = None, weights: Tensor | None = None) -> None:
+        """See `Transport`."""
         pull = self.replica.pull
 
         def fill() -> None:
@@ -316,34 +312,32 @@ class ShardedStep:
         self.group.broadcast(fill, self._moved, weights is not None)
         self._moved = False
 
-    @property
-    def lr(self) -> float:
-        """The first group's learning rate."""
-        assert self._optimizer
-        return self._optimizer.lr
+    def tell(self, control: Control | None = None) -> None:
+        """See `Transport`."""
+        self.pull(control)
 
-    @property
-    def torch(self) -> Any:
-        """The script's optimizer."""
-        assert self._optimizer
-        return self._optimizer.torch
+    def average(self) -> None:
+        """See `Transport`."""
+        average_by_messages(self._communicator, self.replica, self._rule, self._last, self._first)
 
-    def own(self) -> dict[str, Any]:
-        """The optimizer's state on this rank, for the server's checkpoint."""
+    def optimizer_shard(self) -> dict[str, Any]:
+        """See `Transport`."""
         return self._optimizer.own() if isinstance(self._optimizer, ShardedOptimizer) else {}
 
-    def state_dict(self, elsewhere: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        """The whole optimizer, given the other ranks' `own`."""
+    def optimizer_state(self, others: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """See `Transport`."""
         assert self._optimizer
-        return (
-            self._optimizer.state_dict(elsewhere)
-            if isinstance(self._optimizer, ShardedOptimizer)
-            else self._optimizer.state_dict()
-        )
+        if isinstance(self._optimizer, ShardedOptimizer):
+            return self._optimizer.state_dict(others)
+        return self._optimizer.state_dict()
 
-    def load_state_dict(self, tree: dict[str, Any]) -> None:
-        """Nothing is put back once slices are served."""
-        raise RuntimeError("a checkpoint is put back before the first round")
+
+def _how(group: NodeGroup) -> str:
+    """How contributions come together, for people."""
+    memory = "memory of GPUs, by CUDA IPC" if group.contents.device.type == "cuda" else "shared memory"
+    if len(group.nodes) == 1:
+        return memory
+    return f"{memory}, {str(group.contents.wire).removeprefix('torch.')} between {len(group.nodes)} nodes"
 
 
 def _all_finite(tensor: Tensor) -> bool:

@@ -1,0 +1,125 @@
+"""The server on another rank, as a worker calls it: each method takes this rank's part in what the server does with all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mpips.algorithms.modes import Mode
+from mpips.comm import Communicator, broadcast_bytes
+from mpips.config import Config
+from mpips.data import Place
+from mpips.model.message import Call, CallError, Control, Replica
+from mpips.optim.flat_optimizer import FlatOptimizer
+from mpips.reduce.choice import choose_transport
+from mpips.reduce.transport import Transport
+from mpips.rules import choose
+from mpips.server import contract
+from mpips.server.rank_state import RankState
+
+
+class RemoteServer:
+    """The server, seen from a rank that does not serve.
+
+    Args:
+        communicator: this rank's end.
+        replica: this rank's copy of the model.
+        config, mode: the settings, and the row of MODES.
+        inner: the optimizer of this worker's own steps.
+        optimizer: what the server steps with, for the slices that this rank serves; None where it serves none.
+        terms: the contract's lines about the optimizer.
+
+    Attributes:
+        transport: how the messages of a round move, from `begin` on.
+        control: what the server said last.
+        states: the ranks' packed states of a resumed run, else empty.
+        place, worker_state, told_state: as in `Service`.
+    """
+
+    transport: Transport
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        replica: Replica,
+        config: Config,
+        mode: Mode,
+        inner: FlatOptimizer | None,
+        optimizer: FlatOptimizer | None,
+        terms: Sequence[str],
+    ) -> None:
+        self.communicator, self.replica, self.config, self.mode = communicator, replica, config, mode
+        self.inner, self.optimizer, self._terms = inner, optimizer, terms
+        self.control = Control()
+        self.states = b""
+        self.place = Place()
+        self.worker_state: Callable[[], RankState] | None = None
+        self.told_state: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        """Agree with all ranks, and take the server's weights."""
+        contract.begin(self.communicator, self.replica, self.config, self._terms)
+        self.states = broadcast_bytes(self.communicator, b"")
+        given = self.replica, self.config, self.mode, self.optimizer, *choose(self.config)
+        self.transport = choose_transport(self.communicator, *given, serves=False)
+        self.optimizer = None  # the transport has it, if anything steps here
+        if self.inner:
+            self.inner.rebind()
+        self.control = self.replica.pull.control
+
+    def round(self, contributed: bool = True) -> Control:
+        """See `Server.round`."""
+        version = self.control.version
+        self.transport.push()
+        self.transport.reduce(self.control.round)
+        self.transport.decide()
+        self.transport.pull()
+        self.control = control = self.replica.pull.control
+        if control.fault:
+            raise CallError(broadcast_bytes(self.communicator, b"").decode())
+        self.replica.check_finite(control)
+        if contributed or control.version > version:
+            self.replica.buffers.load(self.replica.pull.buffers)
+        if control.call == Call.STATE:
+            self.told_state = self._hear_state()
+        return control
+
+    def _hear_state(self) -> dict[str, Any]:
+        """Take part in `Service.tell_state`."""
+        self.communicator.gather_bytes(RankState(-1, Place(), {}, slices=self.transport.optimizer_shard()).pack())
+        return RankState.unpack(broadcast_bytes(self.communicator, b"")).own
+
+    def average(self) -> None:
+        """See `Server.average`."""
+        self.transport.average()
+
+    def converse(self, given: bytes) -> dict[str, Any]:
+        """See `Service.converse`."""
+        self.communicator.gather_bytes(given)
+        reply: dict[str, Any] = json.loads(broadcast_bytes(self.communicator, b""))
+        self.control.stop = reply["stop"]
+        return reply
+
+    def act(self, reply: Mapping[str, Any]) -> None:
+        """See `Service.act`."""
+        if reply["save"]:
+            self.save_model()
+        if reply["finish"]:
+            self.give_performance()
+            broadcast_bytes(self.communicator, b"")  # DONE is there
+
+    def save_model(self) -> None:
+        """See `Service.save_model`."""
+        assert self.worker_state
+        self.communicator.gather_bytes(self.worker_state().pack())
+
+    def give_performance(self) -> None:
+        """Give the server this rank's traffic, at the end of the run."""
+        self.communicator.gather_bytes(json.dumps(self.communicator.traffic).encode())
+
+    def hear(self) -> Control:
+        """Return what the server says between rounds; see `Service.send_stop_signal`."""
+        self.transport.tell()
+        self.control = self.replica.pull.control
+        return self.control

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+IMPORTABLE = [ROOT / "tests" / "helpers" / "launched", ROOT]  # by processes that tests start
 RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
 LAUNCHER = (
     "OMPI_",
@@ -45,7 +46,7 @@ def launch_environment() -> dict[str, str]:
         "OMPI_MCA_pml": "ob1",  # Open MPI takes a second to look for networks that one machine has not
         "OMPI_MCA_btl": "self,sm,tcp",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "tests" / "launched"), os.environ.get("PYTHONPATH", "")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [*map(str, IMPORTABLE), os.environ.get("PYTHONPATH", "")])),
     }
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_examples import EXAMPLES, small_mnist
+
+from tests.test_examples import EXAMPLES, small_mnist
 
 REPRODUCE = EXAMPLES / "reproduce"
 Start = Callable[..., "subprocess.CompletedProcess[str]"]

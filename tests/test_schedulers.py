@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, launch_environment
-from one_node_slurm import wait
 
 from mpips.process.environment import LAUNCHERS
+from tests.conftest import ROOT, launch_environment
+from tests.helpers.one_node_slurm import wait
 
 FILES = [file for folder in ("pbs", "lsf", "flux") for file in sorted((ROOT / folder).iterdir())]
 COMMON = "# ---- from here on"

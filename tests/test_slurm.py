@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import one_node_slurm
 import pytest
 import torch
-from conftest import ROOT, launch_environment
-from one_node_slurm import Slurm, wait
 
 from mpips import checkpoint
 from mpips.comm import SERVER
+from tests.conftest import ROOT, launch_environment
+from tests.helpers import one_node_slurm
+from tests.helpers.one_node_slurm import Slurm, wait
 
 FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
 COMMON = "# ---- from here on"

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, mpiexec_of, run
+
+from tests.conftest import ROOT, mpiexec_of, run
 
 LAUNCH = 1500  # seconds that one launch of all may take, where two suites share two cores; what hangs is ended by HANG
 pytestmark = [pytest.mark.mpi_skip, pytest.mark.timeout(2 * LAUNCH)]

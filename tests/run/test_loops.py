@@ -1,0 +1,451 @@
+"""Training loops of all kinds: on 1, 2 and 4 workers what one process does on the joined batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import mpips
+from mpips.comm import Communicator
+from mpips.comm.simulated import World
+from tests.helpers.programs import Data, data, mlp
+
+D = torch.float64
+Mine = Callable[[int], Data]
+# How many ranks, and whether they share memory: 1, 1, 2 and 4 workers.
+PLACES = pytest.mark.parametrize(
+    ("size", "shares"), [(1, False), (2, False), (2, True), (3, False), (3, True), (5, False), (5, True)]
+)
+
+
+def batch(number: int) -> Data:
+    """The joined batch of a step: 32 of 64 items."""
+    x, y = data(64, D)
+    return (x[:32], y[:32]) if number % 2 == 0 else (x[32:], y[32:])
+
+
+class SAM(torch.optim.Optimizer):
+    """Foret et al. 2021 (arXiv 2010.01412), around momentum SGD, as it is commonly written: it evaluates the loss twice."""
+
+    def __init__(self, params: Any, rho: float = 0.05) -> None:
+        super().__init__(params, {"rho": rho})
+        self.base = torch.optim.SGD(self.param_groups, lr=0.1, momentum=0.9)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        assert closure is not None, "needs a closure"
+        closure = torch.enable_grad()(closure)
+        loss = closure()
+        params = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([p.grad.norm() for p in params]).norm()
+        for p in params:
+            self.state[p]["old"] = p.data.clone()
+            p.add_(p.grad * self.param_groups[0]["rho"] / norm)
+        closure()
+        for p in params:
+            p.data = self.state[p]["old"]
+        self.base.step()
+        return loss
+
+
+def adamw(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=0.01)
+
+
+def lbfgs(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.LBFGS(params, lr=0.5, max_iter=5, line_search_fn="strong_wolfe")
+
+
+def plain_loop(model: nn.Module, optimizer: Any, mine: Mine) -> Iterator[float]:
+    for step in range(6):
+        x, y = mine(step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        yield 0.0
+
+
+def clip_norm(model: nn.Module, optimizer: Any, mine: Mine) -> Iterator[float]:
+    for step in range(6):
+        x, y = mine(step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        yield float(nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+        optimizer.step()
+
+
+def clip_value(model: nn.Module, optimizer: Any, mine: Mine) -> Iterator[float]:
+    for step in range(6):
+        x, y = mine(step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        nn.utils.clip_grad_value_(model.parameters(), 0.001)
+        optimizer.step()
+        yield 0.0
+
+
+def closure(model: nn.Module, optimizer: Any, mine: Mine) -> Iterator[float]:
+    for step in range(6):
+        x, y = mine(step)
+
+        def evaluate(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        yield float(optimizer.step(evaluate).detach())
+
+
+def scaled(model: nn.Module, optimizer: Any, mine: Mine) -> Iterator[float]:
+    """One worker's gradient is infinite in the third step: no worker takes it, and all scales fall."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    for step in range(6):
+        x, y = mine(step)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        first = bool((x[0] == batch(step)[0][0]).all())  # whether this is the worker of the first item
+        scaler.scale(loss * torch.inf if step == 2 and first else loss).backward()
+        if step % 2:
+            scaler.unscale_(optimizer)
+        if step == 3:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaler.step(optimizer)
+        scaler.update()
+        yield scaler.get_scale()
+
+
+def by_hand(model: nn.Module, optimizer: Any, mine: Mine) -> Iterator[float]:
+    """One cycle by hand, weight decay and betas too."""
+    for step in range(6):
+        for group in optimizer.param_groups:
+            group["lr"], group["betas"] = 0.02 * (1 + step), (0.9 - 0.1 * step, 0.99)
+        x, y = mine(step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        yield optimizer.param_groups[0]["lr"]
+
+
+LOOPS: dict[str, tuple[Any, Any]] = {
+    "plain": (plain_loop, adamw),
+    "clip the norm": (clip_norm, adamw),
+    "clip values": (clip_value, adamw),
+    "a closure": (closure, adamw),
+    "LBFGS": (closure, lbfgs),
+    "SAM": (closure, SAM),
+    "GradScaler": (scaled, adamw),
+    "rates by hand": (by_hand, adamw),
+}
+
+
+@PLACES
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_loop_is_that_of_one_process(loop: str, size: int, shares: bool) -> None:
+    steps, make = LOOPS[loop]
+
+    def program(e: Communicator) -> tuple[list[float], list[Tensor]]:
+        model = mlp().to(D)
+        optimizer = make(model.parameters())
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
+        told = list(steps(model, optimizer, lambda step: tuple(t[ps.worker :: ps.workers] for t in batch(step))))
+        return told, [p.detach().clone() for p in model.parameters()]
+
+    model = mlp().to(D)
+    expected = list(steps(model, make(model.parameters()), batch))
+    tolerance = 1e-10 if loop == "LBFGS" else 1e-13  # its line search multiplies what is rounded
+    for told, weights in World(size, shares=shares).run(program):
+        if loop != "a closure" or size < 3:  # whose loss is this worker's own
+            assert told == pytest.approx(expected, abs=tolerance, rel=0)
+        for ours, theirs in zip(weights, model.parameters(), strict=True):
+            if size < 3:
+                assert torch.equal(ours, theirs)
+            torch.testing.assert_close(ours, theirs.detach(), atol=tolerance, rtol=0)
+
+
+def gan() -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    g = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).to(D)
+    d = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).to(D)
+    return g, d, torch.optim.Adam(g.parameters(), lr=1e-2), torch.optim.SGD(d.parameters(), lr=3e-2, momentum=0.9)
+
+
+def adversarial(g: nn.Module, d: nn.Module, og: Any, od: Any, mine: Callable[[Tensor], Tensor]) -> None:
+    """Steps of the critic, one or two, for each of the generator; its own backward leaves gradients in the other's."""
+    for step in range(8):
+        noise = torch.Generator().manual_seed(step)
+        x, z = (mine(torch.randn(16, 2, generator=noise, dtype=D)) for _ in range(2))
+        for _ in range(1 + step % 2):
+            od.zero_grad()
+            (F.softplus(-d(x)) + F.softplus(d(g(z)))).mean().backward()
+            od.step()
+        og.zero_grad()
+        F.softplus(-d(g(z))).mean().backward()
+        og.step()
+
+
+@PLACES
+@pytest.mark.parametrize("how", ["lists", "dicts"])
+def test_several_models_and_optimizers_in_one_run(how: str, size: int, shares: bool) -> None:
+    def program(e: Communicator) -> tuple[list[Tensor], Any]:
+        g, d, og, od = gan()
+        models, optimizers = ([g, d], [og, od]) if how == "lists" else ({"g": g, "d": d}, {"g": og, "d": od})
+        ps = mpips.connect(models, optimizers, communicator=e, run_dir="run")
+        adversarial(g, d, og, od, lambda t: t[ps.worker :: ps.workers])
+        return [p.detach().clone() for p in [*g.parameters(), *d.parameters()]], og.state_dict()
+
+    g, d, og, od = gan()
+    adversarial(g, d, og, od, lambda t: t)
+    for weights, state in World(size, shares=shares).run(program):
+        for ours, theirs in zip(weights, [*g.parameters(), *d.parameters()], strict=True):
+            torch.testing.assert_close(ours, theirs.detach(), atol=1e-14 if size > 2 else 0, rtol=0)
+        for number, kept in og.state_dict()["state"].items():
+            torch.testing.assert_close(state["state"][number]["exp_avg"], kept["exp_avg"], atol=1e-14, rtol=0)
+
+
+def test_workers_that_step_other_optimizers_are_told() -> None:
+    def program(e: Communicator) -> None:
+        g, d, og, od = gan()
+        mpips.connect([g, d], [og, od], communicator=e, run_dir="run")
+        d(g(torch.ones(2, 2, dtype=D))).mean().backward()
+        (og if e.rank == 1 else od).step()
+
+    with pytest.raises(RuntimeError, match=r"some with the optimizer number 0.*some with number 1"):
+        World(3).run(program)
+
+
+@PLACES
+def test_workers_may_take_different_numbers_of_steps(size: int, shares: bool) -> None:
+    """No dataset at all, as in reinforcement learning: the last steps are taken by fewer workers."""
+
+    def program(e: Communicator) -> tuple[int, Tensor]:
+        model = nn.Linear(2, 1, bias=False).to(D)
+        nn.init.ones_(model.weight)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
+        for _ in range(3 + ps.worker):
+            optimizer.zero_grad()
+            model(torch.full((1, 2), 1.0 + ps.worker, dtype=D)).sum().backward()
+            optimizer.step()
+        return ps.workers, model.weight.detach().clone()
+
+    results = World(size, shares=shares).run(program)
+    workers = results[0][0]
+    expected = 1.0
+    for step in range(2 + workers):
+        taking = [1.0 + k for k in range(workers) if step < 3 + k]
+        expected -= 0.1 * sum(taking) / len(taking)
+    torch.testing.assert_close(results[-1][1], torch.full((1, 2), expected, dtype=D), atol=1e-14, rtol=0)
+
+
+def epochs(
+    model: nn.Module, optimizer: Any, loader: Any, numbers: Any, scheduler: Any, validate: Callable[[Any], Any]
+) -> list[float]:
+    """A script as anybody writes it."""
+    values = []
+    for _ in numbers:
+        for x, y in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        scheduler.step()
+        values.append(float(validate(lambda: float(model(data(97, D)[0])[0, 0].detach()))))
+    return values
+
+
+def parts(batch_size: int) -> tuple[nn.Module, torch.optim.Optimizer, Any, Any]:
+    torch.manual_seed(5)
+    model = mlp().to(D)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=20)
+    torch.manual_seed(7)
+    return model, optimizer, scheduler, DataLoader(TensorDataset(*data(97, D)), batch_size=batch_size, shuffle=True)
+
+
+@PLACES
+@pytest.mark.parametrize("stops_at", [None, 3, 9])
+def test_a_shuffled_loader_and_a_scheduler_and_resumed(stops_at: int | None, size: int, shares: bool) -> None:
+    """The order is that of one process, drawn from the script's own random stream; resumed, every later bit is the same."""
+    workers = max(1, size - 1)
+
+    def program(e: Communicator, fails: bool = False, resume: str = "no") -> tuple[list[float], list[Tensor]]:
+        model, optimizer, scheduler, loader = parts(8)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run", resume=resume, checkpoint={"every": 2})
+        steps = 0
+
+        def counted() -> Iterator[Any]:
+            nonlocal steps
+            for found in ps.shard(loader):
+                yield found
+                steps += 1
+                if fails and steps == stops_at:
+                    raise KeyboardInterrupt
+
+        class Batches:
+            def __iter__(self) -> Iterator[Any]:
+                return counted()
+
+        values = epochs(model, optimizer, Batches(), ps.epochs(3), scheduler, ps.validate)
+        return values, [p.detach().clone() for p in model.parameters()]
+
+    if stops_at is not None:
+        with pytest.raises(KeyboardInterrupt):
+            World(size, shares=shares).run(lambda e: program(e, fails=True))
+    model, optimizer, scheduler, loader = parts(8 * workers)
+    expected = epochs(model, optimizer, loader, range(3), scheduler, lambda measure: measure())
+    for values, weights in World(size, shares=shares).run(lambda e: program(e, resume="auto" if stops_at else "no")):
+        assert values[-1] == pytest.approx(expected[-1], abs=1e-13, rel=0)
+        for ours, theirs in zip(weights, model.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs.detach(), atol=1e-13 if workers > 1 else 0, rtol=0)
+
+
+def test_a_shard_that_is_not_looped_over_is_refused() -> None:
+    """The script loops over the loader that it had before: every worker would train on all data."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ps = mpips.connect(model, optimizer, communicator=World(1).ends[0], run_dir="run")
+    loader = DataLoader(TensorDataset(*data(16)), batch_size=8)
+    ps.shard(loader)
+    with pytest.raises(RuntimeError, match=r"a step before any loop over a shard: ps\.shard\(loader\) was called"):
+        for x, y in loader:
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+
+def test_two_steps_on_a_batch_between_which_a_checkpoint_may_come_are_refused() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ps = mpips.connect(model, optimizer, communicator=World(1).ends[0], run_dir="run", checkpoint={"every": 100})
+    with pytest.raises(RuntimeError, match=r"a second step on a batch with checkpoint\.every: given 100"):
+        for _ in ps.epochs(1):
+            for x, y in ps.batches(data(16), 8):
+                for _ in range(2):
+                    F.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+
+
+def test_a_server_does_not_measure_with_an_old_teacher() -> None:
+    def program(e: Communicator) -> None:
+        model = nn.ModuleDict({"student": nn.Linear(2, 1), "teacher": nn.Linear(2, 1).requires_grad_(False)})
+        optimizer = torch.optim.SGD(model.student.parameters(), lr=0.1)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run", validate=lambda: 1.0)
+        for _ in ps.epochs(1):
+            model.student(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            with torch.no_grad():
+                model.teacher.weight.lerp_(model.student.weight, 0.1)
+
+    with pytest.raises(RuntimeError, match=r"measures on the server, but the script has changed teacher\.weight"):
+        World(2).run(program)
+
+
+@PLACES
+@pytest.mark.parametrize("where", ["validate", "worker 0 alone"])
+@pytest.mark.parametrize("stops", [False, True])
+def test_what_is_drawn_between_loops_leaves_orders_those_of_one_process(
+    stops: bool, where: str, size: int, shares: bool
+) -> None:
+    """A loader that is only looked through draws a seed, as does an evaluation at random; worker 0 does so as one process."""
+    workers = max(1, size - 1)
+
+    def script(batch_size: int, connect: Any, resume: str = "no", fails: bool = False) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = mlp().to(D)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        loader = DataLoader(TensorDataset(*data(64, D)), batch_size=batch_size, shuffle=True)
+        tests = DataLoader(TensorDataset(*data(10, D)), batch_size=4)
+        ps = connect(model, optimizer, resume) if connect else None
+        loader = ps.shard(loader) if ps else loader
+
+        def evaluate() -> float:
+            return sum(float(F.cross_entropy(model(x), y).detach()) for x, y in tests) + float(torch.rand(()))
+
+        for epoch in ps.epochs(4) if ps else range(4):
+            for number, (x, y) in enumerate(loader):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                if fails and epoch == 2 and number == 1:
+                    raise KeyboardInterrupt
+            if not ps or (where != "validate" and ps.worker == 0):
+                evaluate()
+            elif where == "validate":
+                ps.validate(evaluate)
+        return [p.detach().clone() for p in model.parameters()]
+
+    def program(e: Communicator, **more: Any) -> list[Tensor]:
+        def connect(model: nn.Module, optimizer: Any, resume: str) -> mpips.Run:
+            return mpips.connect(model, optimizer, communicator=e, run_dir="run", resume=resume, checkpoint={"every": 1})
+
+        return script(8, connect, **more)
+
+    if stops:
+        with pytest.raises(KeyboardInterrupt):
+            World(size, shares=shares).run(lambda e: program(e, fails=True))
+    for weights in World(size, shares=shares).run(lambda e: program(e, resume="auto" if stops else "no")):
+        torch.testing.assert_close(weights, script(8 * workers, None), atol=1e-13 if workers > 1 else 0, rtol=0)
+
+
+def test_what_batches_gives_can_be_looped_over_again_and_slices_draw_nothing() -> None:
+    torch.manual_seed(0)
+    drawn = torch.random.get_rng_state()
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ps = mpips.connect(model, optimizer, communicator=World(1).ends[0], run_dir="run")
+    torch.random.set_rng_state(drawn)
+    batches = ps.batches(data(16), 8, shuffle=False)
+    for _ in range(3):
+        for x, y in batches:
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert ps.round == 6
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
+@PLACES
+@pytest.mark.parametrize("how", ["plain", "the setting clip", "clipping by hand", "LBFGS"])
+@pytest.mark.parametrize("plan", ["root", "sharded"])
+def test_losses_that_are_sums(plan: str, how: str, size: int, shares: bool) -> None:
+    """The last batches are of different sizes, and a worker may have none: the gradient is the joined batch's sum."""
+    workers = max(1, size - 1)
+
+    def trained(batch_size: int, connect: Callable[..., mpips.Run] | None) -> list[Tensor]:
+        model = mlp().to(D)
+        make = {"LBFGS": lbfgs, "plain": lambda p: torch.optim.SGD(p, lr=0.01)}.get(how, adamw)
+        optimizer: Any = make(model.parameters())
+        loader = DataLoader(TensorDataset(*data(35, D)), batch_size=batch_size)
+        clips = how == "clipping by hand" or (how == "the setting clip" and not connect)
+        if connect:
+            loader = connect(model, optimizer).shard(loader)
+        for x, y in loader:
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y, reduction="sum")
+                loss.backward()
+                return loss
+
+            if how == "LBFGS":
+                optimizer.step(closure)
+                continue
+            closure()
+            if clips:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    def program(e: Communicator) -> list[Tensor]:
+        more: dict[str, Any] = {"clip": 0.5} if how == "the setting clip" else {}
+        return trained(
+            8, lambda *given: mpips.connect(*given, communicator=e, run_dir="run", reduction="sum", plan=plan, **more)
+        )
+
+    expected = trained(8 * workers, None)
+    for weights in World(size, shares=shares).run(program):
+        torch.testing.assert_close(weights, expected, atol=1e-10 if how == "LBFGS" else 1e-12, rtol=0)

@@ -1,17 +1,17 @@
-"""An MPI parameter server for PyTorch: rank 0 serves the weights inside `connect`, the script goes on on the workers.
+"""An MPI parameter server for PyTorch: rank 0 serves the weights inside `connect`, the script continues on the workers.
 
-    ps = mpips.connect(model, optimizer)  # of several ranks, rank 0 serves in here and ends
-    loader = ps.shard(loader)  # this worker's part of it
+    ps = mpips.connect(model, optimizer)  # with several ranks, rank 0 serves in this call and exits
+    loader = ps.shard(loader)  # this worker's shard
     for epoch in ps.epochs(5):
         for x, y in loader:
             optimizer.zero_grad()
             loss = F.cross_entropy(model(x), y)
             loss.backward()
-            optimizer.step()  # push, combine, step on the server, pull
+            optimizer.step()  # push, reduce, step on the server, pull
         ps.validate(lambda: accuracy(model, test_set))
 
-Importing this package does not initialise MPI. It takes flags that begin with `--mpips.` out of `sys.argv`, and remembers
-SIGUSR1, which ends a run with a checkpoint, from then on.
+Importing this package does not initialise MPI. It removes flags that begin with `--mpips.` from `sys.argv`. Unless
+SIGUSR1 has a handler already, it also installs one: that signal then ends the run with a checkpoint.
 """
 
 import sys

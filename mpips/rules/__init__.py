@@ -1,25 +1,27 @@
-"""What "together" means: a rule turns the contributions of a round into one.
+"""The aggregation rules: a rule combines the contributions of one round into one result.
 
-A rule says what it `needs`, and that alone picks the collectives (`reduce/aggregate.py`): "sum" a Reduce; "rows" a Gather,
-slice by slice; "gram" a Gather for inner products of whole contributions, then a Reduce with the coefficients. To add one,
-derive a class from `Rule` and enter it in RULES (see CONTRIBUTING.md), or leave it in a module of your own and give its name.
+A rule's attribute `needs` selects the collectives (`reduce/aggregate.py`): "sum" is a Reduce. "rows" is a Gather, slice by
+slice. "gram" is a Gather for the Gram matrix of the contributions, followed by a Reduce with the resulting coefficients. To add
+a rule, derive a class from `Rule` and enter it in RULES (see CONTRIBUTING.md), or keep the class in a module of your own and
+configure it by its import path.
 
-| rule      | needs | what                                                                | faulty ones it withstands       |
+| rule      | needs | result                                                              | tolerated faulty contributions  |
 |-----------|-------|---------------------------------------------------------------------|---------------------------------|
 | mean      | sum   | samples-weighted mean                                               | none                            |
-| normclip  | sum   | the same, of contributions cut to `robust.clip_radius`              | bounds what each can do         |
+| normclip  | sum   | samples-weighted mean of contributions clipped to norm clip_radius  | bounds the influence of each    |
 | median    | rows  | coordinate-wise median                                              | less than half                  |
-| trimmed   | rows  | mean without the f smallest and largest of a coordinate             | f, 2 f < n                      |
-| sign      | rows  | the sign that most have                                             | less than half                  |
-| krum      | gram  | the one nearest to its neighbours                                   | f, 2 f + 2 < n                  |
-| multikrum | gram  | the mean of the n - f best of Krum                                  | f, 2 f + 2 < n                  |
-| bulyan    | gram  | Krum's choice, trimmed around the median                            | f, 4 f + 3 <= n                 |
+| trimmed   | rows  | coordinate-wise mean without the f smallest and f largest values    | f, 2 f < n                      |
+| sign      | rows  | coordinate-wise majority of the signs                               | less than half                  |
+| krum      | gram  | the contribution that is nearest to its neighbours                  | f, 2 f + 2 < n                  |
+| multikrum | gram  | mean of the n - f contributions with Krum's best scores             | f, 2 f + 2 < n                  |
+| bulyan    | gram  | coordinate-wise mean around the median of Krum's selection          | f, 4 f + 3 <= n                 |
 | rfa       | gram  | geometric median                                                    | less than half of the weight    |
-| cclip     | gram  | last result, moved by differences cut to `robust.clip_radius`       | bounds what each can do         |
+| cclip     | gram  | previous result plus the mean difference, clipped to clip_radius    | bounds the influence of each    |
 
-f is `robust.num_byzantine`. Contributions are those of workers; in federated modes those of a round's clients, wherever they
-are hosted (`reduce/client_rows.py`). "gram" trusts its second collective: a rank that sends something else in the sum than what
-its inner products were computed from is not noticed.
+n is the number of contributions, f is `robust.num_byzantine`, clip_radius is `robust.clip_radius`. A contribution comes from a
+worker; in federated modes it comes from one client of the round, whichever rank hosts the client (`reduce/client_rows.py`).
+Rules that need "gram" trust the second collective: a rank that sends different data in the Reduce than in the Gather is not
+detected.
 """
 
 from __future__ import annotations
@@ -51,29 +53,31 @@ RULES: dict[str, Callable[..., Rule]] = {
 
 
 def choose(config: Config) -> tuple[Rule, Needs]:
-    """The configured rule, and what the communicator must bring in the end: rows, in deterministic mode, for any rule.
+    """Return the configured rule, and what the communicator must bring for the final combination: "sum" or "rows".
 
-    A rule's constructor is given those settings of the group `robust` that it has parameters of the same names for.
+    In deterministic mode the communicator brings rows for every rule. The constructor of a rule receives those settings of the
+    group `robust` whose names are parameters of the constructor.
 
     Raises:
-        ConfigError: no rule of that name.
+        ConfigError: there is no rule of that name, or the rule's class cannot be loaded or constructed.
     """
     make = RULES[config.rule] if config.rule in RULES else _load(config.rule)
     rule = _make(make, config)
-    last = rule.needs if rule.needs != "gram" else rule.then
-    return rule, "rows" if config.deterministic else last
+    final = rule.needs if rule.needs != "gram" else rule.then
+    return rule, "rows" if config.deterministic else final
 
 
 def _load(name: str) -> type[Rule]:
-    """A rule outside this package: `package.module:Class` or `package.module.Class`.
+    """Import a rule's class from outside this package, given as `package.module:Class` or `package.module.Class`.
 
-    Nothing of somebody else's but the module's own lines and such a class's constructor is called: not `sys:exit`.
+    Importing the module is the only foreign code that runs here. A name that is no class derived from `Rule`, such as
+    `sys:exit`, is refused and never called.
     """
     check_rule(name, RULES)
     place, _, attribute = name.rpartition(":" if ":" in name else ".")
     try:
         found = getattr(importlib.import_module(place), attribute)
-    except (Exception, SystemExit) as error:  # whatever a module of somebody else's raises when it is imported
+    except (Exception, SystemExit) as error:  # importing a foreign module may raise anything
         raise ConfigError(f"rule: given {shown(name)}, which cannot be loaded ({_why(error)})") from None
     if not (isinstance(found, type) and issubclass(found, Rule)):
         raise ConfigError(f"rule: given {shown(name)}, which is no class derived from mpips.rules.Rule")
@@ -81,15 +85,16 @@ def _load(name: str) -> type[Rule]:
 
 
 def _why(error: BaseException) -> str:
-    """An exception in part of a line."""
+    """Return an exception as one short line of text."""
     return cut(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def _make(make: Callable[..., Rule], config: Config) -> Rule:
+    """Construct the rule from the settings of the group `robust`; raise ConfigError where that fails."""
     try:
         names = inspect.signature(make).parameters
         rule = make(**{name: value for name, value in vars(config.robust).items() if name in names})
-    except (Exception, SystemExit) as error:  # whatever a rule of somebody else's raises
+    except (Exception, SystemExit) as error:  # a foreign constructor may raise anything
         raise ConfigError(f"rule: given {shown(config.rule)}, which cannot be made ({_why(error)})") from None
     if getattr(rule, "needs", None) not in ("sum", "rows", "gram") or rule.then not in ("sum", "rows"):
         raise ConfigError(f"rule: given {shown(config.rule)}, which says needs or then as none may")

@@ -1,7 +1,7 @@
-"""Rules for which inner products of whole contributions suffice; unweighted, but for the geometric median.
+"""The rules that need only inner products of whole contributions; unweighted, except for the geometric median.
 
-With G the Gram matrix of vectors x_i, z = sum(c_i x_i) and e_i a unit vector, |z - x_i|^2 = (c - e_i)' G (c - e_i): nothing
-else is needed to find the coefficients. Where the c sum to 1, G may be of vectors measured from any point.
+With G the Gram matrix of vectors x_i, z = sum(c_i x_i) and e_i a unit vector, |z - x_i|^2 = (c - e_i)' G (c - e_i). So G
+suffices to compute the coefficients c. If the c sum to 1, the x_i in G may be measured from any point.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from torch import Tensor
 from mpips.rules.coordinate import ascending, average, by_coordinate, middle
 from mpips.rules.protocol import Needs, Rule, RuleError
 
-TIE = 1e-9  # scores that differ by a smaller part are equal: rounding must not choose between twins
+TIE = 1e-9  # relative difference below which scores are equal: rounding must not choose between equal contributions
 
 
 def squares(gram: Tensor) -> Tensor:
-    """`(n, n)` squared distances between the vectors of a Gram matrix; what rounding made negative is 0."""
+    """Return the `(n, n)` squared distances between the vectors of a Gram matrix; negative rounding errors become 0."""
     norms = gram.diagonal()
     return (norms.unsqueeze(0) + norms.unsqueeze(1) - 2 * gram).clamp_(min=0)
 
 
 def distances_to(gram: Tensor, c: Tensor) -> Tensor:
-    """`(n,)` distances of the vectors of a Gram matrix to the one with coefficients `c`; see the module."""
-    ways = c - torch.eye(len(c), dtype=c.dtype)  # squared after the subtraction: exact near a vector, where it matters most
-    return ((ways @ gram) * ways).sum(dim=1).clamp_(min=0).sqrt_()
+    """Return the `(n,)` distances of the vectors of a Gram matrix to sum(c_i x_i), by the module's formula."""
+    differences = c - torch.eye(len(c), dtype=c.dtype)  # subtract, then square: exact near a vector, where it matters most
+    return ((differences @ gram) * differences).sum(dim=1).clamp_(min=0).sqrt_()
 
 
 def lowest(scores: Tensor) -> int:
-    """The index of the lowest score; of equal ones the first, which is the lowest rank."""
+    """Return the index of the lowest score; of equal scores the first, which is the lowest rank."""
     least = scores.min()
     return int((scores <= least + TIE * least.abs()).nonzero()[0])
 
 
-def krum_scores(squared: Tensor, bad: int) -> Tensor:
-    """For each vector the sum of its n - bad - 2 smallest squared distances to others (arXiv 1703.02757, section 4)."""
+def krum_scores(squared: Tensor, f: int) -> Tensor:
+    """Return for each vector the sum of its n - f - 2 smallest squared distances to others (arXiv 1703.02757, section 4)."""
     others = squared.clone().fill_diagonal_(torch.inf).sort(dim=1).values
-    return others[:, : max(1, len(squared) - bad - 2)].sum(dim=1)
+    return others[:, : max(1, len(squared) - f - 2)].sum(dim=1)
 
 
 class Krum(Rule):
-    """The one contribution that is nearest to its neighbours (Blanchard et al. 2017, arXiv 1703.02757)."""
+    """The single contribution that is nearest to its neighbours (Blanchard et al. 2017, arXiv 1703.02757)."""
 
     needs = "gram"
     name = "krum"
@@ -52,42 +52,43 @@ class Krum(Rule):
         self.num_byzantine = num_byzantine
 
     def check(self, n: int) -> None:
-        """See `Rule`."""
-        bad = self.left(self.num_byzantine)
-        if 1 < n <= 2 * bad + 2:
-            raise RuleError(f"{self.name} with robust.num_byzantine={bad} needs {2 * bad + 3} contributions, {n} came")
+        """Raise RuleError unless n is 1 or above 2 f + 2, where f faulty contributions may be left; see `Rule`."""
+        f = self.left(self.num_byzantine)
+        if 1 < n <= 2 * f + 2:
+            raise RuleError(f"{self.name} with robust.num_byzantine={f} needs {2 * f + 3} contributions, {n} came")
 
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
-        """See `Rule`."""
-        n, bad = len(gram), self.left(self.num_byzantine)
+        """Return 1 / m for the m contributions with the best scores, and 0 for the others; see `Rule`."""
+        n, f = len(gram), self.left(self.num_byzantine)
         self.check(n)
-        scores = krum_scores(squares(gram), bad)
+        scores = krum_scores(squares(gram), f)
         chosen = torch.zeros(n, dtype=torch.float64)
-        for _ in range(self.picks(n, bad)):
+        for _ in range(self.picks(n, f)):
             best = lowest(scores)
             chosen[best], scores[best] = 1, torch.inf
         return chosen / chosen.sum()
 
-    def picks(self, n: int, bad: int) -> int:
-        """How many of `n` are chosen."""
+    def picks(self, n: int, f: int) -> int:
+        """Return how many of `n` contributions are chosen, with `f` faulty ones assumed."""
         return 1
 
 
 class MultiKrum(Krum):
-    """The mean of the n - bad contributions with the best scores of Krum (arXiv 1703.02757, section 5)."""
+    """The mean of the n - f contributions with the best Krum scores (arXiv 1703.02757, section 5)."""
 
     name = "multikrum"
 
-    def picks(self, n: int, bad: int) -> int:
-        """See `Krum`."""
-        return max(1, n - bad)
+    def picks(self, n: int, f: int) -> int:
+        """Return n - f; see `Krum`."""
+        return max(1, n - f)
 
 
 class Bulyan(Rule):
-    """Krum chooses n - 2 bad contributions, one after another; then, in each coordinate, the mean of the n - 4 bad values
-    nearest to their median (El Mhamdi et al. 2018, arXiv 1802.07927, section 4).
+    """Krum's selection, averaged around the median (El Mhamdi et al. 2018, arXiv 1802.07927, section 4).
 
-    At least one neighbour counts in a score: the last picks are made among fewer contributions than Krum's sum has terms for.
+    Krum selects n - 2 f contributions, one after another. The result in each coordinate is the mean of the n - 4 f selected
+    values nearest to their median. A score counts at least one neighbour: the last selections are made among fewer
+    contributions than the number of terms in Krum's sum.
     """
 
     needs = "gram"
@@ -95,35 +96,36 @@ class Bulyan(Rule):
 
     def __init__(self, num_byzantine: int = 1) -> None:
         self.num_byzantine = num_byzantine
-        self._near = 1  # values whose mean is taken in each coordinate
+        self._near = 1  # how many values are averaged in each coordinate
 
     def check(self, n: int) -> None:
-        """See `Rule`."""
-        bad = self.left(self.num_byzantine)
-        if 1 < n < 4 * bad + 3:
-            raise RuleError(f"bulyan with robust.num_byzantine={bad} needs {4 * bad + 3} contributions, {n} came")
+        """Raise RuleError unless n is 1 or at least 4 f + 3, where f faulty contributions may be left; see `Rule`."""
+        f = self.left(self.num_byzantine)
+        if 1 < n < 4 * f + 3:
+            raise RuleError(f"bulyan with robust.num_byzantine={f} needs {4 * f + 3} contributions, {n} came")
 
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
-        """See `Rule`; 1 for a contribution that is chosen."""
-        n, bad = len(gram), self.left(self.num_byzantine)
+        """Return 1 for each contribution that Krum selects, else 0; see `Rule`."""
+        n, f = len(gram), self.left(self.num_byzantine)
         self.check(n)
         squared, left = squares(gram), list(range(n))
-        for _ in range(max(1, n - 2 * bad)):
-            del left[lowest(krum_scores(squared[left][:, left], bad))]
-        self._near = max(1, n - 4 * bad)
+        for _ in range(max(1, n - 2 * f)):
+            del left[lowest(krum_scores(squared[left][:, left], f))]
+        self._near = max(1, n - 4 * f)
         chosen = torch.ones(n, dtype=torch.float64)
         chosen[left] = 0
         return chosen
 
     def __call__(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
-        """See `Rule`; the rows and the coefficients of `coefficients`."""
+        """Combine the selected rows around their median; `weights` are what `coefficients` returned. See `Rule`."""
         by_coordinate(rows, weights, out, self._nearest)
 
     def _nearest(self, values: Tensor) -> Tensor:
-        """The mean of the values nearest to the median, of two equally far the smaller first.
+        """Return the mean of the `self._near` values nearest to the median; of two equally distant values the smaller is taken.
 
-        In ascending order they lie side by side. The window moves up as long as the value above it is nearer than its lowest,
-        which is so less and less: of two windows with the same farthest value it ends at that whose other values are nearer.
+        These values are adjacent in ascending order, so a window of that width moves up while the value above it is nearer to
+        the median than its lowest value. Once that fails it fails for all later windows. If two windows share their most
+        distant value, the last accepted window has the nearer other values.
         """
         rows, near = ascending(values), self._near
         median, result = middle(rows), average(rows[:near])
@@ -134,11 +136,11 @@ class Bulyan(Rule):
 
 
 class GeometricMedian(Rule):
-    """The point with the least weighted sum of distances, by smoothed Weiszfeld steps (RFA: Pillutla et al. 2022, arXiv
-    1912.13445, algorithm 2): beta_i = alpha_i / max(nu, |z - x_i|), z = sum(beta_i x_i) / sum(beta_i); alpha are the weights.
+    """The geometric median, by smoothed Weiszfeld iterations (RFA: Pillutla et al. 2022, arXiv 1912.13445, algorithm 2).
 
-    The first z is the mean of those contributions nearest to the most central one that have more than half of the weight. From
-    the mean of all, a single one of 1e30 would cost more steps than anybody takes.
+    beta_i = alpha_i / max(nu, |z - x_i|), z = sum(beta_i x_i) / sum(beta_i), where alpha are the normalised weights. The first
+    z is the weighted mean of the contributions nearest to the most central one, as many as hold more than half of the weight.
+    Starting from the mean of all, one contribution of size 1e30 would need more iterations than are done.
     """
 
     needs = "gram"
@@ -147,7 +149,7 @@ class GeometricMedian(Rule):
         self.iterations, self.nu = iterations, nu
 
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
-        """See `Rule`."""
+        """Return beta after the last iteration, normalised to sum 1; see `Rule`."""
         alpha = weights / weights.sum()
         c = self._start(squares(gram).sqrt_(), alpha)
         for _ in range(self.iterations):
@@ -156,6 +158,7 @@ class GeometricMedian(Rule):
         return c
 
     def _start(self, distances: Tensor, alpha: Tensor) -> Tensor:
+        """Return the coefficients of the first z; see the class."""
         central = lowest(distances @ alpha)
         order = distances[central].argsort(stable=True)
         count = int((alpha[order].cumsum(0) <= 0.5).sum()) + 1
@@ -165,11 +168,10 @@ class GeometricMedian(Rule):
 
 
 class CentredClipping(Rule):
-    """From the last round's result v: v + sum((x_i - v) min(1, radius / |x_i - v|)) / n, iterated (Karimireddy et al. 2021,
-    arXiv 2012.10333, section 3.3). The first v of a run is 0.
+    """The previous result v, moved by clipped differences (Karimireddy et al. 2021, arXiv 2012.10333, section 3.3).
 
-    A single contribution keeps its bits if it is no farther than the radius. BatchNorm's statistics do not start at v: they
-    are averaged with what each contribution counted in the end.
+    v <- v + sum((x_i - v) min(1, radius / |x_i - v|)) / n, iterated. The first v of a run is 0. A single contribution within
+    the radius of v keeps its bits. BatchNorm's statistics do not start at v: their mean is weighted by the final coefficients.
     """
 
     needs = "gram"
@@ -179,25 +181,25 @@ class CentredClipping(Rule):
         self._last: Tensor | None = None
 
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
-        """See `Rule`."""
+        """Return each contribution's coefficient after the last iteration; v itself has the remaining 1 - sum. See `Rule`."""
         c = torch.zeros_like(weights)
         for _ in range(self.iterations):
-            far = distances_to(gram, c)
-            shares = torch.where(far > self.clip_radius, self.clip_radius / far, 1.0) / len(c)
+            distances = distances_to(gram, c)
+            shares = torch.where(distances > self.clip_radius, self.clip_radius / distances, 1.0) / len(c)
             c = c + shares - c * shares.sum()
         return c
 
     def origin(self, like: Tensor) -> Tensor:
-        """See `Rule`."""
+        """Return v, the previous result; zeros at first. See `Rule`."""
         if self._last is None:
             self._last = torch.zeros_like(like)
         self._last = self._last.to(like)
         return self._last
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Rule`."""
+        """Return v, if there is one; see `Rule`."""
         return {} if self._last is None else {"origin": self._last}
 
     def load_state_dict(self, tree: Mapping[str, Any]) -> None:
-        """See `Rule`."""
+        """Restore v; see `Rule`."""
         self._last = tree.get("origin")

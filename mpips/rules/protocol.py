@@ -1,4 +1,4 @@
-"""What a rule is."""
+"""The interface of an aggregation rule."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-Needs = Literal["sum", "rows"]  # what a communicator can bring
+Needs = Literal["sum", "rows"]  # what a communicator can bring: the sum over ranks, or a row for each rank
 
 
 class RuleError(ValueError):
-    """Contributions that a rule cannot combine: fewer than it takes to withstand the faulty ones that are assumed."""
+    """Contributions that a rule cannot combine: there are too few to tolerate the assumed number of faulty ones."""
 
 
 class Rule:
-    """How contributions are combined. A rule derives from this class, which has defaults for all but the combining itself.
+    """The base class of all aggregation rules. It has defaults for everything except the combination itself.
 
-    A contribution of weight 0 is none. One contribution alone is the result, bit for bit, unless the rule says otherwise.
+    A contribution of weight 0 does not count. A single contribution is returned bit for bit, unless the rule's docstring says
+    otherwise.
 
     Attributes:
-        needs: "sum" if the sum over ranks suffices and "rows" if every rank's own values of a coordinate are needed: then
-            the rule is called with them. "gram" if inner products of whole contributions suffice: then `coefficients` is
-            called, and the result is the sum of the contributions, each times its coefficient.
-        then: "rows", of a rule that needs "gram", if it is to be called with the rows after `coefficients` has chosen
-            among them.
-        faulty: how many contributions of this round were left out for a NaN or Inf; set before the rule is called.
+        needs: "sum" if the sum over ranks suffices, "rows" if the rule needs every rank's value of a coordinate. In both cases
+            the rule itself is called. "gram" if inner products of whole contributions suffice: `coefficients` is called, and
+            the result is the sum of the contributions multiplied by their coefficients.
+        then: "rows" for a rule that needs "gram" and is afterwards called with the rows that `coefficients` has selected.
+        faulty: the number of contributions of this round that were left out because of a NaN or Inf. Set before the rule is
+            called.
     """
 
     needs: Literal["sum", "rows", "gram"]
@@ -33,13 +34,14 @@ class Rule:
     faulty: int = 0
 
     def __call__(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
-        """Combine one slice.
+        """Combine one slice of the flat buffer.
 
         Args:
-            rows: `(n, len)`, contributions already multiplied by their weights, in rank order; `(1, len)`, their sum, for
-                a rule that needs only the sum. A rank with weight 0 contributed zeros.
-            weights: `(n,)` or, with their sum, `(1,)`; their sum is above 0. After `coefficients`, these.
-            out: `(len,)`; may be `rows[0]`.
+            rows: `(n, len)`, the contributions in rank order, already multiplied by their weights. For a rule that needs only
+                the sum: `(1, len)`, the sum of the contributions. The row of a rank with weight 0 is zero.
+            weights: `(n,)`, or `(1,)` if `rows` is the sum. The sum of the weights is above 0. After `coefficients`, the
+                weights are the coefficients.
+            out: `(len,)`, receives the result; may be `rows[0]`.
 
         Raises:
             RuleError: see `check`.
@@ -47,15 +49,16 @@ class Rule:
         raise NotImplementedError
 
     def statistics(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
-        """Combine a slice of what lies behind the gradients (BatchNorm's statistics); see `__call__`."""
+        """Combine one slice of BatchNorm's statistics, which lie behind the gradients; see `__call__`."""
         self(rows, weights, out)
 
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
-        """What to multiply each contribution by.
+        """Return the coefficient of each contribution in the result.
 
         Args:
-            gram: `(n, n)` float64 on the CPU, inner products of the contributions, measured from `origin`; without one,
-                from a point that is near them and otherwise unknown, so that only their differences mean anything.
+            gram: `(n, n)` float64 on the CPU, the inner products of the contributions, measured from `origin`. If `origin` is
+                None, the products are measured from an unspecified point near the contributions, so only differences between
+                contributions are meaningful.
             weights: `(n,)` float64, above 0.
 
         Returns:
@@ -67,34 +70,35 @@ class Rule:
         raise NotImplementedError
 
     def origin(self, like: Tensor) -> Tensor | None:
-        """What contributions are measured from, `(len,)` as `like`, and what takes the place of coefficients that lack to 1.
+        """Return the point that contributions are measured from, `(len,)` like `like`, or None.
 
-        It is the rule's own, and is set to each round's result.
+        The result is sum(c_i x_i) + (1 - sum(c_i)) origin. The tensor belongs to the rule, and the caller sets it to the result
+        of each round.
         """
         return None
 
     def prepare(self, contribution: Tensor, weight: float) -> bool:
-        """Called on each rank that contributes, before anything is sent.
+        """Prepare this rank's contribution before anything is sent. Called on each rank that contributes.
 
         Args:
-            contribution: `(len,)`, this rank's, multiplied by `weight`; may be changed in place.
+            contribution: `(len,)`, this rank's contribution, multiplied by `weight`. May be changed in place.
             weight: above 0.
 
         Returns:
-            False to leave it out.
+            False to leave the contribution out.
         """
         return True
 
     def check(self, n: int) -> None:
-        """Raise RuleError if the rule cannot combine `n` finite contributions; 1 alone it can."""
+        """Raise RuleError if the rule cannot combine `n` finite contributions. A single contribution is always accepted."""
 
     def left(self, bad: int) -> int:
-        """How many of `bad` faulty contributions may still be among those that were not left out."""
+        """Return how many of `bad` assumed faulty contributions may still be among those that were not left out."""
         return max(0, bad - self.faulty)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the rule remembers from round to round, for a checkpoint."""
+        """Return what the rule remembers from round to round, for a checkpoint."""
         return {}
 
     def load_state_dict(self, tree: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave; an empty one, of another rule, means to begin anew."""
+        """Restore what `state_dict` returned. An empty `tree`, saved by another rule, keeps the initial state."""

@@ -1,1 +1,1 @@
-"""Optimizers on the flat buffer: the script's own, the server's, several as one; their state by parameter name."""
+"""Optimizers on the flat weights: the script's own, the server's, several joined into one; their state by parameter name."""

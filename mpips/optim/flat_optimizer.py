@@ -1,7 +1,8 @@
-"""An optimizer and the weights it steps on: the server's, and each worker's in modes with local steps.
+"""A `torch.optim` optimizer on the flat weights: the server's, and each worker's own in modes with local steps.
 
-A model in float32 or float64 is stepped in place. One in float16 or bfloat16 has float32 master weights here, whose gradients
-are the push message itself. The script's own object stays the script's: what steps is a twin of it, wherever it can be made.
+A float32 or float64 model is stepped in place. A float16 or bfloat16 model has float32 master weights here, and the gradients
+of the master weights are views of the push message. The script's own optimizer object is not changed: a twin of it takes the
+steps, wherever a twin can be made.
 """
 
 from __future__ import annotations
@@ -23,38 +24,43 @@ from mpips.optim import snapshot
 from mpips.optim.joint import Joint
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
-HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")  # run where the script calls step
+HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+)  # the wrapped optimizer runs these, where the script calls step
 
 
 def kind(optimizer: Optimizer) -> type[Optimizer]:
-    """The class that the script gave it; after `connect` the script's object has one derived from that."""
+    """Return the optimizer's class as the script made it; `connect` replaces the class of the script's object by a subclass."""
     return getattr(type(optimizer), "given_class", type(optimizer))
 
 
 def made(optimizer: Optimizer | MakeOptimizer, model: nn.Module) -> Optimizer:
-    """The optimizer, made of the model's trained parameters if a function was given."""
+    """Return the optimizer. If a function was given, call it with the model's trainable parameters."""
     if isinstance(optimizer, Optimizer):
         return optimizer
     return optimizer([p for p in unwrap(model).parameters() if p.requires_grad])
 
 
 class FlatOptimizer:
-    """A `torch.optim` optimizer on the flat weights.
+    """A `torch.optim` optimizer that steps the flat weights.
 
     Args:
         replica: the model's flat buffers.
-        optimizer: an optimizer of the model's own parameters, with groups as the user likes, or a function from a list of
-            parameters to one.
-        masters: whether it steps float32 masters of a model of 16 bits; without, it is there to be taken to pieces.
-        own: whether it is a worker's own: it steps the model's weights, where they are not those in the pull message.
+        optimizer: an optimizer of the model's own parameters, with any parameter groups, or a function from a list of
+            parameters to an optimizer.
+        masters: whether a 16-bit model gets float32 master weights. False for an optimizer that is about to be divided into
+            slices (`reduce/sharded_optimizer.py`).
+        own: whether a worker takes local steps with it. It then steps the model's weights instead of those in the pull message.
 
     Attributes:
-        torch: what steps. Of a class of torch's a twin of the optimizer given, else that itself.
-        weights: the parameters that are stepped: the model's, or their float32 masters.
-        saved: masters of a checkpoint that has been put back.
+        torch: the optimizer that takes the steps. A twin of the given optimizer if that is of a class of torch's or there are
+            master weights, else the given optimizer itself.
+        weights: the parameters that are stepped: the model's, or their float32 master weights.
+        saved: the master weights of the checkpoint that was loaded last.
 
     Raises:
-        ConfigError: an optimizer of other parameters than the model's, or that cannot step here.
+        ConfigError: the optimizer has parameters that are not the model's, or it cannot step here.
     """
 
     def __init__(self, replica: Replica, optimizer: Optimizer | MakeOptimizer, masters: bool = True, own: bool = False) -> None:
@@ -67,57 +73,65 @@ class FlatOptimizer:
         self._check_own()
 
     def give_up(self) -> None:
-        """It has been taken to pieces, which have the masters now."""
+        """Release the master weights: the slices that this optimizer was divided into hold them now."""
         self.weights, self.names, self.saved = [], {}, {}
         self._whole = torch.empty(0)
 
     def rebind(self) -> None:
-        """The push message lies elsewhere now."""
+        """Make views of the push message's gradients again. Call after the push message has moved to other memory."""
         gradients = self.replica.push.gradients
         self._grads = self.replica.flat.views_of(gradients)
-        self._clipped = [grad for _, grad in self.replica.flat.named(gradients)]  # not the script's, which `clipping` averages
+        self._clipped = [
+            grad for _, grad in self.replica.flat.named(gradients)
+        ]  # no views that the script holds: run/clipping.py would average those
 
     @property
     def lr(self) -> float:
-        """The first group's learning rate."""
+        """The learning rate of the first parameter group."""
         return float(self.torch.param_groups[0]["lr"])
 
     def _masters(self) -> list[nn.Parameter]:
+        """Return float32 master weights, views of one new flat tensor."""
         flat = self.replica.flat
         self._whole = flat.weights.to(self.replica.push.message.dtype)
         return [nn.Parameter(view) for _, view in flat.named(self._whole)]
 
     def _adopt(self, given: Optimizer) -> Optimizer:
-        """A twin of the script's optimizer, on the masters where there are any."""
+        """Return a twin of the script's optimizer; where a foreign class steps in place, the optimizer itself."""
         if isinstance(given, Joint):
             return Joint([self._adopt(part) for part in given.parts], step_once)
         ours = dict(zip(self.replica.flat.parameters, self.weights, strict=True))
         frozen = set(self.replica.flat.frozen.values())
         in_place = self.weights is self.replica.flat.parameters
-        if in_place and not _is_torchs(given):  # it may hold its parameters, or another optimizer, in ways of its own
+        if in_place and not _is_torchs(given):  # a foreign class may hold parameters or another optimizer anywhere
             for group in given.param_groups:
                 group["params"] = [p for p in group["params"] if p not in frozen]
             return given
         groups = [{**g, "params": [ours.get(p, p) for p in g["params"] if p not in frozen]} for g in given.param_groups]
         twin = object.__new__(kind(given))
-        vars(twin).update({k: v for k, v in vars(given).items() if k != "step"})  # which a scheduler may have put there
+        vars(twin).update({k: v for k, v in vars(given).items() if k != "step"})  # a scheduler may have put a step there
         twin.param_groups = groups
         for name in HOOKS:
             setattr(twin, name, OrderedDict())
-        if isinstance(given, (torch.optim.LBFGS, torch.optim.SparseAdam)):  # which steps on the workers
+        if isinstance(given, (torch.optim.LBFGS, torch.optim.SparseAdam)):  # these step on the workers
             twin.state = defaultdict(dict)
         else:
             self._share_state(twin, given)
         return twin
 
     def take_state(self, given: Optimizer, which: int = 0) -> None:
-        """Take over the state of the script's optimizer, the number `which` of several, which it has loaded."""
+        """Take over the state that the script's optimizer has just loaded.
+
+        Args:
+            given: the script's optimizer.
+            which: its number, if the run has several optimizers.
+        """
         twin = self.torch.parts[which] if isinstance(self.torch, Joint) else self.torch
         if twin is not given:
             self._share_state(twin, given)
 
     def _share_state(self, twin: Optimizer, given: Optimizer) -> None:
-        """The twin's state is that of the optimizer given; masters have one of their own."""
+        """Let the twin use the given optimizer's state. With master weights, move the state to the twin and cast it."""
         if self.weights is self.replica.flat.parameters:
             twin.state = given.state
             return
@@ -127,6 +141,7 @@ class FlatOptimizer:
                 twin.state[master] = {k: _in_dtype(v, master.dtype) for k, v in given.state.pop(p).items()}
 
     def _check_own(self) -> None:
+        """Raise ConfigError if the optimizer has parameters that are not the model's."""
         known = {*self.names, *self.replica.flat.frozen.values()}
         strangers = [p for group in self.torch.param_groups for p in group["params"] if p not in known]
         if strangers:
@@ -137,53 +152,58 @@ class FlatOptimizer:
 
     @property
     def whole(self) -> Tensor:
-        """The weights that are stepped, `(numel,)`: the model's, or their float32 masters."""
+        """The flat weights that are stepped, `(numel,)`: the model's, or their float32 master weights."""
         return self.replica.flat.weights if self.replica.wire_is_grad else self._whole
 
     def refresh(self, numbers: Sequence[int] | None = None) -> None:
-        """The model's weights, or those of these parameters, have been changed by others: take them as they are."""
+        """Copy the model's weights to the master weights, after something else has changed them.
+
+        Args:
+            numbers: the parameters that have changed; None for all.
+        """
         flat = self.replica.flat
         if not self.replica.wire_is_grad:
             for slot in flat.slots if numbers is None else [flat.slots[number] for number in numbers]:
                 self._whole[slot.span].copy_(flat.weights[slot.span])
 
     def step(self, present: Sequence[float], clip: float | None, scale: float = 1.0, times: float = 1.0) -> None:
-        """One step with the gradients in the push message.
+        """Take one step with the gradients in the push message.
 
         Args:
-            present: for each parameter how many workers have a gradient; without any it is passed over, as in PyTorch.
-            clip: the largest global norm.
-            scale: what the learning rates are multiplied by, in this step alone.
-            times: what the gradients are multiplied by, before they are clipped.
+            present: for each parameter, the number of workers with a gradient. A parameter without any is skipped, as in
+                PyTorch.
+            clip: the largest global norm of the gradients; None not to clip.
+            scale: a factor on the learning rates, for this step only.
+            times: a factor on the gradients, applied before they are clipped.
         """
         if times != 1:
             self.replica.push.gradients.mul_(times)
         grads = self._grads if clip is None else self._clipped
-        combined = [grad if seen else None for grad, seen in zip(grads, present, strict=True)]
-        apart = [  # where the script has other gradients, on this rank, too
-            (p, new, old) for p, new in zip(self.weights, combined, strict=True) if (old := p.grad) is not new
+        gradients = [grad if seen else None for grad, seen in zip(grads, present, strict=True)]
+        replaced = [  # on this rank the script's own gradients may be in p.grad
+            (p, new, old) for p, new in zip(self.weights, gradients, strict=True) if (old := p.grad) is not new
         ]
-        for p, new, _ in apart:
+        for p, new, _ in replaced:
             p.grad = new
         if clip is not None:
             nn.utils.clip_grad_norm_(self.weights, clip)
         self.move(scale)
-        for p, _, old in apart:
+        for p, _, old in replaced:
             p.grad = old
         if not self.replica.wire_is_grad:
             (self.replica.flat if self._own else self.replica.pull).weights.copy_(self._whole)
 
     def adopt(self) -> None:
-        """Take what is in the push message for the new weights."""
+        """Take the contents of the push message as the new weights."""
         self.whole.copy_(self.replica.push.gradients)
         if not self.replica.wire_is_grad:
             self.replica.pull.weights.copy_(self._whole)
 
     def skip(self) -> None:
-        """No step is taken in this round."""
+        """Take no step in this round."""
 
     def move(self, scale: float) -> None:
-        """One step of the script's optimizer, the learning rates times `scale`."""
+        """Take one step of the optimizer, with the learning rates multiplied by `scale`."""
         if scale == 1:
             step_once(self.torch)
             return
@@ -192,7 +212,7 @@ class FlatOptimizer:
 
     @contextmanager
     def _scaled(self, scale: float) -> Iterator[None]:
-        """The learning rates are multiplied by `scale` in here."""
+        """Multiply the learning rates by `scale` within the context."""
         rates = [group["lr"] for group in self.torch.param_groups]
         for group, rate in zip(self.torch.param_groups, rates, strict=True):
             group["lr"] = rate * scale
@@ -201,55 +221,62 @@ class FlatOptimizer:
             group["lr"] = rate
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer and master weights for a checkpoint."""
+        """Return the optimizer's state and the master weights, by parameter name, for a checkpoint."""
         masters = {} if self.replica.wire_is_grad else dict(self.replica.flat.named(self._whole))
         return {"optimizer": snapshot.take_optimizer(self.torch, kind(self.torch).__name__, self.names), "masters": masters}
 
     def load_state_dict(self, tree: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave; the model's weights have been put back before."""
+        """Restore what `state_dict` returned. The model's weights must have been restored before."""
         snapshot.put_optimizer(tree["optimizer"], self.torch, kind(self.torch).__name__, self.names)
         self.saved = tree["masters"]
         if self.replica.wire_is_grad:
             return
         self._whole.copy_(self.replica.flat.weights)
         masters = dict(self.replica.flat.named(self._whole))
-        if self.saved or not self._own:  # a worker's own may begin at the server's weights
+        if self.saved or not self._own:  # without saved masters a worker begins at the server's weights
             snapshot.check_same("masters", masters, self.saved)
         for name, master in self.saved.items():
             masters[name].copy_(master)
 
 
 def nested(optimizer: Optimizer) -> dict[str, Optimizer]:
-    """The optimizers that this one wraps, by the names of its attributes, as SAM and Lookahead do."""
+    """Return the optimizers that this one wraps, as SAM and Lookahead do, by attribute name."""
     return {name: value for name, value in vars(optimizer).items() if isinstance(value, Optimizer)}
 
 
 def unhooked(optimizer: Optimizer) -> Callable[..., Any]:
-    """The class's own step, without the hooks that are run where the script calls `step`."""
+    """Return the class's `step` without torch's hook wrapper. The hooks run where the script calls `step`."""
     step: Any = kind(optimizer).step
-    torchs = getattr(step, "__globals__", {}).get("__name__") == "torch.optim.optimizer"  # not somebody's around it
-    bare: Callable[..., Any] = getattr(step, "__wrapped__", step) if torchs and getattr(step, "hooked", False) else step
+    is_torchs_wrapper = (
+        getattr(step, "__globals__", {}).get("__name__") == "torch.optim.optimizer"
+    )  # and no foreign wrapper around it
+    bare: Callable[..., Any] = (
+        getattr(step, "__wrapped__", step) if is_torchs_wrapper and getattr(step, "hooked", False) else step
+    )
     return bare
 
 
 def evaluates(optimizer: Optimizer, closure: bool) -> bool:
-    """Whether every worker takes its step, alike, and the server takes the weights.
+    """Return whether every worker takes the same step itself and the server takes over the resulting weights.
 
-    So it is where the loss may be evaluated several times, and where an optimizer's state lies in others that it wraps.
+    That holds for optimizers that may evaluate the loss several times (`closure`), for optimizers whose state lies in other
+    optimizers that they wrap, and for LBFGS and SparseAdam.
     """
     if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
-        return True  # whose gradients are what backward left, and of no other kind
+        return True  # SparseAdam needs the sparse gradients that backward left
     return not _is_torchs(optimizer) and (closure or bool(nested(optimizer)))
 
 
 def _is_torchs(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer's class is torch's or this package's."""
     return kind(optimizer).__module__.startswith(("torch.optim.", "mpips."))
 
 
 def step_once(optimizer: Optimizer) -> None:
-    """One step; if it is torch's own and nobody looks on, without what is there for those who do: half of a small one.
+    """Take one step of the optimizer, without hooks: they run where the script calls `step`.
 
-    Hooks are run where the script calls `step`, not here.
+    The step of a class of torch's runs without torch's wrappers for profiling and differentiability, unless those are in use.
+    The wrappers take half the time of a step of a small model.
     """
     step = kind(optimizer).step
     bare = _unwrapped(step)
@@ -266,10 +293,10 @@ def step_once(optimizer: Optimizer) -> None:
 
 
 def _step_alone(optimizer: Optimizer) -> None:
-    """A step without a closure, of a class that may need one.
+    """Take a step without a closure, of any class.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: the class's step needs a closure.
     """
     try:
         unhooked(optimizer)(optimizer)
@@ -283,7 +310,7 @@ def _step_alone(optimizer: Optimizer) -> None:
 
 @cache
 def _unwrapped(step: Any) -> Callable[[Optimizer], object] | None:
-    """The step of a class of torch's without its wrappers; None of others, or if somebody else has wrapped it."""
+    """Return the step of one of torch's classes without its wrappers; None for other classes, or with a foreign wrapper."""
     while step.__module__.startswith("torch.optim.") and hasattr(step, "__wrapped__"):
         if not step.__globals__["__name__"].startswith("torch."):
             return None
@@ -292,4 +319,5 @@ def _unwrapped(step: Any) -> Callable[[Optimizer], object] | None:
 
 
 def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """Return `value` in `dtype` if it is a floating-point tensor, else as it is."""
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,7 +1,7 @@
-"""An optimizer's hyperparameters on their way: the numbers of its parameter groups, exact in any message.
+"""The hyperparameters of an optimizer in a message: the numbers of its parameter groups, without rounding.
 
-What a script or its scheduler sets in `param_groups` goes to the server with the push. A number is a float64, which travels as
-four limbs of 16 bits, as integers do.
+What a script or its scheduler sets in `param_groups` travels to the server in the push message. Each number is a float64,
+encoded as four 16-bit limbs, which a message of any dtype holds exactly. Integers are encoded in the same way.
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 LIMBS = 4  # of 16 bits
-UNUSED = {"differentiable"}  # torch adds it to an optimizer that has been put back
+UNUSED = {"differentiable"}  # torch adds this key to an optimizer that has loaded a state
 
 Limbs = Any  # (LIMBS * n,) array of uint16
 
 
 def keys(optimizer: Optimizer) -> list[str]:
-    """The names of an optimizer's hyperparameters."""
+    """Return the sorted names of the optimizer's hyperparameters."""
     return sorted(optimizer.defaults.keys() - UNUSED)
 
 
 def read(optimizer: Optimizer) -> list[float]:
-    """Every number of the groups, NaN for what is none: as long on every rank with the same optimizer."""
+    """Return every number in the parameter groups, NaN in place of values that are no numbers.
+
+    The length is the same on every rank with the same optimizer.
+    """
     known = keys(optimizer)
     return [number for group in optimizer.param_groups for key in known for number in numbers_in(group.get(key))]
 
 
 def names(optimizer: Optimizer) -> list[str]:
-    """What each number of `read` is, for people."""
+    """Return a readable name for each number of `read`, such as `param_groups[0]['lr']`."""
     return [
         f"param_groups[{at}][{key!r}]"
         for at, group in enumerate(optimizer.param_groups)
@@ -42,12 +45,12 @@ def names(optimizer: Optimizer) -> list[str]:
 
 
 def terms(optimizer: Optimizer) -> list[str]:
-    """For the contract: whose numbers `read` gives."""
+    """Return the contract's lines on the optimizer: its class, and the name of each number of `read`."""
     return [f"optimizer = {type(optimizer).__name__}", *(f"hyperparameter {name}" for name in names(optimizer))]
 
 
 def write(optimizer: Optimizer, numbers: Sequence[float]) -> None:
-    """Take over what `read` gave elsewhere; each keeps the type that it has here."""
+    """Set the hyperparameters to numbers that `read` returned on another rank. Each keeps the type that it has here."""
     rest = iter(numbers)
     for group in optimizer.param_groups:
         for key in keys(optimizer):
@@ -58,23 +61,23 @@ def write(optimizer: Optimizer, numbers: Sequence[float]) -> None:
 
 
 class Told:
-    """What an optimizer's numbers are, read anew only when something has changed.
+    """An optimizer's numbers, encoded again only when a hyperparameter has changed.
 
     Attributes:
-        numbers: as `read` gives them.
-        limbs: the same, encoded.
+        numbers: what `read` returns.
+        limbs: the same numbers, encoded.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer, self._names = optimizer, keys(optimizer)
         self._seen: list[Any] = []
-        self._in_place = False  # whether a value may change without another in its place
+        self._in_place = False  # whether a value is a tensor or array, which may change in place
         self.numbers: list[float] = []
         self.limbs: Limbs = None
         self.changed()
 
     def changed(self) -> bool:
-        """Look again; whether there are other numbers than before."""
+        """Read the hyperparameters again; return whether any number differs from before."""
         now = [group.get(name) for group in self.optimizer.param_groups for name in self._names]
         if not self._in_place and now == self._seen:
             return False
@@ -88,18 +91,18 @@ class Told:
 
 
 def encode(numbers: Sequence[float]) -> Limbs:
-    """As limbs."""
+    """Return the numbers as 16-bit limbs, four each."""
     return np.array(numbers, dtype=np.float64).view(np.uint16)
 
 
 def decode(limbs: Limbs) -> list[float]:
-    """The numbers, of limbs in a message's dtype."""
+    """Return the numbers, given their limbs as an array of a message's dtype."""
     numbers: list[float] = limbs.astype(np.uint16).view(np.float64).tolist()
     return numbers
 
 
 def numbers_in(value: Any) -> list[float]:
-    """The numbers of one hyperparameter: of a tuple several, NaN for a text or None."""
+    """Return the numbers in one hyperparameter's value: several for a tuple, NaN for a text or None."""
     if isinstance(value, (tuple, list)):
         return [number for one in value for number in numbers_in(one)]
     if isinstance(value, (Tensor, np.ndarray)):
@@ -110,12 +113,12 @@ def numbers_in(value: Any) -> list[float]:
 
 
 def like(own: Any, new: list[float]) -> Any:
-    """The same numbers, of the kind that is here; where a script began with lr=1, 0.5 may follow."""
+    """Return the numbers `new` in the type of the present value `own`; an int may become a float, as from lr=1 to 0.5."""
     if isinstance(own, (tuple, list)):
         rest = iter(new)
         return type(own)(like(o, [next(rest) for _ in numbers_in(o)]) for o in own)
     if isinstance(own, Tensor):
         return own.fill_(new[0])
-    if isinstance(own, (bool, np.generic)):  # numpy's own numbers are computed with at their own precision
+    if isinstance(own, (bool, np.generic)):  # keep numpy's type, which sets the precision of later arithmetic
         return type(own)(new[0])
     return int(new[0]) if isinstance(own, int) and new[0].is_integer() else new[0]

@@ -1,4 +1,4 @@
-"""Several optimizers of one run, as one: each round is about one of them, and steps its parameters alone."""
+"""Several optimizers of one run joined into one; each round steps the parameters of one of them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.optim import Optimizer
 
 
 class Joint(Optimizer):
-    """The groups of several optimizers, one after another; a step is that of the one that it is about.
+    """An optimizer whose parameter groups are those of several optimizers, in order. A step is a step of one of them.
 
     Args:
         parts: the optimizers.
-        take: steps one of them.
+        take: a function that steps an optimizer.
 
     Attributes:
-        parts: see above.
-        which: the one that a step is about.
+        parts: the optimizers.
+        which: the index of the optimizer that `step` steps.
     """
 
     def __init__(self, parts: Sequence[Optimizer], take: Callable[[Optimizer], None]) -> None:
@@ -30,20 +30,20 @@ class Joint(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The groups of all, the optimizers' own."""
+        """The parameter groups of all optimizers, the optimizers' own dicts."""
         return [group for part in self.parts for group in part.param_groups]
 
     @property
     def state(self) -> defaultdict[Any, Any]:  # type: ignore[override]
-        """The state of all, together."""
+        """The states of all optimizers in one new dict."""
         return defaultdict(dict, {p: kept for part in self.parts for p, kept in part.state.items()})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Step the one that it is about."""
+        """Step the optimizer with the index `which`. `closure` is not used."""
         self._take(self.parts[self.which])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Give each its part; parameters are numbered through all groups."""
+        """Give each optimizer its part of the state dict, in which parameters are numbered through all groups."""
         ends = accumulate((len(part.param_groups) for part in self.parts), initial=0)
         start = 0
         for part, (first, end) in zip(self.parts, pairwise(ends), strict=True):

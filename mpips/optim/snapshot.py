@@ -1,6 +1,6 @@
-"""The server's state as a tree of plain tensors, numbers and texts, by parameter name, and back.
+"""The server's state as a tree of plain tensors, numbers and texts, keyed by parameter name, and back.
 
-A restored server goes on with the same bits. Everything that comes back is checked against the model first, so a snapshot of
+A restored server continues with the same bits. A tree is checked against the model before anything is copied, so a snapshot of
 another model changes nothing.
 """
 
@@ -19,21 +19,21 @@ from torch.optim import Optimizer
 from mpips.model.message import Replica
 
 Tree = dict[str, Any]
-# Optimizers of torch's that keep, element by element, what has the parameter's shape.
+# Classes of torch's whose state has the parameter's shape, or is one number.
 SHAPED = {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
 
 
 class SnapshotError(ValueError):
-    """A snapshot that does not belong to this model or optimizer: names the first tensor that differs."""
+    """A snapshot of another model or optimizer. The message names the first tensor that differs."""
 
 
 def to_json(value: Any) -> str:
-    """Nested dicts (with any keys), lists, tuples and numbers as text that `from_json` restores exactly."""
+    """Return nested dicts (with keys of any type), lists, tuples and numbers as text that `from_json` restores exactly."""
     return json.dumps(_encode(value))
 
 
 def from_json(text: str) -> Any:
-    """What `to_json` was given; tuples come back as lists."""
+    """Return the value that was given to `to_json`; tuples come back as lists."""
     return _decode(json.loads(text))
 
 
@@ -55,19 +55,23 @@ def _decode(value: Any) -> Any:
 
 
 def take_model(replica: Replica, changed: Mapping[str, Tensor] | None = None) -> Tree:
-    """All parameters, trained, frozen and tied, and all buffers, by name; frozen ones that have `changed` as they are there."""
+    """Return all parameters (trained, frozen and tied) and all persistent buffers, by name.
+
+    Trained parameters are read from the pull message, since a worker on this rank may have moved its own weights from there.
+    Frozen parameters named in `changed` are taken from `changed`.
+    """
     flat = replica.flat
-    parameters: dict[str, Tensor] = dict(flat.named(replica.pull.weights))  # a worker here may be on its way from them
+    parameters: dict[str, Tensor] = dict(flat.named(replica.pull.weights))  # a worker's own may differ
     parameters |= {name: p.data for name, p in flat.frozen.items()} | dict(changed or {})
     parameters |= {alias: parameters[name] for alias, name in flat.aliases.items()}
     return {"parameters": parameters, "buffers": dict(replica.buffers.named)}
 
 
 def put_model(tree: Tree, replica: Replica) -> None:
-    """Put `take_model`'s tensors back into the model.
+    """Copy the tensors of `take_model` back into the model.
 
     Raises:
-        SnapshotError: before anything is changed, if names, shapes or dtypes are not the model's.
+        SnapshotError: names, shapes or dtypes are not the model's. Nothing has been changed then.
     """
     for kind, ours in take_model(replica).items():
         check_same(kind, ours, tree[kind])
@@ -78,7 +82,7 @@ def put_model(tree: Tree, replica: Replica) -> None:
 
 
 def check_same(kind: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> None:
-    """Raise SnapshotError for the first tensor whose dtype or shape differs, or which only one of both has."""
+    """Raise SnapshotError for the first tensor that only one side has, or whose dtype or shape differs."""
     for name in [*ours, *theirs]:
         mine = f"{ours[name].dtype} {tuple(ours[name].shape)}" if name in ours else "nothing"
         other = theirs.get(name)
@@ -88,28 +92,28 @@ def check_same(kind: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Any])
 
 
 def take_optimizer(optimizer: Optimizer, kind: str, names: Mapping[Tensor, str]) -> Tree:
-    """Class, parameter groups and state of an optimizer, by parameter name."""
+    """Return the class, parameter groups and state of an optimizer, by parameter name."""
     members = [[names[p] for p in group["params"] if p in names] for group in optimizer.param_groups]
     state = {names[p]: {str(k): v for k, v in kept.items()} for p, kept in optimizer.state.items() if p in names}
     return optimizer_tree(optimizer, kind, members, state)
 
 
 def optimizer_tree(optimizer: Optimizer, kind: str, members: Sequence[Sequence[str]], state: Tree) -> Tree:
-    """The same, given the names of each group's parameters and the state by name."""
+    """Return the tree of `take_optimizer`, given each group's parameter names and the state by parameter name."""
     groups = [{**group, "params": list(names)} for group, names in zip(optimizer.param_groups, members, strict=True)]
     return {"class": kind, "groups": to_json(groups), "state": state, "entries": _entries(state)}
 
 
 def _entries(state: Mapping[str, Mapping[str, Any]]) -> int:
-    """How many there are: that a parameter has no state yet, and that it is missing, look alike."""
+    """Return the number of state entries. It tells a parameter without state from one whose state is missing."""
     return sum(value is not None for kept in state.values() for value in kept.values())
 
 
 def put_optimizer(tree: Tree, optimizer: Optimizer, kind: str, names: Mapping[Tensor, str]) -> None:
-    """Put `take_optimizer`'s state back.
+    """Restore the state that `take_optimizer` returned.
 
     Raises:
-        SnapshotError: the optimizer is of another class or has other groups, or not all of its state is there.
+        SnapshotError: the optimizer is of another class or has other groups, or the state is incomplete or of other shapes.
     """
     if tree["class"] != kind:
         raise SnapshotError(f"the checkpoint has optimizer {tree['class']}, this run {kind}")
@@ -128,14 +132,17 @@ def put_optimizer(tree: Tree, optimizer: Optimizer, kind: str, names: Mapping[Te
         group["params"] = list(range(start, start := start + len(members)))
     state = {order.index(name): dict(kept) for name, kept in tree["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    for p, kept in optimizer.state.items():  # torch has cast all to the parameter's dtype; NAdam's product is float32
+    for p, kept in optimizer.state.items():  # torch casts to the parameter's dtype; NAdam's mu_product stays float32
         for key, value in kept.items():
             if isinstance(value, Tensor):
                 kept[key] = value.to(tree["state"][names[p]][key].dtype)
 
 
 def _check_state(state: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, Tensor]) -> None:
-    """What is kept of a parameter has its shape or is one number; anything else would fail at the first step, or be spread."""
+    """Raise SnapshotError for state that neither has its parameter's shape nor is one number.
+
+    Otherwise the first step would fail, or broadcast silently.
+    """
     for name, kept in state.items():
         for key, value in kept.items():
             shape = tuple(value.shape) if isinstance(value, Tensor) else ()
@@ -147,7 +154,7 @@ def _check_state(state: Mapping[str, Mapping[str, Any]], parameters: Mapping[str
 
 
 def as_now(saved: Tree, now: Mapping[str, Any]) -> Tree:
-    """A saved group with tuples and tensors where the optimizer has them: JSON knows neither."""
+    """Return a saved parameter group with tuples and tensors where the present group has them; JSON has neither."""
     return {k: _alike(v, now.get(k)) for k, v in saved.items()}
 
 

@@ -1,1 +1,1 @@
-"""The table of modes, and what a worker computes between pull and push in each."""
+"""The table of modes, and for each mode what a worker computes between pull and push."""

@@ -1,19 +1,20 @@
-"""Modes: each a row of what workers compute, how the server steps, and whether it runs rounds or answers requests.
+"""The table of modes. A mode says what workers push, how the server steps, and whether it runs rounds or answers requests.
 
-To add one, write the row (see CONTRIBUTING.md). The rule that combines, and most of a row's numbers, are settings of their own.
+To add a mode, add a row (see CONTRIBUTING.md). The aggregation rule, and most of the numbers in a row, have settings of their
+own.
 
 | mode                   | a worker pushes                       | the server steps with             |          |
 |------------------------|---------------------------------------|-----------------------------------|----------|
 | sync                   | the gradient of each batch            | the script's optimizer            | rounds   |
-| sync, backup_workers b | the same; the last b of a round drop  | the same                          | requests |
-| async                  | the same                              | the same, one by one              | requests |
+| sync, backup_workers b | the same; each update drops the last b | the same                         | requests |
+| async                  | the same                              | the same, for each push           | requests |
 | ssp                    | the same, at most `staleness.bound` clocks ahead | the same               | requests |
-| fedbuff                | where its local steps led             | `staleness.buffer` of them        | requests |
-| easgd, eamsgd          | what pulls the centre towards it      | their sum                         | requests |
+| fedbuff                | the change by its local steps         | the mean of `staleness.buffer` pushes | requests |
+| easgd, eamsgd          | the elastic force on the centre       | the sum of the forces             | requests |
 | local_sgd              | its weights after `local.steps` steps | their mean                        | rounds   |
-| slowmo, diloco         | how far its local steps led           | slow momentum; Nesterov           | rounds   |
-| the same, `local.fragments` | a fragment of it            | the same, on the fragment         | rounds   |
-| fedavg and its kin     | the same, of clients' local epochs    | mean; momentum, Adam, Yogi, Adagrad | rounds |
+| slowmo, diloco         | the change by its local steps         | slow momentum; Nesterov           | rounds   |
+| the same, `local.fragments` | one fragment of the change       | the same, on the fragment         | rounds   |
+| fedavg and its variants | the change by its clients' local epochs | mean; momentum, Adam, Yogi, Adagrad | rounds |
 """
 
 from __future__ import annotations
@@ -37,28 +38,28 @@ Step = Callable[[Config, Any], Optimizer]
 
 
 def average(config: Config, params: Any) -> Optimizer:
-    """w <- w - lr * mean change, with momentum if `outer.momentum` says so; as it stands, the mean of the workers' weights."""
+    """Return SGD for w <- w - lr * mean change, with momentum if `outer.momentum` is set; by default, the workers' mean."""
     return SGD(params, lr=config.outer.lr or 1.0, momentum=config.outer.momentum or 0.0)
 
 
 def momentum(config: Config, params: Any) -> Optimizer:
-    """FedAvgM (Hsu et al. 2019, arXiv 1909.06335)."""
+    """Return the server optimizer of FedAvgM (Hsu et al. 2019, arXiv 1909.06335)."""
     return SGD(params, lr=config.outer.lr or 1.0, momentum=0.9 if config.outer.momentum is None else config.outer.momentum)
 
 
 def slow_momentum(config: Config, params: Any) -> Optimizer:
-    """SlowMo (Wang et al. 2019, arXiv 1910.00643)."""
+    """Return the server optimizer of SlowMo (Wang et al. 2019, arXiv 1910.00643)."""
     return SlowMo(params, lr=config.outer.lr or 1.0, momentum=0.5 if config.outer.momentum is None else config.outer.momentum)
 
 
 def nesterov(config: Config, params: Any) -> Optimizer:
-    """DiLoCo's outer step (Douillard et al. 2023, arXiv 2311.08105)."""
+    """Return DiLoCo's outer optimizer, Nesterov SGD (Douillard et al. 2023, arXiv 2311.08105)."""
     beta = 0.9 if config.outer.momentum is None else config.outer.momentum
     return SGD(params, lr=config.outer.lr or 0.7, momentum=beta, nesterov=beta > 0)
 
 
 def adaptive(kind: type[FedAdam] | type[FedYogi] | type[FedAdagrad]) -> Step:
-    """FedOpt (Reddi et al. 2020, arXiv 2003.00295): no bias correction, unlike `torch.optim.Adam`."""
+    """Return the maker of a FedOpt optimizer (Reddi et al. 2020, arXiv 2003.00295), which has no bias correction."""
 
     def make(config: Config, params: Any) -> Optimizer:
         given: dict[str, Any] = {"lr": config.outer.lr or 0.1, "tau": config.outer.tau}
@@ -73,17 +74,17 @@ def adaptive(kind: type[FedAdam] | type[FedYogi] | type[FedAdagrad]) -> Step:
 
 @dataclass(frozen=True)
 class Mode:
-    """One row.
+    """One row of the table of modes.
 
     Attributes:
-        update: what a worker computes between pull and push.
-        step: makes the server's optimizer of its parameters; None: it is the script's.
-        requests: whether the server answers requests; else it runs rounds.
-        steps: local steps between two pushes, if `local.steps` does not say; 0: the clients' epochs.
-        policy: what becomes of late contributions, if `staleness.policy` does not say.
-        buffer: contributions that make one update, if `staleness.buffer` does not say.
-        bounded: whether workers wait for those that are too far behind.
-        vectors: vectors of the weights' length in a message.
+        update: the class of what a worker computes between pull and push.
+        step: makes the server's optimizer from settings and parameters; None if the server uses the script's optimizer.
+        requests: whether the server answers requests instead of running rounds.
+        steps: the default of `local.steps`, the local steps between two pushes; unused in federated modes.
+        policy: the default of `staleness.policy`, what happens to late contributions.
+        buffer: the default of `staleness.buffer`, the number of contributions in one update.
+        bounded: whether a worker waits for others that are more than `staleness.bound` behind.
+        vectors: the number of vectors of the weights' length in a message.
         normalised: whether the server's step is multiplied by the mean number of local steps.
     """
 
@@ -99,12 +100,12 @@ class Mode:
 
     @property
     def local(self) -> bool:
-        """Whether workers take steps of their own, with the script's optimizer."""
+        """Whether workers take local steps with the script's optimizer."""
         return self.step is not None
 
     @property
     def gradients(self) -> bool:
-        """Whether workers push gradients in rounds, with the model at the server's weights all the time."""
+        """Whether workers push gradients in rounds, so that the model always has the server's weights."""
         return not (self.requests or self.update.apart)
 
     @property
@@ -136,10 +137,10 @@ MODES: dict[str, Mode] = {
 
 
 def choose_mode(config: Config) -> Mode:
-    """The configured mode.
+    """Return the configured mode.
 
     Raises:
-        ConfigError: no mode of that name, or settings that do not go with it.
+        ConfigError: there is no mode of that name, or other settings do not go with the mode.
     """
     check_mode(config.mode, MODES)
     mode = MODES[config.mode]
@@ -162,7 +163,7 @@ def choose_mode(config: Config) -> Mode:
         early = config.rule == "mean" and config.nonfinite != "drop"
         allowed = "false with a rule but mean or nonfinite=drop: gradients leave before all are there"
         _allow("overlap", config, True, allowed, early or mode.requests)
-        bound = config.staleness.bound  # while a push travels its worker is one clock further
+        bound = config.staleness.bound  # a worker is one clock ahead of a push that is still under way
         ok = not config.backup_workers and (bound > 0 or not mode.bounded)
         _allow("overlap", config, True, "false with backup_workers, and with ssp at staleness.bound 0", ok)
     if mode.requests:
@@ -180,25 +181,27 @@ def choose_mode(config: Config) -> Mode:
 
 
 def _allow(key: str, config: Config, given: object, allowed: str, ok: bool) -> None:
+    """Raise ConfigError unless `ok`."""
     if not ok:
         raise ConfigError(f"{key}: given {given!r} with mode {config.mode}, allowed: {allowed}")
 
 
 def judges_clients(mode: Mode, config: Config) -> bool:
-    """Whether the rule's rows are clients, not ranks."""
+    """Return whether the rule's rows are clients instead of ranks."""
     return mode.federated and config.rule != "mean"
 
 
 def summed(mode: Mode, config: Config) -> type[Gradient] | None:
-    """What workers push, if it is contributions to one sum, in rounds; else None."""
+    """Return the mode's update class if workers contribute to one sum in rounds, else None."""
     return None if mode.requests or judges_clients(mode, config) else mode.update
 
 
 def takes_weights(mode: Mode, config: Config, workers: int) -> bool:
-    """Whether workers push their weights, and the server takes the mean as it is; else they push how far they came.
+    """Return whether workers push their weights and the server takes the mean as it is; else they push changes.
 
-    The mean of one worker's weights has its bits, w - (w - own) has not. Robust rules need changes, and so does every server
-    step but plain averaging, and a wire of 16 bits, on which a change keeps more of what it is than the weights would.
+    With one worker the mean of weights is exact, while w - (w - w_k) is not w_k in floating point. Changes are needed by robust
+    rules, by every server step other than plain averaging, and with a 16-bit `comm_dtype`, which rounds a change less than it
+    would round the weights.
     """
     outer = config.outer
     full = config.rule == "mean" and config.comm_dtype == "full"
@@ -218,7 +221,10 @@ def server_optimizer(
     optimizer: Optimizer | MakeOptimizer,
     masters: bool = True,
 ) -> FlatOptimizer:
-    """What the server steps with; without `masters` what another rank steps its slices with, see `FlatOptimizer`."""
+    """Return the optimizer of the server's step.
+
+    `masters` is False on a rank that only steps slices of the server's weights, see `FlatOptimizer`.
+    """
     step = mode.step
     if step is None:
         return FlatOptimizer(replica, optimizer, masters)
@@ -230,7 +236,7 @@ def server_optimizer(
 def make_update(
     mode: Mode, config: Config, replica: Replica, rank: int, index: int, workers: int, inner: FlatOptimizer | None
 ) -> Gradient:
-    """What worker `index` of `workers` pushes."""
+    """Return the update of worker `index` of `workers`."""
     update = mode.update(replica, rank, index, workers, config, inner)
     if mode.requests:  # each contribution is taken by itself
         update.alone = update.first = True

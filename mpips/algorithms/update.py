@@ -1,8 +1,9 @@
-"""What a worker computes between pull and push: the update.
+"""The update: what a worker computes between pull and push.
 
-An update takes note of each step of the script and says when a push is due; then it fills the push message: the body with its
-contribution times a weight, the tail with this rank's row. Contributions are sums, so that empty shards and uneven batches need
-no protocol of their own. Modes in which clients take their own steps are in `federated.py`, elastic averaging in `easgd.py`.
+An update is told of each step of the script and says when a push is due. It then fills the push message: the body with its
+contribution times a weight, the tail with this rank's row. Contributions are sums, so empty shards and uneven batches need no
+protocol of their own. Federated modes, in which clients take local steps, are in `federated.py`, elastic averaging is in
+`easgd.py`.
 """
 
 from __future__ import annotations
@@ -18,28 +19,28 @@ from mpips.optim.flat_optimizer import FlatOptimizer
 
 
 class Gradient:
-    """The gradient of the mean loss over this step's samples.
+    """The gradient of the mean loss over the samples of one step.
 
     Args:
-        replica: where the gradient accumulated and where it goes.
+        replica: the model's flat buffers and its messages.
         rank: this rank.
-        index, workers: this worker's number, from 0, and how many there are.
+        index, workers: this worker's number, from 0, and the number of workers.
         config: the settings.
-        inner: the worker's own optimizer; None where it takes no steps of its own.
+        inner: the worker's own optimizer; None in modes without local steps.
 
     Attributes:
-        pending: whether there is work that has not been pushed, besides gradients.
+        pending: whether there are local steps, or a failure, that have not been pushed. Gradients do not count.
         here: whether the server is on this rank and shares the replica.
     """
 
     pending: bool = False
     here: bool = False
-    pulls_first: ClassVar[bool] = False  # whether the server's weights are needed before a push that is due
-    wants_weights: ClassVar[bool] = True  # whether they are, in answer to a push
-    apart: ClassVar[bool] = False  # whether the model is not at the server's weights all the time
-    members: frozenset[int] | None = None  # the parameters that the round is about, if not all
-    lead: bool | None = None  # of a contribution that all workers have alike: whether it is this one's that counts
-    raw: ClassVar[bool] = True  # whether a push is one contribution, that may be weighted where it is combined
+    pulls_first: ClassVar[bool] = False  # whether the server's weights are needed before a push
+    wants_weights: ClassVar[bool] = True  # whether the answer to a push is to bring the server's weights
+    apart: ClassVar[bool] = False  # whether the model's weights differ from the server's between rounds
+    members: frozenset[int] | None = None  # the parameters that the round steps; None for all
+    lead: bool | None = None  # if all workers have the same contribution: whether this worker's counts; else None
+    raw: ClassVar[bool] = True  # whether a push is one contribution, whose weight the reduction may apply
 
     def __init__(
         self,
@@ -55,26 +56,26 @@ class Gradient:
         self.config, self.inner = config or Config(), inner
 
     def step(self, loss: float, samples: float, control: Control) -> bool:
-        """The script has taken a step: backward has left the gradient of the mean `loss` over `samples`.
+        """Take note of one step of the script: backward has left the gradient of the mean `loss` over `samples`.
 
         Returns:
-            Whether to push now.
+            Whether a push is due now.
         """
         return True
 
     def write(self, row: WorkerStatus, metrics: Sequence[float]) -> None:
-        """Fill the push message; sets the row's `weight` and `bad`, and a bad row's samples and loss to 0.
+        """Fill the push message. Sets the row's `weight` and `bad`, and sets samples and loss to 0 in a bad row.
 
-        A single worker's weight is 1 and not its samples: (n g) / n would differ from g in the last bit.
+        A single worker's weight is 1 rather than its samples: (n g) / n would differ from g in the last bit.
         """
         flat, push = self.replica.flat, self.replica.push
         present = flat.collect()
-        if self.members is not None:  # of several optimizers one steps
+        if self.members is not None:  # one of several optimizers steps
             present = [seen and number in self.members for number, seen in enumerate(present)]
         if not self.replica.wire_is_grad and not self.replica.handed:
             push.gradients.copy_(flat.grad)
         self.replica.handed = False
-        metrics = self._look(row, metrics)
+        metrics = self._check_finite(row, metrics)
         row.weight = row.steps = self.weigh(row.samples)
         push.clear_behind()
         self.replica.buffers.write(push.floats, push.limbs, row.weight, self.first)
@@ -87,20 +88,21 @@ class Gradient:
         push.write(self.rank, row, metrics)
 
     def weigh(self, samples: float) -> float:
-        """The contribution's weight; may scale what is in the push message."""
+        """Return the contribution's weight. A subclass may scale the contribution in the push message here."""
         if self.lead is not None:
             return float(self.lead)
         return float(samples > 0) if self.alone or self.config.reduction == "sum" else samples
 
-    def _look(self, row: WorkerStatus, metrics: Sequence[float]) -> Sequence[float]:
-        """Mark the row if what is to be pushed is not finite; its loss and metrics are then as useless.
+    def _check_finite(self, row: WorkerStatus, metrics: Sequence[float]) -> Sequence[float]:
+        """Mark the row if the contribution is not finite; return the metrics, zeroed along with the row's loss in that case.
 
-        Where ranks share memory the sum tells, at no further cost, unless this contribution is to be left out of it, or cut.
+        In shared memory the reduction finds out at no cost, so the contribution is examined here only if the rule is not the
+        mean, or if a contribution that is not finite is to be dropped.
         """
         if row.overflow:  # no rank steps
             return metrics
-        told = self.replica.push.shared and self.config.rule == "mean"
-        if told and self.config.nonfinite != "drop":
+        found_by_sum = self.replica.push.shared and self.config.rule == "mean"
+        if found_by_sum and self.config.nonfinite != "drop":
             return metrics
         bad = self.replica.flat.first_nonfinite(self.replica.push.gradients)
         if bad is None:
@@ -109,7 +111,7 @@ class Gradient:
         return [0.0] * len(metrics)
 
     def write_nothing(self, row: WorkerStatus, metrics: int) -> None:
-        """Fill the push message of a rank that has no data left; gradients not yet pushed stay where they are.
+        """Fill the push message of a rank without data. Gradients that have not been pushed are kept.
 
         Args:
             row: this rank's row.
@@ -121,36 +123,36 @@ class Gradient:
         push.write(self.rank, row, [0.0] * metrics)
 
     def received(self) -> None:
-        """The server's weights have landed in the model."""
+        """React to the server's weights, which are now in the model."""
 
     def park(self) -> None:
-        """The loop is over: leave the server's weights in the model."""
+        """Put the server's weights into the model, at the end of a loop."""
 
     def unpark(self) -> None:
-        """A loop begins."""
+        """Put the worker's own weights back into the model, at the beginning of a loop."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What only this worker knows, for a checkpoint: nested dicts of tensors, numbers and texts."""
+        """Return this worker's own state for a checkpoint: nested dicts of tensors, numbers and texts."""
         return {}
 
     def load_state_dict(self, tree: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
 
 class LocalSteps(Gradient):
-    """Steps of the worker's own: how far they led, or the weights themselves where the server only averages.
+    """Local steps: a worker pushes the change of its weights, or the weights themselves where the server only averages.
 
-    The server's weights are kept beside the model's as the anchor; where ranks share them, there. After `write` the model is
-    back at them, so that a server on this rank, if the model's memory is its own, too, steps from there, and a round that is
-    not taken changes nothing.
+    The server's weights are kept as the anchor, in shared memory where the ranks of the node share the pull message. After
+    `write` the model is back at the anchor, unless the model has memory of its own. So a server on this rank steps from the
+    anchor, and a round whose step is not taken changes nothing.
     """
 
     inner: FlatOptimizer
     apart = True
 
-    def __init__(self, *seat: Any, **named: Any) -> None:
-        super().__init__(*seat, **named)
-        self.steps = 1  # between two rounds; set with the mode
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.steps = 1  # local steps between two rounds; set by `make_update`
         self.takes_weights = False
         self._anchor: Tensor | None = None
         self._taken = 0  # local steps since the last round
@@ -158,7 +160,7 @@ class LocalSteps(Gradient):
 
     @property
     def anchor(self) -> Tensor:
-        """The server's weights, `(numel,)`, in the model's dtype or the wire's."""
+        """The server's weights, `(numel,)`, in the model's dtype or the message's."""
         if self.replica.apart:
             return self.replica.pull.weights
         if self._anchor is None:
@@ -167,11 +169,11 @@ class LocalSteps(Gradient):
 
     @property
     def pending(self) -> bool:  # type: ignore[override]
-        """Whether local steps have not been pushed."""
+        """Whether there are local steps that have not been pushed."""
         return self._taken > 0 or self._bad is not None
 
     def step(self, loss: float, samples: float, control: Control) -> bool:
-        """One step of the worker's optimizer; see `Gradient.step`."""
+        """Take one local step of the worker's optimizer, unless the gradient is not finite; see `Gradient.step`."""
         flat, push = self.replica.flat, self.replica.push
         if samples:
             present = flat.collect()
@@ -188,24 +190,24 @@ class LocalSteps(Gradient):
         return self._bad is not None or self.due(control)
 
     def due(self, control: Control) -> bool:
-        """Whether a round is, after the step just taken."""
+        """Return whether a round is due after the local step just taken."""
         return self._taken >= (1 if control.round < self.config.local.after else self.steps)
 
     def correct(self) -> None:
-        """Change the gradient in the push message before a local step."""
+        """Modify the gradient in the push message before a local step."""
 
     def weigh(self, samples: float) -> float:
-        """See `Gradient`; with `local.weights` uniform, whoever has samples counts as much as any."""
+        """Return the contribution's weight. With `local.weights=uniform` it is 1 for every worker that has samples."""
         weight = super().weigh(samples)
         return float(weight > 0) if self.config.local.weights == "uniform" else weight
 
     def compose(self, samples: float) -> tuple[float, float]:
-        """Leave the contribution times its weight in the push message's body.
+        """Write the contribution times its weight to the push message's body.
 
-        All of the gradients' part is written; the rest of the message is zero before.
+        The whole gradient part is written; the rest of the message is zero before the call.
 
         Returns:
-            The weight, and the local steps.
+            The weight, and the number of local steps.
         """
         push, whole = self.replica.push, self.inner.whole
         if self.takes_weights:
@@ -220,7 +222,7 @@ class LocalSteps(Gradient):
         return weight, steps
 
     def write(self, row: WorkerStatus, metrics: Sequence[float]) -> None:
-        """See `Gradient.write`."""
+        """Fill the push message, and return the model to the anchor; see `Gradient.write`."""
         self.replica.push.clear_behind()
         row.weight, steps = self.compose(row.samples)
         row.steps = row.weight * steps
@@ -229,14 +231,14 @@ class LocalSteps(Gradient):
         self.seal(row, metrics)
 
     def go_back(self) -> None:
-        """The model is at the server's weights again."""
+        """Copy the anchor to the model's weights."""
         self.replica.flat.weights.copy_(self.anchor)
         self.inner.refresh()
 
     def seal(self, row: WorkerStatus, metrics: Sequence[float]) -> None:
-        """Judge the composed body and write the tail."""
+        """Check that the composed body is finite, and write the tail."""
         push, self._bad, bad = self.replica.push, None, self._bad
-        metrics = self._look(row, metrics)
+        metrics = self._check_finite(row, metrics)
         if bad is not None:
             row.bad, row.samples, row.loss, metrics = 1 + bad, 0, 0, [0.0] * len(metrics)
         if row.bad:
@@ -250,7 +252,7 @@ class LocalSteps(Gradient):
         push.write(self.rank, row, metrics)
 
     def received(self) -> None:
-        """See `Gradient`."""
+        """Bring model and anchor to the server's new weights; see `Gradient`."""
         if self.replica.apart:
             self.replica.flat.weights.copy_(self.anchor)
         else:
@@ -258,10 +260,10 @@ class LocalSteps(Gradient):
         self.inner.refresh()
 
     def state_dict(self) -> dict[str, Any]:
-        """The worker's optimizer; its weights are the server's when a round is over."""
+        """Return the state of the worker's optimizer. Between rounds its weights are the server's, so they are not saved."""
         return {"inner": self.inner.state_dict() | {"masters": {}}}
 
     def load_state_dict(self, tree: dict[str, Any]) -> None:
-        """See `Gradient`."""
+        """Restore the state of the worker's optimizer; see `Gradient`."""
         if "inner" in tree:
             self.inner.load_state_dict(tree["inner"])

@@ -1,1 +1,1 @@
-"""The model as flat buffers and messages: parameters, gradients, buffers, who serves which slice."""
+"""The model as flat buffers and messages: parameters, gradients, buffers, and which rank serves which slice."""

@@ -1,8 +1,8 @@
-"""A model's buffers (BatchNorm statistics, counters), under one explicit policy.
+"""A model's buffers (BatchNorm statistics, counters), under one of three policies.
 
-`mean`: after every round all ranks hold the samples-weighted mean of the float buffers and the first worker's integer ones.
-`server`: after every round all ranks hold the server's. `local`: each rank keeps its own.
-Non-persistent buffers, and bool ones (masks), count as constants: they do not travel with the rounds.
+`mean`: after every round all ranks hold the samples-weighted mean of the float buffers and the first worker's integer buffers.
+`server`: after every round all ranks hold the server's buffers. `local`: each rank keeps its own. Non-persistent buffers and
+bool buffers (masks) count as constants and are not part of a round's messages.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class Buffers:
     """The persistent buffers of a module.
 
     Attributes:
-        named: name -> buffer, all persistent ones; for checkpoints.
-        names, tensors: those that travel with every round, in a fixed order.
-        float_numel, integer_numel: elements of the travelling ones in the push message.
+        named: name -> buffer, for all persistent buffers; used for checkpoints.
+        names, tensors: the buffers that travel in every round, in a fixed order.
+        float_numel, integer_numel: the number of elements that travel in the push message.
     """
 
     def __init__(self, model: nn.Module, policy: str, wire: torch.dtype) -> None:
@@ -39,17 +39,17 @@ class Buffers:
 
     @property
     def named(self) -> dict[str, Tensor]:
-        """Name -> buffer as it is now: user code may have replaced a tensor."""
+        """Name -> present buffer. User code may have replaced a tensor."""
         return {name: self.model.get_buffer(path) for name, path in self._paths.items()}
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The travelling buffers as they are now."""
+        """The present travelling buffers, in the order of `names`."""
         named = self.named
         return [named[name] for name in self.names]
 
     def write(self, floats: Tensor, limbs: Tensor, weight: float, first: bool) -> None:
-        """A worker's buffers into its push message: floats times `weight`, integers from the first worker alone."""
+        """Write a worker's buffers to its push message: floats times `weight`, integers only if this is the `first` worker."""
         if not self.names:
             return
         named = self.named
@@ -61,7 +61,7 @@ class Buffers:
             limbs.copy_(numbers.view(torch.int16))
 
     def combine(self, floats: Tensor, limbs: Tensor, pull: list[Tensor]) -> None:
-        """The combined push message into the pull message's buffers."""
+        """Copy the combined buffers of the push message to the pull message's buffers."""
         if not self.names:
             return
         targets = dict(zip(self.names, pull, strict=True))
@@ -74,18 +74,19 @@ class Buffers:
                 targets[name].copy_(value.view(targets[name].shape))
 
     def load(self, tensors: list[Tensor]) -> None:
-        """Travelling buffers into the model."""
+        """Copy travelling buffers from `tensors` to the model."""
         if not self.names:
             return
         for buffer, tensor in zip(self.tensors, tensors, strict=True):
-            buffer.data.copy_(tensor)  # unseen by autograd, as BatchNorm's own updates are
+            buffer.data.copy_(tensor)  # through .data: autograd does not see BatchNorm's own updates either
 
     def store(self, tensors: list[Tensor]) -> None:
-        """The model's travelling buffers into `tensors`."""
+        """Copy the model's travelling buffers to `tensors`."""
         for buffer, tensor in zip(self.tensors, tensors, strict=True):
-            tensor.copy_(buffer.detach())  # a script may have asked for its gradient
+            tensor.copy_(buffer.detach())  # the script may have set requires_grad
 
     def _check(self, name: str, wire: torch.dtype) -> None:
+        """Raise LayoutError if a message of dtype `wire` cannot hold the buffer exactly."""
         buffer = self.named[name]
         if buffer.dtype == torch.float64 and wire != torch.float64:
             raise LayoutError(

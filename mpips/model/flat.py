@@ -1,7 +1,7 @@
-"""One flat buffer: all trainable parameters, and their gradients, are views of one contiguous tensor each.
+"""The flat buffer: all trainable parameters are views of one contiguous tensor, and their gradients of another.
 
-A slot keeps its place for the whole run. Slots begin on 64-byte boundaries, as torch's own allocations do, so kernels take
-the same path, and give the same bits, as on parameters that were allocated one by one.
+A parameter keeps its slot for the whole run. Slots begin on 64-byte boundaries, as torch's own allocations do. So kernels take
+the same code path, and give the same bits, as on parameters that were allocated one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
 
-_registered = [0]  # how many parameters and modules have been given to modules in this process
+_registered = [0]  # parameters and modules registered in this process so far
 
 
 def _count(*_: object) -> None:
@@ -33,7 +33,7 @@ WRAPPERS = {"module", "_orig_mod", "_module"}  # DDP and DataParallel, torch.com
 
 
 class LayoutError(ValueError):
-    """A model that cannot be laid out flat: names the tensor and says what to do."""
+    """A model that cannot be laid out flat. The message names the tensor and a remedy."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,20 @@ class Slot:
 
     @property
     def span(self) -> slice:
-        """The elements of the flat buffer."""
+        """The slice of the flat buffer."""
         return slice(self.offset, self.offset + self.numel)
 
     def view(self, flat: Tensor) -> Tensor:
-        """This slot of `flat`, with the tensor's own shape and strides."""
+        """Return this slot of `flat` as a view with the tensor's own shape and strides."""
         return self.shaped(flat[self.span])
 
     def shaped(self, part: Tensor) -> Tensor:
-        """`part`, `(numel,)`, with the tensor's own shape and strides."""
+        """Return `part`, `(numel,)`, as a view with the tensor's own shape and strides."""
         return part.as_strided(self.shape, self.stride, part.storage_offset())
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside DDP, `torch.compile` and the like, so that names carry no prefix."""
+    """Return the user's own module inside DDP, `torch.compile` and other wrappers, so that names have no prefix."""
     while True:
         children = dict(model.named_children())
         own = [*model.parameters(recurse=False), *model.buffers(recurse=False)]
@@ -71,19 +71,19 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def clean(name: str) -> str:
-    """A parameter's name without the prefixes of modules that were compiled one by one."""
+    """Return a parameter's name without the prefixes of submodules that were compiled."""
     return name.replace("_orig_mod.", "")
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """The strides to keep: the tensor's own if it is dense (channels-last is), else row-major."""
+    """Return the strides to keep: the tensor's own if the tensor is dense (as in channels-last), else row-major ones."""
     if torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return tensor.stride()
     return torch.empty(tensor.shape, device="meta").stride()
 
 
 def lay_out(named: Iterable[tuple[str, Tensor]]) -> tuple[list[Slot], int]:
-    """Slots for `named` tensors one after another, and the length of the whole in elements."""
+    """Return slots for the named tensors, in order, and the total length in elements."""
     slots, end = [], 0
     for name, tensor in named:
         slots.append(Slot(name, tensor.shape, _strides(tensor), end, tensor.numel()))
@@ -92,31 +92,32 @@ def lay_out(named: Iterable[tuple[str, Tensor]]) -> tuple[list[Slot], int]:
     return slots, end
 
 
-WATCHED = {2, *(16**k for k in range(12))}  # calls of `note_weights`, of which the first comes before any round
+WATCHED = {2, *(16**k for k in range(12))}  # calls of `note_weights` that take digests; the first call comes before any round
 
 
 class Flat:
-    """A model's trainable parameters in one tensor.
+    """A model's trainable parameters in one flat tensor.
 
     Attributes:
-        model: the module whose parameters these are, unwrapped.
+        model: the module that has the parameters, without wrappers.
         parameters: the trainable parameters, each once, in the order of the slots.
-        frozen: name -> parameter of those that are not trained.
+        frozen: name -> parameter, for those that are not trained.
         aliases: further name -> first name, for tied parameters.
         slots: the places of the parameters.
-        weights: `(numel,)` tensor in the model's dtype; every parameter's data is a view of it.
-        renormalised: the numbers of those that an embedding with `max_norm` changes in forward.
+        weights: `(numel,)`, in the model's dtype; every parameter's data is a view of it.
+        renormalised: the indices of the parameters that an embedding with `max_norm` changes in forward.
         dtype, device: the parameters'.
-        watch: called with the number of a parameter whenever backward has left its gradient.
-        grad: `(numel,)` tensor in the model's dtype; every parameter's `.grad` is a view of it from backward to `clear`.
+        watch: called with a parameter's index whenever backward has accumulated its gradient; None for no call.
+        grad: `(numel,)`, in the model's dtype; every parameter's `.grad` is a view of it from backward to `clear`.
     """
 
     def __init__(self, model: nn.Module, hold: bool = True) -> None:
-        """Lay the parameters out.
+        """Lay out the parameters.
 
         Args:
             model: the module.
-            hold: move them into memory of its own; without, `attach_weights` and `attach_grad` come before anything else.
+            hold: whether to move the parameters into newly allocated memory. If not, call `attach_weights` and `attach_grad`
+                before anything else.
         """
         self.model = unwrap(model)
         _check_plain(self.model)
@@ -131,9 +132,9 @@ class Flat:
         self.dtype, self.device = first.dtype, first.device
         self._touched: set[int] = set()
         self._views: list[Tensor] = []
-        self._places: list[int] = []  # where each parameter is to be
+        self._places: list[int] = []  # the data pointer that each parameter must have
         self.watch: Callable[[int], None] | None = None
-        self._checked = -1  # registrations when the model was last looked at whole
+        self._checked = -1  # the count of registrations at the last check of the whole model
         self._versions: list[int] = []
         self._sums: list[int] = []
         self._noted = 0
@@ -141,8 +142,8 @@ class Flat:
         limited = [m for m in self.model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
         tables: set[Tensor] = {m.weight for m in limited}
         self.renormalised = {number for number, p in enumerate(self.parameters) if p in tables}
-        self.sparse = False  # whether sparse gradients stay what they are
-        self.averaged = False  # whether the gradients are those of all workers together
+        self.sparse = False  # whether sparse gradients are left as they are
+        self.averaged = False  # whether the gradients are averages over all workers
         for number, p in enumerate(self.parameters):
             p.register_post_accumulate_grad_hook(partial(self._accumulated, number))  # type: ignore[no-untyped-call]
         if hold:
@@ -150,63 +151,64 @@ class Flat:
             self.attach_grad(self.zeros(), keep=True)
 
     def zeros(self) -> Tensor:
-        """Zeros for all of them."""
+        """Return a flat tensor of zeros, `(numel,)`, in the model's dtype."""
         return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
 
     def attach_weights(self, flat: Tensor) -> None:
-        """Move the weights into `flat` (`(numel,)`, the model's dtype), whose views the parameters become."""
+        """Copy the weights to `flat` (`(numel,)`, the model's dtype) and make the parameters views of it."""
         for slot, p in zip(self.slots, self.parameters, strict=True):
             view = slot.view(flat)
             view.copy_(p.data)
-            p.data = view  # one by one, so that the old ones go
+            p.data = view  # one by one, so that old memory is freed on the way
         self._hold(flat)
 
     def gathered(self) -> Tensor:
-        """The weights, `(numel,)`, wherever the script has put the parameters' data."""
+        """Return the weights, `(numel,)`, after copying back parameters whose data the script has replaced."""
         for slot, p in zip(self.slots, self.parameters, strict=True):
             slot.view(self.weights).copy_(p.data)
         return self.weights
 
     def rehang_weights(self, flat: Tensor) -> None:
-        """The weights are in `flat` already: let the parameters become its views."""
+        """Make the parameters views of `flat`, which holds the weights already."""
         for slot, p in zip(self.slots, self.parameters, strict=True):
             p.data = slot.view(flat)
         self._hold(flat)
 
     def _hold(self, flat: Tensor) -> None:
+        """Note that the parameters are views of `flat`."""
         self.weights = flat
         self._places = [p.data_ptr() for p in self.parameters]
 
     def attach_grad(self, flat: Tensor, keep: bool = False) -> None:
-        """Let gradients accumulate in `flat` (`(numel,)`, the model's dtype); `keep` those that there are."""
+        """Let gradients accumulate in `flat` (`(numel,)`, the model's dtype). Unless `keep`, clear present gradients."""
         self.grad = flat
         self._views = [slot.view(flat) for slot in self.slots]
-        if not keep:  # a gradient is known by being the very same object
+        if not keep:  # gradients are recognised by object identity
             self.clear()
 
     def views_of(self, flat: Tensor) -> list[Tensor]:
-        """The parameters' parts of `flat`; of the flat gradient the very objects that are in `p.grad`."""
+        """Return each parameter's view of `flat`; for the flat gradient, the very objects that are in `p.grad`."""
         return self._views if flat.data_ptr() == self.grad.data_ptr() else [slot.view(flat) for slot in self.slots]
 
     def apart(self, members: Collection[int]) -> dict[int, Tensor]:
-        """Copies of the gradients of all but these parameters."""
+        """Return copies of the gradients, by index, of all parameters except `members`."""
         grads = ((number, p.grad) for number, p in enumerate(self.parameters) if number not in members)
         return {number: grad.detach().clone() for number, grad in grads if grad is not None}
 
     def put_back(self, gradients: Mapping[int, Tensor]) -> None:
-        """Give these parameters their gradients again."""
+        """Give parameters back the gradients that `apart` returned."""
         for number, gradient in gradients.items():
             self.parameters[number].grad = self._views[number].copy_(gradient)
             self._touched.add(number)
 
     def clear(self) -> None:
-        """No parameter has a gradient. What is in `grad` stays there, so nothing is written: the next backward does that."""
+        """Set every gradient to None. The flat gradient keeps its contents; the next backward overwrites them."""
         self._touched.clear()
         for p in self.parameters:
             p.grad = None
 
     def _accumulated(self, number: int, p: nn.Parameter) -> None:
-        """Autograd has accumulated into `p.grad`, a tensor of its own where there was none: it is still in the cache."""
+        """Copy a gradient that autograd has just accumulated into the flat buffer, while the gradient is still in the cache."""
         self.averaged = False
         self._touched.add(number)
         if self.sparse and p.grad is not None and p.grad.is_sparse:
@@ -217,7 +219,12 @@ class Flat:
             self.watch(number)
 
     def take_average(self, gradients: Tensor, present: Sequence[float]) -> None:
-        """What came of all workers' gradients, `(numel,)`, is every parameter's gradient, where any worker had one."""
+        """Set the gradients to the average over all workers.
+
+        Args:
+            gradients: `(numel,)`, the averaged gradients.
+            present: for each parameter, the number of workers with a gradient. The gradient of a parameter without any is None.
+        """
         if gradients.data_ptr() != self.grad.data_ptr():
             self.grad.copy_(gradients)
         for number, (p, view, seen) in enumerate(zip(self.parameters, self._views, present, strict=True)):
@@ -227,15 +234,15 @@ class Flat:
         self.averaged = True
 
     def collect(self) -> list[bool]:
-        """Bring gradients that autograd or the user put elsewhere back into the flat buffer.
+        """Copy gradients that autograd or the user has put elsewhere back into the flat buffer.
 
-        `zero_grad(set_to_none=True)` and an assignment to `p.grad` both part a gradient from its view.
+        `zero_grad(set_to_none=True)` and an assignment to `p.grad` both separate a gradient from its view.
 
         Returns:
-            For each parameter whether it has a gradient this step.
+            For each parameter, whether it has a gradient in this step.
 
         Raises:
-            LayoutError: a parameter itself is no longer a view; no step would reach it.
+            LayoutError: a parameter is no longer a view of the flat weights, so no step would reach it.
         """
         self._check_still_ours()
         present = []
@@ -245,25 +252,28 @@ class Flat:
                     f"{self.slots[number].name} has left the flat buffer; move or cast the model and assign to p.data before "
                     f"connect, not after it"
                 )
-            if p.grad is view:  # written in place: by backward, which calls the hook, or by hand
+            if p.grad is view:  # written in place, by backward (which calls the hook) or by the script
                 present.append(number in self._touched or bool(view.any()))
             else:
                 present.append(self._bring(number, p))
         return present
 
     def _bring(self, number: int, p: nn.Parameter) -> bool:
-        """A gradient that lies elsewhere; whether there is one."""
+        """Copy a gradient that lies elsewhere into the flat buffer; return whether there is one."""
         view, grad = self._views[number], p.grad
         if grad is None:
             view.zero_()
         elif not _same_memory(grad, view):
             dense = grad if grad.layout is torch.strided else grad.to_dense()
-            view.copy_(dense.detach() if dense.requires_grad else dense)  # with create_graph it does
+            view.copy_(dense.detach() if dense.requires_grad else dense)  # as with create_graph
         p.grad = view
         return grad is not None
 
     def _check_still_ours(self) -> None:
-        """The model still trains the parameters it had at connect; looked at whole at the first step only."""
+        """Raise LayoutError unless the model still trains the parameters it had at `connect`.
+
+        The whole model is examined only at the first step and after a module or parameter has been registered.
+        """
         for thawed in (name for name, p in self.frozen.items() if p.requires_grad):
             raise LayoutError(f"after connect {thawed} was unfrozen; freeze and unfreeze parameters before connect")
         if self._checked == _registered[0]:
@@ -279,23 +289,24 @@ class Flat:
         self._checked = _registered[0]
 
     def note_frozen(self) -> None:
-        """The frozen parameters are as the server has them."""
+        """Note that the frozen parameters agree with the server's."""
         self._frozen_digests = {name: _digest(p) for name, p in self.frozen.items()}
 
     def changed_frozen(self) -> dict[str, Tensor]:
-        """Those frozen parameters that the script has changed itself, as a momentum teacher or a target network is."""
+        """Return the frozen parameters that the script has changed since `note_frozen`, such as a momentum teacher's."""
         return {name: p.data for name, p in self.frozen.items() if _digest(p) != self._frozen_digests.get(name)}
 
     def note_weights(self, moved: bool, members: Collection[int] | None = None, others: bool = False) -> None:
-        """The weights are as the server has them; if others `moved` them, autograd is told, as after any change in place.
+        """Note that the weights agree with the server's, as the reference for `changed_weights`.
 
-        What is written through `p.data` autograd is not told of. So now and then the weights' bits are added up, too: at
-        `connect` and after rounds 1, 15, 255, ..., as a script that writes in every step does so in the first.
+        Autograd's version counters miss what is written through `p.data`. So digests of the weights are taken as well, but
+        rarely: at `connect` and after rounds 1, 15, 255, ... A script that writes in every step is found at the first.
 
         Args:
-            moved: see above.
-            members: the numbers of those that were stepped, if not all.
-            others: whether the weights are stepped elsewhere, so that what the script writes would be lost.
+            moved: whether mpips has changed the weights. Autograd's version counters are then incremented, as after any change
+                in place.
+            members: the indices of the parameters that were stepped; None for all.
+            others: whether the weights are stepped on another rank, where a change by the script would be lost.
         """
         self._noted += 1
         self._sums = self.sums() if others and self._noted in WATCHED else []
@@ -305,11 +316,11 @@ class Flat:
         self._versions = [p._version for p in self.parameters]
 
     def sums(self) -> list[int]:
-        """A digest of each parameter."""
+        """Return a digest of each parameter."""
         return [_digest(p) for p in self.parameters]
 
     def changed_weights(self) -> list[int]:
-        """The numbers of the parameters that the script has changed in place since `note_weights`."""
+        """Return the indices of the parameters that the script has changed in place since `note_weights`."""
         now = [p._version for p in self.parameters]
         if self._sums and self._sums != (sums := self.sums()):
             return [n for n, (a, b) in enumerate(zip(sums, self._sums, strict=True)) if a != b]
@@ -318,61 +329,62 @@ class Flat:
         return [n for n, (a, b) in enumerate(zip(now, self._versions, strict=True)) if a != b]
 
     def resume(self, gradients: Mapping[str, Tensor]) -> None:
-        """Put back gradients, by name, that were accumulated and not pushed."""
+        """Restore gradients, by name, that were accumulated but not pushed."""
         for number, (slot, p) in enumerate(zip(self.slots, self.parameters, strict=True)):
             if slot.name in gradients:
                 p.grad = slot.view(self.grad).copy_(gradients[slot.name])
                 self._touched.add(number)
 
     def pushed(self) -> None:
-        """The gradients are on their way: none is pending any more."""
+        """Note that the gradients have been pushed; none is pending."""
         self._touched.clear()
 
     @property
     def pending(self) -> bool:
-        """Whether backward has left gradients here that have not been pushed."""
+        """Whether backward has accumulated gradients that have not been pushed."""
         return bool(self._touched)
 
     def gradients(self) -> list[Tensor]:
-        """Those that there are."""
+        """Return the gradients that are not None."""
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def holds(self, gradient: Tensor) -> bool:
-        """Whether this gradient lies here."""
+        """Return whether `gradient` is one of the flat gradient's views."""
         return any(gradient is view for view in self._views)
 
     def any_gradient(self) -> bool:
-        """Whether backward has left a gradient, not pushed, that the script has not thrown away since."""
+        """Return whether a gradient is pending that the script has neither removed nor zeroed."""
         grads = (self.parameters[number].grad for number in self._touched)
         return any(grad is not None and bool(grad.any()) for grad in grads)
 
     def first_nonfinite(self, flat: Tensor) -> int | None:
-        """The index of the first slot of `flat` that holds a NaN or Inf, or None."""
+        """Return the index of the first slot of `flat` that holds a NaN or Inf, or None."""
         if torch.isfinite(torch.dot(flat, flat)):  # one pass; overflows only far beyond any useful gradient
             return None
         return next((i for i, s in enumerate(self.slots) if not torch.isfinite(s.view(flat)).all()), None)
 
     def named(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Name -> view of `flat`, slot by slot."""
+        """Return an iterator over the names of the slots and their views of `flat`."""
         return ((slot.name, slot.view(flat)) for slot in self.slots)
 
 
 def _digest(tensor: Tensor) -> int:
-    """A sum of a tensor's bits: another one, all but certainly, where they are others."""
+    """Return a sum of a tensor's bits, which almost certainly changes if the tensor does."""
     words = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    words = words.clone() if words.storage_offset() % 8 else words  # of a part of another tensor
+    words = words.clone() if words.storage_offset() % 8 else words  # an unaligned view
     whole = len(words) // 8 * 8
     return int(words[:whole].view(torch.int64).sum()) + int(words[whole:].sum())
 
 
 def _same_memory(tensor: Tensor, view: Tensor) -> bool:
-    """Whether `tensor` is where `view` is."""
+    """Return whether `tensor` begins where `view` does."""
     if tensor.layout != torch.strided:
         return False
     return not view.numel() or tensor.data_ptr() == view.data_ptr()
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
+    """Return further name -> first name, for tied parameters."""
     first: dict[nn.Parameter, str] = {}
     aliases = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -384,7 +396,7 @@ def _aliases(model: nn.Module) -> dict[str, str]:
 
 
 def _check(named: list[tuple[str, nn.Parameter]]) -> None:
-    """Raise LayoutError unless the tensors can share one buffer."""
+    """Raise LayoutError unless the parameters can share one buffer."""
     if not named:
         raise LayoutError("the model has no trainable parameter; expected at least one with requires_grad=True")
     name, first = named[0]
@@ -399,7 +411,7 @@ def _check(named: list[tuple[str, nn.Parameter]]) -> None:
 
 
 def _check_plain(model: nn.Module) -> None:
-    """Raise LayoutError if a parameter, or a buffer that is kept, is no dense tensor that can be sent, saved and written."""
+    """Raise LayoutError if a parameter or persistent buffer is not a dense tensor that can be sent, saved and written."""
     kept = model.state_dict(keep_vars=True).keys()
     named = [("parameter", name, p) for name, p in model.named_parameters()]
     named += [("buffer", name, b) for name, b in model.named_buffers() if name in kept]  # type: ignore[misc]
@@ -410,7 +422,7 @@ def _check_plain(model: nn.Module) -> None:
 
 
 def _not_plain(tensor: Tensor) -> str:
-    """What is unusual about a tensor and what to do, to be said after its name; empty if it is dense memory of its own."""
+    """Return what is unusual about a tensor and a remedy, to follow its name; empty for dense memory of its own."""
     if is_lazy(tensor):
         return "has no shape yet; before connect, and before the optimizer is made, run one batch through the model"
     if tensor.is_meta:
@@ -432,7 +444,7 @@ def _not_plain(tensor: Tensor) -> str:
 
 
 def _check_apart(model: nn.Module) -> None:
-    """Raise LayoutError if a trainable parameter, which will move, shares memory with another tensor of the model."""
+    """Raise LayoutError if a trainable parameter, which will be moved, shares memory with another tensor of the model."""
     tensors = [(clean(n), t) for n, t in [*model.named_parameters(), *model.named_buffers()] if not _not_plain(t) and t.numel()]
     for (name, one), (other, two) in pairwise(sorted(tensors, key=lambda item: item[1].data_ptr())):
         if (one.requires_grad or two.requires_grad) and _overlap(one, two):
@@ -442,7 +454,7 @@ def _check_apart(model: nn.Module) -> None:
 
 
 def _overlap(one: Tensor, two: Tensor) -> bool:
-    """Whether `two`, which does not begin before `one`, shares memory with it; slices may lie between each other."""
+    """Return whether two tensors share memory. `two` does not begin before `one`. Strided slices may interleave."""
     if all(torch.ops.aten.is_non_overlapping_and_dense(t) for t in (one, two)):
         return two.data_ptr() < one.data_ptr() + one.numel() * one.element_size()
     return one.data_ptr() == two.data_ptr()

@@ -1,6 +1,6 @@
-"""Fine-tuning: which parameters are trained, chosen by name.
+"""Fine-tuning: choosing the trained parameters by name.
 
-Only the trained ones have gradients, optimizer state and a place in a round's messages.
+Only trained parameters have gradients, optimizer state and a place in the messages.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ ALLOWED = 'a name pattern ("head.*", or a compiled re.Pattern), a function of na
 
 
 def freeze(model: nn.Module, trainable: Trainable) -> list[str]:
-    """Train the parameters that `trainable` chooses and freeze all others, whatever they were before.
+    """Train the parameters that `trainable` selects and freeze all others, whatever their state before.
 
-    A parameter that several modules share is trained if any of its names is chosen. One that cannot have a gradient, such as
-    a quantised weight in int8, stays frozen. The old gradients of frozen parameters are dropped. Buffers are no parameters:
-    the BatchNorm statistics of a frozen part move on, as in plain PyTorch, unless it is in eval mode.
+    A parameter that several modules share is trained if any of its names is selected. A parameter that cannot have a gradient,
+    such as a quantised int8 weight, stays frozen. The gradients of frozen parameters are set to None. Buffers are not affected:
+    the BatchNorm statistics of a frozen part move on, as in plain PyTorch, unless that part is in eval mode.
 
     Args:
-        model: the model; names are those of the user's own module, without the prefixes of DDP or `torch.compile`.
-        trainable: a glob that a whole name must match ("classifier.*", "*.lora_*"; letter case counts), a compiled regular
+        model: the model. Names are those of the user's own module, without the prefixes of DDP or `torch.compile`.
+        trainable: a glob that must match a whole name ("classifier.*", "*.lora_*"; case-sensitive), a compiled regular
             expression that is searched for in the name, a function of name and parameter, or a sequence of these.
 
     Returns:
         The names of the trained parameters, each once, in the model's order.
 
     Raises:
-        ConfigError: for what trains nothing; shows it and the nearest names. The model is then as it was before.
+        ConfigError: an entry selects no parameter that can be trained. The message shows the nearest names. The model is then
+            unchanged.
     """
     names: Names = {}
     for name, p in unwrap(model).named_parameters(remove_duplicate=False):
@@ -53,6 +54,7 @@ def freeze(model: nn.Module, trainable: Trainable) -> list[str]:
 
 
 def _choices(trainable: Trainable) -> Sequence[Choice]:
+    """Return `trainable` as a sequence of single choices."""
     if isinstance(trainable, (str, re.Pattern)) or callable(trainable):
         return [trainable]
     if not isinstance(trainable, Sequence) or not trainable:
@@ -61,12 +63,12 @@ def _choices(trainable: Trainable) -> Sequence[Choice]:
 
 
 def _chosen(choice: Choice, names: Names) -> list[nn.Parameter]:
-    """The parameters that can be trained among those that are chosen; at least one."""
+    """Return the parameters that a choice selects and that can be trained. Raise ConfigError if there are none."""
     test = _test(choice)
     found = [p for p, own in names.items() if any(test(name, p) for name in own)]
-    able = [p for p in found if p.is_floating_point() or p.is_complex()]
-    if able:
-        return able
+    trainable = [p for p in found if p.is_floating_point() or p.is_complex()]
+    if trainable:
+        return trainable
     if found:
         allowed = f"what matches a parameter that can have a gradient; {names[found[0]][0]} is {found[0].dtype}"
     else:
@@ -76,6 +78,7 @@ def _chosen(choice: Choice, names: Names) -> list[nn.Parameter]:
 
 
 def _test(choice: Choice) -> Predicate:
+    """Return the predicate of a choice."""
     if isinstance(choice, str):
         return lambda name, _: fnmatchcase(name, choice)
     if isinstance(choice, re.Pattern) and isinstance(choice.pattern, str):
@@ -86,13 +89,13 @@ def _test(choice: Choice) -> Predicate:
 
 
 def _nearest(choice: Choice, names: Iterable[str]) -> str:
-    """Some names to choose from, the most alike first."""
+    """Return up to three names, the most similar first."""
     text = choice if isinstance(choice, str) else choice.pattern if isinstance(choice, re.Pattern) else ""
     return ", ".join(difflib.get_close_matches(text, names, n=3, cutoff=0.0)) or "none, for the model has no parameters"
 
 
 def _show(given: object) -> str:
-    """What was given, on one line."""
+    """Return what was given as text on one line."""
     if isinstance(given, re.Pattern):
         return repr(given.pattern)
     if isinstance(given, (str, int, float, list, tuple, type(None))):

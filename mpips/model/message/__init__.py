@@ -1,14 +1,16 @@
-"""The two messages of a round, each one tensor that is allocated once: Push to the server, Pull back.
+"""The two messages of a round, each one tensor that is allocated once: Push to the server, Pull from the server.
 
     Push  float32 or float64   | gradients | float buffers | second || integer buffers | presence | numbers, rows |
     Pull  bytes                | control   | weights (the model's dtype)     | second | buffers                        |
 
-Modes with local steps push the new weights, or their change, in the gradients' place. `second` is a further vector of that
-length which a mode may need (scaffold's control variates). Left of `||` is the body, which a rule combines; right of it the
-tail, which is summed. A rank writes its own row of the tail and leaves the others zero, so the sum is all rows: counts, losses,
-flags and metrics of every rank, without a message more.
-All of the tail is exact in float32: counts below 2^24, and integers in four limbs of 16 bits.
-With `local.fragments` a round is about some of the parameters: theirs of the gradients and of the weights travel, and the rest.
+Modes with local steps push the new weights, or their change, in place of the gradients. `second` is a further vector of the
+gradients' length, for modes that need one (SCAFFOLD's control variates). `presence` says which tensors have a gradient;
+`numbers` are the optimizers' hyperparameters.
+
+Left of `||` is the body, which the rule combines; right of it is the tail, which is summed. A rank writes its own row of the
+tail and leaves the others zero, so the sum is a gather: counts, losses, flags and metrics of every rank, without a further
+message. Everything in the tail is exact in float32: counts are below 2^24, and integers are split into four 16-bit limbs. With
+`local.fragments` a round is about some of the parameters: only their gradients and weights travel, with everything else.
 """
 
 from mpips.model.message.header import (

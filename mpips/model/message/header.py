@@ -1,4 +1,4 @@
-"""What ranks say beside tensors: a row to the server, the control back."""
+"""What ranks send besides tensors: a row of numbers to the server, the control from the server."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ ROUNDS = 1 << 20  # a row carries its round modulo this
 
 @dataclass
 class WorkerStatus:
-    """What one rank says of its step: the tail's fixed columns.
+    """One rank's row: the fixed columns of the tail.
 
     Attributes:
-        samples: samples behind the contribution.
-        weight: what the contribution was multiplied by; 0 when it does not count.
-        loss: sum over samples of the loss.
-        bad: 1 + the index of the first tensor that is not finite; 0 when all are.
-        done: 1 when this rank's shard is exhausted.
-        stop: 1 when this rank asks to end the run, 2 when it has left its loop, 3 when it has closed.
-        signal: 1 when it was told to write a checkpoint and end.
-        round: the round this rank believes to be in, modulo ROUNDS; in a request the version of its weights.
+        samples: the number of samples behind the contribution.
+        weight: the factor on the contribution; 0 if it does not count.
+        loss: the sum of the loss over the samples.
+        bad: 1 + the index of the first tensor that is not finite; 0 if all are finite.
+        done: 1 if this rank's shard is exhausted.
+        stop: 1 if this rank asks to end the run, 2 if it has left its loop, 3 if it has closed.
+        signal: 1 if it was told to write a checkpoint and end.
+        round: this rank's round, modulo ROUNDS; in a request, the version of its weights.
         train, wait: seconds since the last round spent outside and inside the communicator.
-        steps: local steps behind the contribution, times its weight.
-        tickets: dealt batches that are used up with this step.
-        want: what the answer to this request is to bring, see `server/parameter_server/request.py`.
+        steps: the number of local steps behind the contribution, times its weight.
+        tickets: the number of dealt batches that are used up with this step.
+        want: what the answer to this request is to contain, see `server/parameter_server/request.py`.
         call: the `Call` that this worker waits in; 0 while it steps.
-        begun: loops over data that this worker has begun.
-        digest: of the data that all workers must have alike, 24 bits; 0 when there is nothing to compare.
-        drawn: batches drawn in the loop in progress.
-        epochs: how many epochs the script's loop has; 0 when it has not said.
-        which: the number of the optimizer that steps, of several.
-        adopt: 1 when the contribution is new weights, to be taken as they are.
-        overflow: 1 when the script's GradScaler has found an Inf or NaN: no rank is to step.
+        begun: the number of loops over data that this worker has begun.
+        digest: a 24-bit digest of the data that all workers must agree on; 0 if there is nothing to compare.
+        drawn: the number of batches drawn in the present loop.
+        epochs: the number of epochs of the script's loop; 0 if unknown.
+        which: the index of the optimizer that steps, if the script has several.
+        adopt: 1 if the contribution is new weights, which the server takes as they are.
+        overflow: 1 if the script's GradScaler has found an Inf or NaN: no rank is to step.
     """
 
     samples: float = 0
@@ -61,28 +61,28 @@ class WorkerStatus:
 
 
 COLUMNS = tuple(vars(WorkerStatus()))
-SAMPLES, WEIGHT, LOSS, BAD, DONE, STOP, SIGNAL, ROUND, TRAIN, WAIT, STEPS, TICKETS, WANT = range(13)  # their places
+SAMPLES, WEIGHT, LOSS, BAD, DONE, STOP, SIGNAL, ROUND, TRAIN, WAIT, STEPS, TICKETS, WANT = range(13)  # indices of the columns
 CALL, BEGUN, DIGEST, DRAWN, EPOCHS, WHICH, ADOPT, OVERFLOW = range(13, len(COLUMNS))
 
 
 class Call(IntEnum):
-    """What a worker waits in, until all workers do."""
+    """A call that a worker waits in until all workers do."""
 
     NONE = 0
     LOOP = 1  # the end of a loop over data
     VALIDATE = 2
     SAVE = 3
     EPOCH = 4  # the end of an epoch of `ps.epochs`
-    FINISH = 5  # the end of the last one
+    FINISH = 5  # the end of the last epoch
     LEAVE = 6  # the end of the script
-    STATE = 7  # the optimizer's state, for whoever asks: the others need not wait for it
-    AVERAGE = 8  # the gradient of all workers, without a step
-    BEGIN = 9  # the beginning of a loop over data that is divided
-    MEET = 10  # a barrier, at which worker 0 may have something to say
+    STATE = 7  # the optimizer's state; the other workers need not make this call
+    AVERAGE = 8  # the average of all workers' gradients, without a step
+    BEGIN = 9  # the beginning of a loop over sharded data
+    MEET = 10  # a barrier that also broadcasts a text from worker 0
 
     @property
     def text(self) -> str:
-        """As the script wrote it."""
+        """The call as it appears in the script."""
         return {
             Call.NONE: "a step",
             Call.LOOP: "the end of a loop over its shard",
@@ -99,7 +99,7 @@ class Call(IntEnum):
 
 
 class Stop(IntEnum):
-    """Why the run ends."""
+    """The reason why the run ends."""
 
     NO = 0
     PATIENCE = 1
@@ -107,28 +107,28 @@ class Stop(IntEnum):
     REQUESTED = 3
     LEFT = 4  # some workers have left their loops
     PREEMPTED = 5
-    ENDED = 6  # all workers have
+    ENDED = 6  # all workers have left
 
 
 @dataclass
 class Control:
-    """What the server says to all ranks, in front of the weights.
+    """What the server sends to all ranks in front of the weights.
 
     Attributes:
-        round: rounds done; the next one's number.
-        version: server updates done.
-        active: training ranks whose shard is not exhausted.
+        round: the number of rounds done, which is the index of the next round.
+        version: the number of server updates done.
+        active: the number of workers whose shard is not exhausted.
         stop: a `Stop`.
-        checkpoint: 1 when all ranks are to write a checkpoint now.
-        lr: learning rate of the first parameter group.
-        loss: mean loss over the round's samples.
+        checkpoint: 1 if all ranks are to take part in a checkpoint now.
+        lr: the learning rate of the first parameter group.
+        loss: the mean loss over the round's samples.
         culprit: the rank whose update is not finite and ends the run, else -1.
-        slot: the index of its first such tensor.
-        call: the `Call` that all workers have made, and that is answered now.
-        fault: 1 when the server has to say why no rank can go on, to all ranks at once.
-        skipped: 1 when no step was taken in this round, because a GradScaler has found an Inf or NaN.
-        ticket: the batch dealt to this worker; -1 when there is none left.
-        again: 1 when this worker is to ask again, having given its state for the checkpoint.
+        slot: the index of the culprit's first tensor that is not finite.
+        call: the `Call` that all workers have made and that is answered now.
+        fault: 1 if the server is about to tell all ranks why no rank can continue.
+        skipped: 1 if no step was taken in this round because a GradScaler has found an Inf or NaN.
+        ticket: the index of the batch dealt to this worker; -1 if there is none left.
+        again: 1 if this worker has given its state for the checkpoint and is to repeat its request.
     """
 
     round: float = 0

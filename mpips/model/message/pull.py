@@ -1,4 +1,4 @@
-"""The message back."""
+"""The message from the server."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SAID = struct.Struct(f"{WORDS}d")
 
 
 class Pull:
-    """The message back.
+    """The message from the server.
 
     Attributes:
-        message: all of it, as bytes.
-        weights: view in the model's dtype.
-        place: the bytes of the message where they are.
-        second: a view like it, in the wire's dtype; None where the mode has none.
+        message: the whole message, as bytes.
+        weights: a view in the model's dtype.
+        place: the slice of the message's bytes that holds the weights.
+        second: a further view of the weights' length, in the push message's dtype; None if the mode has none.
         buffers: views, in the order of `Buffers.tensors`.
     """
 
@@ -41,34 +41,34 @@ class Pull:
         self._buffers = [(t.dtype, t.shape) for t in buffers.tensors]
         self.lay_out(allocate(end, torch.uint8, flat.device))
 
-    def lay_out(self, room: Tensor) -> None:
-        """The message lies in `room`."""
-        self.message, self._words = room, room[:CONTROL_BYTES].view(torch.float64)[:WORDS]
-        self._numbers: Any = None if room.is_cuda else self._words.numpy()
-        spans = [room[place] for place in self._places]
+    def lay_out(self, memory: Tensor) -> None:
+        """Make the views of the message, given its memory."""
+        self.message, self._words = memory, memory[:CONTROL_BYTES].view(torch.float64)[:WORDS]
+        self._numbers: Any = None if memory.is_cuda else self._words.numpy()
+        spans = [memory[place] for place in self._places]
         weights, second = self._dtypes
         assert weights is not None
         self.weights, self.second = spans[0].view(weights), spans[1].view(second) if second else None
         self.buffers = [span.view(dtype).view(shape) for span, (dtype, shape) in zip(spans[2:], self._buffers, strict=True)]
-        self._behind = room[self._places[1].start :]
+        self._behind = memory[self._places[1].start :]
 
     def parts(self, span: slice) -> list[Tensor]:
-        """The message in pieces; of the weights these alone."""
+        """Return the message in parts, with only the slice `span` of the weights."""
         return [part for part in (self.control_message, self.weights[span], self._behind) if part.numel()]
 
     @property
     def control_message(self) -> Tensor:
-        """The control alone, for what is said between rounds."""
+        """The bytes of the control, which are sent alone between rounds."""
         return self.message[:CONTROL_BYTES]
 
     @property
     def control(self) -> Control:
-        """What the server said last."""
+        """The server's latest control."""
         return Control(*(self._words if self._numbers is None else self._numbers).tolist())
 
     @control.setter
-    def control(self, said: Control) -> None:
+    def control(self, control: Control) -> None:
         if self._numbers is None:
-            self._words.copy_(torch.tensor([*vars(said).values()], dtype=torch.float64))
+            self._words.copy_(torch.tensor([*vars(control).values()], dtype=torch.float64))
         else:
-            SAID.pack_into(self._numbers, 0, *vars(said).values())
+            SAID.pack_into(self._numbers, 0, *vars(control).values())

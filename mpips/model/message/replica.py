@@ -16,27 +16,29 @@ from mpips.model.message.push import Allocate, Fragment, Push, wire_dtype
 
 
 class CallError(RuntimeError):
-    """Workers that do not make the same calls, or do not say the same: names the calls, the workers and their ranks."""
+    """Workers that do not make the same calls, or contradict each other. Names the calls, the workers and their ranks."""
 
 
 class NonFiniteError(RuntimeError):
-    """An update that holds a NaN or Inf: names the rank, the tensor and the round."""
+    """An update that holds a NaN or Inf. The message names the rank, the tensor and the round."""
 
 
 class Replica:
     """This rank's copy of the model, laid out flat inside the two messages.
 
     Attributes:
-        flat: the model's parameters; their data are views of `pull`, unless `apart`, and their gradients of `push` where the
-            dtypes agree.
+        flat: the model's parameters. Their data are views of `pull`, unless `apart`. Their gradients are views of `push`, if
+            the dtypes agree.
         buffers: the model's buffers.
         push, pull: the messages.
-        fragments: what of the push message travels, one in a round, in turn: all of it, unless it has been cut.
+        fragments: the parts of the push message that take turns, one a round; a single part, the whole message, unless it has
+            been cut.
         wire_is_grad: whether gradients accumulate directly in the push message.
-        apart: whether the model's weights are this rank's own and not those in the pull message.
-        handed: whether the gradients have been handed to the push message one by one, during backward.
-        keeps_push: whether no rank writes to this rank's push message in a round.
-        active: what of the flat buffer the round is about, where ranks share memory and it is not all of it.
+        apart: whether the model's weights have memory of their own instead of being views of the pull message.
+        handed: whether the gradients were copied to the push message one by one during backward.
+        keeps_push: whether no other rank writes to this rank's push message in a round.
+        active: the slice of the flat buffer that the round is about, if ranks share memory and it is not the whole buffer; else
+            None.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class Replica:
         flat.attach_grad(self.push.gradients if self.wire_is_grad else flat.zeros())
 
     def move(self, push: Tensor, pull: Tensor, fill: bool, apart: bool, raw: bool) -> None:
-        """From now on the messages lie in memory that ranks share: `push` is this rank's, `pull` everybody's.
+        """Move the messages into memory that the node's ranks share.
 
         Args:
-            fill: whether this rank is to fill the pull message with its own; the others' are the same.
+            push: the memory of this rank's push message.
+            pull: the memory of the pull message, common to all ranks of the node.
+            fill: whether this rank copies its pull message there; the other ranks' are identical.
             apart: whether the model keeps weights of its own.
-            raw: whether gradients are multiplied by their weights only where they are combined.
+            raw: whether gradients are multiplied by their weights only when they are reduced.
         """
         old = self.pull.message
         self.push.move(push, raw)
@@ -81,17 +85,17 @@ class Replica:
             self.flat.attach_grad(self.push.gradients)
 
     def hand(self, number: int) -> None:
-        """A parameter's gradient is complete: it comes to the push message, if it is not there."""
+        """Copy a parameter's complete gradient to the push message, unless it accumulates there."""
         self.handed = True
         if not self.wire_is_grad:
             span = self.flat.slots[number].span
             self.push.gradients[span].copy_(self.flat.grad[span])
 
     def cut(self, count: int, allocate: Allocate) -> None:
-        """Let so many fragments take turns: whole parameters, neighbours, each cut where it is nearest to equal shares.
+        """Cut the parameters into `count` fragments of whole, adjacent parameters, as equal in size as possible.
 
         Raises:
-            ConfigError: there are fewer parameters.
+            ConfigError: there are fewer parameters than fragments.
         """
         starts, push, numel = [slot.offset for slot in self.flat.slots], self.push, self.flat.numel
         if count > len(starts):
@@ -103,11 +107,11 @@ class Replica:
         spans = [slice(*pair) for pair in pairwise([*(starts[at] for at in cuts), numel])]
         slots = [slice(*pair) for pair in pairwise([*cuts, len(starts)])]
         length = max(span.stop - span.start for span in spans) + push.message.numel() - numel
-        room = allocate(length, push.message.dtype, push.message.device)  # for all of them: one travels at a time
-        self.fragments = [Fragment(push, *where, room) for where in zip(slots, spans, strict=True)]
+        memory = allocate(length, push.message.dtype, push.message.device)  # shared by all fragments: one travels at a time
+        self.fragments = [Fragment(push, *where, memory) for where in zip(slots, spans, strict=True)]
 
     def push_for(self, round: float) -> Push:
-        """What travels to the server in this round, filled from `push`; the server spills back what came of it."""
+        """Return the message to push in this round, filled from `push`. The server copies the result back by `spill`."""
         self.active = None
         push = self.fragments[int(round) % len(self.fragments)]
         if not isinstance(push, Fragment):
@@ -120,23 +124,23 @@ class Replica:
         return push
 
     def pull_for(self, round: float) -> list[Tensor]:
-        """What travels back in this round."""
+        """Return the parts of the pull message that travel in this round."""
         count = len(self.fragments)
         return [self.pull.message] if count == 1 else self.pull.parts(self.fragments[int(round) % count].span)
 
     def clear(self) -> None:
-        """Nothing to push: zero gradients, empty tail."""
+        """Empty the push message: set it to zero, and gradients to None."""
         self.push.message.zero_()
         self.flat.clear()
 
     @property
     def everything(self) -> list[Tensor]:
-        """All that the ranks must have alike before the first round, the pull message first."""
+        """All tensors that ranks must agree on before the first round; the pull message comes first."""
         rest = [p.data for p in self.flat.frozen.values()]
         return [self.pull.message, *rest, *self.buffers.named.values()]
 
     def check_finite(self, control: Control) -> None:
-        """Raise NonFiniteError if the server ended the run for it."""
+        """Raise NonFiniteError if the server has ended the run because of an update that is not finite."""
         if control.culprit >= 0:
             raise NonFiniteError(
                 f"rank {control.culprit:.0f} has a NaN or Inf in the gradient of {self.flat.slots[int(control.slot)].name}, "
@@ -146,7 +150,16 @@ class Replica:
 
 
 def replicate(model: nn.Module, config: Config, size: int, allocate: Allocate, vectors: int = 1, numbers: int = 0) -> Replica:
-    """Lay `model` out flat, in messages with `size` rows, `vectors` of the weights' length and `numbers` of an optimizer."""
+    """Lay out `model` flat in messages.
+
+    Args:
+        model: the model.
+        config: the settings.
+        size: the number of rows in the tail.
+        allocate: allocates a message, given length, dtype and device.
+        vectors: the number of vectors of the weights' length in a message.
+        numbers: how many hyperparameters each rank sends.
+    """
     flat = Flat(model, hold=False)
     buffers = Buffers(flat.model, config.buffers, wire_dtype(flat.dtype))
     replica = Replica(flat, buffers, size, config.metrics, allocate, vectors, numbers)

@@ -1,1 +1,1 @@
-"""A run as a script sees it: `connect`, the wrapped optimizer, loops over data, frameworks, failures, the run folder."""
+"""A run as the script sees it: `connect`, the wrapped optimizer, loops over data, frameworks, failures, the run folder."""

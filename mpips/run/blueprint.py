@@ -1,7 +1,7 @@
-"""A model and its optimizer in words: so a server, which has left the script, can serve a further run of it.
+"""A model and its optimizer as a message, from which a server that has left the script can serve a further run.
 
-Rank 0 builds its first model by the script. Of a later one it needs only names, tensors and the optimizer's class; the forward
-pass stays with the workers.
+Rank 0 builds its first model by running the script. For a later run it needs only names, tensors and the optimizer's class; the
+forward pass stays on the workers.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from mpips.server.rank_state import RankState
 
 
 def describe(config: Config, model: nn.Module, optimizer: Optimizer) -> bytes:
-    """What a server needs of a run.
+    """Return what a server needs to know of a run.
 
     Raises:
-        ConfigError: an optimizer of a class that is not torch's, which may hold anything.
+        ConfigError: the optimizer is not of one of torch's classes, so its state cannot be known.
     """
     given, module = kind(optimizer), unwrap(model)
     if not given.__module__.startswith("torch.optim."):
@@ -41,7 +41,7 @@ def describe(config: Config, model: nn.Module, optimizer: Optimizer) -> bytes:
     first: dict[Tensor, str] = {}
     names = {name: first.setdefault(p, name) for name, p in named.items()}
     persistent = {name for name in module.state_dict() if name not in named}
-    words = {
+    facts = {
         "config": dataclasses.asdict(config),
         "names": names,
         "trained": [name for name, p in named.items() if p.requires_grad],
@@ -58,7 +58,7 @@ def describe(config: Config, model: nn.Module, optimizer: Optimizer) -> bytes:
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     state = {first[p]: kept for p, kept in optimizer.state.items() if p in first}
     own = {
-        "words": json.dumps(words),
+        "words": json.dumps(facts),
         "tensors": plain,
         "groups": keeping.pack([groups, optimizer.defaults], "the optimizer's groups"),
         "state": keeping.pack(state, "the optimizer"),
@@ -67,35 +67,38 @@ def describe(config: Config, model: nn.Module, optimizer: Optimizer) -> bytes:
 
 
 def build(blob: bytes) -> tuple[Config, nn.Module, Optimizer]:
-    """The settings, a module with those parameters and buffers, and the optimizer; the random streams are the describer's."""
-    said = RankState.unpack(blob)
-    words: dict[str, Any] = json.loads(said.own["words"])
+    """Return the settings, a module with the described parameters and buffers, and the optimizer.
+
+    Sets the random streams of this process to the describer's.
+    """
+    description = RankState.unpack(blob)
+    facts: dict[str, Any] = json.loads(description.own["words"])
     model, parameters = nn.Module(), dict[str, nn.Parameter]()
-    for name, own in words["names"].items():
+    for name, own in facts["names"].items():
         if own not in parameters:
-            tensor = said.own["tensors"][own]
-            laid = torch.empty_strided(tensor.shape, words["strides"][own], dtype=tensor.dtype).copy_(tensor)
-            parameters[own] = nn.Parameter(laid, requires_grad=own in words["trained"])
+            tensor = description.own["tensors"][own]
+            laid = torch.empty_strided(tensor.shape, facts["strides"][own], dtype=tensor.dtype).copy_(tensor)
+            parameters[own] = nn.Parameter(laid, requires_grad=own in facts["trained"])
         _home(model, name).register_parameter(name.rpartition(".")[2], parameters[own])
-    for name, tensor in said.own["tensors"].items():
-        if name not in words["names"]:
-            _home(model, name).register_buffer(name.rpartition(".")[2], tensor, persistent=name in words["persistent"])
-    groups, defaults = keeping.unpack(said.own["groups"])
-    for group, members in zip(groups, words["members"], strict=True):
+    for name, tensor in description.own["tensors"].items():
+        if name not in facts["names"]:
+            _home(model, name).register_buffer(name.rpartition(".")[2], tensor, persistent=name in facts["persistent"])
+    groups, defaults = keeping.unpack(description.own["groups"])
+    for group, members in zip(groups, facts["members"], strict=True):
         group["params"] = [parameters[name] for name in members]
         group.pop("param_names", None)
-    module, qualname = words["optimizer"]
+    module, qualname = facts["optimizer"]
     given: Any = getattr(importlib.import_module(module), qualname)
     optimizer: Optimizer = object.__new__(given)
     Optimizer.__init__(optimizer, groups, defaults)
-    for name, kept in keeping.unpack(said.own["state"]).items():
+    for name, kept in keeping.unpack(description.own["state"]).items():
         optimizer.state[parameters[name]] = kept
-    rng.restore(said.streams)
-    return _config(words["config"]), model, optimizer
+    rng.restore(description.streams)
+    return _config(facts["config"]), model, optimizer
 
 
 def _home(model: nn.Module, name: str) -> nn.Module:
-    """The module that a name lies in, made on the way."""
+    """Return the module that contains the name, creating it and its parents if necessary."""
     for part in name.split(".")[:-1]:
         if part not in model._modules:
             model.add_module(part, nn.Module())
@@ -104,6 +107,7 @@ def _home(model: nn.Module, name: str) -> nn.Module:
 
 
 def _config(tree: Mapping[str, Any]) -> Config:
+    """Return the settings, given their fields as nested dicts."""
     groups = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.default_factory is not dataclasses.MISSING}
     named = {key: groups[key](**value) if isinstance(value, dict) else value for key, value in tree.items()}
     return Config(**{**named, "metrics": tuple(tree["metrics"])})

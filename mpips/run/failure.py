@@ -1,6 +1,6 @@
-"""A failing rank ends all ranks: an unhandled exception on one would otherwise leave the others waiting for ever.
+"""A failing rank ends all ranks: otherwise the others would wait forever after an uncaught exception on one rank.
 
-The failing rank's traceback goes to its log, to the screen and to the launcher, which shows the first one last.
+The failing rank's traceback goes to its log, to the screen and to the launcher, which shows the first traceback last.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from mpips.process import lifecycle as process
 from mpips.report.run_report import LOG, stop_copying
 from mpips.server.contract import ContractError
 
-FAILED, PREEMPTED = 1, 75  # exit statuses; 75 is EX_TEMPFAIL: start again with --mpips.resume auto
-PATIENCE = 0.5  # seconds for rank 0 to say what a rank that refuses a setting would say
-TOGETHER = (CallError, ContractError, NonFiniteError)  # raised on all ranks at once, with one text
-SAYS_ALL = (*TOGETHER, CheckpointError, SnapshotError)  # the place in the code says nothing that the text does not
+FAILED, PREEMPTED = 1, 75  # exit statuses; 75 is EX_TEMPFAIL: resume with --mpips.resume auto
+PATIENCE = 0.5  # seconds that a rank gives rank 0 to print the same refusal first
+TOGETHER = (CallError, ContractError, NonFiniteError)  # raised on all ranks with the same text
+SAYS_ALL = (*TOGETHER, CheckpointError, SnapshotError)  # printed without a traceback, which would add nothing
 
 
 _failures: list[BaseException] = []
 
 
 def happened() -> bool:
-    """Whether an exception that nobody caught is ending this process."""
+    """Return whether an uncaught exception is ending this process."""
     return bool(_failures)
 
 
 def end_all_on_exception(communicator: Communicator) -> None:
-    """From now on an exception that nobody catches ends all ranks with status 1."""
+    """Install an exception hook: from now on an uncaught exception ends all ranks, with status 1, or 2 for a bad setting."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         _failures.append(error)
         status = BAD_CONFIGURATION if issubclass(kind, ConfigError) else FAILED
         try:
             _tell(communicator, kind, error, trace, status)
-        finally:  # whatever keeps a rank from saying why it ends, it ends
+        finally:  # end even if the reason cannot be told
             if communicator.size > 1:
                 communicator.abort(status)
             elif status != FAILED:
@@ -60,14 +60,14 @@ def end_all_on_exception(communicator: Communicator) -> None:
 def _tell(
     communicator: Communicator, kind: type[BaseException], error: BaseException, trace: TracebackType | None, status: int
 ) -> None:
-    """Say in the log, to the launcher and on the screen why this rank ends; where one of them cannot be written, the others."""
+    """Write the reason to the log, to the launcher and to the screen. A failure of one of them does not stop the others."""
     text = "".join(traceback.format_exception(kind, error, trace))
-    if LOG.handlers:  # else logging prints it on the screen
+    if LOG.handlers:  # else logging would print to the screen
         with suppress(Exception):
             LOG.error("failed\n%s", text)
     if issubclass(kind, ConfigError):
         if communicator.rank != SERVER:
-            time.sleep(PATIENCE)  # where all refuse alike rank 0 prints and ends all
+            time.sleep(PATIENCE)  # if all ranks refuse, rank 0 prints and ends all
         text = f"mpips: {error}{f', on rank {communicator.rank}' if communicator.rank != SERVER else ''}\n"
     if issubclass(kind, SAYS_ALL):
         text = f"{kind.__name__}: {error}\n"
@@ -77,7 +77,7 @@ def _tell(
         process.tell_launcher(communicator.rank, text, status)
     if communicator.size > 1 and not issubclass(kind, ConfigError):
         text = f"mpips: rank {communicator.rank} on {socket.gethostname()} failed:\n{text}"
-    stop_copying()  # it is in the log
+    stop_copying()  # the log has it already
     with suppress(Exception):
         sys.stderr.write(text.encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding))
         sys.stderr.flush()

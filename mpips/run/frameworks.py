@@ -7,8 +7,9 @@ One line for each:
     ps = frameworks.accelerate(accelerator, model, optimizer, loader)     # then accelerator.prepare(model, optimizer, loader)
     trainer = lightning.Trainer(strategy=frameworks.lightning())          # then trainer.fit(module, ...)
 
-On each worker the framework runs as in a single process. Under mpirun accelerate would take the launcher's variables for a
-launch of its own; importing this module hides them from it. What a framework writes and prints, worker 0 alone does.
+On each worker the framework runs as in a single process. Under mpirun accelerate would mistake the launcher's variables for a
+launch of its own; importing this module hides the variables from accelerate. Only worker 0 writes and prints what the framework
+writes and prints.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from mpips.process import lifecycle as process
 from mpips.run import start
 from mpips.run.run import Run, connect
 
-LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # where accelerate looks for a launch of its own
+LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # variables by which accelerate detects a launch
 
 
 class Sharing:
-    """This worker's share of a loader, in a framework that counts its batches and does not ask for one more.
+    """This worker's share of a loader, for a framework that counts its batches and never asks for one more.
 
     Args:
         run: the run.
@@ -48,12 +49,12 @@ class Sharing:
         self._running: Iterator[Any] | None = None
 
     def share(self, make: Callable[[], Any], window: int = 0) -> Any:
-        """This worker's share of the loader that `make` gives.
+        """Return this worker's share of a loader.
 
         Args:
-            make: may look at the random streams, which are then alike on all workers.
-            window: how many batches make a step, if all workers are to count as many steps; where worker 0 has one more, the
-                length is worker 0's.
+            make: makes the loader. It may draw from the random streams, which are identical on all workers meanwhile.
+            window: the number of batches in a step, if all workers must count the same number of steps; else 0. The length is
+                worker 0's if that has one step more.
         """
         run = self.run
         with run._worker.common:
@@ -65,12 +66,13 @@ class Sharing:
         return shards[0]
 
     def _iterate(self, loader: Any) -> Iterator[Any]:
+        """Begin a loop over the loader, after ending the previous one."""
         self.end()
         self._running = self.run._loop.batches(loader, (None, True, False), own=False)
         return self._running
 
     def end(self) -> None:
-        """The framework's loop has come to its end, if one runs: wait for the other workers'."""
+        """End the framework's loop, if one is running, and wait for the other workers."""
         running, self._running = self._running, None
         if running:
             running.close()  # type: ignore[attr-defined]  # a generator
@@ -78,7 +80,7 @@ class Sharing:
 
 
 def has_length(loader: Any) -> bool:
-    """Whether a loader's batches can be counted before it is iterated."""
+    """Return whether the batches of a loader can be counted before iteration."""
     try:
         len(loader)
     except TypeError:
@@ -87,17 +89,20 @@ def has_length(loader: Any) -> bool:
 
 
 def transformers(trainer: Any, **settings: Any) -> Run:
-    """Let a `transformers.Trainer` train on all workers: each gets its share of the batches, and worker 0 writes and logs.
+    """Let a `transformers.Trainer` train on all workers: each gets its share of the batches; worker 0 writes and logs.
 
-    Call it when the trainer is made and before `train()`. A rank that only serves does so in here, as in `connect`. The
-    optimizer is the trainer's own, which is made here if it was not given.
+    Call this after the trainer is made and before `train()`. A rank that only serves does so in this call, as in `connect`. The
+    optimizer is the trainer's own; it is created here if the trainer has none yet.
 
     Args:
         trainer: the trainer.
         settings: as those of `connect`.
 
+    Returns:
+        This worker's part in the run.
+
     Raises:
-        SystemExit: with status 2 and one line on the screen, for what would not be exact.
+        SystemExit: with status 2 and one line on the screen, for a trainer that cannot be reproduced exactly.
     """
     _refuse(trainer)
     _on_one_device(trainer)
@@ -113,7 +118,7 @@ def transformers(trainer: Any, **settings: Any) -> Run:
         batches, items = given_batches(*given)
         counts = [samples_in(batch) for batch in batches] if items is None else [float(items)]
         if batches and None not in counts:
-            run._loop._samples = float(sum(count for count in counts if count))  # what the loss is the mean over
+            run._loop._samples = float(sum(count for count in counts if count))  # the number that the loss is the mean over
         if not batches and has_length(trainer.callback_handler.train_dataloader) and not run.stopping:
             _pass_step(trainer)
         return batches, items
@@ -123,11 +128,11 @@ def transformers(trainer: Any, **settings: Any) -> Run:
     trainer._load_from_checkpoint = _refuse_resume
     trainer.add_callback(_following(sharing))
     if run.worker:
-        trainer.args.save_only_model = True  # the streams' states would be written by every process
+        trainer.args.save_only_model = True  # else every process would write its random states
     load_best = trainer._load_best_model
 
     def load_best_model() -> None:
-        run._finish()  # with the weights of the last round; worker 0 has written its files by then
+        run._finish()  # at the last round's weights; waits for worker 0's files
         load_best()
 
     trainer._load_best_model = load_best_model
@@ -135,14 +140,14 @@ def transformers(trainer: Any, **settings: Any) -> Run:
 
 
 def _pass_step(trainer: Any) -> None:
-    """A step that only other workers have a batch for counts here, too: for the learning rate, and for when to end."""
+    """Count a step for which only other workers have a batch, for the learning rate and the end of training."""
     trainer.state.global_step += 1
     if type(trainer.lr_scheduler).__name__ not in ("ReduceLROnPlateau", "GreedyLR"):
         trainer.lr_scheduler.step()
 
 
 def _refuse(trainer: Any) -> None:
-    """Raise SystemExit, having said why, for a trainer that cannot be shared."""
+    """Print the reason and raise SystemExit for a trainer that cannot be shared."""
     args = trainer.args
     why = ""
     if trainer.model_init is not None:
@@ -156,12 +161,13 @@ def _refuse(trainer: Any) -> None:
 
 
 def _begin_anew(run: Run, loop: str) -> None:
-    """Raise RuntimeError for a run that is gone on with: these frameworks' own loops would begin with the first step again."""
+    """Raise RuntimeError for a resumed run: these frameworks' loops would begin with the first step again."""
     if run.round:
         raise RuntimeError(f"resume: given with a {loop}, whose loop would begin anew, expected no")
 
 
 def _refuse_resume(*_: Any) -> None:
+    """Raise RuntimeError for `trainer.train(resume_from_checkpoint=...)`."""
     raise RuntimeError(
         "trainer.train(resume_from_checkpoint=...) after frameworks.transformers(trainer): given a checkpoint, expected none; "
         "its weights and optimizer would be loaded here, where no server sees them"
@@ -169,7 +175,7 @@ def _refuse_resume(*_: Any) -> None:
 
 
 def _on_one_device(trainer: Any) -> None:
-    """Where the trainer sees several GPUs it would use all of them in each process: it is to use this rank's."""
+    """Let the trainer use this rank's GPU only; where it sees several, it would use all of them in each process."""
     args = trainer.args
     if args.n_gpu <= 1:
         return
@@ -183,39 +189,42 @@ def _on_one_device(trainer: Any) -> None:
 
 
 def _following(sharing: Sharing) -> Any:
-    """The Trainer's callback that ends its loops together with the other workers'."""
+    """Return the Trainer's callback that ends its loops together with those of the other workers."""
 
     class Following(import_module("transformers").TrainerCallback):  # type: ignore[misc]
-        """Ends loops over data where the Trainer does, and the Trainer where the run ends."""
+        """Ends loops over data where the Trainer ends them, and the Trainer where the run ends."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            """Stop if the run does."""
+            """Stop the Trainer if the run stops."""
             control.should_training_stop |= bool(sharing.run.stopping)
 
         def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-            """Worker 0 writes the files: the others may look before these are there."""
+            """Set the path of the best checkpoint: worker 0 writes it, and other workers may look before it exists."""
             if best := getattr(state, "best_global_step", None):
                 state.best_model_checkpoint = os.path.join(args.output_dir, f"checkpoint-{best}")
 
         def on_epoch_end(self, *_: Any, **__: Any) -> None:
-            """All workers are at the end of an epoch."""
+            """Wait for all workers at the end of an epoch."""
             sharing.end()
 
     return Following()
 
 
 def accelerate(accelerator: Any, model: nn.Module, optimizer: Optimizer, loader: Any, **settings: Any) -> Run:
-    """Let a script with an `accelerate.Accelerator` train on all workers; call it before `accelerator.prepare`.
+    """Let a script with an `accelerate.Accelerator` train on all workers. Call this before `accelerator.prepare`.
 
-    Where the script prepares the loader it gets this worker's share of it. Whatever else it prepares is as for one process:
-    a loader for evaluation gives all data on each worker. `accelerator.is_main_process` is worker 0.
+    When the script prepares `loader` it gets this worker's share of it. Everything else is prepared as in one process: a loader
+    for evaluation yields all data on each worker. `accelerator.is_main_process` is true on worker 0 only.
 
     Args:
         accelerator: the accelerator.
         model: the model, not prepared.
-        optimizer: its optimizer, not prepared.
-        loader: the DataLoader to train from, not prepared.
+        optimizer: the model's optimizer, not prepared.
+        loader: the DataLoader with the training data, not prepared.
         settings: as those of `connect`.
+
+    Returns:
+        This worker's part in the run.
     """
     if accelerator.device_placement:
         model.to(accelerator.device)
@@ -225,19 +234,20 @@ def accelerate(accelerator: Any, model: nn.Module, optimizer: Optimizer, loader:
     sharing = Sharing(run)
     prepare = accelerator.prepare_data_loader
 
-    def prepare_data_loader(given: Any, *how: Any, **named: Any) -> Any:
+    def prepare_data_loader(given: Any, *args: Any, **kwargs: Any) -> Any:
         if given is not loader:
-            return prepare(given, *how, **named)
-        return sharing.share(lambda: prepare(given, *how, **named))
+            return prepare(given, *args, **kwargs)
+        return sharing.share(lambda: prepare(given, *args, **kwargs))
 
     accelerator.prepare_data_loader = prepare_data_loader
     return run
 
 
 def lightning(**settings: Any) -> Any:
-    """A strategy for Lightning's Trainer: each worker is a process with one device, which trains on its share of the batches.
+    """Return a strategy for Lightning's Trainer: each worker is a process with one device that trains on its share.
 
-    A rank that only serves does so inside `trainer.fit`, and ends there. The run is the strategy's `run` from then on.
+    A rank that only serves does so inside `trainer.fit`, and ends there. On a worker, the strategy's attribute `run` is the run
+    from then on.
 
     Args:
         settings: as those of `connect`.
@@ -246,7 +256,7 @@ def lightning(**settings: Any) -> Any:
     strategies, environments = import_module(f"{home}.strategies"), import_module(f"{home}.plugins.environments")
 
     class Strategy(strategies.SingleDeviceStrategy):  # type: ignore[misc,name-defined]
-        """One device of its own for each worker."""
+        """A strategy with one device for each worker."""
 
         strategy_name = "mpips"
         optimizers: Any
@@ -254,26 +264,27 @@ def lightning(**settings: Any) -> Any:
 
         def __init__(self) -> None:
             super().__init__("cpu")
-            self.cluster_environment = environments.LightningEnvironment()  # else it looks for a launch of its own
+            self.cluster_environment = environments.LightningEnvironment()  # else it would detect a launch
             self.run: Run | None = None
             self._sharing: Sharing | None = None
             self._workers = _workers()
             worker = start.worker_index()
-            self._be(worker if worker >= 0 else start.workers())  # who serves writes nothing
+            self._be(worker if worker >= 0 else start.workers())  # any number but 0: a server writes nothing
 
         def _be(self, worker: int) -> None:
+            """Set the rank that Lightning sees."""
             self.global_rank = self.local_rank = worker
             self.cluster_environment.set_global_rank(worker)
 
         def broadcast(self, value: Any, src: int = 0) -> Any:
-            """What worker 0 has, on all workers: a folder's name, for the most part."""
+            """Return worker 0's value on all workers; mostly the name of a folder."""
             text = json.dumps(value, default=os.fspath)
             if self.run and self.run.active:
                 return json.loads(self.run.meet(text))
             return json.loads(_told(self._workers, text)) if self._workers else value
 
         def barrier(self, name: str | None = None) -> None:
-            """Wait for the other workers, in whose rounds this one takes part until then."""
+            """Wait for the other workers, taking part in their rounds meanwhile."""
             self.broadcast(None)
 
         @property
@@ -282,7 +293,7 @@ def lightning(**settings: Any) -> Any:
             return bool(self.global_rank == 0)
 
         def setup_environment(self) -> None:
-            """Take this rank's device."""
+            """Use this rank's device."""
             if type(self.accelerator).__name__ == "CUDAAccelerator":
                 self._root_device = start.device()
             super().setup_environment()
@@ -299,38 +310,38 @@ def lightning(**settings: Any) -> Any:
             self.run = connect(self.model, self.optimizers[0], **settings)
             _begin_anew(self.run, "Lightning Trainer (which resumes by its own ckpt_path)")
             self._sharing = Sharing(self.run)
-            self.optimizers = self.optimizers  # Lightning's own doubles have the class as it is now
+            self.optimizers = self.optimizers  # makes Lightning wrap the optimizer in its new class
 
         def _resume(self, trainer: Any) -> None:
-            """Take the optimizer's state from a checkpoint of Lightning's, as the server does."""
+            """Load the optimizer's state from a Lightning checkpoint, so that the server begins with it."""
             states = (trainer._checkpoint_connector._loaded_checkpoint or {}).get("optimizer_states")
             if states:
                 self.optimizers[0].load_state_dict(states[0])
 
         def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-            """Do nothing: see `_resume`."""
+            """Do nothing; `_resume` has loaded the state."""
 
         def optimizer_state(self, optimizer: Any) -> Any:
-            """The optimizer's whole state, where it is written."""
+            """Return the optimizer's whole state on worker 0, which writes it, and an empty dict elsewhere."""
             return super().optimizer_state(optimizer) if self.is_global_zero else {}
 
         def process_dataloader(self, loader: Any) -> Any:
-            """This worker's share, of a loader to train from."""
+            """Return this worker's share of a training loader, and any other loader as it is."""
             if not self._sharing or not self.lightning_module.trainer.training:
                 return loader
             return self._sharing.share(lambda: loader)
 
         def on_train_end(self) -> None:
-            """All workers are at the end."""
+            """Wait for all workers at the end of training."""
             assert self._sharing
             self._sharing.end()
-            self._sharing.run._finish()  # what is loaded from now on, as the best weights, is not trained further
+            self._sharing.run._finish()  # weights loaded from now on, such as the best ones, are not trained
 
     return Strategy()
 
 
 def _workers() -> Any:
-    """MPI's communicator of the workers alone; None without MPI. Every rank calls this."""
+    """Return an MPI communicator of the workers; None without MPI. Every rank calls this."""
     if start.workers() == 1:
         return None
     mpi = import_module("mpi4py.MPI")
@@ -339,7 +350,7 @@ def _workers() -> Any:
 
 
 def _told(workers: Any, text: str) -> str:
-    """What the first of the workers says."""
+    """Broadcast the first worker's text, and return it."""
     length = np.array([len(text.encode())])
     workers.Bcast(length)
     words = np.frombuffer(text.encode().ljust(int(length[0]))[: int(length[0])], np.uint8).copy()
@@ -348,13 +359,13 @@ def _told(workers: Any, text: str) -> str:
 
 
 class _Process:
-    """Which worker this process is, for accelerate, whose state may be made before or after."""
+    """The worker number of this process, for accelerate, whose state may be made before or after it is known."""
 
     worker = 0
 
 
 def _be_process(worker: int) -> None:
-    """Tell accelerate that only worker 0 is the main process."""
+    """Tell accelerate which worker this is, so that worker 0 is the main process."""
     _Process.worker = worker
     for state in _states():
         if state._shared_state:
@@ -362,32 +373,33 @@ def _be_process(worker: int) -> None:
 
 
 def _leave_state(accelerator: Any) -> None:
-    """Let it prepare an optimizer without bringing its state to a device: that is where the parameters are stepped."""
+    """Let the accelerator prepare an optimizer without moving its state to a device: the state is where the steps are taken."""
     prepare = accelerator.prepare_optimizer
     accelerator.prepare_optimizer = lambda optimizer, device_placement=None: prepare(optimizer, device_placement=False)
 
 
 def _states() -> tuple[Any, Any]:
-    """What all of accelerate's objects in a process know of it."""
+    """Return the classes in which accelerate keeps the shared state of all its objects."""
     module = import_module("accelerate.state")
     return module.PartialState, module.AcceleratorState
 
 
 def _number() -> dict[str, int]:
+    """Return accelerate's process indices for this worker."""
     return {"process_index": _Process.worker, "local_process_index": _Process.worker}
 
 
 def _hide_launcher() -> None:
-    """Let accelerate see one process, where it would take mpirun's variables for a launch of its own."""
+    """Hide the launcher's variables from accelerate, which would take them for a launch of its own."""
     state, _ = _states()
     given = state.__init__
 
     @wraps(given)
-    def init(self: Any, *how: Any, **named: Any) -> None:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
         hidden = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
         try:
             new = not self._shared_state
-            given(self, *how, **named)
+            given(self, *args, **kwargs)
             if new and _Process.worker:
                 self._shared_state.update(_number())
         finally:

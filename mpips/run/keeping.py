@@ -1,6 +1,7 @@
-"""What a script keeps in the checkpoint beside the model: averages, teachers, trackers, and torch's schedulers.
+"""What a script keeps in the checkpoint besides the model: averages, teachers, trackers, and torch's schedulers.
 
-The state of each is a tree of tensors and a text; nothing is pickled. It is that of worker 0, and every worker takes it up.
+The state of each object is stored as a tree of tensors and a text; nothing is pickled. The state is worker 0's, and every
+worker loads it on resume.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ PLAIN = (str, int, float, bool, type(None))
 
 
 def pack(state: Any, name: str) -> Tree:
-    """A state as a tree: its tensors by their place, the rest as text.
+    """Return a state as a tree: its tensors by path, everything else as JSON.
 
     Raises:
-        TypeError: it holds something else than tensors, arrays, numbers, texts, and dicts, lists and tuples of these.
+        TypeError: the state holds something other than tensors, arrays, numbers, texts, and dicts, lists and tuples of these.
     """
     tensors: dict[str, Tensor] = {}
-    return {"text": json.dumps(_strip(state, "", name, tensors)), "tensors": tensors}
+    return {"text": json.dumps(_to_plain(state, "", name, tensors)), "tensors": tensors}
 
 
-# No functions inside `pack` and `unpack`: one that calls itself is a cycle, which would hold the tensors until Python looks.
-def _strip(value: Any, place: str, name: str, tensors: dict[str, Tensor]) -> Any:
+# No nested functions here: a recursive closure is a reference cycle, which would keep the tensors until garbage collection.
+def _to_plain(value: Any, place: str, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return `value` as JSON's types, with its tensors moved to `tensors` under their paths."""
     if isinstance(value, (Tensor, np.ndarray)):
         tensors[place] = torch.as_tensor(value).detach()
         return {"tensor": place, "array": isinstance(value, np.ndarray)}
@@ -45,10 +47,10 @@ def _strip(value: Any, place: str, name: str, tensors: dict[str, Tensor]) -> Any
     under = f"{place}." if place else ""
     if isinstance(value, Mapping):
         items = value.items()
-        return {"dict": [[_strip(k, place, name, tensors), _strip(v, f"{under}{k}", name, tensors)] for k, v in items]}
+        return {"dict": [[_to_plain(k, place, name, tensors), _to_plain(v, f"{under}{k}", name, tensors)] for k, v in items]}
     if isinstance(value, (list, tuple, set)):
         kind = type(value).__mro__[-2].__name__
-        return {kind: [_strip(v, f"{under}{at}", name, tensors) for at, v in enumerate(value)]}
+        return {kind: [_to_plain(v, f"{under}{at}", name, tensors) for at, v in enumerate(value)]}
     raise TypeError(
         f"the state of {name} holds a {type(value).__name__} at {place or 'its top'}; a checkpoint holds tensors, arrays, "
         f"numbers, texts, and dicts, lists and tuples of these"
@@ -56,67 +58,70 @@ def _strip(value: Any, place: str, name: str, tensors: dict[str, Tensor]) -> Any
 
 
 def unpack(tree: Tree) -> Any:
-    """What `pack` was given."""
-    return _dress(json.loads(tree["text"]), tree["tensors"])
+    """Return the state that was given to `pack`."""
+    return _from_plain(json.loads(tree["text"]), tree["tensors"])
 
 
-def _dress(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _from_plain(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the value that `_to_plain` was given."""
     if isinstance(value, dict) and "tensor" in value:
         tensor = tensors[value["tensor"]].clone()
         return tensor.numpy() if value["array"] else tensor
     if isinstance(value, dict):
         ((kind, items),) = value.items()
         if kind == "dict":
-            return {_dress(k, tensors): _dress(v, tensors) for k, v in items}
-        return {"list": list, "tuple": tuple, "set": set}[kind](_dress(item, tensors) for item in items)
+            return {_from_plain(k, tensors): _from_plain(v, tensors) for k, v in items}
+        return {"list": list, "tuple": tuple, "set": set}[kind](_from_plain(item, tensors) for item in items)
     return value
 
 
 def schedulers(optimizer: Optimizer) -> list[LRScheduler]:
-    """Torch's schedulers of this optimizer, but for those that are parts of another."""
+    """Return torch's schedulers of this optimizer, except those that are parts of another scheduler."""
     holders = gc.get_referrers(optimizer)
     attributes = [holder for holder in holders if type(holder) is dict and "_last_lr" in holder]
-    owners = gc.get_referrers(*attributes) if attributes else []  # `holders` is one of them: not to be put into itself
+    owners = gc.get_referrers(*attributes) if attributes else []  # contains `holders` itself: keep the lists separate
     found = [o for o in (*holders, *owners) if issubclass(type(o), LRScheduler) and vars(o).get("optimizer") is optimizer]
     parts = {id(part) for o in found for part in vars(o).get("_schedulers", ())}
     return [o for o in found if id(o) not in parts]
 
 
 class Stepping:
-    """An optimizer that steps on the workers, with those that it wraps.
+    """The state of an optimizer that steps on the workers, including the optimizers that it wraps.
 
     Args:
-        optimizer: the script's.
+        optimizer: the script's optimizer.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._all = [optimizer, *nested(optimizer).values()]
 
     def state_dict(self) -> list[Any]:
-        """The state of each; the wrapped ones' groups are perhaps the optimizer's own."""
+        """Return the state of each optimizer. Wrapped ones may share the outer optimizer's groups."""
         return [optimizer.state_dict() for optimizer in self._all]
 
     def load_state_dict(self, states: list[Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         for optimizer, state in zip(self._all, states, strict=True):
             groups = optimizer.param_groups
             optimizer.load_state_dict(state)
-            for own, group in zip(groups, optimizer.param_groups, strict=True):  # others may hold the same groups
+            for own, group in zip(
+                groups, optimizer.param_groups, strict=True
+            ):  # keep the group objects, which others may share
                 own.update(group)
             optimizer.param_groups = groups
 
 
 class Keeping:
-    """The objects that a script keeps.
+    """The objects that a script keeps in the checkpoint.
 
     Args:
-        saved: what the checkpoint of a resumed run has of them, by name; empty for a new run.
-        optimizers: the script's; torch's schedulers of them are kept unasked.
-        tell: takes a line for the screen.
+        saved: the objects' states in the checkpoint of a resumed run, by name; empty for a new run.
+        optimizers: the script's optimizers. Torch's schedulers of these are kept automatically.
+        tell: prints a line.
 
     Attributes:
         behind: whether `catch_up` is still to be called, once, before the first step.
-        own_state: the numbers of those optimizers that step on the workers, which then have their state.
+        own_state: the indices of the optimizers that step on the workers and therefore have their own state.
     """
 
     def __init__(
@@ -131,33 +136,34 @@ class Keeping:
         self._put_groups()
 
     def keep(self, objects: Mapping[str, Any]) -> None:
-        """Keep these from now on; a resumed run gives each its state back."""
+        """Keep these objects from now on. A resumed run restores the state of each here."""
         for name, thing in objects.items():
             if not all(callable(getattr(thing, call, None)) for call in ("state_dict", "load_state_dict")):
                 given = f"given a {type(thing).__name__}"
                 raise TypeError(f"ps.keep({name}=...): {given}, expected an object with state_dict and load_state_dict")
             if name not in self._objects:
                 self._give_back(name, thing)
-            pack(thing.state_dict(), name)  # what cannot be kept is refused here
+            pack(thing.state_dict(), name)  # raises if the state cannot be kept
             self._objects[name] = thing
 
     def _give_back(self, name: str, thing: Any) -> None:
+        """Restore an object's state from the checkpoint; if there is none, say so."""
         if name in self._saved:
             thing.load_state_dict(unpack(self._saved.pop(name)))
         elif self._resumed:
             self._tell(f"mpips: resume: the checkpoint has no {name!r}: it goes on from what the script has made it")
 
     def _put_groups(self) -> None:
-        """Give the optimizers' groups the numbers that they had."""
+        """Restore the hyperparameters in the optimizers' groups."""
         for optimizer, groups in zip(self._optimizers, self._groups, strict=False):
             for group, saved in zip(optimizer.param_groups, groups, strict=False):
                 group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
 
     def _schedulers(self) -> dict[str, Any]:
-        """Those of torch's that the script does not keep itself, by class.
+        """Return torch's schedulers that the script does not keep itself, by class name.
 
         Raises:
-            TypeError: there are two of a class, which nobody could tell apart at a resume.
+            TypeError: an optimizer has two schedulers of one class, which a resumed run could not tell apart.
         """
         kept, named = {id(thing) for thing in self._objects.values()}, dict[str, Any]()
         for which, optimizer in enumerate(self._optimizers):
@@ -173,23 +179,23 @@ class Keeping:
         return named
 
     def catch_up(self) -> None:
-        """The script is about to train: give torch's schedulers, those made since `connect` too, back what they had.
+        """Before the first step, restore torch's schedulers, including those made since `connect`.
 
         Raises:
-            TypeError: those there are could not be told apart.
+            TypeError: schedulers could not be told apart.
         """
         self.behind, found = False, self._schedulers()
         if not self._resumed:
             return
         for optimizer in self._optimizers:
-            optimizer._opt_called = True  # type: ignore[attr-defined]  # in the run that went before
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # it was, before the resume
         stepping = {f"{OWN}{which}": self._stepping[which] for which in self.own_state}
         for name, thing in (found | stepping).items():
             self._give_back(name, thing)
-        self._put_groups()  # a scheduler made since connect has set what a new run begins with
+        self._put_groups()  # a scheduler made since connect has reset the rates
 
     def state_dict(self) -> dict[str, Tree]:
-        """For a checkpoint: the state of each by name, and what a resumed run's script has not taken up yet."""
+        """Return the state of each object by name, and saved states that the script has not restored yet, for a checkpoint."""
         own_groups = [optimizer.param_groups for optimizer in self._optimizers]
         groups = [[{k: v for k, v in group.items() if k != "params"} for group in own] for own in own_groups]
         own = self._schedulers() | {f"{OWN}{which}": self._stepping[which] for which in self.own_state} | self._objects

@@ -1,4 +1,4 @@
-"""The script's loops over data on one worker: which of them a resumed run skips, what each step has used up."""
+"""The script's loops over data on one worker: which loops a resumed run skips, and what each step has used up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mpips.worker.round_worker import Worker
 
 
 class Where(Enum):
-    """Where the script is: a loop over its shard is at its end, running, or was broken out of."""
+    """Where the script is: outside a loop over its shard, inside one, or broken out of one."""
 
     OUTSIDE = 0
     INSIDE = 1
@@ -26,10 +26,10 @@ class Where(Enum):
 
 
 class Batches:
-    """What `ps.batches` gives: each `iter` of it is a loop of its own.
+    """The iterable that `ps.batches` returns: each `iter` begins a new loop.
 
     Args:
-        loop: begins one.
+        loop: begins a loop and returns its iterator.
     """
 
     def __init__(self, loop: Callable[[], Iterator[Any]]) -> None:
@@ -40,13 +40,13 @@ class Batches:
 
 
 class Loop:
-    """The loop in progress, and those before it in the epoch.
+    """The present loop over data, and the loops before it in the epoch.
 
     Args:
-        worker: takes the steps.
-        common: the random streams that the order of the data is drawn from, alike on all workers.
-        streams: a resumed run's random streams, to go on with where the loop does.
-        preempted: called when the run ends because a rank was told to.
+        worker: the worker that takes the steps.
+        common: the random streams that the order of the data is drawn from, identical on all workers.
+        streams: a resumed run's random streams, to be restored where the run continues.
+        preempted: called when the run ends because a rank was preempted.
 
     Attributes:
         cut: whether a stop ended the epoch before its end.
@@ -55,31 +55,31 @@ class Loop:
     def __init__(self, worker: Worker, common: Common, streams: rng.State | None, preempted: Callable[[], NoReturn]) -> None:
         self.worker, self._common, self._streams, self._preempted = worker, common, streams, preempted
         self._where = Where.OUTSIDE
-        self._begun = 0  # loops in this epoch, those included that a resumed run has behind it
+        self._begun = 0  # loops in this epoch, including those before a resume
         self._taken = 0  # items yielded since the last step
-        self._samples: float | None = worker.place.samples  # behind what has not been pushed; None if nobody knows
-        self._latest: float | None = 1  # the samples of the last step: a second step on a batch is about as many
-        self._unread = False  # a shard that no batch has been drawn of
+        self._samples: float | None = worker.place.samples  # behind gradients not yet pushed; None if unknown
+        self._latest: float | None = 1  # the samples of the last step, reused for a second step on a batch
+        self._unread = False  # whether ps.shard() was called and no batch drawn since
         self._stepped_at = (0, 0)  # the loop and the batch of the last step
         self.cut = False
 
     @property
     def inside(self) -> bool:
-        """Whether the script is in a loop over its shard."""
+        """Whether the script is inside a loop over its shard."""
         return self._where is Where.INSIDE
 
     def next_epoch(self) -> None:
-        """An epoch begins; a resumed run that begins it anew draws as it did."""
+        """Begin an epoch. If a resumed run begins it from the start, restore the random streams."""
         self._begun, place = 0, self.worker.place
         self._rewind(not place.loop and not place.begun)
 
     def batches(self, data: Any, how: tuple[int | None, bool, bool], own: bool) -> Iterator[Any]:
-        """The next loop: this worker's batches.
+        """Yield this worker's batches of the next loop. Yields nothing if a resumed run has done the loop already.
 
         Args:
-            data: all of it, or what is this worker's `own`.
+            data: all data, or this worker's own.
             how: batch size, whether to shuffle, whether to drop a last batch that is not full.
-            own: see `data`.
+            own: whether the data belongs to this worker only.
         """
         self.drain()
         if self.inside:
@@ -100,11 +100,11 @@ class Loop:
             place.next_loop()
 
     def promised(self) -> None:
-        """The script has asked for a shard, to loop over."""
+        """Note that the script has asked for a shard to loop over."""
         self._unread = not self._begun and self.worker.drawn == 0
 
     def _share(self, data: Any, loop: int, how: tuple[int | None, bool, bool], own: bool) -> Share | Hosting:
-        """What of the data is this worker's."""
+        """Return this worker's share of the data."""
         worker = self.worker
         update, config = worker.update, worker.config
         if isinstance(update, FedAvg):
@@ -113,9 +113,11 @@ class Loop:
         return Share(data, *how, worker.index, worker.workers, self._common, own)
 
     def _forget(self) -> None:
+        """Reset the count of samples, at the beginning of a client."""
         self._samples = 0
 
     def _work(self, shard: Share | Hosting, own: bool) -> Iterator[Any]:
+        """Yield this worker's batches, and wait for the other workers at the end."""
         worker = self.worker
         worker.begin()
         if worker.workers > 1 and worker.mode.gradients and not own and not worker.place.begun:
@@ -136,7 +138,7 @@ class Loop:
             try:
                 yield batch
             except GeneratorExit:
-                worker.settle()  # whoever breaks out may look at the weights
+                worker.settle()  # code after a break may read the weights
                 if self.inside:
                     self._where = Where.BROKE
                 raise
@@ -150,32 +152,32 @@ class Loop:
             self._exhausted()
 
     def _meet(self) -> None:
-        """Draw the order of this loop from where worker 0's streams are, if those are where one process's would be."""
+        """Draw the order of this loop from worker 0's random streams, if those are where a single process's would be."""
         reply = self.worker.call_for(Call.BEGIN, {"told": self._common.tell() if self.worker.index == 0 else ""})
         self._obey()
         self._common.take(reply.get("told", ""))
 
     def _draw(self, count: int, samples: float | None) -> None:
-        """A batch is drawn; those before it are forgotten if nothing is left of them."""
+        """Note a drawn batch. If nothing remains of the gradients of earlier batches, forget their samples."""
         if self._samples and not self.worker.replica.flat.any_gradient():
             self._samples = 0
         self._taken += count
         self._samples = None if samples is None or self._samples is None else self._samples + samples
 
     def _enter(self) -> None:
-        """What the script draws from now on is drawn in the loop, and what a checkpoint then holds was captured there."""
+        """Restore the random streams of a resumed run that continues inside this loop."""
         place = self.worker.place
         self._rewind(place.begun)
         place.inside = True
 
     def _rewind(self, here: bool) -> None:
-        """If a resumed run goes on `here`, undo what the script and the skipping have drawn on the way."""
+        """If the resumed run continues `here`, restore its random streams, undoing the draws made on the way."""
         if here and self._streams is not None:
             rng.restore(self._streams)
         self._streams = None if here else self._streams
 
     def _exhausted(self) -> None:
-        """Wait with the others until every worker's shard is."""
+        """Wait until every worker's shard is exhausted."""
         place = self.worker.place
         place.taken, self.worker.digest = place.taken + self._taken, 0
         self._taken, place.samples = 0, self._samples or 0
@@ -188,7 +190,7 @@ class Loop:
         self._obey()
 
     def drain(self) -> None:
-        """End a loop that the script broke out of: for this rank its shard is exhausted."""
+        """End a loop that the script broke out of. This worker's shard counts as exhausted."""
         self.obey()
         if self._where is Where.BROKE:
             self._where = Where.OUTSIDE
@@ -198,7 +200,7 @@ class Loop:
                 self.worker.place.next_loop()
 
     def check_between(self, call: str) -> None:
-        """Raise RuntimeError for a call of all workers in the middle of a loop that has no common moment there."""
+        """Raise RuntimeError for a call of all workers inside a loop, in modes where workers never are at the same batch."""
         self.drain()
         if self.inside and isinstance(self.worker, Client):
             raise RuntimeError(
@@ -207,12 +209,12 @@ class Loop:
             )
 
     def backward(self, loss: Tensor, samples: int | None) -> None:
-        """The last backward before a step; see `Run.backward`."""
+        """Do the last backward before a step; see `Run.backward`."""
         self.drain()
         self.worker.backward(loss, self._count() if samples is None else samples)
 
     def step(self, loss: Tensor | float | None, samples: float | None, metrics: Mapping[str, float]) -> None:
-        """The script has computed a gradient; see `Run.step`."""
+        """Take a step with the gradient that the script has computed; see `Run.step`."""
         worker = self.worker
         if self._where is not Where.INSIDE or worker.control.stop:
             self.drain()
@@ -234,7 +236,7 @@ class Loop:
             self._obey(later=self.inside)
 
     def _check_place(self) -> None:
-        """Raise RuntimeError for a step at which the script does not do what it seems to."""
+        """Raise RuntimeError for a step that trains on unsharded data, or that a checkpoint could not resume at."""
         worker = self.worker
         if self._unread:
             raise RuntimeError(
@@ -251,13 +253,13 @@ class Loop:
         self._stepped_at = here
 
     def average(self, loss: Tensor | float | None) -> float:
-        """Bring the gradients of all workers together without a step; see `Worker.average`."""
+        """Average the gradients over all workers without a step; see `Worker.average`."""
         self.drain()
         value = 0.0 if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
         return self.worker.average(value, self._count())
 
     def adopt(self, weights: Tensor, loss: float) -> None:
-        """The script has taken a step by itself: the server takes the weights."""
+        """Let the server take weights that the script's optimizer has stepped on every worker."""
         self.drain()
         count, taken = self._count(), self._taken
         self._taken, self._samples, self.worker.place.samples, self._latest = 0, 0, 0.0, count
@@ -265,10 +267,10 @@ class Loop:
         self._obey(later=self.inside)
 
     def _count(self) -> float:
-        """The samples behind the gradient: of what was drawn since the last step; without a loop all steps count alike.
+        """Return the samples behind the gradient: those drawn since the last step. Without a loop, all steps count alike.
 
         Raises:
-            ValueError: nobody knows.
+            ValueError: the number is unknown.
         """
         samples = self._latest if self._samples == 0 and not self._taken else self._samples
         if samples is None:
@@ -279,7 +281,7 @@ class Loop:
         return samples
 
     def _obey(self, later: bool = False) -> None:
-        """Do what the control says about ending; `later` if the script is to do first what follows a step in its loop."""
+        """React to a stop in the control. If `later`, the script first does what follows a step in its loop."""
         if self.worker.control.stop:
             self.cut = True
             self._where = Where.OUTSIDE
@@ -287,20 +289,20 @@ class Loop:
             self.obey()
 
     def obey(self) -> None:
-        """End here if the run does because a rank was told to."""
+        """End the process here if the run was preempted."""
         if self.worker.control.stop == Stop.PREEMPTED:
             self.worker.settle()
             self._preempted()
 
     def leave(self) -> None:
-        """The script ends: say so to the others if that is in the middle of a loop."""
+        """Note that the script ends in the middle of a loop, so that the server learns of it."""
         if self._where is not Where.OUTSIDE:
             self._where = Where.OUTSIDE
             self.worker.stop = 2
 
 
 def _deal(worker: Worker, shard: Share | Hosting) -> Iterator[tuple[Any, int, float | None]]:
-    """This worker's own batches; or, of a server that answers requests, those that it deals out."""
+    """Return the iterator over this worker's own batches, or over those that an asynchronous server deals out."""
     place = worker.place
     total = shard.tickets(place.epoch, place.loop) if isinstance(worker, Client) and isinstance(shard, Share) else None
     if total is None or isinstance(shard, Hosting):

@@ -1,4 +1,4 @@
-"""A run, as the user's script sees it on a worker; on a rank that only serves, `connect` does not come back."""
+"""`connect`, and a run as the script sees it on a worker. On a rank that only serves, `connect` does not return."""
 
 from __future__ import annotations
 
@@ -57,32 +57,36 @@ def connect(
     communicator: Communicator | None = None,
     **settings: Any,
 ) -> Run:
-    """Join the other ranks and begin a run; every rank calls this with the same model, optimizer and settings.
+    """Join the other ranks and begin a run. Every rank calls this with the same model, optimizer and settings.
 
-    A rank that only serves, rank 0 with others beside it, serves in here until every worker has left, and then ends the
-    process with the run's status: no line of the script after `connect` is executed there but its `atexit` handlers. On a
-    worker the optimizer is the same object afterwards, whose `step` is push, combine, step on the server, pull.
+    With several ranks, rank 0 only serves unless `server_trains` is set: it serves in this call until every worker has left,
+    then ends the process with the run's status. No line of the script after `connect` runs there, except `atexit` handlers. On
+    a worker the optimizer is the same object afterwards, but its `step` is a round: push, reduce, step on the server, pull.
 
     Args:
-        model: the model, on its device; or several, in a list or a dict. Their trainable parameters become views of one flat
-            tensor.
-        optimizer: any `torch.optim` optimizer of the model's parameters, or a function from a list of parameters to one. In
-            modes with local steps it steps on the worker. Or several, in a list or a dict: each `step` is a round about its
-            parameters alone, and all workers step them in the same order.
-        trainable: which parameters to train, the others being frozen: a name pattern ("head.*"), several, or a predicate of
-            name and parameter. Only these travel, and only they have optimizer state. Those with requires_grad if None.
-        validate: measures the model on the server at the end of each epoch of `ps.epochs`, and where a worker calls
-            `ps.validate()` without a function: called as its `measure` is.
-        validation_data: makes the data for `validate`, once, where it is measured.
-        communicator: one to use in place of MPI; for tests and simulations. A rank that only serves then
-            raises SystemExit when it has served.
-        settings: any field of `mpips.Config`; nested ones as dicts: `checkpoint={"every": 100}`. Flags, `MPIPS_*` variables
-            and a YAML file come before these.
+        model: the model, on its device; or several models, in a list or a dict. Their trainable parameters become views of one
+            flat tensor.
+        optimizer: any `torch.optim` optimizer of the model's parameters, or a function from a list of parameters to an
+            optimizer. In modes with local steps it steps on the worker. Or several optimizers, in a list or a dict: each `step`
+            is then a round about its parameters only, and all workers must step them in the same order.
+        trainable: which parameters to train; all others are frozen. A name pattern ("head.*"), several patterns, or a predicate
+            of name and parameter. Only trained parameters travel and have optimizer state. If None, the parameters with
+            requires_grad are trained.
+        validate: measures the model on the server, at the end of each epoch of `ps.epochs` and when workers call
+            `ps.validate()` without a function. Called like `measure` of `Run.validate`.
+        validation_data: makes the data for `validate`. Called once, where the model is measured.
+        communicator: a communicator to use instead of MPI, for tests and simulations. A rank that only serves then raises
+            SystemExit when it has served.
+        settings: any field of `mpips.Config`; a nested group as a dict: `checkpoint={"every": 100}`. Flags, `MPIPS_*` variables
+            and a YAML file take precedence over these.
+
+    Returns:
+        This worker's part in the run.
 
     Raises:
-        SystemExit: with status 2 and one line on the screen, for a setting that is not allowed, or if the launcher started
+        SystemExit: with status 2 and one line on the screen, for a setting that is not allowed, or if the launcher has started
             several separate jobs of one rank.
-        ContractError: the ranks do not have the same model, settings or versions; names the first difference.
+        ContractError: the ranks do not have the same model, settings or versions. The message names the first difference.
     """
     config, model = configure(**settings), one_module(model)
     if trainable is not None:
@@ -90,20 +94,20 @@ def connect(
     given = one_optimizer(optimizer, model, config)
     if communicator is not None:
         run = _begin(Start(communicator, config, model, given, validate, validation_data))
-        if callable(at_end := getattr(communicator, "at_end", None)):  # of a simulated rank
+        if callable(at_end := getattr(communicator, "at_end", None)):  # a simulated rank's communicator has this
             at_end(run.close)
         return run
     return _connect(config, model, given, validate, validation_data)
 
 
 class _Process:
-    """What this process has of mpips: one communicator for all its runs, and the run in progress.
+    """The state of mpips in this process: one communicator for all runs, and the present run.
 
     Attributes:
-        communicator: this rank's end, once it has joined.
-        run: the last run.
-        count: runs begun.
-        status: what the process is to end with; None if the script says.
+        communicator: this rank's communicator, once it has joined the other ranks.
+        run: the latest run.
+        count: the number of runs begun.
+        status: the status that the process is to end with; None to leave it to the script.
     """
 
     communicator: Communicator | None = None
@@ -119,7 +123,7 @@ def _connect(
     validate: Callable[..., Any] | None,
     validation_data: Callable[[], Any] | None,
 ) -> Run:
-    """The run of a script; a rank that only serves ends the process in here."""
+    """Begin a run of the script over MPI. A rank that only serves ends the process here."""
     communicator, again = _Process.communicator, _Process.count > 0
     if communicator is None:
         communicator = _Process.communicator = join(config)
@@ -154,7 +158,7 @@ def _connect(
 
 
 def _serve(start: Start) -> Start:
-    """Serve a run, and begin the next one if the workers do; else SystemExit."""
+    """Serve a run. Return the start of the next run, or raise SystemExit if the workers do not begin another."""
     server = start.server
     assert server
     process.on_preemption(partial(setattr, server, "signalled", True))
@@ -171,24 +175,24 @@ def _serve(start: Start) -> Start:
 
 
 def _meet_again(communicator: Communicator, own: bytes) -> bytes:
-    """Where a run has ended all ranks say whether the script begins another, or ends.
+    """After a run, let all ranks say whether the script begins another run or ends.
 
-    Returns:
-        What the first worker says of it; empty at the script's end.
+    `own` is this rank's description of the next run, empty at the end of the script. The server gets the first worker's
+    description, or an empty one at the end of the script.
 
     Raises:
-        CallError: some begin another, some do not.
+        CallError: some ranks begin another run, and some do not.
     """
     blobs = communicator.gather_bytes(own)
-    said = [bool(blob) for blob in blobs[1 if communicator.size > 1 and not blobs[0] else 0 :]] if blobs else []
-    word = b"apart" if len(set(said)) > 1 else b""
+    continues = [bool(blob) for blob in blobs[1 if communicator.size > 1 and not blobs[0] else 0 :]] if blobs else []
+    word = b"apart" if len(set(continues)) > 1 else b""
     if broadcast_bytes(communicator, word):
         raise CallError("the workers do not make the same calls: some connect again, some are at the end of their script")
     return next((blob for blob in blobs if blob), b"")
 
 
 def _begin(start: Start) -> Run:
-    """A worker's run; with a communicator of the caller's a rank that only serves does so, then raises SystemExit."""
+    """Return a worker's run. A rank that only serves, over the caller's communicator, serves and raises SystemExit."""
     if start.worker is None:
         assert start.server
         start.server.serve()
@@ -199,7 +203,7 @@ def _begin(start: Start) -> Run:
 
 
 def _end_process(communicator: Communicator) -> NoReturn:
-    """End this rank, which has served or failed: the script's `atexit` handlers run, and no other line of it."""
+    """End this rank, which has served or failed, with the exception's status. Only the script's `atexit` handlers run."""
     kind, error, trace = sys.exc_info()
     atexit.unregister(_leave)
     status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
@@ -224,7 +228,11 @@ def _exit(communicator: Communicator, status: int) -> NoReturn:
 
 
 def _leave(communicator: Communicator, born: int) -> None:
-    if os.getpid() != born:  # a child that the script has forked: the run is not its own
+    """Close the run at exit, meet the other ranks for the last time, and keep the exit status of a preempted run.
+
+    `born` is the process id at `connect`: a forked child has another one, and does nothing.
+    """
+    if os.getpid() != born:  # a forked child of the script: the run is its parent's
         return
     try:
         run = _Process.run
@@ -235,13 +243,14 @@ def _leave(communicator: Communicator, born: int) -> None:
                 _meet_again(communicator, b"")
             communicator.barrier(patience=None)
             failure.tell_left(communicator.rank)
-        if run and run.preempted and _Process.status is None:  # the script has ended by itself in the same moment
+        if run and run.preempted and _Process.status is None:  # the script came to its own end at the same time
             _exit(communicator, failure.PREEMPTED)
     except Exception:  # at exit nobody else would end the other ranks
         sys.excepthook(*sys.exc_info())
 
 
 def _preempted(server: Server | ParameterServer | None) -> NoReturn:
+    """Report the preemption, and raise SystemExit with its status."""
     if server:
         server.report.preempted(server.last_checkpoint)
     _Process.status = failure.PREEMPTED
@@ -249,16 +258,16 @@ def _preempted(server: Server | ParameterServer | None) -> NoReturn:
 
 
 class Start:
-    """How a run begins on one rank: its halves, with the server's weights in the model.
+    """The start of a run on one rank: makes this rank's server and worker, with the server's weights in the model.
 
     Attributes:
         config, communicator, optimizer: as given.
         folder: the run's folder, the same on all ranks.
         id: the run's id.
-        resumed: what the server says of the run that is gone on with: the values validated; empty if the run is new.
-        kept: what the script kept.
-        streams: the random streams to go on with.
-        server, worker: this rank's halves.
+        resumed: what the server remembers of a resumed run, the validated values; empty for a new run.
+        kept: the state of the objects that the script keeps in the checkpoint.
+        streams: the random streams to continue with; None for a new run.
+        server, worker: this rank's server and worker; None where it has none.
     """
 
     def __init__(
@@ -294,16 +303,18 @@ class Start:
         self.streams = rng.capture() if resume else None
 
     def _past(self) -> dict[str, Any]:
+        """Return what the server remembers of the resumed run."""
         server = self.server
         return {"values": server.values} if server else {}
 
     def _share_kept(self) -> dict[str, Any]:
+        """Broadcast the kept state from the server, and return it."""
         blob = RankState(-1, Place(), {}, own=self.server.kept).pack() if self.server else b""
         return RankState.unpack(broadcast_bytes(self.communicator, blob)).own
 
     def _agree_on_folder(self) -> tuple[Path, Path | None, str]:
-        """The run folder, the checkpoint to go on from and the run's id: the server looks and takes it, all take its word."""
-        said = b""
+        """Return the run folder, the checkpoint to resume from, and the run's id: the server chooses and broadcasts them."""
+        agreed = b""
         if self.communicator.rank == SERVER:
             where, start = folder.folders(self.config.run_dir, self.config.resume, self._count)
             run = report.run_id(where) if start and folder.holds_run(where) else report.new_id(self._count)
@@ -312,11 +323,12 @@ class Start:
                 folder.hold(where)
             except OSError as error:
                 raise no_folder(str(where), error) from error
-            said = json.dumps([str(where), start and str(start), run]).encode()
-        where, start, run = json.loads(broadcast_bytes(self.communicator, said))
+            agreed = json.dumps([str(where), start and str(start), run]).encode()
+        where, start, run = json.loads(broadcast_bytes(self.communicator, agreed))
         return Path(where), start and Path(start), run
 
     def _serve(self, validate: Callable[..., Any] | None, resume: Path | None) -> None:
+        """Make the server, resume from the checkpoint if there is one, and broadcast the initial weights."""
         kind = ParameterServer if self._requests else Server
         server = self.server = kind(
             self.communicator,
@@ -332,7 +344,7 @@ class Start:
         server.create_model()
         if resume is not None:
             server.resume(resume, self._count)
-            server.kept[GROUPS]  # which is never missing
+            server.kept[GROUPS]  # raises if the checkpoint lacks them; every one has them
         server.report.start(
             self.config.yaml(),
             environment(),
@@ -348,17 +360,18 @@ class Start:
         server.broadcast_initial_weights()
 
     def _train(self) -> None:
+        """Make the worker, and receive the initial weights."""
         kind = Client if self._requests and not self.server else Worker
         self.worker = kind(self.communicator, self.model, self.config, self.server, self.optimizer, tells=True)
         self.worker.receive_initial_weights()
 
 
 class Seat:
-    """The place of one optimizer in a run: what it calls where the script calls it.
+    """One optimizer's interface to the run, see `wrapped.Stepping`.
 
     Args:
         run: the run.
-        which: the optimizer's number among those given to `connect`.
+        which: the index of the optimizer among those given to `connect`.
     """
 
     def __init__(self, run: Run, which: int) -> None:
@@ -366,37 +379,37 @@ class Seat:
         self._evaluates = {closure: evaluates(run.optimizers[which], closure) for closure in (False, True)}
 
     def optimizer_step(self, closure: Callable[[], Any] | None, overflow: bool | None = None) -> Any:
-        """See `wrapped.Stepping`."""
+        """Take a step: on the workers for an optimizer that evaluates the loss itself, else by a round."""
         if self._evaluates[closure is not None]:
             return self._run.evaluate(self._which, closure)
         return self._run.step_once(self._which, closure, overflow)
 
     @property
     def skipped(self) -> bool:
-        """See `wrapped.Stepping`."""
+        """Whether the last round took no step because a GradScaler had found an Inf or NaN."""
         return self._run.skipped
 
     def check_loadable(self) -> None:
-        """See `wrapped.Stepping`."""
+        """Raise RuntimeError if the state that steps this optimizer is on another rank."""
         self._run.check_loadable(self._which)
 
     def optimizer_loaded(self) -> None:
-        """See `wrapped.Stepping`."""
+        """Take over the state that the script has loaded."""
         self._run.take_over_state(self._which)
 
     def optimizer_state(self) -> dict[int, Any] | None:
-        """See `wrapped.Stepping`."""
+        """Return the optimizer's state by parameter index; None if the optimizer has it already."""
         return self._run.state_of(self._which)
 
 
 class Run:
-    """One worker's part in a run. `connect` makes it.
+    """One worker's part in a run, as returned by `connect`.
 
     Attributes:
         config: the resolved settings.
         folder: the run's folder, the same on all ranks.
-        worker, workers: this worker's number, from 0, and how many there are.
-        optimizers: the script's.
+        worker, workers: this worker's number, from 0, and the number of workers.
+        optimizers: the script's optimizers.
     """
 
     def __init__(self, start: Start) -> None:
@@ -414,42 +427,49 @@ class Run:
             wrapped.wrap(optimizer, Seat(self, which))
         clipping.watch(self._worker.replica.flat, self.average)
         self._loop = Loop(self._worker, self._worker.common, start.streams, partial(_preempted, self._server))
-        self._validations = 0  # in this epoch, those included that a resumed run has behind it
-        self._ended = -1.0  # the round at the end of `epochs`
-        self._data: Any = None  # to validate with
-        self._said: tuple[float, float | None, Mapping[str, float]] | None = None  # of the step in progress
+        self._validations = 0  # in this epoch, including those before a resume
+        self._ended = -1.0  # the round at which `epochs` ended
+        self._data: Any = None  # the validation data
+        self._said: tuple[float, float | None, Mapping[str, float]] | None = (
+            None  # loss, samples and metrics of the `step` in progress
+        )
 
     @property
     def _place(self) -> Place:
+        """The worker's place in its data."""
         return self._worker.place
 
     @property
     def _control(self) -> Control:
+        """The server's latest control."""
         return self._worker.control
 
     @property
     def seed(self) -> int:
-        """What torch's random stream was seeded with on the server at `connect`."""
+        """The seed of torch's random stream on the server at `connect`."""
         return self._worker.common.seed
 
     @property
     def round(self) -> int:
-        """Rounds done."""
+        """The number of rounds done."""
         return int(self._control.round)
 
     @property
     def loss(self) -> float:
-        """The last round's mean loss over all workers' samples."""
+        """The mean loss of the last round, over all workers' samples."""
         return self._control.loss
 
     @property
     def stopping(self) -> str:
-        """Why the run ends: patience, target, requested, left, preempted; empty while it goes on."""
+        """Why the run ends: "patience", "target", "requested", "left", "preempted" or "ended"; empty while it goes on."""
         stop = Stop(int(self._control.stop))
         return stop.name.lower() if stop else ""
 
     def epochs(self, count: int) -> Iterator[int]:
-        """Epoch numbers from where the run is to `count`, fewer if it stops; with checkpoints at their ends."""
+        """Yield the epoch numbers up to `count`, from where a resumed run was. Ends early if the run stops.
+
+        Validations and checkpoints that are due take place at the end of each epoch.
+        """
         place, self._worker.epochs = self._place, count
         if self._keeping.behind:
             self._keeping.catch_up()
@@ -461,10 +481,13 @@ class Run:
         self._finish()
 
     def shard(self, loader: Any) -> Any:
-        """This worker's share of a DataLoader: the same loader, of which a loop gets this worker's batches only.
+        """Return a copy of a DataLoader whose iteration yields only this worker's batches.
 
         Args:
-            loader: a DataLoader. It keeps its class, workers, collation, sampler and every other property.
+            loader: a DataLoader. The copy has its class, workers, collation, sampler and every other property.
+
+        Raises:
+            TypeError: `loader` is no DataLoader.
         """
         if not isinstance(loader, DataLoader):
             raise TypeError(
@@ -475,47 +498,48 @@ class Run:
         return sharded(loader, lambda own: self._loop.batches(own, (None, True, False), own=False), self.worker, self.workers)
 
     def keep(self, **objects: Any) -> None:
-        """Keep objects of the script's in the checkpoint: averages, teachers, trackers, schedulers that are not torch's.
+        """Keep objects of the script in the checkpoint: averages, teachers, trackers, schedulers other than torch's.
 
-        A resumed run gives each its state back here; of one that the checkpoint does not have a line is printed.
+        In a resumed run each object gets its state back in this call. If the checkpoint has no state for it, a line is printed.
 
         Args:
             objects: name=object; each has `state_dict` and `load_state_dict`.
 
         Raises:
-            TypeError: one has not, or its state holds what a checkpoint cannot.
+            TypeError: an object lacks these methods, or its state holds something that a checkpoint cannot hold.
         """
         self._keeping.keep(objects)
 
     def batches(
         self, data: Any, batch_size: int | None = None, *, shuffle: bool = True, drop_last: bool = False, shard: bool = True
     ) -> Iterable[Any]:
-        """This worker's share of the data, batch by batch; it can be looped over again, if the data can.
+        """Return an iterable over this worker's share of the data, in batches. It can be iterated again if the data can.
+
+        In federated modes one iteration is one communication round: some of the clients train, this worker's share of them one
+        after another, each for `clients.epochs` local epochs. A dataset or a tuple of tensors is then split into one client per
+        worker, and `batch_size=None` makes one batch of a client's data. Modes without clients join the data of all `Clients`.
 
         Args:
             data: a map-style dataset, tensors or arrays (one, or a tuple or dict of them), a list of samples, a DataLoader
                 (which then decides batch size and order), an iterable of batches, or `Clients`.
-            batch_size: items in a worker's batch; None for data that is in batches already.
-            shuffle: draw a new order in each epoch, from torch's random stream, as a DataLoader does.
-            drop_last: leave out a worker's last batch if it is not full.
-            shard: False for data that is this rank's own already.
-
-        In federated modes a loop is one communication round: some of the clients train, this worker's share of them one after
-        another, `clients.epochs` each. A dataset or a tuple of tensors is dealt out to one client on each worker; with
-        `batch_size=None` a client's data is one batch. Modes that know no clients take all clients' data together.
+            batch_size: the items in a worker's batch; None for data that is in batches already.
+            shuffle: whether to draw a new order in each epoch, from torch's random stream, as a DataLoader does.
+            drop_last: whether to leave out a worker's last batch if it is not full.
+            shard: False for data that belongs to this worker only.
         """
         return Batches(lambda: self._loop.batches(data, (batch_size, shuffle, drop_last), own=not shard))
 
     def backward(self, loss: Tensor, samples: int | None = None) -> None:
-        """`loss.backward()`, the last one before `step`; with the `overlap` setting gradients may leave while it goes on.
+        """Call `loss.backward()`, for the last time before `step`. With `overlap`, gradients may be sent while it runs.
 
-        Then do not change gradients before `step`, and give that the same samples. Without the setting, and where nothing can
-        leave (on one node, in other modes than sync), there is no difference to `loss.backward()`. To accumulate gradients
-        over several batches call this for the last of them only.
+        Do not change gradients between this call and `step`, and give both the same number of samples. To accumulate gradients
+        over several batches, call this for the last batch only. Without `overlap`, and where gradients cannot be sent early (on
+        one node, and in modes other than sync), this is `loss.backward()`.
 
         Args:
-            loss: what to differentiate.
-            samples: how many samples the gradient is the mean of; those of the batches since the last step if None.
+            loss: the loss to differentiate.
+            samples: the number of samples that the gradient is the mean over; if None, the samples of the batches since the
+                last step.
 
         Raises:
             RuntimeError: a parameter got its gradient in two parts, as with reentrant checkpoints.
@@ -523,15 +547,17 @@ class Run:
         self._loop.backward(loss, samples)
 
     def step(self, loss: Tensor | float, samples: float | None = None, **metrics: float) -> None:
-        """The round of `optimizer.step()`, with more said of it; gradients are then None, so that no `zero_grad` is needed.
+        """Take the round of `optimizer.step()` with loss, samples and metrics given. Gradients are None afterwards.
 
         Args:
             loss: the mean loss over the samples, unscaled.
-            samples: how many samples the gradient is the mean of; those of the batches since the last step if None.
-            metrics: the mean over the samples of each metric named in the `metrics` setting.
+            samples: the number of samples that the gradient is the mean over; if None, the samples of the batches since the
+                last step.
+            metrics: the mean over the samples of each metric that the `metrics` setting names.
 
         Raises:
             NonFiniteError: on all ranks, if some rank's gradient holds a NaN or Inf and `nonfinite` is "raise".
+            RuntimeError: the run has several optimizers; call the `step` of one of them.
         """
         if self._several:
             raise RuntimeError("ps.step() in a run of several optimizers: call the step of the one that is meant")
@@ -543,7 +569,7 @@ class Run:
         self._worker.replica.flat.clear()
 
     def turn_to(self, which: int) -> None:
-        """What follows is about this optimizer."""
+        """Let the following round be about the optimizer `which`."""
         if self._keeping.behind:
             self._keeping.catch_up()
         self._worker.which = which
@@ -553,7 +579,7 @@ class Run:
             self._worker.update.members = frozenset(number[p] for group in groups for p in group["params"] if p in number)
 
     def step_once(self, which: int, closure: Callable[[], Any] | None, overflow: bool | None) -> Any:
-        """What `optimizer.step()` does, of an optimizer that evaluates the loss at most once."""
+        """Take a round for `optimizer.step()`, with an optimizer that evaluates the loss at most once; return the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -567,7 +593,11 @@ class Run:
         return loss
 
     def evaluate(self, which: int, closure: Callable[[], Any] | None) -> Any:
-        """A step that may evaluate the loss several times: every worker takes it, alike, on weights of its own."""
+        """Take a step of an optimizer that may evaluate the loss several times.
+
+        Every worker takes the same step on weights of its own, with averaged losses and gradients. Then the server takes the
+        new weights.
+        """
         optimizer = self.optimizers[which]
         name = type(optimizer).__name__
         if not self._worker.mode.gradients:
@@ -581,7 +611,7 @@ class Run:
         flat, pulled = self._worker.replica.flat, self._worker.replica.flat.weights
         losses: list[float] = []
 
-        def together() -> Any:
+        def averaged_closure() -> Any:
             assert closure
             with torch.enable_grad():
                 loss = closure()
@@ -592,28 +622,28 @@ class Run:
             self._loop.average(None)
         flat.rehang_weights(pulled.clone())
         try:
-            result = unhooked(optimizer)(optimizer, *([together] if closure else []))
+            result = unhooked(optimizer)(optimizer, *([averaged_closure] if closure else []))
             weights = flat.gathered()
         finally:
             flat.rehang_weights(pulled)
-        said = self._said[0] if self._said else float("nan")
-        self._loop.adopt(weights, losses[0] if losses else said)
+        loss_given = self._said[0] if self._said else float("nan")
+        self._loop.adopt(weights, losses[0] if losses else loss_given)
         return result
 
     @property
     def skipped(self) -> bool:
-        """Whether the last round took no step, because a GradScaler had found an Inf or NaN."""
+        """Whether the last round took no step because a GradScaler had found an Inf or NaN."""
         return bool(self._control.skipped)
 
     def average(self) -> None:
-        """Let `p.grad` be the gradient of all workers together, for whoever does the rest by hand; the next step takes it.
+        """Set every `p.grad` to the average over all workers, for code that needs it before the step, which then uses it.
 
-        Every worker calls this between backward and `optimizer.step()`. Torch's clipping functions do it themselves.
+        Every worker calls this between backward and `optimizer.step()`. Torch's clipping functions call it themselves.
         """
         self._loop.average(None)
 
     def state_of(self, which: int) -> dict[int, Any] | None:
-        """The state of an optimizer as its `state_dict` has it; None where it is its own already."""
+        """Return the state of the optimizer `which` as its `state_dict` has it; None if the optimizer has it already."""
         worker = self._worker
         if which in self._keeping.own_state:
             return None
@@ -631,14 +661,14 @@ class Run:
         return self._numbered(which, tree)
 
     def _steps_with(self, which: int) -> FlatOptimizer | None:
-        """What steps on this rank in the place of the script's optimizer; None if nothing does."""
+        """Return the optimizer that steps on this rank in place of the script's; None if there is none."""
         if which in self._keeping.own_state:
             return None
         worker, server = self._worker, self._server
         return worker.inner or (server.optimizer if server and self._communicator.size == 1 else None)
 
     def check_loadable(self, which: int) -> None:
-        """Raise RuntimeError if the state of an optimizer lies with a server elsewhere."""
+        """Raise RuntimeError if the state of the optimizer `which` is on another rank's server."""
         if which not in self._keeping.own_state and self._steps_with(which) is None:
             raise RuntimeError(
                 "optimizer.load_state_dict() after connect: the state lies with the server, expected to be loaded before "
@@ -646,32 +676,34 @@ class Run:
             )
 
     def take_over_state(self, which: int) -> None:
-        """The script has loaded a state into an optimizer."""
+        """Give the state that the script has loaded into the optimizer `which` to the optimizer that steps in its place."""
         if stepping := self._steps_with(which):
             stepping.take_state(self.optimizers[which], which)
 
     def _numbered(self, which: int, tree: dict[str, Any]) -> dict[int, Any]:
+        """Return an optimizer's state by parameter index, given its tree by name."""
         flat = self._worker.replica.flat
         names: dict[Tensor, str] = {p: slot.name for p, slot in zip(flat.parameters, flat.slots, strict=True)}
         return wrapped.by_number(tree["optimizer"]["state"], self.optimizers[which], names)
 
     def validate(self, measure: Callable[..., Any] | None = None, name: str = "validation") -> Any:
-        """Measure the model on worker 0, with the server's weights, and decide on the server whether to stop.
+        """Measure the model on worker 0 with the server's weights, and let the server decide whether to stop.
 
         Every worker calls this.
 
         Args:
-            measure: called on worker 0 alone, in eval mode and without grad, with the validation data if `connect` was given
-                any. Returns a number, or a dict of several by name. None: the server measures, as `connect` said.
-            name: what the number is. Numbers of different names are judged apart; `early_stopping.monitor` says which
-                stops the run.
+            measure: called on worker 0 only, in eval mode and without grad; with the validation data as argument, if `connect`
+                was given any. Returns a number, or a dict of numbers by name. If None, the server measures with the `validate`
+                of `connect`.
+            name: the name of the number. Numbers of different names are judged separately; `early_stopping.monitor` selects the
+                one that stops the run.
 
         Returns:
-            The number, or the dict, the same on every worker; that of before if a resumed run has this validation behind it,
-            or workers have left in the middle of a loop.
+            The number, or the dict, the same on every worker. If a resumed run has done this validation before, or workers have
+            left in the middle of a loop, the previous value.
 
         Raises:
-            TypeError: it returned anything else.
+            TypeError: `measure` returned anything else.
             CallError: the other workers do not make this call.
         """
         self._loop.check_between("validate()")
@@ -688,7 +720,7 @@ class Run:
         return self._values.get(name, self._values or float("nan"))
 
     def _check_frozen(self) -> None:
-        """Raise RuntimeError if the server is to measure the model, and the script has moved a part of it that it has not."""
+        """Raise RuntimeError if the server would measure a model whose frozen parameters the workers have changed."""
         if self._start.measures and self.worker == 0 and not self._server:
             for name in self._worker.replica.flat.changed_frozen():
                 raise RuntimeError(
@@ -697,6 +729,7 @@ class Run:
                 )
 
     def _measured(self, measure: Callable[..., Any] | None, name: str) -> dict[str, Any]:
+        """Return what this worker contributes to a validation: the measured values on worker 0, only the name elsewhere."""
         if self.worker or measure is None:
             return {"name": name}
         if self._data is None and self._start.validation_data is not None:
@@ -705,31 +738,32 @@ class Run:
             return {"name": name, "values": measured(self._start.model, measure, self._data, name)}
 
     def stop(self) -> None:
-        """End the run on all ranks, in the same round: the next one."""
+        """End the run on all ranks after the next round."""
         self._worker.stop = 1
 
     def save(self) -> None:
-        """Write a checkpoint now; every worker calls this at the same place."""
+        """Write a checkpoint now. Every worker calls this at the same place."""
         self._loop.check_between("save()")
         self._worker.call_for(Call.SAVE)
         self._loop.obey()
 
     def preempt(self) -> None:
-        """Write a checkpoint at the next round and end with status 75; SIGUSR1 does this."""
+        """Write a checkpoint at the next round and end with status 75, as on SIGUSR1."""
         self._worker.signalled = True
 
     def meet(self, text: str = "") -> str:
-        """Wait for all workers, and get what worker 0 has to say."""
+        """Wait for all workers, and return the text that worker 0 has given."""
         reply = self._worker.call_for(Call.MEET, {"told": text if self.worker == 0 else ""})
         self._loop.obey()
         return str(reply.get("told", text))
 
     def print(self, *words: object) -> None:
-        """Print on worker 0 alone."""
+        """Print, on worker 0 only."""
         if self.worker == 0:
             print(*words, flush=True)
 
     def _end_epoch(self, count: int) -> None:
+        """End an epoch together with all workers."""
         self._loop.drain()
         cut = self._loop.cut
         if not cut:
@@ -739,25 +773,26 @@ class Run:
         self._loop.obey()
 
     def _finish(self) -> None:
+        """End the last epoch together with all workers."""
         self._worker.call_for(Call.FINISH)
         self._loop.obey()
         self._ended = self._control.round
 
     @property
     def active(self) -> bool:
-        """Whether the optimizer's steps are rounds: from `connect` to `close`."""
+        """Whether the optimizer's steps are rounds: true from `connect` to `close`."""
         return isinstance(self.optimizers[0], wrapped.Wrapped)
 
     @property
     def preempted(self) -> bool:
-        """Whether the run ends because a rank was told to."""
+        """Whether the run ends because a rank was preempted."""
         return self._control.stop == Stop.PREEMPTED
 
     def end_before_another(self) -> None:
-        """The script connects again: this run ends here, if it is at its end.
+        """Close this run, because the script connects again.
 
         Raises:
-            RuntimeError: it is not.
+            RuntimeError: the run is not at its end.
         """
         if self.active and self._ended != self._control.round:
             raise RuntimeError(
@@ -767,10 +802,10 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Leave; called when Python ends. A worker that left a loop early ends the run for all.
+        """Leave the run. Called when Python exits. A worker that has left its loop early ends the run for all.
 
-        What is not saved yet is saved here, and DONE written unless only some of the workers left: so ends a script that has
-        its own loop over epochs, or returns from the middle of one.
+        Whatever is not saved yet is saved now, and DONE is written unless only some of the workers have left. So a script may
+        have its own loop over epochs, or return from the middle of one.
         """
         if failure.happened() or not self.active:
             return
@@ -781,6 +816,6 @@ class Run:
         if self.preempted:
             self._worker.settle()
             return
-        said = {"ended": self._ended == self._control.round, "moved": self._worker.changed_in_place()}
-        self._worker.call_for(Call.LEAVE, said)
+        farewell = {"ended": self._ended == self._control.round, "moved": self._worker.changed_in_place()}
+        self._worker.call_for(Call.LEAVE, farewell)
         self._worker.replica.flat.attach_weights(self._worker.replica.flat.zeros())

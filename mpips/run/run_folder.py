@@ -1,4 +1,4 @@
-"""Where a run writes, and from which checkpoint it goes on."""
+"""The folder that a run writes to, and the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mpips import checkpoint
 from mpips.config import ANSWERS, Config, ConfigError
 from mpips.report.run_report import script_name
 
-_used: set[str] = set()  # run folders given in this process
-_held: dict[Path, int] = {}  # those that it has locked, and the files: a lock is gone when its file is closed
+_used: set[str] = set()  # run folders that this process has used
+_held: dict[Path, int] = {}  # lock files held by this process, open: closing one releases its lock
 
 
 def new_folder(count: int = 1) -> Path:
-    """Make a folder for a new run of this script, of its run number `count`, that no other run has.
+    """Make a new folder for run number `count` of this script.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: the folder cannot be made.
     """
     now = time.strftime("%Y-%m-%d-%H%M%S")
     for number in itertools.count(1):
@@ -42,10 +42,10 @@ def new_folder(count: int = 1) -> Path:
 
 
 def hold(folder: Path) -> None:
-    """Let no other run write to a run's folder until this process ends.
+    """Lock a run's folder until this process ends, so that no other run writes to it.
 
     Raises:
-        ConfigError: another does.
+        ConfigError: another run has locked it.
     """
     path = folder / ".lock"
     if path in _held:
@@ -60,7 +60,7 @@ def hold(folder: Path) -> None:
             f"run_dir: given {str(folder)!r}, which {owner} writes to, allowed: for each run a folder of its own, by "
             f"--mpips.run_dir"
         ) from error
-    except OSError:  # a file system that knows no locks
+    except OSError:  # the file system has no locks
         os.close(file)
         return
     _held[path] = file
@@ -69,9 +69,10 @@ def hold(folder: Path) -> None:
 
 
 def of_run(config: Config, count: int) -> Config:
-    """The settings of a script's run number `count`, from 1.
+    """Return the settings of the script's run number `count`, from 1.
 
-    One in the folder of an earlier run gets one beside it. What `resume` names is the first run's; later ones are new.
+    A run whose folder an earlier run of the process uses gets a folder beside it. A checkpoint or folder that `resume` names
+    applies to the first run only; later runs are new.
     """
     if count > 1 and config.resume not in ANSWERS:
         config = dataclasses.replace(config, resume="no")
@@ -84,25 +85,26 @@ def of_run(config: Config, count: int) -> Config:
 
 
 def check_new(config: Config) -> None:
-    """Raise ConfigError if a run that is new is to write where another has."""
+    """Raise ConfigError if a new run is to write to a folder that holds another run."""
     if config.run_dir and config.resume == "no" and holds_run(Path(config.run_dir)):
         raise _holds_another(Path(config.run_dir), "to go on with that run, by --mpips.resume auto")
 
 
 def holds_run(folder: Path) -> bool:
-    """Say whether a run has begun in a folder; one that was refused before leaves no more than its log and events."""
+    """Return whether a run has begun in the folder. A run that was refused leaves only its log and events."""
     return any((folder / name).exists() for name in ("env.json", "metrics.csv")) or _has_checkpoints(folder)
 
 
 def _has_checkpoints(folder: Path) -> bool:
+    """Return whether the folder has checkpoints."""
     return any(folder.glob("checkpoints/*.h5"))
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a run's folder to the first of `<name>.1`, `<name>.2`, ... that is free, and return that.
+    """Rename a run's folder to the first unused name of `<name>.1`, `<name>.2`, ..., and return the new path.
 
     Raises:
-        ConfigError: another process writes to it, or it cannot be renamed.
+        ConfigError: another process writes to the folder, or it cannot be renamed.
     """
     hold(folder)
     for number in itertools.count(1):
@@ -121,31 +123,33 @@ def set_aside(folder: Path) -> Path:
 
 
 def _name(count: int) -> str:
+    """Return the script's name, with the run's number if it is not the first."""
     return script_name() if count == 1 else f"{script_name()}.run{count}"
 
 
 def last_folder(count: int = 1) -> Path | None:
-    """The run of this script, its run number `count`, that has been written to last, of those that have a checkpoint."""
+    """Return the folder with a checkpoint that run number `count` of this script has written to last, or None."""
     ours = re.compile(rf"\d{{4}}-\d\d-\d\d-\d{{6}}(\.\d+)?-{re.escape(_name(count))}")
     runs = [path.absolute() for path in Path("runs").glob("*") if ours.fullmatch(path.name) and _has_checkpoints(path)]
     return max(runs, key=_written, default=None)
 
 
 def _written(folder: Path) -> float:
-    events = folder / "events.jsonl"  # a run that goes on changes nothing else at once
+    """Return the time of the last write to a run's folder."""
+    events = folder / "events.jsonl"  # a resumed run writes here first
     return (events if events.exists() else folder).stat().st_mtime
 
 
 def folders(run_dir: str | None, resume: str, count: int = 1) -> tuple[Path, Path | None]:
-    """The run folder, and the checkpoint to go on from if any.
+    """Return the run folder, and the checkpoint to resume from, if any.
 
     Raises:
-        ConfigError: the run would write where another has, or there are checkpoints, but every one is damaged.
+        ConfigError: the run would write where another has, or every checkpoint is damaged.
     """
     given = Path(run_dir).absolute() if run_dir else None
     if resume in ("no", "aside"):
         if given and resume == "aside" and holds_run(given):
-            given = given.resolve()  # what a link leads to, not the link
+            given = given.resolve()  # rename the target of a link, not the link
             set_aside(given)
         return given or new_folder(count), None
     if resume == "auto":
@@ -155,13 +159,14 @@ def folders(run_dir: str | None, resume: str, count: int = 1) -> tuple[Path, Pat
     own = source if source.is_dir() else source.parent.parent if source.parent.name == "checkpoints" else None
     start = _newest(source, resume) if source.is_dir() else source
     if given and own and given.exists() and own.exists() and given.samefile(own):
-        return own, start  # whichever way it is written: what lies in it is compared by its path
+        return own, start  # not `given`: the same folder, but checkpoints are compared by path
     if given and holds_run(given):
         raise _holds_another(given, "none, which is to go on in the checkpoint's own")
     return given or own or new_folder(count), start
 
 
 def _holds_another(given: Path, instead: str) -> ConfigError:
+    """Return the error for a folder that holds another run."""
     return ConfigError(
         f"run_dir: given {str(given)!r}, which holds a run, allowed: a new folder, or {instead}, or to set it aside and begin "
         f"anew, by --mpips.resume aside"
@@ -169,6 +174,7 @@ def _holds_another(given: Path, instead: str) -> ConfigError:
 
 
 def _newest(folder: Path, resume: str) -> Path | None:
+    """Return the newest valid checkpoint; raise ConfigError if there are checkpoints, but all are damaged."""
     found = checkpoint.newest(folder / "checkpoints")
     if found is None and _has_checkpoints(folder):
         raise ConfigError(

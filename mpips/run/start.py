@@ -1,4 +1,4 @@
-"""How a rank starts: its settings, its communicator, its device."""
+"""The start of a rank: its settings, its communicator, its device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Joined = TypeVar("Joined")
 
 
 def configure(**settings: Any) -> Config:
-    """The settings of this process: flags, variables, the YAML file, then `settings`, then the defaults.
+    """Return the settings of this process. Flags come first, then variables, the YAML file, `settings` and the defaults.
 
     Raises:
         SystemExit: with status 2 and one line on the screen, for a setting that is not allowed; with status 0 after
@@ -44,7 +44,7 @@ def configure(**settings: Any) -> Config:
         config, origins = resolved.config, resolved.origins
         choose(config)
         choose_mode(config)
-        if _launched_rank() == 0:  # a worker may be on a machine without the server's paths
+        if _launched_rank() == 0:  # another rank's machine may lack the server's paths
             check_resume(config.resume)
             check_run_dir(config.run_dir)
     except ConfigError as error:
@@ -59,6 +59,7 @@ def configure(**settings: Any) -> Config:
 
 
 def _print_settings(resolved: Resolved) -> None:
+    """Print the settings, with the source of each."""
     try:
         stdout.write(show(resolved).removesuffix("\n"))
     except stdout.OutputError as error:
@@ -68,10 +69,10 @@ def _print_settings(resolved: Resolved) -> None:
 
 
 def choose_trainable(model: nn.Module, trainable: Trainable) -> None:
-    """Freeze all parameters but those.
+    """Train the parameters that `trainable` selects, and freeze all others.
 
     Raises:
-        SystemExit: with status 2 and one line on the screen, if a pattern matches nothing.
+        SystemExit: with status 2 and one line on the screen, if a pattern selects nothing.
     """
     try:
         freeze(model, trainable)
@@ -80,10 +81,10 @@ def choose_trainable(model: nn.Module, trainable: Trainable) -> None:
 
 
 def check_rule(config: Config, workers: int) -> None:
-    """There are workers enough for the rule, where it combines them all; a round's clients are counted when they are known.
+    """Check that there are enough workers for the rule. In federated modes clients are checked later, once they are known.
 
     Raises:
-        SystemExit: with status 2 and one line on the screen.
+        SystemExit: with status 2 and one line on the screen, if there are too few.
     """
     mode = choose_mode(config)
     if not mode.requests and not mode.federated:
@@ -94,7 +95,7 @@ def check_rule(config: Config, workers: int) -> None:
 
 
 def one_module(model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]) -> nn.Module:
-    """The models of a run as one module, whose parts they are, by number or name."""
+    """Return the models of a run as one module, with the models as children by index or name."""
     if isinstance(model, nn.Module):
         return model
     return nn.ModuleDict(model) if isinstance(model, Mapping) else nn.ModuleList(model)
@@ -103,10 +104,10 @@ def one_module(model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module])
 def one_optimizer(
     optimizer: Optimizer | MakeOptimizer | Sequence[Optimizer] | Mapping[str, Optimizer], model: nn.Module, config: Config
 ) -> Optimizer:
-    """The optimizers of a run as one.
+    """Return the optimizers of a run joined into one.
 
     Raises:
-        SystemExit: with status 2 and one line on the screen: several in a mode in which each worker steps with its own.
+        SystemExit: with status 2 and one line on the screen, for several optimizers in a mode other than sync.
     """
     if isinstance(optimizer, Optimizer) or callable(optimizer):
         return made(optimizer, model)
@@ -119,10 +120,10 @@ def one_optimizer(
 
 
 def check_optimizer(optimizer: Optimizer, workers: int) -> None:
-    """The optimizer can step with so many workers.
+    """Check that the optimizer can step with this number of workers.
 
     Raises:
-        SystemExit: with status 2 and one line on the screen.
+        SystemExit: with status 2 and one line on the screen, if it cannot.
     """
     if workers > 1 and isinstance(optimizer, SparseAdam):
         allowed = "torch.optim.Adam with nn.Embedding(sparse=False), as gradients are brought together dense"
@@ -130,12 +131,12 @@ def check_optimizer(optimizer: Optimizer, workers: int) -> None:
 
 
 def join(config: Config) -> Communicator:
-    """Join the other ranks: this rank's communicator, a world of one without MPI if there are no others.
+    """Join the other ranks and return this rank's communicator; a single rank gets a simulated world of one, without MPI.
 
-    From then on an exception that nobody catches ends all ranks.
+    From then on an uncaught exception ends all ranks.
 
     Raises:
-        SystemExit: with status 2 and one line on the screen, if the launcher started several separate jobs of one rank.
+        SystemExit: with status 2 and one line on the screen, if the launcher has started several separate jobs of one rank.
     """
     communicator: Communicator
     if _joined(mpi.launched) == 1:
@@ -150,12 +151,14 @@ def join(config: Config) -> Communicator:
 
 
 def _meet(config: Config) -> Communicator:
-    """This rank's end of MPI."""
+    """Return this rank's MPI communicator."""
     return mpi.connect(round(config.bucket_cap_mb * 1e6), config.cuda_aware, config.ranks_per_node)
 
 
 def _settle(communicator: Communicator, settings: Config | str) -> None:
-    """The first that is said: go on if all ranks do and have the same settings, else end all with one line.
+    """Agree on the settings, before anything else is sent. If ranks differ or refuse, end all ranks with one line.
+
+    `settings` is this rank's settings, or the line with which it refuses them.
 
     Raises:
         SystemExit: with status 2.
@@ -164,13 +167,13 @@ def _settle(communicator: Communicator, settings: Config | str) -> None:
         if communicator.rank == 0:
             print(f"mpips: {line}", file=sys.stderr, flush=True)
         communicator.finalize()
-        if communicator.rank != 0:  # once another has ended mpiexec may drop what rank 0 has said
+        if communicator.rank != 0:  # when another rank ends, mpiexec may drop rank 0's line
             time.sleep(failure.PATIENCE)
         raise SystemExit(BAD_CONFIGURATION)
 
 
 def _prove(communicator: Communicator) -> None:
-    """Let each rank with a GPU see that MPI takes its memory; the first for which it does not says so, and all end."""
+    """Test on each rank with a GPU that MPI can read its memory. The first rank where it fails says so, and all end."""
     why = proof.failure(torch.cuda.current_device()) if torch.cuda.is_available() else ""
     failed = [rank for rank, word in enumerate(communicator.allgather_digests(bytes([bool(why)]) + bytes(31))) if word[0]]
     if failed:
@@ -184,14 +187,14 @@ def _prove(communicator: Communicator) -> None:
 
 
 def refused(error: ConfigError) -> BaseException:
-    """Say once, whichever ranks refuse a run, why; to be raised.
+    """Print the reason for refusing a run once, whichever ranks refuse it, and return the exception to raise.
 
-    Ranks that have not joined do so for this. Of those that have, an exception on one ends all.
+    Ranks that have not joined the others do so for this. If they have joined, the exception of one rank ends all.
     """
     if _joined(mpi.launched) > 1:
         if process.is_guarded():
             return error
-        with suppress(ImportError, RuntimeError):  # no MPI to say it through
+        with suppress(ImportError, RuntimeError):  # there is no MPI
             _settle(_joined(partial(_meet, Config())), str(error))
     _say(error)
     process.ends_with(BAD_CONFIGURATION)
@@ -199,12 +202,13 @@ def refused(error: ConfigError) -> BaseException:
 
 
 def _say(error: Exception, speaker: int = 0) -> None:
+    """Print the error on the rank `speaker`."""
     if _launched_rank() == speaker:
         print(f"mpips: {error}", file=sys.stderr)
 
 
 def device() -> torch.device:
-    """This rank's device: the GPU of its number on this node, made current, or the CPU where there is none."""
+    """Return this rank's device: the GPU with its index on the node, made current, or the CPU if there is no GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(_joined(mpi.local_rank) % torch.cuda.device_count())
@@ -212,7 +216,7 @@ def device() -> torch.device:
 
 
 def workers() -> int:
-    """How many workers `connect` will find, by what the launcher and the settings say, but for those in its call.
+    """Return how many workers `connect` will find, given the launcher and all settings except those in the call of `connect`.
 
     Raises:
         SystemExit: see `configure` and `join`.
@@ -221,26 +225,28 @@ def workers() -> int:
 
 
 def worker_index() -> int:
-    """This process's worker number, from 0, before `connect`; -1 on the rank that will only serve. See `workers`."""
+    """Return this process's worker number, from 0, before `connect`; -1 on a rank that will only serve. See `workers`."""
     return _joined(mpi.rank) - _serves_apart()
 
 
 def _serves_apart() -> bool:
+    """Return whether rank 0 will only serve."""
     return _joined(mpi.launched) > 1 and not configure().server_trains
 
 
 def _joined(ask: Callable[[], Joined]) -> Joined:
-    """What joins the other ranks, or may do so to learn a number that the launcher does not give.
+    """Return what `ask` returns. It may initialise MPI, if the launcher's variables do not say what it asks for.
 
     Raises:
         SystemExit: see `join`.
     """
     try:
         return ask()
-    except mpi.LaunchError as error:  # where nobody says how many there are, the first rank takes itself for the only one
+    except mpi.LaunchError as error:  # if the launcher gives no size, rank 0 takes itself for the only rank
         _say(error, speaker=0 if launch().size else 1)
         raise SystemExit(BAD_CONFIGURATION) from None
 
 
 def _launched_rank() -> int:
+    """Return this process's rank as the launcher says it; 0 without a launcher."""
     return launch().rank or 0

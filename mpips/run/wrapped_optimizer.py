@@ -1,7 +1,7 @@
-"""The script's optimizer after `connect`: the same object, whose `step` is the round.
+"""The script's optimizer after `connect`: the same object, whose `step` is a round.
 
-Everything else in a script may go on holding it: schedulers, GradScaler, hooks, frameworks. Its groups hold the model's own
-parameters and whatever numbers the script sets; its state is where the parameters are stepped.
+Whatever holds the optimizer can go on doing so: schedulers, GradScaler, hooks, frameworks. Its groups hold the model's
+parameters and the hyperparameters that the script sets. Its state is where the parameters are stepped.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from mpips.optim.flat_optimizer import kind
 
 
 class Stepping(Protocol):
-    """What a wrapped optimizer calls: a run."""
+    """The interface that a wrapped optimizer calls; a run implements it."""
 
     def optimizer_step(self, closure: Callable[[], Any] | None, overflow: bool | None = None) -> Any:
-        """Push, combine, step on the server, pull; `overflow` says what a GradScaler has found here, if one calls."""
+        """Push, reduce, step on the server, pull. `overflow` is what a calling GradScaler has found on this rank."""
 
     @property
     def skipped(self) -> bool:
-        """Whether the last round took no step, because a GradScaler had found an Inf or NaN."""
+        """Whether the last round took no step because a GradScaler had found an Inf or NaN."""
 
     def check_loadable(self) -> None:
-        """Raise RuntimeError where a state that the script loads would not be the one that steps."""
+        """Raise RuntimeError if a state that the script loads would not reach the optimizer that steps."""
 
     def optimizer_loaded(self) -> None:
-        """The script has loaded a state."""
+        """Take over the state that the script has loaded."""
 
     def optimizer_state(self) -> dict[int, Any] | None:
-        """The state as `state_dict` has it, by number; None where it is the optimizer's own already."""
+        """Return the state as in `state_dict`, by parameter index; None if the optimizer has it already."""
 
 
 class Wrapped:
-    """What `connect` puts before an optimizer's own class."""
+    """The base class that `connect` puts in front of the optimizer's own class."""
 
     given_class: type[Optimizer]
     _mpips: Stepping
@@ -52,10 +52,11 @@ class Wrapped:
         """Push the gradients that backward left, let the server step, and pull the new weights.
 
         Args:
-            closure: evaluates the model, calls backward, and returns the loss; called once, before the push.
+            closure: evaluates the model, calls backward and returns the loss. Called once, before the push, unless the
+                optimizer evaluates the loss several times.
         """
-        self._opt_called = True  # a scheduler of torch's looks whether it comes after a step
-        found = vars(self).get("found_inf")  # which a GradScaler that calls this has put here
+        self._opt_called = True  # torch's schedulers warn if they step before this is set
+        found = vars(self).get("found_inf")  # set by a GradScaler that calls this
         if found is None:
             return self._mpips.optimizer_step(closure)
         scaler = _caller()
@@ -63,16 +64,16 @@ class Wrapped:
         if vars(self)["grad_scale"] is not None:  # the script has not called unscale_
             state["stage"] = OptState.READY
             scaler.unscale_(self)
-        here = sum(float(tensor) for tensor in state["found_inf_per_device"].values()) > 0
-        self._mpips.optimizer_step(None, overflow=here)
+        overflow = sum(float(tensor) for tensor in state["found_inf_per_device"].values()) > 0
+        self._mpips.optimizer_step(None, overflow=overflow)
         for tensor in state["found_inf_per_device"].values():
-            tensor.fill_(float(self._mpips.skipped))  # found by any worker: update() is then alike on all
+            tensor.fill_(float(self._mpips.skipped))  # found by any worker, so that update() agrees on all
         return None
 
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # so that it does not put a step of its own there
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # so that no scheduler replaces the step
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse a further group.
+        """Refuse a further parameter group.
 
         Raises:
             RuntimeError: always; the ranks have laid out the parameters that they had at `connect`.
@@ -83,7 +84,7 @@ class Wrapped:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state, wherever the pieces are, as plain PyTorch loads it."""
+        """Return the whole state, wherever its parts are, in a form that plain PyTorch can load."""
         tree = self._mpips.optimizer_state()
         own: dict[str, Any] = super().state_dict()  # type: ignore[misc]
         if tree is not None:
@@ -91,23 +92,23 @@ class Wrapped:
         return own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state, as plain PyTorch does.
+        """Load a state, as in plain PyTorch.
 
         Raises:
-            RuntimeError: the state lies with a server elsewhere.
+            RuntimeError: the state is on another rank's server.
         """
         self._mpips.check_loadable()
         super().load_state_dict(state_dict)  # type: ignore[misc]
         self._mpips.optimizer_loaded()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy is a plain optimizer."""
+        """Copy or pickle the optimizer as one of its own class, without mpips."""
         own: Any = self
         return copyreg.__newobj__, (self.given_class,), own.__getstate__()  # type: ignore[attr-defined]
 
 
 def _caller() -> Any:
-    """The GradScaler whose `step` is at work."""
+    """Return the GradScaler whose `step` is calling."""
     frame = sys._getframe(2)
     while not isinstance(frame.f_locals.get("self"), torch.amp.GradScaler):
         assert frame.f_back
@@ -117,32 +118,33 @@ def _caller() -> Any:
 
 @cache
 def _class_of(given: Any) -> Any:
+    """Return the class derived from `Wrapped` and the given optimizer class."""
     made: Any = type(given.__name__, (Wrapped, given), {"given_class": given, "__module__": given.__module__})
     made.step = _hooked(made.step)
     return made
 
 
 def _hooked(step: Any) -> Any:
-    """With torch's hooks and profiler around it where somebody uses them: a twentieth of a small round."""
+    """Wrap `step` in torch's hooks and profiler, only in calls where they are in use: saves a twentieth of a small round."""
     whole: Any = Optimizer.profile_hook_step(step)
 
     @wraps(step)
     def stepping(self: Any, *args: Any, **kwargs: Any) -> Any:
-        looked_at = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
         hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        if looked_at or hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+        if profiled or hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
             return whole(self, *args, **kwargs)
         return step(self, *args, **kwargs)
 
-    stepping.hooked = True  # type: ignore[attr-defined]  # or torch would wrap it again
+    stepping.hooked = True  # type: ignore[attr-defined]  # keeps torch from wrapping it again
     return stepping
 
 
 def wrap(optimizer: Optimizer, run: Stepping) -> None:
-    """Let the optimizer's `step` be a round of `run`.
+    """Make the optimizer's `step` a round of `run`.
 
     Raises:
-        ConfigError: its `step` has been replaced, or it belongs to another run that has not ended.
+        ConfigError: the optimizer's `step` has been replaced, or it belongs to another run that has not ended.
     """
     if isinstance(optimizer, Wrapped):
         raise ConfigError("optimizer: given one of a run that goes on, allowed: one of its own; end the other by ps.close()")
@@ -152,7 +154,7 @@ def wrap(optimizer: Optimizer, run: Stepping) -> None:
             f"optimizer: given a {type(optimizer).__name__} whose step has been replaced by {step!r}, allowed: one that nobody "
             f"has changed; wrap it after connect"
         )
-    vars(optimizer).pop("step", None)  # a scheduler of torch's had put it there to see it called, which `Wrapped` tells
+    vars(optimizer).pop("step", None)  # a scheduler's wrapper, whose purpose `Wrapped.step` serves
     own: Any = optimizer
     given: Any = type(own)
     own.__class__ = _class_of(given)
@@ -168,11 +170,11 @@ def unwrap(optimizer: Optimizer) -> None:
 
 
 def by_number(tree: dict[str, Any], optimizer: Optimizer, names: dict[torch.Tensor, str]) -> dict[int, Any]:
-    """A checkpoint's optimizer state, by name, keyed as `state_dict` keys it.
+    """Return a checkpoint's optimizer state, which is by name, with the keys of `state_dict`.
 
     Args:
         tree: name -> state.
-        optimizer: the script's.
+        optimizer: the script's optimizer.
         names: the names of its parameters.
     """
     order = [names.get(p) for group in optimizer.param_groups for p in group["params"]]

@@ -1,4 +1,4 @@
-"""Data: what a script gives, each worker's share of it, and its place in it."""
+"""Data: what a script may give, each worker's share of it, and the worker's place in it."""
 
 from mpips.data.common import Common
 from mpips.data.place import Place, left

@@ -1,4 +1,4 @@
-"""Progress bars around data, as tqdm makes them: they show one worker's batches in place of all."""
+"""Progress bars around data, such as tqdm's: they show this worker's batches instead of all."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from mpips.data.turns import Found, Note
 
 
 def is_bar(data: Any) -> bool:
-    """Whether the data is a progress bar around some."""
+    """Return whether the data is a progress bar."""
     return not isinstance(data, DataLoader) and all(hasattr(data, name) for name in ("iterable", "total", "update"))
 
 
 def through(bar: Any, found: Found, total: int | None) -> Found:
-    """Batches by way of a bar, which has its own iterable again afterwards.
+    """Yield the batches through a progress bar. The bar gets its own iterable back afterwards.
 
     Args:
         bar: the bar.
-        found: the batches, and what is known of each.
-        total: how many there are, if that is known.
+        found: the batches with their notes.
+        total: the number of batches, None if unknown.
     """
     notes, given = deque[Note](), bar.iterable
     bar.iterable, bar.total = _aside(found, notes), total
@@ -34,6 +34,7 @@ def through(bar: Any, found: Found, total: int | None) -> Found:
 
 
 def _aside(found: Found, notes: deque[Note]) -> Iterator[Any]:
+    """Yield the batches, and put their notes aside."""
     for batch, note in found:
         notes.append(note)
         yield batch

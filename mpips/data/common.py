@@ -1,7 +1,7 @@
-"""The random streams that orders are drawn from, alike on all workers, and where they were when the loop in progress began.
+"""The random streams that orders are drawn from, identical on all workers, and their states at the beginning of the loop.
 
-Each worker's own streams are another's noise (`rng.diverge`). What all must draw alike, they draw from streams that are put in
-place of their own for that moment. One worker alone draws from the process's streams, as plain PyTorch does.
+Each worker's own streams differ (`rng.diverge`). Whatever all workers must draw alike is drawn from common streams, which
+replace the process's streams for that moment. A single worker draws from the process's streams, as in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ import torch
 from mpips.data.generators import Generators
 from mpips.process import rng
 
-Loop = tuple[int, int]  # epoch, and which loop of it
+Loop = tuple[int, int]  # epoch, and the index of the loop in it
 NO_LOOP: Loop = (-1, -1)
 
 
 class Common:
-    """Streams that all workers draw alike: `with common:` puts them in place of the process's own.
+    """Random streams that are identical on all workers. `with common:` puts them in place of the process's own.
 
-    They begin as the process's are now, so make this where all workers' are alike still, and keep it for the whole run. With
-    one worker they are the process's streams, and nothing is put in their place.
+    They begin as copies of the process's present streams. So create this object while the streams of all workers still agree,
+    and keep it for the whole run. With one worker they are the process's streams, and nothing is replaced.
 
     Args:
-        workers: how many workers there are.
+        workers: the number of workers.
 
     Attributes:
-        seed: what torch's stream was seeded with.
+        seed: the seed of torch's stream.
     """
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self._streams = _streams()  # while they are in place: the process's own
+        self._streams = _streams()  # within `with common:`, the process's own streams
         self._depth = 0
         self._loop, self._begin = NO_LOOP, _captured()
         self._generators = Generators()
-        self._saved: rng.State = {}  # of a resumed run that has begun no loop yet
-        self.seed = torch.initial_seed()  # where these began
-        self._own: rng.State | None = {}  # worker 0's as the loop began; None once it has drawn in a loop
+        self._saved: rng.State = {}  # the state of a resumed run, until a loop begins
+        self.seed = torch.initial_seed()
+        self._own: rng.State | None = {}  # worker 0's streams at the beginning of the loop; None once it has drawn in a loop
 
     def __enter__(self) -> None:
         self._depth += 1
@@ -54,18 +54,19 @@ class Common:
             self._swap()
 
     def _swap(self) -> None:
+        """Exchange the common streams with the process's."""
         if self.workers > 1:
             here = _streams()
             _put(self._streams)
             self._streams = here
 
     def begin(self, loop: Loop, generators: Sequence[Any] = (), own: bool = False) -> None:
-        """A loop begins; in a resumed run, put the streams that decide its order where they were when it first began.
+        """Begin a loop. In a resumed run, restore the streams that decide the loop's order to where they were at its beginning.
 
         Args:
-            loop: its epoch, and its number there.
-            generators: those of the script's own that may decide the order.
-            own: whether the order is drawn from the process's streams and not from those that all workers draw alike.
+            loop: the epoch and the index of the loop in it.
+            generators: the script's own generators that may decide the order.
+            own: whether the order is drawn from the process's streams instead of the common ones.
         """
         resumed = bool(self._saved) and tuple(self._saved["loop"].tolist()) == loop
         if resumed:
@@ -75,14 +76,15 @@ class Common:
         self._loop, self._begin = loop, self._now(own)
 
     def again(self) -> None:
-        """Put streams and generators back to where they were when the loop in progress began."""
+        """Restore streams and generators to their states at the beginning of the present loop."""
         self._restore(self._begin)
         self._generators.again()
 
     def tell(self) -> str:
-        """Worker 0's own streams, as it begins a loop: where one process's would be, unless it has drawn in a loop before.
+        """Return worker 0's own streams as text, at the beginning of a loop; empty if worker 0 has drawn from them in a loop.
 
-        What one process draws in a loop, as for dropout, several workers draw otherwise; until then all orders are as its.
+        Until then they are where one process's streams would be. What one process draws within a loop, such as dropout masks,
+        several workers draw differently.
         """
         if self._own is None:
             return ""
@@ -90,13 +92,13 @@ class Common:
         return rng.to_text(self._own)
 
     def take(self, told: str) -> None:
-        """Go on from what worker 0 has told, if it has."""
+        """Continue from the streams that `tell` returned on worker 0, unless the text is empty."""
         if told:
             with self:
                 rng.restore(rng.from_text(told))
 
     def hand_over(self) -> None:
-        """At the end of a loop let worker 0's own streams go on where those of the order are, if it drew nothing beside."""
+        """After a loop, move worker 0's own streams to where the common ones are, unless worker 0 has drawn within the loop."""
         if not self._own:
             return
         if _same(self._own, _captured()):
@@ -105,7 +107,7 @@ class Common:
             self._own = None
 
     def state_dict(self) -> rng.State:
-        """All that a checkpoint must hold: the streams now, and as the loop in progress began."""
+        """Return the streams' present states, and their states at the beginning of the loop, for a checkpoint."""
         if self._saved:
             return dict(self._saved)
         tree = {"loop": np.array(self._loop, dtype=np.int64)}
@@ -116,7 +118,7 @@ class Common:
         return tree | {f"generator {name}": value for name, value in self._generators.state_dict().items()}
 
     def load_state_dict(self, tree: rng.State) -> None:
-        """Go on from a checkpoint, in a run that has begun no loop yet. The process's streams are the caller's to restore."""
+        """Restore what `state_dict` returned, before any loop has begun. The caller restores the process's own streams."""
         self._saved = dict(tree)
         self._generators.load_state_dict(_under("generator ", tree))
         self._own = _under("own ", tree) if tree["alike"] else None
@@ -124,12 +126,14 @@ class Common:
             self._restore(_under("now ", tree))
 
     def _now(self, own: bool = False) -> rng.State:
+        """Return the present states of the common streams, or of the process's `own`."""
         if own:
             return _captured()
         with self:
             return _captured()
 
     def _restore(self, state: rng.State, own: bool = False) -> None:
+        """Restore the common streams, or the process's `own`."""
         if own:
             rng.restore(state)
             return
@@ -138,24 +142,27 @@ class Common:
 
 
 def _same(one: rng.State, other: rng.State) -> bool:
+    """Return whether two states are equal."""
     return all(np.array_equal(value, other[name]) for name, value in one.items())
 
 
 def _under(prefix: str, tree: rng.State) -> rng.State:
+    """Return the entries whose names begin with a prefix, without the prefix."""
     return {name.removeprefix(prefix): value for name, value in tree.items() if name.startswith(prefix)}
 
 
 def _captured() -> rng.State:
-    """The streams of the processor alone: no order is drawn from a GPU's."""
+    """Return the states of the CPU's streams; no order is drawn from a GPU's."""
     return {name: value for name, value in rng.capture().items() if name != "cuda"}
 
 
 def _streams() -> tuple[Any, Any, Any]:
-    """The streams as they are, in the quickest form: they may change places at every batch."""
+    """Return the states of the streams in the form that is quickest to restore, as they may be exchanged at every batch."""
     return random.getstate(), np.random.get_state(), torch.get_rng_state()
 
 
 def _put(streams: tuple[Any, Any, Any]) -> None:
+    """Restore the streams from what `_streams` returned."""
     random.setstate(streams[0])
     np.random.set_state(streams[1])
     torch.set_rng_state(streams[2])

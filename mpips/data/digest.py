@@ -1,6 +1,6 @@
-"""Digests of what all workers must have alike: the data, the order drawn of it, the batches of a stream.
+"""Digests of what must agree on all workers: the data, the order drawn, the batches of a stream.
 
-They are looked at where they are cheap to look at: large tensors by some of their elements.
+Only a part is hashed where the whole would take long: of a large tensor, elements at even distances.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from mpips.data.given import Table, list_of
 from mpips.data.samples import parts_of
 
-OF_TENSOR, OF_BATCH, OF_LIST = 65_536, 4_096, 64  # elements looked at
+OF_TENSOR, OF_BATCH, OF_LIST = 65_536, 4_096, 64  # the largest number of elements hashed
 
 
 def together(data: int, drawn: int) -> int:
-    """24 bits, which a float32 holds exactly, of two hashes; never 0, which says that there is nothing to compare."""
-    mixed = blake2b(f"{data} {drawn}".encode(), digest_size=3).digest()  # a sum of checksums would be 0 for like changes
+    """Return a 24-bit digest of two hashes, which a float32 holds exactly; never 0, which stands for "nothing to compare"."""
+    mixed = blake2b(f"{data} {drawn}".encode(), digest_size=3).digest()  # equal changes in a sum of checksums could cancel
     return int.from_bytes(mixed, "big") or 1
 
 
 def of_order(drawn: Sequence[Any], crc: int) -> int:
-    """Go on with the hash of an order by items: numbers, or whatever a sampler gives for an item or a batch."""
+    """Update a hash with an order: indices, or whatever the sampler yields."""
     try:
         return crc32(array("q", drawn).tobytes(), crc)
     except (TypeError, OverflowError):
@@ -37,7 +37,7 @@ def of_order(drawn: Sequence[Any], crc: int) -> int:
 
 
 def of_batch(batch: Any, crc: int) -> int:
-    """Go on with the hash of a stream by a batch."""
+    """Update a hash with a batch of a stream."""
     if isinstance(batch, (Tensor, np.ndarray)):
         return _of_elements(batch, crc, OF_BATCH)
     if isinstance(batch, (str, bytes, int, float)):
@@ -48,7 +48,7 @@ def of_batch(batch: Any, crc: int) -> int:
 
 
 def of_data(data: Any, crc: int = 0) -> int:
-    """A hash of a dataset, a loader's or a stream: its class and length, and what else all workers are known to have alike."""
+    """Return a hash of a dataset, of a loader's dataset or of a stream: class, length, and known contents such as tensors."""
     if isinstance(data, DataLoader):
         data = data.dataset
     crc = crc32(f"{type(data).__qualname__} {_length(data)}".encode(), crc)
@@ -70,13 +70,14 @@ def of_data(data: Any, crc: int = 0) -> int:
 
 
 def _of_columns(columns: Sequence[Tensor], crc: int) -> int:
+    """Update a hash with tensors."""
     for column in columns:
         crc = _of_elements(column, crc, OF_TENSOR)
     return crc
 
 
 def _of_targets(data: Any, crc: int) -> int:
-    """Attributes alone: a property may be the script's code, and cost what it will."""
+    """Update a hash with the dataset's targets or labels, if they are plain attributes; a property may be costly."""
     named = getattr(data, "__dict__", {})
     for name in ("targets", "labels"):
         values = named.get(name)
@@ -88,7 +89,7 @@ def _of_targets(data: Any, crc: int) -> int:
 
 
 def _of_elements(values: Tensor | np.ndarray, crc: int, most: int) -> int:
-    """Shape, type, and elements at even distances."""
+    """Update a hash with shape, dtype and at most `most` elements at even distances."""
     crc = crc32(f"{tuple(values.shape)} {values.dtype}".encode(), crc)
     if isinstance(values, Tensor):
         return crc if values.is_sparse else _of_tensor(values.detach(), crc, most)
@@ -98,16 +99,19 @@ def _of_elements(values: Tensor | np.ndarray, crc: int, most: int) -> int:
 
 
 def _of_tensor(values: Tensor, crc: int, most: int) -> int:
+    """Update a hash with at most `most` elements of a tensor, at even distances."""
     some = values.reshape(-1)[:: values.numel() // most + 1]
     return crc32(some.cpu().contiguous().view(torch.uint8).numpy().tobytes(), crc) if some.numel() else crc
 
 
 def _numbers(indices: Any) -> Sequence[Any]:
+    """Return indices as a sequence."""
     return indices.tolist() if isinstance(indices, (Tensor, np.ndarray)) else indices
 
 
 def _length(data: Any) -> int:
+    """Return the length of the data; -1 if it has none."""
     try:
         return len(data) if isinstance(data, Sized) else -1
-    except TypeError:  # a stream may have the method, and no answer
+    except TypeError:  # a stream's __len__ may raise this
         return -1

@@ -1,4 +1,4 @@
-"""Random generators of a script's own that decide an order: those of a loader, its samplers, a stream."""
+"""Random generators of the script that decide an order: those of a loader, of its samplers, of a stream."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FOLLOWED = (DataLoader, Sampler, IterableDataset)
 
 
 def generators_of(data: Any) -> list[Any]:
-    """The generators that the order of some data may be drawn from, in an order that the same script makes again.
+    """Return the generators that the data's order may be drawn from, in an order that is the same in each run of the script.
 
-    Those of a map-style dataset are left out: they decide what an item is, not which one it is.
+    Generators of a map-style dataset are left out: they affect the contents of items, not their order.
     """
     found: dict[int, Any] = {}
     for thing in _things(data, set()):
@@ -27,7 +27,7 @@ def generators_of(data: Any) -> list[Any]:
 
 
 def _things(thing: Any, seen: set[int]) -> Iterator[Any]:
-    """An object and, through its attributes, the loaders, samplers and streams that it is made of."""
+    """Yield an object and, through its attributes, the loaders, samplers and streams that it consists of."""
     if id(thing) in seen or isinstance(thing, (list, tuple, range, str, torch.Tensor, np.ndarray)):
         return
     seen.add(id(thing))
@@ -38,18 +38,19 @@ def _things(thing: Any, seen: set[int]) -> Iterator[Any]:
 
 
 def _sampler_like(one: Any) -> bool:
-    """Whether an attribute is an iterable of a class of the script's own: no more than that makes a sampler."""
+    """Return whether an attribute may be a sampler: an iterable of a class of the script's own."""
     return hasattr(type(one), "__iter__") and hasattr(one, "__dict__") and not isinstance(one, (Dataset, *KINDS))
 
 
 def _attributes(thing: Any) -> Iterator[Any]:
+    """Yield the attributes of an object and of its classes."""
     for cls in type(thing).__mro__:
         yield from vars(cls).values()
     yield from getattr(thing, "__dict__", {}).values()
 
 
 def state_of(generator: Any) -> np.ndarray:
-    """A generator's state as bytes."""
+    """Return a generator's state as bytes."""
     if isinstance(generator, torch.Generator):
         state: np.ndarray = generator.get_state().numpy()
         return state
@@ -63,11 +64,12 @@ def state_of(generator: Any) -> np.ndarray:
 
 
 def _plain(value: Any) -> Any:
+    """Return an array or number of numpy's as Python's."""
     return value.tolist()  # of numpy's arrays and numbers
 
 
 def set_state(generator: Any, state: np.ndarray) -> None:
-    """Put a generator back to a state."""
+    """Restore a generator from the bytes of `state_of`."""
     if isinstance(generator, torch.Generator):
         generator.set_state(torch.from_numpy(np.array(state, dtype=np.uint8)))
         return
@@ -81,27 +83,38 @@ def set_state(generator: Any, state: np.ndarray) -> None:
 
 
 def _arrays(plain: Any) -> Any:
+    """Return a state with arrays in place of lists."""
     if isinstance(plain, dict):
         return {name: _arrays(value) for name, value in plain.items()}
     return np.array(plain, dtype=np.uint64) if isinstance(plain, list) else plain
 
 
 class Generators:
-    """The generators of each loop of an epoch: their states now, and as the loop in progress began.
+    """The script's generators of each loop in an epoch: their present states, and their states as the present loop began.
 
-    A resumed script makes them anew. One that is as it was at its very first loop goes on from its saved state; any other the
-    script has set for this epoch, as it does in each, and it stays as it is.
+    A resumed script creates its generators anew. A generator that is in the same state as at its very first loop continues from
+    its saved state. In any other state, the script has seeded it for this epoch, as it does in every epoch, and it is not
+    touched.
     """
 
     def __init__(self) -> None:
-        self._of: dict[int, list[Any]] = {}  # the latest ones of each loop
-        self._begin: list[np.ndarray] = []  # of the loop in progress
+        self._of: dict[int, list[Any]] = {}  # loop -> the generators of its latest iteration
+        self._begin: list[np.ndarray] = []  # states at the beginning of the present loop
         self._loop = -1
-        self._first: dict[str, np.ndarray] = {}  # as each was at its very first loop; empty if the script sets it each time
-        self._saved: dict[str, np.ndarray] = {}  # of a resumed run, until its loops have gone on from it
+        self._first: dict[
+            str, np.ndarray
+        ] = {}  # the state of each at its very first loop; empty if the script seeds it each time
+        self._saved: dict[str, np.ndarray] = {}  # the states of a resumed run, until each has been restored
 
     def begin(self, loop: int, generators: Sequence[Any], resumed: bool, again: bool) -> None:
-        """Loop number `loop` begins, is `resumed`, or begins `again` because its order could not be dealt out."""
+        """Begin a loop, and restore the saved states of its generators in a resumed run.
+
+        Args:
+            loop: the index of the loop in the epoch.
+            generators: the generators of the loop.
+            resumed: whether the run is resumed within this loop.
+            again: whether this loop has begun before, because its order could not be dealt out.
+        """
         for at, generator in enumerate(generators):
             if not again:
                 self._note_first(f"{loop} {at}", generator)
@@ -114,17 +127,18 @@ class Generators:
         self._begin = [state_of(generator) for generator in generators]
 
     def _note_first(self, name: str, generator: Any) -> None:
+        """Note a generator's state at its very first loop; note none if the script seeds it each time."""
         state = state_of(generator)
         again = int(name.split()[0]) in self._of and np.array_equal(state, self._first.get(name, state[:0]))
         self._first[name] = state[:0] if again else self._first.get(name, state)
 
     def again(self) -> None:
-        """Put those of the loop in progress back to where they were when it began."""
+        """Restore the generators to their states at the beginning of the present loop."""
         for generator, state in zip(self._of[self._loop], self._begin, strict=True):
             set_state(generator, state)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """All that a checkpoint must hold."""
+        """Return all states, for a checkpoint."""
         tree = dict(self._saved)
         tree |= {f"first {name}": state for name, state in self._first.items()}
         tree |= {f"begin {at}": state for at, state in enumerate(self._begin)}
@@ -133,6 +147,6 @@ class Generators:
         return tree
 
     def load_state_dict(self, tree: dict[str, np.ndarray]) -> None:
-        """Go on from a checkpoint, in a run that has begun no loop yet."""
+        """Restore what `state_dict` returned, before any loop has begun."""
         self._first = {name.removeprefix("first "): state for name, state in tree.items() if name.startswith("first ")}
         self._saved = {name: state for name, state in tree.items() if not name.startswith("first ")}

@@ -1,4 +1,4 @@
-"""What a script may give as data, made one of two kinds: a DataLoader, or an iterable of batches."""
+"""The data that a script gives, converted to one of two kinds: a DataLoader, or an iterable of batches."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ TAKEN = "a dataset, a DataLoader, tensors or arrays, or an iterable of batches"
 
 
 class Table(Dataset[Any]):
-    """Columns of the same number of rows, of which a batch is taken at once: what torch would fetch row by row and stack.
+    """Columns with the same number of rows. A batch of rows is indexed at once, instead of fetched row by row and stacked.
 
     Args:
-        columns: a tensor, a list or a dict of them; a batch is the same of its rows.
-        order: the rows that there are, as numbers of the columns' rows; None for all.
+        columns: a tensor, or a list or a dict of tensors. A batch has the same form.
+        order: the indices of the rows that belong to the table; None for all.
     """
 
     def __init__(self, columns: Columns, order: Sequence[int] | None = None) -> None:
@@ -34,45 +34,47 @@ class Table(Dataset[Any]):
         return _map(batch, lambda column: column[0])
 
     def __getitems__(self, batch: Sequence[int]) -> Columns:
-        """The rows of a batch."""
+        """Return the rows with these indices."""
         index = torch.tensor(batch if self.order is None else [self.order[i] for i in batch], dtype=torch.int64)
         rows: Columns = _map(self.columns, lambda column: column[index])
         return rows
 
 
 def as_it_is(batch: Any) -> Any:
-    """Collate nothing: the batch was taken at once."""
+    """Return the batch unchanged: a collate function for batches that were indexed at once."""
     return batch
 
 
 def as_loader(data: Any, batch_size: int, shuffle: bool, drop_last: bool) -> DataLoader[Any]:
-    """The loader that a script would write for data that it gives with a batch size.
+    """Return the DataLoader that a script would write for this data.
 
     Args:
         data: a map-style dataset, tensors or arrays, or a list of samples.
-        batch_size, shuffle, drop_last: as for a DataLoader.
+        batch_size: as for a DataLoader.
+        shuffle: as for a DataLoader.
+        drop_last: as for a DataLoader.
 
     Raises:
-        ValueError: if no loader can be made of the data.
+        ValueError: no loader can be made of the data.
     """
     dataset = _table(data)
     if dataset is None and not _numbered(data):
         raise ValueError(f"a {type(data).__name__} given with batch_size={batch_size}; expected {TAKEN}")
     collate = None if dataset is None else as_it_is
     whole = data if dataset is None else dataset
-    shuffle = shuffle and len(whole) > 0  # torch makes no random sampler of nothing
-    slices = not shuffle and not isinstance(data, Dataset)  # which a script would cut, and draw nothing for it
+    shuffle = shuffle and len(whole) > 0  # torch's RandomSampler refuses empty data
+    slices = not shuffle and not isinstance(data, Dataset)  # such data must not move torch's random stream
     own = torch.Generator() if slices else None
     return DataLoader(whole, batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=collate, generator=own)
 
 
 def _numbered(data: Any) -> bool:
-    """Whether items are had by number, from 0."""
+    """Return whether the data has a length, and items by index."""
     return isinstance(data, Sized) and hasattr(data, "__getitem__") and not isinstance(data, (Mapping, str, bytes))
 
 
 def _table(data: Any) -> Table | None:
-    """Data that is nothing but rows of tensors; None for any other."""
+    """Return the data as a table if it is nothing but rows of tensors, else None."""
     if type(data) in (Subset, TensorDataset):
         return _table_of_dataset(data)
     if isinstance(data, (Tensor, np.ndarray)):
@@ -86,7 +88,7 @@ def _table(data: Any) -> Table | None:
 
 
 def _table_of_dataset(data: Any) -> Table | None:
-    """Of torch's own classes exactly: one derived from these may do otherwise."""
+    """Return a table of torch's own dataset classes; None for a derived class, which may do something else."""
     order: Sequence[int] | None = None
     while type(data) is Subset:
         order = data.indices if order is None else [data.indices[i] for i in order]
@@ -95,7 +97,7 @@ def _table_of_dataset(data: Any) -> Table | None:
 
 
 def _check_rows(columns: Sequence[Any], listed: bool) -> None:
-    """Raise ValueError unless the columns have the same number of rows, and are clearly columns."""
+    """Raise ValueError unless the columns have the same number of rows, and cannot be mistaken for samples."""
     shapes = [tuple(column.shape) for column in columns]
     if listed and len(columns) > 1 and len(set(shapes)) == 1:
         raise ValueError(
@@ -108,20 +110,22 @@ def _check_rows(columns: Sequence[Any], listed: bool) -> None:
 
 
 def _tensor(values: Any) -> Tensor:
+    """Return the values as a tensor."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an array that cannot be written is only read
+            warnings.simplefilter("ignore")  # torch warns of read-only arrays, which are only read here
             return torch.as_tensor(values)
     except TypeError:
         raise ValueError(f"an array of {values.dtype} given; expected numbers") from None
 
 
 def list_of(columns: Columns) -> list[Tensor]:
-    """The columns of a table alone."""
+    """Return the columns of a table as a list."""
     return [columns] if isinstance(columns, Tensor) else list(columns.values() if isinstance(columns, dict) else columns)
 
 
 def _map(columns: Any, change: Any) -> Any:
+    """Return the columns in the same form, each changed by a function."""
     if isinstance(columns, Tensor):
         return change(columns)
     if isinstance(columns, dict):
@@ -130,10 +134,10 @@ def _map(columns: Any, change: Any) -> Any:
 
 
 def as_given(data: Any, batch_size: Any, shuffle: bool, drop_last: bool) -> Any:
-    """The data as a DataLoader or an iterable of batches.
+    """Return the data as a DataLoader or an iterable of batches.
 
     Raises:
-        ValueError: if the data is neither, or a batch size is missing, or given with data that has its own.
+        ValueError: the data is neither, a batch size is missing, or a batch size is given with data that has its own.
     """
     if isinstance(data, DataLoader) or not _items(data, batch_size):
         if isinstance(data, (str, bytes)) or not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
@@ -150,9 +154,9 @@ def as_given(data: Any, batch_size: Any, shuffle: bool, drop_last: bool) -> Any:
 
 
 def _items(data: Any, batch_size: Any) -> bool:
-    """Whether the data is items to make batches of: a list or tuple is if a batch size says so, and a tuple of tensors is."""
+    """Return whether the data is items to be batched: a tuple of tensors, a dataset, or a list given with a batch size."""
     if isinstance(data, IterableDataset) or not (isinstance(data, Sized) and hasattr(data, "__getitem__")):
-        return False  # an IterableDataset may have a length, and inherits a __getitem__
+        return False  # an IterableDataset may have a length, and inherits __getitem__
     if isinstance(data, tuple) and data and all(isinstance(part, (Tensor, np.ndarray)) for part in data):
         return True
     return batch_size is not None or not isinstance(data, (list, tuple, range, str, bytes))

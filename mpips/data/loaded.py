@@ -1,4 +1,4 @@
-"""A worker's share of a loader of a map-style dataset: the loader is iterated, and its sampler gives this worker's batches."""
+"""A worker's share of the loader of a map-style dataset: the loader's sampler is replaced by one with this worker's batches."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ class Loaded:
 
     Args:
         loader: the loader.
-        part: which worker of how many.
-        streams: puts the random streams that all workers draw from in place.
+        part: this worker's number and the number of workers.
+        streams: a context in which the random streams are those that all workers share.
     """
 
     def __init__(self, loader: DataLoader[Any], part: Part, streams: Streams) -> None:
         self._given, self._loader, self._part, self._streams = loader, base_of(loader), part, streams
         self._double, self._seed = double_of(self._loader), Seed(self._loader, part, streams)
-        self._joint = part.workers > 1  # whether workers draw together, from streams that are not their own
+        self._joint = part.workers > 1  # whether the order is drawn from the common streams
         self._plain = class_of(self._loader).__iter__ is DataLoader.__iter__
 
     def __len__(self) -> int:
         return loader_length(self._loader, self._part)
 
     def batches(self, taken: int, cuts: Sequence[Sequence[int]]) -> Found:
-        """This worker's batches; here and now the loader begins, as a script that asks for an iterator expects.
+        """Return an iterator over this worker's batches. The loader's iterator is created in this call, as `iter` would.
 
         Args:
-            taken, cuts: as in a `Place`; what lies before is drawn now, and not fetched.
+            taken: as in a `Place`. Indices before the place are drawn in this call, but not fetched.
+            cuts: as in a `Place`.
         """
         loader, double = self._loader, self._double
         turns = Turns(sampler_of(loader), is_batched(loader), self._part, taken, cuts, self._streams)
@@ -47,28 +48,29 @@ class Loaded:
         return self._iterate(turns, taken, not self._joint)
 
     def order(self) -> Order | None:
-        """All batches of an epoch, drawn at once, as one process would; None if the sampler does not end where it says."""
+        """Return all batches of an epoch, drawn as in one process; None if the sampler's length is wrong or unknown."""
         loader = self._loader
         with self._streams:
             return whole(sampler_of(loader), is_batched(loader), self._seed.draw, self._joint)
 
     def dealt(self, order: Order, next_ticket: Callable[[], int | None], epoch: int) -> Found:
-        """The batches of an order by their tickets."""
+        """Return an iterator over the batches of `order` whose tickets this worker gets."""
         turns = Dealt(order, next_ticket, epoch)
         self._double.follow(self._part, turns, self._seed, drawn=True)
         return self._iterate(turns, 0, False)
 
-    def _iterate(self, turns: Turns | Dealt, taken: int, alone: bool) -> Found:
+    def _iterate(self, turns: Turns | Dealt, taken: int, undivided: bool) -> Found:
+        """Return the loader's batches with their notes."""
         iterated = Iterated(self._given, self._double)
-        return self._noted(iter(iterated.loader), turns.notes, taken, alone, iterated)
+        return self._noted(iter(iterated.loader), turns.notes, taken, undivided, iterated)
 
-    def _noted(self, batches: Iterator[Any], notes: deque[Note], taken: int, alone: bool, iterated: Iterated) -> Found:
-        """The batches that a loader gives, and what is known of each."""
+    def _noted(self, batches: Iterator[Any], notes: deque[Note], taken: int, undivided: bool, iterated: Iterated) -> Found:
+        """Yield the loader's batches with their notes."""
         counts, begun = self._double.counts, False
         try:
             for batch in batches:
                 if not begun and self._double.passed_by():
-                    yield from self._passed_by(chain([batch], batches), taken, alone)
+                    yield from self._passed_by(chain([batch], batches), taken, undivided)
                     return
                 begun, note = True, _next_note(notes, batch, self._plain)
                 samples = counts.popleft() if counts else note.samples
@@ -76,9 +78,9 @@ class Loaded:
         finally:
             iterated.give_back()
 
-    def _passed_by(self, batches: Iterator[Any], taken: int, alone: bool) -> Found:
-        """What a class's `__iter__` gives that asks no sampler: one worker may take all of it, several cannot divide it."""
-        if not alone:
+    def _passed_by(self, batches: Iterator[Any], taken: int, undivided: bool) -> Found:
+        """Yield the batches of a class whose `__iter__` uses no sampler; raise ValueError if several workers divide them."""
+        if not undivided:
             raise ValueError(
                 f"a {class_of(self._loader).__name__} given whose batches its sampler did not draw, so they cannot be divided"
                 " among workers; expected a loader that iterates with DataLoader.__iter__, or an iterable of batches"
@@ -88,9 +90,9 @@ class Loaded:
 
 
 def _next_note(notes: deque[Note], batch: Any, plain: bool) -> Note:
-    """What is known of a batch: the next note, or several where a class's `__iter__` has joined so many batches."""
+    """Return the note of the next batch; a sum of notes if the class's `__iter__` has joined several batches."""
     if not notes:
-        return Note(0, None, 0)  # part of a batch that was noted before
+        return Note(0, None, 0)  # the class's `__iter__` has split a batch, which is noted already
     count = samples_in(batch) if not plain and len(notes) > 1 else None
     sums = list(accumulate(note.samples or 0 for note in notes)) if count else []
     joined = [notes.popleft() for _ in range(sums.index(count) + 1 if count in sums else 1)]

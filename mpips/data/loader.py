@@ -1,4 +1,4 @@
-"""A loader's double: a copy that is iterated as the loader itself is, and whose sampler gives this worker's batches alone."""
+"""A loader's double: a copy that is iterated like the loader, but whose sampler yields this worker's batches only."""
 
 from __future__ import annotations
 
@@ -14,49 +14,51 @@ from torch.utils.data import DataLoader, IterableDataset
 from mpips.data.samples import Counted
 from mpips.data.turns import Dealt, Part, Streams, Turns, length
 
-OURS = "_mpips_"  # begins the names of attributes that a sharded loader has and its class does not know
-KEPT = ("_iterator", "_get_iterator")  # a double's own
+OURS = "_mpips_"  # prefix of the attributes that mpips adds to a loader
+KEPT = ("_iterator", "_get_iterator")  # attributes that a double does not copy
 SWAPPED = ("batch_sampler", "sampler", "generator")
-GOLDEN = 0x9E3779B9  # far apart, as in rng.diverge
+GOLDEN = 0x9E3779B9  # keeps seeds far apart, as in rng.diverge
 
 
 def class_of(loader: DataLoader[Any]) -> type[DataLoader[Any]]:
-    """The class that the script gave a loader, whether `sharded` or not."""
+    """Return the loader's class as the script made it, whether the loader is `sharded` or not."""
     kind = type(loader)
     return kind.__bases__[0] if OURS + "class" in vars(kind) else kind
 
 
 def is_stream(loader: DataLoader[Any]) -> bool:
-    """Whether a loader's data can only be iterated."""
+    """Return whether the loader's dataset can only be iterated."""
     return isinstance(loader.dataset, IterableDataset)
 
 
 def is_batched(loader: DataLoader[Any]) -> bool:
-    """Whether a loader makes batches of a map-style dataset's items."""
+    """Return whether the loader makes batches of a map-style dataset's items."""
     return loader.batch_sampler is not None
 
 
 def sampler_of(loader: DataLoader[Any]) -> Any:
-    """What a loader takes its indices from."""
+    """Return what the loader takes its indices from: its batch sampler, or its sampler if it makes no batches."""
     return loader.batch_sampler if is_batched(loader) else loader.sampler
 
 
 def base_of(loader: Any) -> DataLoader[Any]:
-    """The loader inside one of `accelerate`'s, which only look like a DataLoader; any other itself."""
+    """Return the loader inside a loader of accelerate's, which only looks like a DataLoader; any other loader itself."""
     base: DataLoader[Any] = vars(loader).get("base_dataloader", loader)
     return base
 
 
 class Seed:
-    """Draw the seed of a loader's workers where all draw alike, as torch would; each rank's have another.
+    """The seed of a loader's worker processes, drawn from the common streams where torch would draw it.
+
+    Each rank's worker processes get a seed of their own, derived from it.
 
     Args:
-        loader: the loader; its own generator, if it has one, is the one that is drawn from.
-        part: which worker this is.
-        streams: puts the streams to draw from in place.
+        loader: the loader. If it has a generator of its own, the seed is drawn from that.
+        part: this worker's number and the number of workers.
+        streams: a context in which the random streams are those that all workers share.
 
     Attributes:
-        generator: from which torch draws the seed.
+        generator: the generator from which torch draws the seed.
     """
 
     def __init__(self, loader: DataLoader[Any], part: Part, streams: Streams) -> None:
@@ -64,24 +66,24 @@ class Seed:
         self._part, self._streams, self.generator = part, streams, torch.Generator()
 
     def draw(self) -> None:
-        """Draw it."""
+        """Draw the seed."""
         with self._streams:
-            self.generator.set_state(self._source.get_state())  # from which torch will draw the same
+            self.generator.set_state(self._source.get_state())  # torch will draw the same number from it
             drawn = int(torch.empty((), dtype=torch.int64).random_(generator=self._source).item())
         if self._part.index:
             self.generator.manual_seed((drawn + self._part.index * GOLDEN) % 2**63)
 
 
 class Index:
-    """Stand in for a loader's sampler: give a worker's batches of indices, and be the sampler for whatever else is asked."""
+    """A stand-in for a loader's sampler: iterates over this worker's indices; its other attributes are the sampler's."""
 
     def __init__(self) -> None:
         self.given: Any = None
         self.batched = True
         self.part = Part(0, 1)
         self.turns: Turns | Dealt | None = None
-        self.fresh = False  # whether an iterator is being made, for which torch will draw a seed
-        self.seed: Seed | None = None  # to draw then, if it is not left to torch
+        self.fresh = False  # whether a loader's iterator is being created, for which torch draws a seed
+        self.seed: Seed | None = None  # drawn at that moment; None to leave that to torch
 
     def __iter__(self) -> Iterator[Any]:
         assert self.turns
@@ -99,13 +101,13 @@ class Index:
 
 
 class Double:
-    """The double of one loader, made once, so that the loader's own workers persist from loop to loop.
+    """The double of one loader, created once, so that the loader's worker processes persist from loop to loop.
 
     Attributes:
         loader: the double itself, of exactly the loader's class.
-        index: what it has for a sampler.
-        counts: items in each batch of a stream that came out and is not yet with the script.
-        exact: whether a stream's batches are counted.
+        index: the double's sampler.
+        counts: the number of items of each batch of a stream that the script has not received yet.
+        exact: whether the items of a stream's batches are counted.
     """
 
     def __init__(self, given: DataLoader[Any]) -> None:
@@ -115,19 +117,19 @@ class Double:
         self.counts: deque[int] = deque()
         self.exact = False
         self._ready: Any = None
-        # Nothing here leads back to the given loader or to this object: a loader whose workers persist must not be left to the
-        # garbage collector, which would close their queues before they are told to end.
+        # No strong references to the given loader or to this object: a cycle would leave a loader with persistent workers to
+        # the garbage collector, which would close the workers' queues before they are told to end.
         myself = weakref.ref(self)
         vars(self.loader).update(_iterator=None, _get_iterator=lambda: _alive(myself)._get_iterator())
 
     def follow(self, part: Part, turns: Turns | Dealt | None = None, seed: Seed | None = None, drawn: bool = False) -> None:
-        """Be as the loader is now, with this worker's turns for a sampler.
+        """Copy the loader's present attributes, and use this worker's turns as the sampler.
 
         Args:
-            part: which worker this is.
-            turns: the turns; None for a stream, or if only the length is asked for.
-            seed: the seed of the loader's workers, if torch is not to draw it itself.
-            drawn: whether it is drawn already.
+            part: this worker's number and the number of workers.
+            turns: the turns; None for a stream, or if only the length is needed.
+            seed: the seed of the loader's worker processes; None to let torch draw it.
+            drawn: whether the seed has been drawn already.
         """
         given, mine = self._alive(), vars(self.loader)
         self._ready = None
@@ -144,25 +146,28 @@ class Double:
                 mine["generator"] = seed.generator
 
     def _alive(self) -> DataLoader[Any]:
+        """Return the given loader."""
         given = self.given()
         assert given is not None
         return given
 
     def make_ready(self) -> None:
-        """Make now the iterator that the next iteration will ask for; a loader's workers, if it has any, begin anew."""
+        """Create the iterator of the next iteration now. Persistent worker processes are started anew."""
         vars(self.loader)["_iterator"] = None
         self._ready = self._make()
 
     def passed_by(self) -> bool:
-        """Whether the first batch came from elsewhere than the sampler: a class's `__iter__` may do without it."""
+        """Return whether the first batch came without the sampler: a class's `__iter__` may not use it."""
         turns = self.index.turns
         return self._ready is not None or not (turns and turns.notes)
 
     def _get_iterator(self) -> Any:
+        """Return the iterator that `make_ready` created, or a new one."""
         ready, self._ready = self._ready, None
         return self._make() if ready is None else ready
 
     def _make(self) -> Any:
+        """Create an iterator of the loader's class; for a stream, one that counts the items of each batch."""
         mine, self.index.fresh = vars(self.loader), True
         collate = mine["collate_fn"]
         if self.exact:
@@ -174,24 +179,24 @@ class Double:
         return made
 
     def give_back(self) -> None:
-        """Give the loader what its class's `__iter__` has changed in the double."""
+        """Copy back to the loader the attributes that its class's `__iter__` has changed in the double."""
         theirs = vars(self._alive())
         changed = {name: value for name, value in vars(self.loader).items() if theirs.get(name, self) is not value}
         theirs.update({name: value for name, value in changed.items() if name not in SWAPPED and not _own(name)})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # a copy of the loader has a double of its own
+        return type(None), ()  # a copy of the loader creates its own double
 
 
 class Iterated:
-    """What is iterated in place of a loader: its double, for a loader of `accelerate`'s a copy of that around the double.
+    """The object that is iterated in place of a loader: its double, or accelerate's wrapper around the double.
 
     Args:
         given: the loader.
-        double: that of the loader, or of the one inside it.
+        double: the double of the loader, or of the loader inside accelerate's.
 
     Attributes:
-        loader: what is iterated.
+        loader: the object to iterate.
     """
 
     def __init__(self, given: Any, double: Double) -> None:
@@ -202,7 +207,7 @@ class Iterated:
             vars(self.loader).update(vars(given) | {"base_dataloader": double.loader})
 
     def give_back(self) -> None:
-        """Give the loader what its class's `__iter__` has changed."""
+        """Copy back to the loader the attributes that its class's `__iter__` has changed."""
         if self._adapted:
             vars(self._given).update(vars(self.loader) | {"base_dataloader": base_of(self._given)})
         if class_of(base_of(self._given)).__iter__ is not DataLoader.__iter__:
@@ -210,17 +215,19 @@ class Iterated:
 
 
 def _own(name: str) -> bool:
+    """Return whether an attribute belongs to mpips or the double, and is not copied."""
     return name in KEPT or name.startswith(OURS)
 
 
 def _alive(double: weakref.ref[Double]) -> Double:
+    """Return the object behind a weak reference."""
     found = double()
     assert found
     return found
 
 
 def _next_counted(iterator: weakref.ref[Any], double: weakref.ref[Double]) -> Any:
-    """In place of an iterator's `_next_data`: the batch alone, with its count put aside."""
+    """Return an iterator's next batch, and put aside its number of items; replaces the iterator's `_next_data`."""
     mine: Any = iterator()
     count, batch = type(mine)._next_data(mine)
     _alive(double).counts.append(count)
@@ -228,9 +235,9 @@ def _next_counted(iterator: weakref.ref[Any], double: weakref.ref[Double]) -> An
 
 
 def double_of(loader: DataLoader[Any]) -> Double:
-    """The loader's double, the same one each time."""
+    """Return the loader's double, the same object in each call."""
     found = vars(loader).get(OURS + "double")
-    if found is None or found.given() is not loader:  # a copy of a loader has its attributes
+    if found is None or found.given() is not loader:  # a copied loader has the original's attributes
         found = vars(loader)[OURS + "double"] = Double(loader)
     double: Double = found
     return double
@@ -239,12 +246,13 @@ def double_of(loader: DataLoader[Any]) -> Double:
 def sharded(
     loader: DataLoader[Any], iterate: Callable[[DataLoader[Any]], Iterator[Any]], index: int = 0, workers: int = 1
 ) -> DataLoader[Any]:
-    """A copy of the loader that is iterated by `iterate`; all else is the loader's own, and it is of the loader's class.
+    """Return a copy of the loader whose iteration is `iterate`. It has the loader's class and all its other attributes.
 
     Args:
         loader: any DataLoader.
-        iterate: called with the copy for each iteration over it.
-        index, workers: which worker of how many; so `len` gives this worker's batches.
+        iterate: called with the copy; returns the iterator.
+        index: this worker's number.
+        workers: the number of workers; `len` of the copy is the number of this worker's batches.
     """
     kind: Any = class_of(loader)
     copy: DataLoader[Any] = object.__new__(_class_of_shards(kind))
@@ -254,12 +262,12 @@ def sharded(
 
 
 def loader_length(loader: DataLoader[Any], part: Part) -> int:
-    """This worker's batches in an epoch, as the loader's class says it.
+    """Return the number of this worker's batches in an epoch, computed by the loader's own class.
 
     Raises:
-        TypeError: if that is not known.
+        TypeError: the number is unknown.
     """
-    double = Double(base_of(loader))  # another one: that of a loop in progress is not to be touched
+    double = Double(base_of(loader))  # a new one: that of a running loop must not change
     double.follow(part)
     count = len(double.loader)
     return count // part.workers + (count % part.workers > part.index) if is_stream(loader) else count
@@ -267,6 +275,8 @@ def loader_length(loader: DataLoader[Any], part: Part) -> int:
 
 @cache
 def _class_of_shards(given: Any) -> Any:
+    """Return the class derived from a loader's class, with its own iteration and length."""
+
     def iterate(self: DataLoader[Any]) -> Iterator[Any]:
         found: Iterator[Any] = vars(self)[OURS + "iterate"](self)
         return found

@@ -1,4 +1,4 @@
-"""Where a worker is in its data. A place counts items, so a run resumes where it was on any number of workers."""
+"""A worker's place in its data. A place counts items, so a run can resume there on any number of workers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ T = TypeVar("T")
 
 @dataclass
 class Place:
-    """Where a worker is in its data.
+    """A worker's place in its data.
 
     Attributes:
         epoch: the epoch in progress.
-        loop: which `batches` loop of the epoch.
-        taken: items of its shard taken in that loop.
+        loop: the index of the loop over data within the epoch.
+        taken: the number of items that this worker has taken in that loop.
         over: whether all ranks have ended that loop.
         cuts: for each earlier number of workers in this loop, the items that each of those workers had taken.
-        samples: samples behind gradients that it has accumulated and not yet pushed.
-        validations: validations done in the epoch.
-        inside: whether this rank has come to that loop, though it may have taken nothing there.
+        samples: the number of samples behind accumulated gradients that have not been pushed.
+        validations: the number of validations done in the epoch.
+        inside: whether this rank has entered that loop, though it may not have taken anything.
     """
 
     epoch: int = 0
@@ -35,25 +35,26 @@ class Place:
 
     @property
     def begun(self) -> bool:
-        """Whether the loop is begun and not at its end."""
+        """Whether the loop has begun and has not ended."""
         return bool(self.inside or self.taken or self.cuts) and not self.over
 
     def next_loop(self) -> None:
-        """At the start of the epoch's next `batches` loop."""
+        """Move to the start of the epoch's next loop."""
         self.loop, self.taken, self.over, self.cuts, self.inside = self.loop + 1, 0, False, [], False
 
     def next_epoch(self) -> None:
-        """At the start of the next epoch."""
+        """Move to the start of the next epoch."""
         self.next_loop()
         self.epoch, self.loop, self.validations = self.epoch + 1, 0, 0
 
 
 def left(items: Iterable[T], cuts: Sequence[Sequence[int]]) -> Iterable[T]:
-    """The items that no earlier set of workers has taken, in order."""
+    """Return the items, in order, that no earlier set of workers has taken."""
     for cut in cuts:
         items = _uncut(items, cut)
     return items
 
 
 def _uncut(items: Iterable[T], cut: Sequence[int]) -> Iterator[T]:
+    """Return the items left by a set of n workers: worker k has taken the first `cut[k]` of items k, k + n, k + 2n, ..."""
     return (item for at, item in enumerate(items) if at // len(cut) >= cut[at % len(cut)])

@@ -1,4 +1,4 @@
-"""Loaders that deal their data out to processes already."""
+"""Refusing loaders that divide their data among processes already."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ INSIDE = ("batch_sampler", "sampler", "dataset", "base_dataloader")
 
 
 def refuse_split(loader: DataLoader[Any]) -> None:
-    """Raise ValueError for a loader that gives each of several processes another part.
+    """Raise ValueError for a loader that yields another part of the data in each of several processes.
 
     Raises:
-        ValueError: naming what splits the data, and what to give.
+        ValueError: names the object that splits the data, and a remedy.
     """
     for thing in _things(loader, 0):
         kind = type(thing)
@@ -29,6 +29,7 @@ def refuse_split(loader: DataLoader[Any]) -> None:
 
 
 def _things(thing: Any, depth: int) -> Iterator[Any]:
+    """Yield a loader, and the samplers, datasets and loaders inside it."""
     yield thing
     if depth < 4:
         for name in INSIDE:

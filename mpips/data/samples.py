@@ -1,4 +1,4 @@
-"""How many samples a batch holds: said by the loader that made it, or told from a kind of batch that leaves no doubt."""
+"""The number of samples in a batch: counted by the loader that made it, or read from the form of the batch."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch.nn.utils.rnn import PackedSequence
 
 
 class Counted:
-    """A loader's `collate_fn` that also says how many items it was given; it can be pickled if the loader's own can."""
+    """A loader's `collate_fn` that also returns the number of items. It can be pickled if the loader's own can."""
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
 
     def __call__(self, items: Any) -> tuple[int, Any]:
-        """The number of items, and the batch of them."""
+        """Return the number of items, and the batch made of them."""
         return len(items), self.collate(items)
 
 
 def samples_in(batch: Any) -> int | None:
-    """The samples in a batch of a known kind; None if its form does not say.
+    """Return the number of samples in a batch; None if its form does not say.
 
-    Known are a tensor or array, and collections (dataclasses among them) of which all have the same first dimension; a batch of
-    graphs; a packed sequence. Tensors in a tuple inside another collection, as `tuple(zip(*items))` makes them, are single
-    items as likely as batches: they say nothing.
+    Known forms are a tensor or array; collections, including dataclasses, whose tensors all have the same first dimension; a
+    batch of graphs; a packed sequence. Tensors in a tuple inside another collection, as made by `tuple(zip(*items))`, may be
+    single items as well as batches, so the number is unknown.
     """
-    if type(batch) is Tensor:  # the most frequent, and soonest told
+    if type(batch) is Tensor:  # the most frequent form
         return batch.shape[0] if batch.ndim else None
     if isinstance(batch, PackedSequence):
         return int(batch.batch_sizes[0]) if len(batch.batch_sizes) else 0
@@ -41,7 +41,7 @@ def samples_in(batch: Any) -> int | None:
 
 
 def _lengths(part: Any, inside: bool) -> Iterator[int | None]:
-    """The first dimension of each tensor and array in a batch; None where there is doubt."""
+    """Yield the first dimension of each tensor and array in a batch; None where it may be a single item."""
     if isinstance(part, (Tensor, np.ndarray)):
         yield part.shape[0] if part.ndim else None
     elif isinstance(part, tuple) and inside and any(isinstance(one, (Tensor, np.ndarray)) for one in part):
@@ -52,7 +52,7 @@ def _lengths(part: Any, inside: bool) -> Iterator[int | None]:
 
 
 def parts_of(part: Any) -> Iterator[Any]:
-    """What a collection holds, in its order; nothing if it is none."""
+    """Yield the values of a collection in order; nothing if `part` is no collection."""
     if isinstance(part, Mapping):
         yield from part.values()
     elif isinstance(part, (tuple, list)):

@@ -1,10 +1,10 @@
 """Each worker's share of the data.
 
-A loader is iterated itself, through its own class; only its sampler gives this worker's batches alone (`loaded.py`). A stream
-is read in full by all workers, who take its batches in turn (`stream.py`). Or the batches of an epoch are dealt out by number
-to whoever is free: a slow worker then takes fewer.
+A loader is iterated through its own class; only its sampler is replaced, by one that yields this worker's batches
+(`loaded.py`). A stream is read in full by all workers, which take its batches in turn (`stream.py`). In asynchronous modes the
+server deals out the batches of an epoch by number to whichever worker is free, so a slow worker takes fewer.
 
-With one worker that is plain PyTorch: the same draws from the same random streams at the same moments.
+With one worker this is plain PyTorch: the same draws from the same random streams at the same moments.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ Batches = Iterator[tuple[Any, int, int | None]]
 
 
 class Share:
-    """One worker's batches of one loop.
+    """One worker's batches in one loop.
 
     Args:
         data: a DataLoader (of any class, with any sampler), a map-style dataset, tensors or arrays (one, or a tuple or dict of
-            them), a list of samples, any iterable of batches; or a progress bar around one of them.
-        batch_size: items a batch, for data that is not in batches already.
-        shuffle: whether such data is drawn in a new order for each loop, as a DataLoader would.
-        drop_last: whether to leave out what does not fill a batch on every worker.
-        index, workers: which worker of how many.
-        common: the streams that orders are drawn from.
-        own: whether the data is this rank's alone; then it is not dealt out, and on another number of workers the loop that
-            was interrupted begins anew.
+            them), a list of samples, any iterable of batches; or a progress bar around one of these.
+        batch_size: the items in a batch, for data that is not in batches already.
+        shuffle: whether such data is drawn in a new order in each loop, as by a DataLoader.
+        drop_last: whether to leave out the items that do not fill a batch on every worker.
+        index, workers: this worker's number and the number of workers.
+        common: the random streams that orders are drawn from.
+        own: whether the data belongs to this rank only. It is then not dealt out, and a loop that is resumed on another number
+            of workers begins anew.
 
     Attributes:
-        digest: 24 bits that all workers must have alike as of the batch at hand: of the data, and of what was drawn of it. 0 if
+        digest: a 24-bit digest of the data, and of the order up to the present batch, which must agree on all workers. 0 if
             there is nothing to compare.
 
     Raises:
-        ValueError: if the data is of another kind, is dealt out to processes already, or its batch size is missing or given
+        ValueError: the data is of another kind, is divided among processes already, or its batch size is missing or given
             twice.
     """
 
@@ -74,33 +74,35 @@ class Share:
         kind = Loaded if loaded and not is_stream(data) else Streamed
         self._share: Loaded | Streamed = kind(data, part, nullcontext() if own else common)
         self._of_data = digest.of_data(data) if part.workers > 1 else None
-        self._order: Order | None = None  # of an epoch that is dealt out
+        self._order: Order | None = None  # the order of an epoch that is dealt out
 
     def __len__(self) -> int:
-        """This worker's batches in an epoch.
+        """Return the number of this worker's batches in an epoch.
 
         Raises:
-            TypeError: if that is not known.
+            TypeError: the number is unknown.
         """
         return len(self._share)
 
     def batches(self, place: Place) -> Batches:
-        """This worker's batches from its place on; what came before is skipped here and now.
+        """Return an iterator over this worker's batches from its place on. Earlier batches are skipped in this call.
 
         Returns:
-            An iterator over the batch, the items in it by which a place counts, and its samples, or None if that is not known.
+            An iterator over tuples: the batch, the number of items by which the place advances, and the number of samples, None
+                if unknown.
         """
         self._begin((place.epoch, place.loop))
         return self._given(self._share.batches(place.taken, [] if self._own else place.cuts))
 
     def tickets(self, epoch: int, loop: int = 0) -> int | None:
-        """How many batches an epoch has when they are dealt out; its order is drawn here.
+        """Return the number of batches that an epoch has when it is dealt out. Its order is drawn in this call.
 
         Args:
-            epoch, loop: where that is.
+            epoch: the epoch.
+            loop: the index of the loop in the epoch.
 
         Returns:
-            The number; None for data that is not dealt out: a rank's own, streams, and samplers without an end or a length.
+            The number; None for data that is not dealt out: a rank's own data, streams, and samplers without a known end.
         """
         if self._own or isinstance(self._share, Streamed):
             return None
@@ -113,20 +115,22 @@ class Share:
         return len(self._order)
 
     def dealt(self, epoch: int, next_ticket: Callable[[], int | None]) -> Batches:
-        """Batches by number, out of the order of all workers' items: ticket t names items t*B to (t+1)*B.
+        """Return an iterator over batches that are dealt out by number.
+
+        Ticket t names items t*B to (t+1)*B of the order that all workers share.
 
         Args:
             epoch: as given to `tickets`.
-            next_ticket: gives the number of the next batch, from 0 to `tickets(epoch)` - 1, or None when there are no more. It
-                is called on the caller's thread, once for each batch that is asked for; a DataLoader's own workers
-                fetch ahead, so it is called up to `num_workers * prefetch_factor` batches before.
+            next_ticket: returns the number of the next batch, from 0 to `tickets(epoch)` - 1, or None if there are no more.
+                Called on the caller's thread, once for each batch that is requested. The workers of a DataLoader prefetch, so
+                it is called up to `num_workers * prefetch_factor` batches ahead.
 
         Returns:
             As `batches`.
 
         Raises:
-            ValueError: if the data is not dealt out, which is where `tickets` is None.
-            IndexError: from the iterator, for a ticket that names no batch.
+            ValueError: the data is not dealt out: `tickets` is None.
+            IndexError: raised by the iterator, for a ticket that names no batch.
         """
         if self._order is None:
             self.tickets(epoch)
@@ -135,14 +139,17 @@ class Share:
         return self._given(self._share.dealt(self._order, next_ticket, epoch))
 
     def _begin(self, loop: tuple[int, int]) -> None:
+        """Tell the common streams that a loop begins."""
         self._common.begin(loop, generators_of(self._data), self._own)
 
     def _given(self, found: Found) -> Batches:
+        """Yield the batches, through the progress bar if there is one, keeping `digest` up to date."""
         for batch, note in found if self._bar is None else through(self._bar, found, self._total()):
             self.digest = 0 if self._of_data is None else digest.together(self._of_data, note.crc)
             yield batch, note.items, note.samples
 
     def _total(self) -> int | None:
+        """Return the number of batches, or None if it is unknown."""
         try:
             return len(self)
         except TypeError:

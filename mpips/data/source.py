@@ -1,4 +1,4 @@
-"""What a script may give as data."""
+"""The kinds of datasets that `Clients` takes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 
 def as_dataset(data: Any) -> Any:
-    """A tuple of tensors as a dataset; anything else as it is.
+    """Return a tuple of tensors as a TensorDataset; anything else as it is.
 
     Raises:
-        ValueError: if the tensors do not have the same number of items, their first dimension.
+        ValueError: the tensors differ in their first dimension, the number of items.
     """
     if not (isinstance(data, tuple) and data and all(isinstance(t, Tensor) for t in data)):
         return data
@@ -24,20 +24,20 @@ def as_dataset(data: Any) -> Any:
 
 
 def is_map(data: object) -> bool:
-    """Whether the data is a map-style dataset: it has a length and items by number. A list is an iterable of batches."""
-    streams = (DataLoader, IterableDataset, list)  # an IterableDataset may have a length, and inherits a __getitem__
+    """Return whether the data is a map-style dataset: it has a length and items by index. A list is an iterable of batches."""
+    streams = (DataLoader, IterableDataset, list)  # an IterableDataset may have a length, and inherits __getitem__
     return isinstance(data, Sized) and hasattr(data, "__getitem__") and not isinstance(data, streams)
 
 
 def is_tensors(data: Any) -> bool:
-    """Whether rows of tensors are what torch would fetch one by one and stack; a class derived from these may do otherwise."""
+    """Return whether the data is a TensorDataset, or a subset of one; a derived class may index its rows differently."""
     while type(data) is Subset:
         data = data.dataset
     return type(data) is TensorDataset
 
 
 def rows(data: Any, batch: Sequence[int]) -> list[Tensor]:
-    """The rows of a batch from each tensor, stacked; for data that `is_tensors`."""
+    """Return the rows of a batch, stacked, one tensor for each tensor of the data; for data that `is_tensors`."""
     if isinstance(data, Subset):
         return rows(data.dataset, [data.indices[i] for i in batch])
     index = torch.tensor(batch)

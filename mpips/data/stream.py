@@ -1,4 +1,4 @@
-"""A worker's share of data that can only be iterated: all workers read it in full, alike, and batch j*W + k is worker k's."""
+"""A worker's share of a stream: all W workers read the stream in full, identically, and worker k takes batches j*W + k."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Streamed:
 
     Args:
         data: an iterable of batches, or a loader of an IterableDataset.
-        part: which worker of how many.
-        streams: puts the random streams that all workers draw from in place.
+        part: this worker's number and the number of workers.
+        streams: a context in which the random streams are those that all workers share.
     """
 
     def __init__(self, data: Any, part: Part, streams: Streams) -> None:
@@ -35,7 +35,10 @@ class Streamed:
         return len(range(self._part.index, len(self._data), self._part.workers))
 
     def batches(self, taken: int, cuts: Sequence[Sequence[int]]) -> Found:
-        """This worker's batches, each an item by which a place counts; the stream is begun and read up to the place now."""
+        """Return an iterator over this worker's batches; each counts as one item of a place.
+
+        The stream is begun, and read up to the place, in this call.
+        """
         with self._streams:
             whole = self._loaded(self._data) if isinstance(self._data, DataLoader) else self._noted(iter(self._data))
             units = iter(left(whole, cuts))
@@ -43,13 +46,14 @@ class Streamed:
         return units if isinstance(self._streams, nullcontext) and self._part.workers == 1 else self._mine(units)
 
     def _loaded(self, loader: DataLoader[Any]) -> Found:
+        """Return the batches of a loader with their notes."""
         double = double_of(base_of(loader))
         double.follow(self._part)
         iterated = Iterated(loader, double)
         return self._counted(iter(iterated.loader), iterated)
 
     def _counted(self, batches: Iterator[Any], iterated: Iterated) -> Found:
-        """Batches of a loader that says how many items are in each; some do not."""
+        """Yield a loader's batches with their notes. The number of samples is exact if the loader counts its items."""
         try:
             for batch in batches:
                 counts = iterated.double.counts
@@ -58,14 +62,15 @@ class Streamed:
             iterated.give_back()
 
     def _noted(self, batches: Iterator[Any]) -> Found:
+        """Return an iterator over batches with their notes."""
         return ((batch, Note(1, samples_in(batch), 0)) for batch in batches)
 
     def _mine(self, units: Found) -> Found:
-        """Of each group, a batch for each worker, this worker's; all read the group to its end first, so all draw alike."""
+        """Yield this worker's batch of each group of one batch per worker. All workers read whole groups, so all draw alike."""
         crc, workers = 0, self._part.workers
         while True:
             mine = None
-            with self._streams:  # once for a group: it takes its time
+            with self._streams:  # once for a group, since exchanging streams is slow
                 for at, (batch, note) in enumerate(islice(units, workers)):
                     crc = digest.of_batch(batch, crc) if workers > 1 else 0
                     mine = (batch, note) if at == self._part.index else mine

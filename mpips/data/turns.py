@@ -1,11 +1,11 @@
-"""A worker's turns at the order that a sampler gives: which batches of indices it takes, and what is known of each.
+"""A worker's turns: which batches of indices it takes of the order that a sampler yields, and what is known of each batch.
 
     the order of one process    0 1 2 3 4 5 | 6 7 8 9 10 11 | 12 ...      a group: what all workers take in one step
     worker 0 of 2, batch of 3   0   2   4   | 6   8   10    | 12
     worker 1 of 2                 1   3   5 |   7   9    11 |
 
-Workers together take in a step what one process with a batch of that many times the size would. A batch sampler of a class that
-is not known gives whole batches: then a group is a batch for each worker.
+In one step, n workers together take what one process with an n times larger batch would take. A batch sampler of an unknown
+class yields whole batches; a group is then one batch for each worker.
 """
 
 from __future__ import annotations
@@ -23,54 +23,54 @@ from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, Sub
 from mpips.data import digest
 from mpips.data.place import left
 
-QUIET = (SequentialSampler, list, tuple, range)  # draw nothing
+QUIET = (SequentialSampler, list, tuple, range)  # these draw no random numbers
 AT_ONCE = (
     RandomSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
-)  # draw from the process's streams at their first item only
+)  # these draw from the process's streams at their first item only
 
 Streams = AbstractContextManager[None]
 T = TypeVar("T")
 
 
 class Note(NamedTuple):
-    """What is known of a batch: items by which a place is counted, samples or None, a hash of what was drawn up to here."""
+    """What is known of a batch: the items by which a place advances, the samples or None, a hash of the order up to here."""
 
     items: int
     samples: int | None
     crc: int
 
 
-Found = Iterator[tuple[Any, Note]]  # batches
-Order = list[tuple[Any, Note]]  # batches of indices
+Found = Iterator[tuple[Any, Note]]  # batches, each with its note
+Order = list[tuple[Any, Note]]  # batches of indices, each with its note, each with its note
 
 
 @dataclass(frozen=True)
 class Part:
-    """Which worker of how many."""
+    """A worker's number and the number of workers."""
 
     index: int
     workers: int
 
 
 def is_by_item(sampler: Any, batched: bool) -> bool:
-    """Whether a sampler makes batches of items in the one way that is known, so that its items can be dealt out."""
+    """Return whether the sampler is torch's own BatchSampler, whose items can be divided among workers."""
     return batched and type(sampler) is BatchSampler
 
 
 def noted(batch: Any, sampler: Any, batched: bool, crc: int) -> Note:
-    """What is known of a batch of indices. A list is one where no batches are made, too: the dataset is asked for all of it."""
+    """Return the note of a batch of indices. Without a batch sampler, a list of indices asks the dataset for a whole batch."""
     several = isinstance(batch, list) or (batched and hasattr(batch, "__len__"))
     samples = len(batch) if several else None
     return Note(len(batch) if is_by_item(sampler, batched) else 1, samples, crc)
 
 
 def length(sampler: Any, batched: bool, part: Part) -> int:
-    """This worker's batches in an epoch.
+    """Return the number of this worker's batches in an epoch.
 
     Raises:
-        TypeError: if the sampler does not know its length.
+        TypeError: the sampler does not know its length.
     """
     if not is_by_item(sampler, batched):
         return _share_of(len(sampler), 1, part)
@@ -78,6 +78,7 @@ def length(sampler: Any, batched: bool, part: Part) -> int:
 
 
 def _share_of(count: int, size: int, part: Part, drop_last: bool = False) -> int:
+    """Return this worker's number of batches, given the number of items and the batch size."""
     full, rest = divmod(count, size * part.workers)
     return full + (rest > part.index and not drop_last)
 
@@ -86,57 +87,62 @@ class Turns:
     """This worker's turns in one loop.
 
     Args:
-        sampler: a loader's batch sampler, or its sampler if it makes no batches.
+        sampler: a loader's batch sampler, or its sampler if the loader makes no batches.
         batched: whether it is a batch sampler.
-        part: whose turns.
+        part: this worker's number and the number of workers.
         taken, cuts: as in a `Place`.
-        streams: puts the streams to draw from in place.
+        streams: a context in which the random streams are the ones to draw from.
 
     Attributes:
-        notes: of each batch that was drawn and is not yet with the script.
+        notes: the notes of the batches that were drawn and that the script has not received yet.
     """
 
     def __init__(
         self, sampler: Any, batched: bool, part: Part, taken: int, cuts: Sequence[Sequence[int]], streams: Streams
     ) -> None:
         self.sampler, self.batched, self.part, self.streams = sampler, batched, part, streams
-        self.taken, self.cuts = taken, [list(cut) for cut in cuts]  # a place goes on as its loop does
+        self.taken, self.cuts = taken, [list(cut) for cut in cuts]  # a copy: the place advances during the loop
         self.notes: deque[Note] = deque()
         self._latest: weakref.ref[Drawing] | None = None
 
     def open(self) -> Iterator[Any]:
-        """The batches of indices, from the place on; torch asks for them once or twice for a loop."""
+        """Return an iterator over the batches of indices from the place on. Torch calls this once or twice in a loop."""
         drawing = Drawing(self)
         self._latest = weakref.ref(drawing)
         return drawing
 
     def skip(self) -> None:
-        """Draw now what lies before the place."""
+        """Draw the indices before the place now."""
         drawing = self._latest() if self._latest else None
         if drawing:
             drawing.skip()
 
 
 def after(units: Iterator[T], count: int) -> Iterator[T]:
-    """What comes after the first so many, which are drawn now; after none the next one is, and with it whatever was cut off."""
+    """Return the iterator without its first `count` elements, which are drawn now.
+
+    If `count` is 0, the first element is drawn now and kept, and with it whatever the iterator leaves out before it.
+    """
     deque(islice(units, count), maxlen=0)
     return units if count else chain(list(islice(units, 1)), units)
 
 
 class Drawing(Iterator[Any]):
-    """One iteration over a worker's turns; it draws where torch's own batch sampler would."""
+    """One iteration over a worker's turns. It draws when torch's own batch sampler would."""
 
     def __init__(self, turns: Turns) -> None:
         self._turns, self._crc = turns, 0
         sampler = turns.sampler
         self._by_item = is_by_item(sampler, turns.batched)
         self._order = sampler.sampler if self._by_item else sampler
-        self._swaps = 0 if type(self._order) in QUIET else 1 if type(self._order) in AT_ONCE else -1  # how often; -1: always
-        self._size = turns.part.workers * (sampler.batch_size if self._by_item else 1)  # of a group
+        self._swaps = (
+            0 if type(self._order) in QUIET else 1 if type(self._order) in AT_ONCE else -1
+        )  # how many draws use `streams`; -1: all
+        self._size = turns.part.workers * (sampler.batch_size if self._by_item else 1)  # items of a group
         self._drop_last = self._by_item and sampler.drop_last
         self._units: Iterator[Any] | None = None
         self._drawn: Iterator[Any] | None = None
-        if not self._by_item:  # some samplers draw as their iteration begins
+        if not self._by_item:  # some samplers draw when iteration begins
             with turns.streams if self._swaps else nullcontext():
                 self._drawn = iter(self._order)
 
@@ -154,7 +160,7 @@ class Drawing(Iterator[Any]):
         return batch
 
     def skip(self) -> None:
-        """Draw what lies before the place, if that is not done yet."""
+        """Draw the indices before the place, unless that is done."""
         if self._units is not None:
             return
         turns = self._turns
@@ -166,23 +172,24 @@ class Drawing(Iterator[Any]):
                 self._units = after(self._units, before)
 
     def _draw(self, count: int) -> list[Any]:
+        """Return the next `count` elements of the order."""
         assert self._units is not None
         with self._streams():
             return list(islice(self._units, count))
 
     def _streams(self) -> Streams:
-        """The streams to draw from; the process's own, where the draw can move none."""
+        """Return the context for the next draw: a null context if it draws no random numbers."""
         swaps, self._swaps = self._swaps, max(self._swaps - 1, -1) if self._swaps else 0
         return self._turns.streams if swaps else nullcontext()
 
 
 class Dealt:
-    """Batches of indices by number, to whoever is free.
+    """Batches of indices that are dealt out by number to whichever worker is free.
 
     Args:
-        order: all batches of an epoch, each with what is known of it.
-        next_ticket: gives the number of the next, or None.
-        epoch: which one, for people.
+        order: all batches of an epoch with their notes.
+        next_ticket: returns the number of the next batch, or None.
+        epoch: the epoch, for error messages.
     """
 
     def __init__(self, order: Order, next_ticket: Callable[[], int | None], epoch: int) -> None:
@@ -190,7 +197,7 @@ class Dealt:
         self.notes: deque[Note] = deque()
 
     def open(self) -> Iterator[Any]:
-        """The batches of indices, as their tickets come."""
+        """Return an iterator over the batches of indices that are dealt to this worker."""
         return self._batches()
 
     def _batches(self) -> Iterator[Any]:
@@ -203,12 +210,13 @@ class Dealt:
 
 
 def whole(sampler: Any, batched: bool, seed: Callable[[], None], compare: bool) -> Order | None:
-    """All batches of an epoch, drawn at once; None if the sampler does not end where its length says, or has none.
+    """Return all batches of an epoch, drawn at once; None if the sampler has no length, or does not end there.
 
     Args:
-        sampler, batched: as for `Turns`.
-        seed: called where torch draws a seed for a loader's workers.
-        compare: whether workers compare the order.
+        sampler: as for `Turns`.
+        batched: as for `Turns`.
+        seed: called when torch would draw the seed of a loader's worker processes.
+        compare: whether to hash the order, so that workers can compare it.
     """
     try:
         count = len(sampler)

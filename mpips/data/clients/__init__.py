@@ -1,6 +1,7 @@
-"""Clients: many of them, each with data of its own; which of them train in a round, and on which worker.
+"""Federated clients: many clients with data of their own, which of them train in a round, and on which worker.
 
-Everything here follows from the numbers given, the same on every rank; no stream of the process is read or moved.
+All choices follow from the given numbers only, so they are the same on every rank. No random stream of the process is read or
+moved.
 """
 
 from mpips.data.clients.clients import Clients

@@ -19,20 +19,20 @@ Numbers = Sequence[int] | np.ndarray | torch.Tensor
 
 
 class Clients(Sequence[Any]):
-    """The data of many clients; `clients[k]` is client k's, a map-style dataset.
+    """The data of many clients; `clients[k]` is client k's data, a map-style dataset.
 
-    `split`, `by_index`, `by_label` and `dirichlet` deal one dataset out. Clients made so hold numbers of items, no copies,
-    and tensors among them are fetched by rows, not item by item.
+    `split`, `by_index`, `by_label` and `dirichlet` partition one dataset among clients. Such clients hold indices of items, not
+    copies, and batches of tensors are indexed at once instead of item by item.
 
     Args:
-        datasets: for each client a map-style dataset, or a tuple of tensors with the same first dimension. A client may have
-            no items.
+        datasets: for each client a map-style dataset, or a tuple of tensors with the same first dimension. A client may have no
+            items.
 
     Attributes:
-        sizes: the items of each client.
+        sizes: the number of items of each client.
 
     Raises:
-        ValueError: if there are no clients, or one's data is of another kind.
+        ValueError: there are no clients, or a client's data is of another kind.
     """
 
     def __init__(self, datasets: Sequence[Any]) -> None:
@@ -45,65 +45,66 @@ class Clients(Sequence[Any]):
 
     @classmethod
     def by_index(cls, data: Any, indices: Sequence[Numbers]) -> Clients:
-        """Client k has the items `indices[k]` of the data, in that order; items may be left out or given twice.
+        """Give client k the items `indices[k]` of the data, in that order. Items may be left out or given to several clients.
 
         Args:
             data: a map-style dataset, or a tuple of tensors.
-            indices: for each client numbers of items: a list, or an array or tensor of whole numbers of one dimension.
+            indices: for each client the indices of its items: a list, or a one-dimensional integer array or tensor.
 
         Raises:
-            ValueError: if there are no clients, or for a number that names no item.
+            ValueError: there are no clients, or an index is out of range.
         """
         whole = _map_style(data)
         return cls([Subset(whole, _items(part, len(whole), k)) for k, part in enumerate(indices)])
 
     @classmethod
     def split(cls, data: Any, count: int, seed: int = 0) -> Clients:
-        """IID: a random order, cut into `count` shares that differ by at most one item; each item has one client.
+        """Partition IID: a random order, cut into `count` shares whose sizes differ by at most one item.
 
         Raises:
-            ValueError: if `count` is below 1 or there are no items.
+            ValueError: `count` is below 1, or there are no items.
         """
         whole = _map_style(data)
         return cls.by_index(whole, partition.iid(len(whole), count, seed))
 
     @classmethod
     def by_label(cls, data: Any, labels: Any, count: int, shards_each: int = 2, seed: int = 0) -> Clients:
-        """Few labels a client (McMahan et al. 2017, arXiv 1602.05629, section 3): the "pathological" non-IID partition.
+        """Partition into few labels per client, "pathological" non-IID (McMahan et al. 2017, arXiv 1602.05629, section 3).
 
-        Items sorted by label are cut into `count * shards_each` shards that differ by at most one item, and each client gets
-        `shards_each` of them at random: so many labels at most, if no shard lies across two.
+        Items sorted by label are cut into `count * shards_each` shards whose sizes differ by at most one item. Each client gets
+        `shards_each` random shards, and so at most that many labels, unless a shard spans two labels.
 
         Args:
             data: a map-style dataset, or a tuple of tensors.
-            labels: one label for each item: a list, an array or a tensor of one dimension.
-            count: how many clients.
-            shards_each: how many shards a client has.
-            seed: decides which.
+            labels: one label for each item: a one-dimensional list, array or tensor.
+            count: the number of clients.
+            shards_each: the number of shards of a client.
+            seed: decides which client gets which shards.
 
         Raises:
-            ValueError: if a number is below 1, there are no items or fewer than shards, or not one label for each item.
+            ValueError: a number is below 1, there are no items or fewer items than shards, or not one label for each item.
         """
         whole = _map_style(data)
         return cls.by_index(whole, partition.by_label(len(whole), labels, count, shards_each, seed))
 
     @classmethod
     def dirichlet(cls, data: Any, labels: Any, count: int, alpha: float, seed: int = 0) -> Clients:
-        """Labels of each client from a Dirichlet distribution (Hsu et al. 2019, arXiv 1909.06335, section 3.1).
+        """Partition with each client's labels from a Dirichlet distribution (Hsu et al. 2019, arXiv 1909.06335, section 3.1).
 
-        Client k draws its mix q ~ Dir(alpha p), where p is the labels' share of all items, and then its items by q, without
-        replacement, q renormalised when a label has run out; so the last clients' mixes follow from what is left. Sizes differ
-        by at most one and each item has one client. alpha -> 0: one label a client; alpha -> infinity: IID.
+        Client k draws its label distribution q ~ Dir(alpha p), where p is the distribution of labels in all items. It then
+        draws its items by q, without replacement; q is renormalised when a label runs out, so the last clients' distributions
+        depend on what is left. Sizes differ by at most one item, and each item belongs to one client. With alpha -> 0 a client
+        has one label; with alpha -> infinity the partition is IID.
 
         Args:
             data: a map-style dataset, or a tuple of tensors.
-            labels: one label for each item: a list, an array or a tensor of one dimension.
-            count: how many clients.
+            labels: one label for each item: a one-dimensional list, array or tensor.
+            count: the number of clients.
             alpha: the concentration, above 0.
             seed: decides the draws.
 
         Raises:
-            ValueError: if `count` is below 1, `alpha` not above 0, there are no items, or not one label for each item.
+            ValueError: `count` is below 1, `alpha` is not above 0, there are no items, or not one label for each item.
         """
         whole = _map_style(data)
         return cls.by_index(whole, partition.dirichlet(len(whole), labels, count, alpha, seed))
@@ -116,20 +117,22 @@ class Clients(Sequence[Any]):
     @overload
     def __getitem__(self, k: slice) -> Sequence[Any]: ...
     def __getitem__(self, k: int | slice) -> Any:
-        """Client k's data, a map-style dataset."""
+        """Return client k's data, a map-style dataset."""
         if isinstance(k, slice):
             return self._datasets[k]
         return self._datasets[self._known(k)]
 
     def _known(self, k: int) -> int:
+        """Return k; raise IndexError if there is no client k."""
         if not 0 <= k < len(self):
             raise IndexError(f"client {k} asked for; there are {len(self)}, from 0")
         return k
 
     def together(self) -> Any:
-        """All clients' items as one map-style dataset, client 0's first, for training that knows no clients.
+        """Return all clients' items as one map-style dataset, client 0's first, for modes without clients.
 
-        Nothing is copied for clients that one dataset was dealt out to; tensors that clients brought are joined.
+        Nothing is copied if the clients are a partition of one dataset. Tensors that clients brought themselves are
+        concatenated.
         """
         first = self._datasets[0]
         if all(type(data) is Subset and data.dataset is getattr(first, "dataset", None) for data in self._datasets):
@@ -151,24 +154,24 @@ class Clients(Sequence[Any]):
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> Iterator[tuple[Any, int, bool]]:
-        """Client k's batches of its local epochs in a round; the same whichever worker hosts it.
+        """Return an iterator over client k's batches of its local epochs in a round. It is the same on any worker.
 
         Args:
             k: the client.
-            round: the round; with seed, client and local epoch it decides the order.
-            epochs: how often each item is taken, E of FedAvg; 1 or more.
-            batch_size: items in a batch, B; None for all items of the client, B = infinity.
+            round: the round. With seed, client and local epoch it decides the order.
+            epochs: the number of local epochs, E of FedAvg; 1 or more.
+            batch_size: the items in a batch, B; None for all items of the client, B = infinity.
             seed: decides the order.
-            shuffle: False to take the items in the client's own order in each local epoch.
-            drop_last: leave out an epoch's last batch if it is not full.
+            shuffle: whether each local epoch draws a new order; if not, items keep the client's order.
+            drop_last: whether to leave out an epoch's last batch if it is not full.
 
         Returns:
-            An iterator over the batch (collated as torch does: tensors by tensor in a list), the items in it, and whether it is
-            the client's last in this round. A client without items has none.
+            An iterator over tuples: the batch (collated as by torch), the number of its items, and whether it is the client's
+                last batch in this round. A client without items has no batches.
 
         Raises:
-            IndexError: if there is no client k.
-            ValueError: if `epochs` or `batch_size` is below 1.
+            IndexError: there is no client k.
+            ValueError: `epochs` or `batch_size` is below 1.
         """
         data, size = self._datasets[self._known(k)], self.sizes[k]
         counted("epochs", epochs)
@@ -179,6 +182,7 @@ class Clients(Sequence[Any]):
 
 
 def _local(data: Any, seeds: list[int], size: int, shuffle: bool, drop_last: bool) -> Iterator[tuple[Any, int, bool]]:
+    """Yield the batches of local epochs, one for each seed."""
     if not size:
         return
     for epoch, seed in enumerate(seeds, 1):
@@ -191,11 +195,13 @@ def _local(data: Any, seeds: list[int], size: int, shuffle: bool, drop_last: boo
 
 
 def _collated(data: Any, batches: list[list[int]], seed: int) -> DataLoader[Any]:
-    own = torch.Generator().manual_seed(seed)  # else each new iterator would draw from the script's stream
+    """Return a loader of these batches of indices."""
+    own = torch.Generator().manual_seed(seed)  # else a new iterator would draw from the process's stream
     return DataLoader(data, batch_sampler=batches, generator=own)
 
 
 def _map_style(data: Any, whose: str = "") -> Any:
+    """Return the data as a map-style dataset; raise ValueError if it is none."""
     data = as_dataset(data)
     if not is_map(data):
         raise ValueError(f"{whose}a {type(data).__name__} given; expected a map-style dataset or a tuple of tensors")
@@ -203,6 +209,7 @@ def _map_style(data: Any, whose: str = "") -> Any:
 
 
 def _items(part: Any, n: int, k: int) -> list[int]:
+    """Return a client's indices as a list; raise ValueError if they are out of range or no integers."""
     numbers = np.asarray(part)
     if not numbers.size:
         return []

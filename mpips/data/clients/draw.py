@@ -1,4 +1,4 @@
-"""Draws that follow from the numbers given alone: the same on every rank, and no stream of the process is read or moved."""
+"""Random draws that follow from the given numbers only: the same on every rank, without touching the process's streams."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 
 
 def permutation(n: int, *parts: str | int) -> np.ndarray:
-    """Numbers below n in an order that the parts alone decide."""
+    """Return the numbers below n in an order that depends on `parts` only."""
     generator = torch.Generator().manual_seed(seed_of(*parts))
     order: np.ndarray = torch.randperm(n, generator=generator).numpy()
     return order
 
 
 def seed_of(*parts: str | int) -> int:
-    """A seed from all that it may depend on; neighbours have nothing in common, as they would if numbers were added."""
+    """Return a seed that depends on all parts: a hash, so that the seeds of neighbouring numbers are unrelated."""
     return int.from_bytes(hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=7).digest(), "big")
 
 
 def counted(name: str, value: Any) -> int:
-    """A whole number of 1 or more, or one clear line."""
+    """Return `value` if it is a whole number of 1 or more; else raise ValueError."""
     if not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name}={value!r} given; expected a whole number, 1 or more")
     return int(value)

@@ -1,4 +1,4 @@
-"""One worker's part in a communication round."""
+"""One worker's part in a communication round of federated training."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ class Host(Protocol):
 
     @property
     def pinned(self) -> bool:
-        """Whether a client is always on the same worker."""
+        """Whether a client always stays on the same worker."""
 
     @property
     def measures(self) -> bool:
-        """Whether a client's data pass once before it trains."""
+        """Whether each client's data pass once before training, to measure the loss."""
 
     def check(self, chosen: int) -> None:
-        """So many clients a round are enough for the rule, or ConfigError."""
+        """Raise ConfigError unless `chosen` clients a round are enough for the rule."""
 
     def begin(self, client: int, size: int, chosen: int, clients: int) -> None:
-        """`client`, with `size` items, one of `chosen` in this round out of `clients`, begins."""
+        """Begin the training of `client`, with `size` items, one of `chosen` clients in this round out of `clients`."""
 
     def trains(self) -> None:
-        """Its data have passed once."""
+        """End the measurement of the loss; the client's steps follow."""
 
     def end(self) -> None:
-        """It has trained."""
+        """End the client's training."""
 
 
 class Hosting:
-    """One worker's part in a communication round: batches of those of its clients that were chosen, client after client.
+    """One worker's part in a communication round: the batches of its chosen clients, client after client.
 
     Args:
-        update: this worker's, which is told where each client begins and ends.
-        data: the clients. Any other data, a map-style dataset or a tuple of tensors, is dealt out to one client on each worker.
-        batch_size: items in a batch; None for all of a client's.
-        shuffle, drop_last: of each client's epochs.
-        own: whether the data is this worker's alone, and so that of the client of its number.
-        seed: with the epoch, decides which clients are chosen, and their orders.
-        forget: called where a client begins.
+        update: this worker's update, which is told where each client begins and ends.
+        data: the clients. Any other data, a map-style dataset or a tuple of tensors, is partitioned into one client per worker.
+        batch_size: the items in a batch; None for all items of a client.
+        shuffle, drop_last: as in `Clients.batches`.
+        own: whether the data belongs to this worker only; it is then the data of the client with this worker's number.
+        seed: with the epoch, decides which clients are chosen, and the order of their items.
+        forget: called at the beginning of each client.
 
     Raises:
         ValueError: the data is of another kind.
@@ -78,7 +78,7 @@ class Hosting:
             self.clients = data if isinstance(data, Clients) else Clients.split(data, update.workers, update.config.seed)
 
     def batches(self, place: Place) -> Iterator[tuple[Any, int, bool]]:
-        """As `Share.batches`; no items are counted, as no checkpoint lies inside a round.
+        """Yield batches as `Share.batches` does. A place does not advance, as no checkpoint is written within a round.
 
         Raises:
             ConfigError: there are too few clients for the rule.
@@ -86,10 +86,12 @@ class Hosting:
         update, sizes, config = self.update, self.clients.sizes, self.update.config.clients
         drawn = chosen(self.seed, place.epoch, len(sizes), config.fraction)
         filled = drawn if self.own else [k for k in drawn if sizes[k]]
-        mine = hosts(drawn, update.workers, update.pinned or self.own, sizes)[update.index]
+        hosted = hosts(drawn, update.workers, update.pinned or self.own, sizes)[update.index]
         update.check(len(drawn))
-        update.first = (filled or drawn)[0] in mine  # whose integer buffers are taken, on whatever number of workers
-        for k in mine:
+        update.first = (filled or drawn)[
+            0
+        ] in hosted  # integer buffers come from the first client, whatever the number of workers
+        for k in hosted:
             self._forget()
             update.begin(k, sizes[k], len(filled), len(sizes))
             if update.measures:
@@ -100,12 +102,13 @@ class Hosting:
             update.end()
 
     def _pass(self, k: int, round: int, epochs: int, shuffle: bool, drop_last: bool) -> Iterator[tuple[Any, int, bool]]:
+        """Yield a client's batches of a number of local epochs."""
         for batch, _, _ in self.clients.batches(k, round, epochs, self.batch_size, self.seed, shuffle, drop_last):
             yield batch, 0, False
 
 
 def _alone(data: Any, index: int, workers: int) -> Clients:
-    """Clients of whom only the one of this number is known here."""
+    """Return clients of which only number `index` has data here."""
     (mine,) = Clients([data])
     nothing: tuple[int, ...] = ()
     return Clients.by_index(mine, [range(len(mine)) if k == index else nothing for k in range(workers)])

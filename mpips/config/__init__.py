@@ -1,10 +1,11 @@
 """The settings of a run: one frozen tree, resolved once, before MPI starts.
 
-Flags win over `MPIPS_*` variables, these over the YAML file that `config` names, this over the arguments of `connect`, these
-over the defaults. Whatever is not allowed is a `ConfigError` of one line.
+The sources in order of precedence: flags, `MPIPS_*` variables, the YAML file that `config` names, the arguments of `connect`,
+the defaults. A value that is not allowed raises a `ConfigError` of one line.
 
-A flag is `mpips run --set KEY=VALUE`, or on the script's line `--mpips.KEY VALUE`, or `--KEY VALUE` where the script's parser
-has it from `add_arguments`; given in several ways, they win in this order. Other words of the line are never looked at.
+A flag is `mpips run --set KEY=VALUE`, or `--mpips.KEY VALUE` on the script's command line, or `--KEY VALUE` if the script's
+parser has the flag from `add_arguments`. If a setting is given in several of these ways, the first one in this order wins.
+Other words on the command line are never read.
 """
 
 from mpips.config.config import GROUPS, TAKEN, Config

@@ -1,4 +1,4 @@
-"""The tree of settings. A new one is a line here or in its group: a default, its help, and what is allowed."""
+"""The tree of settings. To add one, add a line here or in its group: a default, its help, and a check of what is allowed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import yaml
 from mpips.config.error import check
 from mpips.config.groups import Checkpointing, Clients, EarlyStopping, Local, Outer, Robust, Staleness
 
-TAKEN = (  # names that a metric cannot have: other columns of the messages and of the report
+TAKEN = (  # names that a metric cannot have: they are columns of the messages and of the report
     *("samples", "weight", "loss", "bad", "done", "stop", "signal", "round", "train", "wait", "steps", "tickets", "want"),
     *("call", "begun", "digest", "drawn", "which", "adopt", "overflow"),
     *("epoch", "version", "lr", "time", "event", "rank", "ranks", "epochs", "samples_per_s", "self"),
-    *("null", "true", "false"),  # which YAML writes in quotes
+    *("null", "true", "false"),  # YAML writes these in quotes
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every setting of a run; `mpips.add_arguments` lists them among a script's own flags."""
+    """Every setting of a run. `mpips.add_arguments` adds the settings to a script's own flags."""
 
     mode: str = field(default="sync", metadata={"help": "how workers and server take turns: sync, async, local_sgd ..."})
     backup_workers: int = field(default=0, metadata={"help": "sync: do not wait for the last so many; late ones are left out"})
@@ -96,11 +96,11 @@ class Config:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Every setting by its dotted key, in a fixed order."""
+        """Return every setting by its dotted key, in a fixed order."""
         return dict(flatten(dataclasses.asdict(self)))
 
     def yaml(self) -> str:
-        """The tree as a YAML file that `--config` takes."""
+        """Return the tree as a YAML file that `--config` accepts."""
         tree = dataclasses.asdict(self) | {"metrics": list(self.metrics)}
         return yaml.safe_dump(tree, sort_keys=False)
 
@@ -109,7 +109,7 @@ GROUPS = tuple(f.name for f in dataclasses.fields(Config) if f.default_factory i
 
 
 def flatten(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Settings by dotted key, those of a group one by one."""
+    """Yield the settings of a nested tree by dotted key."""
     for key, value in tree.items():
         if key in GROUPS and isinstance(value, Mapping):
             yield from ((f"{key}.{name}", below) for name, below in value.items())

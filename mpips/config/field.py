@@ -1,4 +1,4 @@
-"""What is known of each setting: its type, and its help."""
+"""The type and the help of each setting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpips.config.config import Config
 
 @cache
 def fields(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
-    """Dotted key -> (type, help) of every setting."""
+    """Return dotted key -> (type, help) for every setting."""
     hints = typing.get_type_hints(cls)
     found: dict[str, tuple[Any, str]] = {}
     for f in dataclasses.fields(cls):
@@ -25,7 +25,7 @@ def fields(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
 
 
 def allowed(kind: Any) -> str:
-    """A setting's type in words."""
+    """Return a setting's type in words."""
     options = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return ", ".join(map(str, options))

@@ -1,7 +1,7 @@
-"""A YAML file of settings, read as texts: `resume: no` is then no boolean, and no tag acts.
+"""A YAML file of settings, read as texts, so that `resume: no` is not a boolean and no tag is executed.
 
-What settings have no use for is refused as it is met, so that no file takes long or goes deep: aliases, which multiply;
-tags; names given twice, of which YAML's own readers drop one; more levels than a group, its setting and a list.
+Settings need neither aliases, tags, duplicate names nor deep nesting, so these are refused while the file is parsed. Thus no
+file takes long (aliases multiply), loses a value (YAML's own readers drop one of two duplicates) or exhausts the stack.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from mpips.config.error import ConfigError, cut, shown
 
 NULL = ("~", "null", "Null", "NULL")
 LARGEST = 10**6  # bytes
-DEEPEST = 3  # the file, a group, a list, a name
+DEEPEST = 3  # levels: the file, a group, a list, a name
 
 
 class Bare(str):
-    """A text without quotes, which a setting's type makes something of."""
+    """A text without quotes, which the setting's type is to interpret."""
 
     __slots__ = ()
 
 
 class FileError(ValueError):
-    """What a file of settings cannot hold: says where and what."""
+    """A construct that a file of settings cannot have. The message gives the line and the construct."""
 
 
 def settings_of(path: str) -> dict[str, Any]:
-    """The settings in a file, by dotted key, as they stand there: texts, `Bare` ones, lists of them.
+    """Return the settings in a file by dotted key, uninterpreted: texts, `Bare` texts, and lists of them.
 
     Raises:
         ConfigError: one line with the file's name and what is wrong in it.
@@ -45,11 +45,12 @@ def settings_of(path: str) -> dict[str, Any]:
         if not isinstance(tree, dict):
             raise FileError(f"it holds {shown(tree)}, expected lines as `setting: value`")
         return _once(flatten(tree))
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: also no UTF-8, NUL in the path
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: invalid UTF-8, NUL in the path
         raise ConfigError(f"config: given {shown(path)}, allowed: a YAML file of settings ({_reason(error)})") from None
 
 
 def _reason(error: Exception) -> str:
+    """Return the reason of an error as part of a line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"line {error.problem_mark.line + 1}: {cut(error.problem or '')}"
     words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -57,10 +58,11 @@ def _reason(error: Exception) -> str:
 
 
 def value_of(text: str) -> Any:
-    """One YAML document: None if there is nothing in it, else a text, a list or a dict.
+    """Return the contents of one YAML document: a text, a list or a dict; None if it is empty.
 
     Raises:
-        FileError, yaml.YAMLError: there is something in it that settings have no use for; it is no YAML.
+        FileError: the document has a construct that settings do not need.
+        yaml.YAMLError: the text is no YAML.
     """
     events = (event for event in yaml.parse(text, Loader=yaml.BaseLoader) if not isinstance(event, _AROUND))
     first = next(events, None)
@@ -74,7 +76,8 @@ _AROUND = yaml.StreamStartEvent, yaml.StreamEndEvent, yaml.DocumentStartEvent, y
 
 
 def _content(path: str) -> str:
-    # Each rank reads it, so a pipe will not do; and one that nobody writes to would be waited for.
+    """Return the text of the file."""
+    # Each rank reads the file, so a pipe cannot serve; opening one without a writer would block.
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise FileError("it is no file, expected one that each rank can read")
     with open(path, "rb") as file:
@@ -85,6 +88,7 @@ def _content(path: str) -> str:
 
 
 def _value(event: Any, events: Iterator[Any], depth: int) -> Any:
+    """Return the value that begins with `event`."""
     if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
         raise FileError(f"{_line(event)}: an anchor or alias, {event.anchor}, expected the value itself")
     if event.tag is not None:
@@ -100,12 +104,14 @@ def _value(event: Any, events: Iterator[Any], depth: int) -> Any:
 
 
 def _name(event: Any) -> str:
+    """Return the name that an event gives."""
     if not isinstance(event, yaml.ScalarEvent):
         raise FileError(f"{_line(event)}: a list or more settings in the place of a name")
     return str(_value(event, iter(()), 0))
 
 
 def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs as a dict; raise FileError for a duplicate name."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
@@ -115,4 +121,5 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _line(event: Any) -> str:
+    """Return the line of an event, for an error message."""
     return f"line {event.start_mark.line + 1}"

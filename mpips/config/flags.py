@@ -1,4 +1,4 @@
-"""mpips' flags in a script's own parser, where the script wants them there."""
+"""The flags of mpips in a script's own argument parser, for scripts that want them there."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from mpips.config.field import allowed
 from mpips.config.line import Texts, known
 
-_handed: dict[str, str] = {}  # key -> what parsers were given
+_handed: dict[str, str] = {}  # key -> the value that the script's parser got
 
 
 class _Handed(argparse.Action):
-    """Hands its value to mpips; in the script's namespace it leaves nothing.
+    """An argparse action that stores its value in mpips and leaves nothing in the script's namespace.
 
-    Only the parser knows whose a flag is: another parser, a sub-command or a later `conflict_handler="resolve"` may have one
-    of the same name. So nothing is looked for in `sys.argv`.
+    `sys.argv` is not searched, because only the parser knows which flags are its own: another parser, a sub-command or a later
+    `conflict_handler="resolve"` may have a flag of the same name.
     """
 
     def __call__(
@@ -30,12 +30,12 @@ class _Handed(argparse.Action):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Let a script's own `argparse` parser accept and list mpips' flags; what it is given for them goes to `connect`.
+    """Add the flags of mpips to a script's `argparse` parser; their values become settings of `connect`.
 
-    Flags that the parser already has are the script's, and mpips does not read them; `--mpips.KEY` is there for those. Call
-    `parse_args` or `parse_known_args` before `connect`. Their result is what it would be without mpips' flags.
+    A flag that the parser already has stays the script's, and mpips does not read it; use `--mpips.KEY` for that setting. Call
+    `parse_args` or `parse_known_args` before `connect`. The namespace that they return is the same as without mpips' flags.
     """
-    parser.allow_abbrev = False  # else an unknown --rul would be our --rule
+    parser.allow_abbrev = False  # else an unknown --rul would match --rule
     group = parser.add_argument_group("mpips")
     for key, (kind, text) in known().items():
         if f"--{key}" in parser._option_string_actions:
@@ -55,11 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def handed() -> Texts:
-    """What the script's parsers were given for us."""
+    """Return the values that the script's parsers have stored, and their origins."""
     return {key: (text, f"flag --{key}") for key, text in _handed.items()}
 
 
 def _switch(text: str) -> str:
+    """Return a boolean flag's value; raise ArgumentTypeError if it is none."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"given {text!r}, allowed: true or false; before a positional write --flag=true")
     return text

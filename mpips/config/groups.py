@@ -1,4 +1,4 @@
-"""The groups of settings, each a branch of the tree that `Config` is."""
+"""The groups of settings; each is a branch of the tree `Config`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpips.config.error import check
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointing:
-    """When checkpoints are written and how many stay."""
+    """When checkpoints are written, and how many are kept."""
 
     every: int = field(default=0, metadata={"help": "also after so many rounds; 0: at the end of epochs only"})
     keep: int = field(default=3, metadata={"help": "the newest so many stay on disk"})
@@ -25,7 +25,7 @@ class Checkpointing:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStopping:
-    """When the server ends the run early, judged on the value that `validate` returns."""
+    """When the server ends the run early, judged by the value that `validate` returns."""
 
     patience: int = field(default=0, metadata={"help": "stop after so many validations without a gain; 0: never"})
     min_delta: float = field(default=0.0, metadata={"help": "a smaller gain over the best value does not count"})
@@ -41,7 +41,7 @@ class EarlyStopping:
 
 @dataclass(frozen=True, kw_only=True)
 class Staleness:
-    """What an asynchronous server does with contributions that come late; null is the mode's own value."""
+    """How an asynchronous server treats late contributions. null selects the mode's own value."""
 
     policy: Literal["none", "reject", "inverse", "poly", "hinge", "dc", "dc-adaptive"] | None = field(
         default=None, metadata={"help": "of a late contribution: take it, reject it, take it scaled, or compensated (DC-ASGD)"}
@@ -62,7 +62,7 @@ class Staleness:
 
 @dataclass(frozen=True, kw_only=True)
 class Local:
-    """Steps that a worker takes on its own between two rounds; null is the mode's own value."""
+    """The local steps that a worker takes between two rounds. null selects the mode's own value."""
 
     steps: int | None = field(default=None, metadata={"help": "so many local steps between two rounds (H, tau)"})
     after: int = field(default=0, metadata={"help": "post-local SGD: one step a round for so many rounds first"})
@@ -88,7 +88,7 @@ class Local:
 
 @dataclass(frozen=True, kw_only=True)
 class Outer:
-    """The server's own step, in modes where the script's optimizer is the workers'; null is the mode's own value."""
+    """The server's optimizer, in modes where the workers step with the script's. null selects the mode's own value."""
 
     lr: float | None = field(default=None, metadata={"help": "learning rate"})
     momentum: float | None = field(default=None, metadata={"help": "momentum; beta_1 of fedadam, fedyogi, fedadagrad"})
@@ -104,7 +104,7 @@ class Outer:
 
 @dataclass(frozen=True, kw_only=True)
 class Clients:
-    """Federated training: a round is an epoch in which some clients train, hosted by the workers."""
+    """Federated training: an epoch is one round, in which some of the clients train, hosted by the workers."""
 
     fraction: float = field(default=1.0, metadata={"help": "share of the clients in a round (C); at least one takes part"})
     epochs: int = field(default=1, metadata={"help": "a client's epochs in a round (E)"})
@@ -120,7 +120,7 @@ class Clients:
 
 @dataclass(frozen=True, kw_only=True)
 class Robust:
-    """What the rules that withstand faulty workers assume."""
+    """The assumptions of the rules that tolerate faulty workers."""
 
     num_byzantine: int = field(default=1, metadata={"help": "faulty contributions to withstand (f)"})
     clip_radius: float = field(default=1.0, metadata={"help": "cclip, normclip: the largest norm that counts in full"})

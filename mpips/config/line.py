@@ -1,7 +1,7 @@
-"""Flags that no parser of a script has to know: `--mpips.KEY VALUE` on its line, and `mpips run --set KEY=VALUE`.
+"""Flags that a script's parser need not know: `--mpips.KEY VALUE` on its command line, and `mpips run --set KEY=VALUE`.
 
-`import mpips` takes the first kind out of `sys.argv`, so that a strict parser does not stumble over them. The second kind
-comes in a variable of the launcher's.
+`import mpips` removes the first kind from `sys.argv`, so that a strict parser does not fail on them. The launcher passes the
+second kind in an environment variable.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from mpips.config.error import ConfigError, check, unknown
 from mpips.config.field import allowed, fields
 
 PREFIX = "--mpips."
-SET = "MPIPS_SET"  # the launcher's variable: what was given to `--set`, as JSON
-SAID = ("true", "false", "yes", "no", "on", "off", "1", "0")  # after a boolean flag: its value and no word of the script's
-ALSO: dict[str, tuple[Any, str]] = {  # flags that are no settings
+SET = "MPIPS_SET"  # the launcher's variable: the values of `--set`, as JSON
+SAID = ("true", "false", "yes", "no", "on", "off", "1", "0")  # a boolean flag's value; other words are the script's
+ALSO: dict[str, tuple[Any, str]] = {  # flags that are not settings
     "config": (str, "YAML file with any of these settings"),
     "print_config": (bool, "print all settings and where each comes from, and end"),
 }
 
-Texts = dict[str, tuple[str, str]]  # key -> what was given, and where
+Texts = dict[str, tuple[str, str]]  # key -> what was given, and its origin
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag as it stood on the line; `text` is None where a value is missing."""
+    """One flag as given on the command line; `text` is None if its value is missing."""
 
-    name: str  # with its dashes
+    name: str  # with dashes
     key: str
     text: str | None
 
 
 _taken: list[Flag] = []
-_line: tuple[list[str], list[str]] = [], []  # before and after the taking
+_line: tuple[list[str], list[str]] = [], []  # the command line before and after `take_flags`
 
 
 def known() -> dict[str, tuple[Any, str]]:
-    """Key -> (type, help) of all that a flag may give."""
+    """Return key -> (type, help) for every flag."""
     return ALSO | fields()
 
 
 def take_flags() -> None:
-    """Move our flags and their values out of `sys.argv`. What is wrong with them is said when the settings are resolved."""
+    """Move the flags of mpips and their values out of `sys.argv`. Errors in them are raised when the settings are resolved."""
     before = sys.argv[1:]
     rest, ours = split(before)
     _taken.extend(ours)
@@ -54,21 +54,21 @@ def take_flags() -> None:
 
 
 def whole_line() -> list[str]:
-    """The command line with what was taken back in its place: of a launcher's line it belongs to the ranks."""
+    """Return the command line including the flags that `take_flags` removed: a launcher passes it to the ranks."""
     before, after = _line
     return list(before) if sys.argv[1:] == after else sys.argv[1:]
 
 
 def split(argv: Sequence[str], *, bare: bool = False) -> tuple[list[str], list[Flag]]:
-    """The script's words, and our flags. With `bare` the settings' names are ours without the prefix, too."""
+    """Return the script's words, and the flags of mpips. With `bare`, `--KEY` without the prefix is a flag of mpips, too."""
     kinds = {key: kind for key, (kind, _) in known().items()}
     rest: list[str] = []
-    ours: list[Flag] = []
+    flags: list[Flag] = []
     words = list(argv)
     while words:
         word = words.pop(0)
-        if word == "--":  # behind it are no flags
-            return [*rest, word, *words], ours
+        if word == "--":  # no flags follow it
+            return [*rest, word, *words], flags
         name, equals, text = word.partition("=")
         key = name.removeprefix(PREFIX)
         if key == name and bare and name.startswith("--") and name[2:] in kinds:
@@ -76,28 +76,28 @@ def split(argv: Sequence[str], *, bare: bool = False) -> tuple[list[str], list[F
         if key == name:
             rest.append(word)
         elif equals:
-            ours.append(Flag(name, key, text))
+            flags.append(Flag(name, key, text))
         elif kinds.get(key) is bool:
-            ours.append(Flag(name, key, words.pop(0) if words and words[0].lower() in SAID else "true"))
-        else:  # of an unknown one as well: what follows is its value more often than the script's
-            ours.append(Flag(name, key, words.pop(0) if words and not words[0].startswith("--") else None))
-    return rest, ours
+            flags.append(Flag(name, key, words.pop(0) if words and words[0].lower() in SAID else "true"))
+        else:  # for an unknown flag, too: the next word is probably its value
+            flags.append(Flag(name, key, words.pop(0) if words and not words[0].startswith("--") else None))
+    return rest, flags
 
 
 def on_the_line() -> Texts:
-    """Our flags of this process, those also that came to `sys.argv` after the import.
+    """Return the flags of this process, including those added to `sys.argv` after the import.
 
     Raises:
-        ConfigError: an unknown one, or one without a value.
+        ConfigError: a flag is unknown, or lacks a value.
     """
     return texts([*_taken, *split(sys.argv[1:])[1]])
 
 
 def texts(flags: Iterable[Flag]) -> Texts:
-    """The flags by key, the last one of each.
+    """Return the flags by key; the last one of each counts.
 
     Raises:
-        ConfigError: an unknown one, or one without a value.
+        ConfigError: a flag is unknown, or lacks a value.
     """
     found: Texts = {}
     kinds = {key: kind for key, (kind, _) in known().items()}
@@ -111,10 +111,10 @@ def texts(flags: Iterable[Flag]) -> Texts:
 
 
 def from_launcher(environ: Mapping[str, str]) -> Texts:
-    """What was given to `mpips run --set`.
+    """Return the values of `mpips run --set`.
 
     Raises:
-        ConfigError: an unknown setting, or something that the launcher has not written.
+        ConfigError: a setting is unknown, or the variable was not written by the launcher.
     """
     try:
         given = json.loads(environ.get(SET, "{}"))

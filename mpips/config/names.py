@@ -1,4 +1,4 @@
-"""Settings that are names in a table of another module, and what is no such name."""
+"""Settings that name an entry of another module's table: mode and rule."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from mpips.config.error import check
 
 
 def check_mode(name: str, modes: Iterable[str]) -> None:
-    """Raise ConfigError for what is none of the modes."""
+    """Raise ConfigError if `name` is none of the modes."""
     known = list(modes)
     check("mode", name, ", ".join(known), name in known)
 
 
 def check_rule(name: str, rules: Iterable[str]) -> None:
-    """Raise ConfigError for what is neither one of the rules nor the full name of a class."""
+    """Raise ConfigError if `name` is neither one of the rules nor the full name of a class."""
     known = list(rules)
     place, _, attribute = name.rpartition(":" if ":" in name else ".")
     allowed = f"{', '.join(known)}, or a class by its name, package.module:Class"
@@ -26,13 +26,13 @@ def check_rule(name: str, rules: Iterable[str]) -> None:
 
 
 def check_names(config: Config) -> None:
-    """The same of a configuration in a process that does not wait for torch, as the modules with the tables do."""
+    """Check mode and rule without importing the modules with the tables, which would import torch."""
     check_mode(config.mode, _names("mpips.algorithms.modes", "MODES"))
     check_rule(config.rule, _names("mpips.rules", "RULES"))
 
 
 def _names(module: str, table: str) -> list[str]:
-    """The names that a module's own lines give its table."""
+    """Return the keys of a table in a module's source code."""
     spec = find_spec(module)
     assert spec is not None and spec.origin is not None
     for line in ast.parse(Path(spec.origin).read_text()).body:

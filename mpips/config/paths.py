@@ -1,4 +1,4 @@
-"""Settings that are paths: is there, or can there be, what they name? Only the machine that reads or writes there can tell."""
+"""Settings that are paths: whether they exist or can be created. Only the machine that uses a path can tell."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from pathlib import Path
 
 from mpips.config.error import ConfigError, check, shown
 
-ANSWERS = ("no", "auto", "aside")  # of `resume`; all else is a path
+ANSWERS = ("no", "auto", "aside")  # values of `resume` that are no path
 
 
 def check_resume(resume: str) -> None:
-    """Raise ConfigError if `resume` names something that is not there."""
+    """Raise ConfigError if `resume` names a path that does not exist."""
     ok = resume in ANSWERS or os.path.exists(resume)
     check("resume", resume, "no, auto, aside, or an existing checkpoint or run folder", ok)
 
 
 def check_run_dir(run_dir: str | None) -> None:
-    """Raise ConfigError if the folder is not there and cannot be made; makes nothing."""
+    """Raise ConfigError if the folder neither exists nor can be created. Creates nothing."""
     if run_dir is None:
         return
     path = Path(run_dir).absolute()
     try:
         while not _there(path):
             path = path.parent
-        mode = path.stat().st_mode  # a link to nothing has none
+        mode = path.stat().st_mode  # raises for a dangling link
     except OSError as error:
         raise no_folder(run_dir, error) from None
     if not stat.S_ISDIR(mode):
@@ -36,13 +36,14 @@ def check_run_dir(run_dir: str | None) -> None:
 
 
 def _there(path: Path) -> bool:
+    """Return whether the path exists; a dangling link does."""
     with suppress(FileNotFoundError):
         return bool(path.lstat())
     return False
 
 
 def no_folder(run_dir: str, error: OSError) -> ConfigError:
-    """The error about a run's folder in which nothing can be written."""
+    """Return the error for a run folder that cannot be written."""
     why = error.strerror or str(error)
     return ConfigError(
         f"run_dir: given {shown(run_dir)}, which cannot be written ({why}), allowed: a folder that can be made, by "

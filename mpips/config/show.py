@@ -1,4 +1,4 @@
-"""The resolved settings as a person reads them: YAML, and behind each where it comes from."""
+"""The resolved settings as YAML, with the origin of each in a comment."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import yaml
 
 from mpips.config.sources import Resolved
 
-WIDEST = 40  # columns before the comments; a longer value moves only its own
+WIDEST = 40  # columns before the comments; a longer value shifts only its own comment
 
 
 def show(resolved: Resolved) -> str:
-    """A YAML file that gives these settings again, each with its origin as a comment."""
+    """Return a YAML file of these settings, each with its origin in a comment."""
     settings, group = [], ""
     for key, value in resolved.config.settings().items():
         branch, _, name = key.rpartition(".")
@@ -24,7 +24,7 @@ def show(resolved: Resolved) -> str:
 
 
 def _value(value: Any) -> str:
-    """A value in one line of YAML."""
+    """Return a value in one line of YAML."""
     style = '"' if isinstance(value, str) and not value.isprintable() else None
     value = list(value) if isinstance(value, tuple) else value
     text = yaml.safe_dump([value], default_flow_style=True, default_style=style, allow_unicode=not style, width=float("inf"))
@@ -32,4 +32,5 @@ def _value(value: Any) -> str:
 
 
 def _one_line(origin: str) -> str:
+    """Return an origin without line breaks."""
     return origin if origin.isprintable() else _value(origin)

@@ -1,4 +1,4 @@
-"""Where settings come from: flags, variables, a file, arguments; resolved once, before MPI starts."""
+"""The sources of settings: flags, variables, a file, arguments; resolved once, before MPI starts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mpips.config.file import Bare, settings_of
 from mpips.config.flags import handed
 from mpips.config.value import bare, built, typed
 
-CONNECT, DEFAULT = "connect", "default"  # origins of which a message need not speak
+CONNECT, DEFAULT = "connect", "default"  # origins that error messages leave out
 
-Given = dict[str, tuple[Any, str]]  # key -> what was given, and where
+Given = dict[str, tuple[Any, str]]  # key -> what was given, and its origin
 
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """The configuration of a process, where each setting comes from, and whether it was asked to print that and end."""
+    """The configuration of a process, the origin of each setting, and whether to print the settings and end."""
 
     config: Config
     origins: Mapping[str, str]
@@ -31,67 +31,68 @@ class Resolved:
 
 
 def _variable(key: str) -> str:
-    """The environment variable of a setting."""
+    """Return the name of a setting's environment variable."""
     return f"MPIPS_{key.replace('.', '__').upper()}"
 
 
 def _check_variables(environ: Mapping[str, str]) -> None:
+    """Raise ConfigError for a variable that begins with MPIPS_ and names no setting."""
     known = {"MPIPS_CONFIG", *map(_variable, fields())}
     for name in environ:
-        if name.startswith("MPIPS_") and name not in known | {"MPIPS_LAUNCH_DIR", line.SET}:  # the launcher's
+        if name.startswith("MPIPS_") and name not in known | {"MPIPS_LAUNCH_DIR", line.SET}:  # those of the launcher
             raise unknown(name, known, "variable")
 
 
 def resolve(arguments: Mapping[str, Any], argv: Sequence[str] | None = None) -> Config:
-    """The configuration of this process; arguments and errors as those of `trace`."""
+    """Return the configuration of this process; arguments and errors are those of `trace`."""
     return trace(arguments, argv).config
 
 
 def trace(arguments: Mapping[str, Any], argv: Sequence[str] | None = None) -> Resolved:
-    """The configuration of this process, and where it comes from.
+    """Return the configuration of this process, with the origin of each setting.
 
     Args:
-        arguments: what the script gave to `connect`; nested settings as dicts (`checkpoint={"every": 50}`).
-        argv: flags that are all ours, with or without the prefix `--mpips.`. When None, what this process was given: the
-            script's own line is read only for flags with the prefix, and through a parser that has seen `add_arguments`.
+        arguments: the arguments of `connect`; nested settings as dicts (`checkpoint={"every": 50}`).
+        argv: flags of mpips only, with or without the prefix `--mpips.`. If None, the flags of this process: those with the
+            prefix on the script's command line, and those of a parser that has seen `add_arguments`.
 
     Raises:
         ConfigError: one line with the key, what was given and what is allowed.
     """
     flags = handed() | line.on_the_line() if argv is None else line.texts(line.split(argv, bare=True)[1])
-    said, printing = _said(flags, os.environ)
+    outside, printing = _from_outside(flags, os.environ)
     given = dict(flatten(arguments))
     _check_known(given, CONNECT)
-    given = {key: (value, CONNECT) for key, value in given.items()} | said
+    given = {key: (value, CONNECT) for key, value in given.items()} | outside
     origins = dict.fromkeys(fields(), DEFAULT) | {key: origin for key, (_, origin) in given.items()}
     return Resolved(_built(given), origins, printing)
 
 
 def foreseen(settings: Mapping[str, str], argv: Sequence[str]) -> Resolved:
-    """What a script started here will be told, as far as it can be seen from outside.
+    """Return the configuration that a script will get if it is started here, as far as it can be known from outside.
 
     Args:
-        settings: what was given to `mpips run --set`.
-        argv: the script's line.
+        settings: the values of `mpips run --set`.
+        argv: the script's command line.
 
     Returns:
-        The configuration, with defaults where nothing but the script may say something.
+        The configuration. Settings that only the script can give have their defaults.
 
     Raises:
         ConfigError: as `trace`.
     """
-    said, printing = _said(line.texts(line.split(argv)[1]), os.environ | {line.SET: json.dumps(settings)})
-    return Resolved(_built(said), {key: origin for key, (_, origin) in said.items()}, printing)
+    outside, printing = _from_outside(line.texts(line.split(argv)[1]), os.environ | {line.SET: json.dumps(settings)})
+    return Resolved(_built(outside), {key: origin for key, (_, origin) in outside.items()}, printing)
 
 
 def whence(error: ConfigError, origins: Mapping[str, str]) -> ConfigError:
-    """The error about a setting with where that comes from, unless it is the script's own or nobody's."""
+    """Return the error with the setting's origin appended, unless the origin is the script or the default."""
     origin = origins.get(str(error).partition(":")[0], CONNECT)
     return error if origin in (CONNECT, DEFAULT) else ConfigError(f"{error} ({cut(origin)})")
 
 
-def _said(flags: line.Texts, environ: Mapping[str, str]) -> tuple[Given, bool]:
-    """What flags, variables and a file say; whether to print the settings and end."""
+def _from_outside(flags: line.Texts, environ: Mapping[str, str]) -> tuple[Given, bool]:
+    """Return what flags, variables and the file say, and whether to print the settings and end."""
     _check_variables(environ)
     flags = flags | line.from_launcher(environ)
     kinds = {key: kind for key, (kind, _) in fields().items()}
@@ -105,7 +106,7 @@ def _said(flags: line.Texts, environ: Mapping[str, str]) -> tuple[Given, bool]:
 
 
 def _built(given: Given) -> Config:
-    """The defaults with what was given over them."""
+    """Return the configuration: the defaults, overridden by what was given."""
     kinds = fields()
     try:
         return built({key: typed(key, kinds[key][0], value) for key, (value, _) in given.items()})
@@ -114,6 +115,7 @@ def _built(given: Given) -> Config:
 
 
 def _check_known(settings: Mapping[str, Any], origin: str) -> None:
+    """Raise ConfigError for a key that is no setting."""
     for key, value in settings.items():
         try:
             if key in GROUPS:

@@ -1,4 +1,4 @@
-"""A setting's value: what its type says, from a text or from Python, or a ConfigError."""
+"""Converting what was given for a setting, a text or a Python value, to the setting's type."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from mpips.config.error import check
 from mpips.config.field import allowed
 from mpips.config.file import NULL, Bare, FileError, value_of
 
-LARGEST = 2**53  # settings travel as float64
+LARGEST = 2**53  # exact in a float64, in which settings travel
 WHOLE = re.compile(r"[+-]?[0-9]{1,400}")
 NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|\.?(inf|nan))", re.IGNORECASE)
 
 
 def typed(key: str, kind: Any, given: Any) -> Any:
-    """A setting's value as its type, `kind`, has it.
+    """Return a setting's value, converted to its type.
 
     Args:
-        key: the setting's.
-        kind: its type.
-        given: a `Bare` text is what a person wrote, to be read as this type; all else is to be of it.
+        key: the setting's key.
+        kind: the setting's type.
+        given: a `Bare` text is parsed as this type; any other value must have the type already.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the value is not of the type.
     """
     try:
-        value = _read(kind, given) if isinstance(given, Bare) else _taken(kind, given)
-    except (ValueError, OverflowError):  # a number of too many digits
+        value = _read(kind, given) if isinstance(given, Bare) else _checked(kind, given)
+    except (ValueError, OverflowError):  # a number with too many digits
         value = _Wrong
     check(key, given, allowed(kind), value is not _Wrong)
     if isinstance(value, int):
@@ -44,7 +44,7 @@ def typed(key: str, kind: Any, given: Any) -> Any:
 
 
 def bare(kind: Any, text: str) -> Any:
-    """A text of the command line or a variable as one that stands bare in a file; a list is one there, too."""
+    """Return a text of the command line or of a variable as if it stood without quotes in a file; lists are parsed."""
     if typing.get_origin(kind) is tuple:
         with suppress(FileError, yaml.YAMLError):
             value = value_of(text)
@@ -54,15 +54,16 @@ def bare(kind: Any, text: str) -> Any:
 
 
 class _Wrong:
-    """No value of the type."""
+    """A marker: the value is not of the type."""
 
 
 def _options(kind: Any) -> tuple[Any, ...]:
-    """What X | Y allows; a type alone."""
+    """Return the alternatives of X | Y; a tuple of the type itself if it is no union."""
     return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
 
 
 def _read(kind: Any, text: Bare) -> Any:
+    """Parse a text as a type; return `_Wrong` if it is not of the type."""
     *_, last = options = _options(kind)
     if type(None) in options:
         if text in NULL:
@@ -76,10 +77,11 @@ def _read(kind: Any, text: Bare) -> Any:
         return int(text) if WHOLE.fullmatch(text) else _Wrong
     if last is float:
         return float(text.lower().replace(".inf", "inf").replace(".nan", "nan")) if NUMBER.fullmatch(text) else _Wrong
-    return _taken(last, str(text))
+    return _checked(last, str(text))
 
 
-def _taken(kind: Any, given: Any) -> Any:
+def _checked(kind: Any, given: Any) -> Any:
+    """Check a Python value against a type, and return it; return `_Wrong` if it is not of the type."""
     options = _options(kind)
     if given is None:
         return None if type(None) in options else _Wrong
@@ -101,7 +103,7 @@ def _taken(kind: Any, given: Any) -> Any:
 
 
 def built(values: Mapping[str, Any]) -> Config:
-    """The tree of settings by dotted key."""
+    """Return the tree of settings, given values by dotted key."""
     tree: dict[str, Any] = {}
     groups: dict[str, dict[str, Any]] = {}
     for key, value in values.items():

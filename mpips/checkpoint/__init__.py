@@ -1,18 +1,18 @@
-"""A tree of tensors and plain values in one self-describing HDF5 file, whole or not there at all.
+"""Checkpoints: a tree of tensors and plain values in one self-describing HDF5 file, which is either whole or absent.
 
-A checkpoint is visible under its name only once its bytes and its SHA-256 are on the disk. libhdf5 writes it and never reads
-one. What `load` returns is what `save` was given, bit for bit.
+A checkpoint appears under its name only after its bytes and its SHA-256 are on the disk. libhdf5 writes checkpoints but never
+reads them. `load` returns what `save` was given, bit for bit.
 
-    folder   save, newest, set_newer_aside: names, order of the durable steps, pruning
+    folder   save, newest, set_newer_aside: names, the order of the durable steps, pruning
     sidecar  the SHA-256 beside each checkpoint, in sha256sum's format
-    latch    the file libhdf5 writes through; a full disk would crash it otherwise
+    latch    the file object that libhdf5 writes through; without it a full disk would crash libhdf5
     writer   tree -> HDF5
-    reader   HDF5 -> tree, by the index; refuses what no writer writes
-    saved    what `load` returns: it names what it lacks
-    layout   what both must agree on: keys, dtypes, the index and the footer
-    text     what is no tensor as JSON
+    reader   HDF5 -> tree, by the index; refuses what the writer does not write
+    saved    the dict that `load` returns; it names the key that it lacks
+    layout   what writer and reader must agree on: keys, dtypes, the index and the footer
+    text     values other than tensors, as JSON
 
-One save at a time per folder; any number of readers.
+A folder allows one save at a time, and any number of readers.
 """
 
 from mpips.checkpoint.error import CheckpointError

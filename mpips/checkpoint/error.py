@@ -1,6 +1,6 @@
-"""What a checkpoint that cannot be written or read says: the path, what is wrong, what to do.
+"""The error for a checkpoint that cannot be written or read: the path, what is wrong, and a remedy.
 
-One class for all causes, so that a training loop needs one `except`; the operating system's error is its `__cause__`.
+There is one class for all causes, so that a training loop needs one `except`. The operating system's error is its `__cause__`.
 """
 
 import errno
@@ -19,10 +19,10 @@ _REMEDY = {
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be saved, or is not one that may be loaded."""
+    """A checkpoint that could not be saved, or a file that may not be loaded as one."""
 
     @classmethod
     def from_os(cls, path: Path, action: str, error: OSError) -> "CheckpointError":
-        """Return the error that says which `action` on `path` failed, why, and what to do."""
+        """Return the error for an `action` on `path` that failed with an OSError, with a remedy."""
         remedy = _REMEDY.get(error.errno or 0, "check the disk")
         return cls(f"{path}: cannot {action} ({error.strerror or error}); {remedy}")

@@ -1,7 +1,7 @@
 """The checkpoints of one run in one folder: `round_00000042.h5`, each with its sidecar.
 
-At every instant, also after a crash or a power cut, `newest` finds the last checkpoint that was published whole, or the
-one before it. No checkpoint is ever changed in place.
+At every instant, even after a crash or a power cut, `newest` finds the last checkpoint that was published completely, or the
+one before it. A published checkpoint is never modified in place.
 """
 
 import errno
@@ -28,10 +28,12 @@ _NAME = re.compile(r"round_(\d{8,})\.h5(\.sha256)?")  # a checkpoint, or its sid
 
 
 def save(folder: Path, step: int, tree: Tree, keep: int = 3) -> Path:
-    """Store `tree` as the checkpoint of `step`, drop all but the `keep` newest up to it, and return its path.
+    """Write `tree` as the checkpoint of `step`, delete all but the `keep` newest checkpoints up to it, and return its path.
 
-    Raises CheckpointError where the disk refuses, with every older checkpoint as it was; ValueError or TypeError where
-    the tree holds what cannot be stored.
+    Raises:
+        CheckpointError: the operating system failed. Every older checkpoint is unchanged.
+        ValueError: `step` or `keep` is out of range, or the tree holds something that cannot be stored.
+        TypeError: the tree holds something that cannot be stored.
     """
     if step < 0 or keep < 1:
         raise ValueError(f"step={step}, keep={keep}: expected a step of at least 0 and at least 1 checkpoint to keep")
@@ -48,10 +50,13 @@ def save(folder: Path, step: int, tree: Tree, keep: int = 3) -> Path:
 
 
 def set_newer_aside(path: Path) -> Path | None:
-    """Move what is newer than a checkpoint, which a run goes on from, to a folder beside it: it is of a line that has ended.
+    """Move the checkpoints newer than `path`, from which a run resumes, to a folder beside it: their continuation is abandoned.
 
     Returns:
-        The folder, `aside.1` or the next that is free; None if nothing is newer.
+        The folder, `aside.1` or the next unused name; None if there are no newer checkpoints.
+
+    Raises:
+        CheckpointError: the operating system failed.
     """
     found = _checkpoints(path.parent)
     newer = found[: found.index(path)]
@@ -61,7 +66,7 @@ def set_newer_aside(path: Path) -> Path | None:
         number = next(n for n in itertools.count(1) if not (path.parent / f"aside.{n}").exists())
         aside = path.parent / f"aside.{number}"
         aside.mkdir()
-        for old in newer:  # the newest first: what is left is one line at every instant, each checkpoint with its hash
+        for old in newer:  # the newest first: after a crash the rest is consistent, each checkpoint with its hash
             beside = sidecar.beside(old)
             if beside.exists():
                 shutil.copyfile(beside, aside / beside.name)
@@ -74,7 +79,7 @@ def set_newer_aside(path: Path) -> Path | None:
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose SHA-256 is right, with a warning for each newer one whose is not."""
+    """Return the newest checkpoint whose SHA-256 is right, with a warning for each newer one whose SHA-256 is wrong."""
     for path in _checkpoints(Path(folder)):
         try:
             with sidecar.verified(path):
@@ -85,7 +90,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in the folder, the newest first; none if the run has not made its folder yet."""
+    """Return the checkpoints in the folder, newest first; an empty list if the folder does not exist yet."""
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
@@ -97,14 +102,14 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _publish(path: Path, file: BinaryIO) -> None:
-    """Make the finished temporary file visible as `path`. The order of these lines is the crash safety."""
+    """Make the finished temporary file visible as `path`. The order of these steps makes a save safe against crashes."""
     new = sidecar.digest(file)
     old = sidecar.digests(path) if path.exists() else []
     _write_sidecar(path, [new, *old])
-    mode = stat.S_IMODE(os.stat(sidecar.beside(path)).st_mode)  # what the umask allows, without asking for it
+    mode = stat.S_IMODE(os.stat(sidecar.beside(path)).st_mode)  # reads the umask without changing it
     _if_supported(os.fchmod, file.fileno(), mode)
     _if_supported(os.fsync, file.fileno())
-    _sync(path.parent)  # the hash outlives a power cut before the checkpoint can be seen
+    _sync(path.parent)  # the hash must be durable before the checkpoint is visible
     os.replace(_temporary_name(path), path)
     _sync(path.parent)
     if old:
@@ -113,6 +118,7 @@ def _publish(path: Path, file: BinaryIO) -> None:
 
 
 def _write_sidecar(path: Path, digests: list[str]) -> None:
+    """Replace the sidecar of `path` by one that lists these hashes."""
     target = sidecar.beside(path)
     with _temporary(target, 0o666) as file:
         pwrite_all(file.fileno(), memoryview(sidecar.lines(path, digests)), 0)
@@ -122,7 +128,7 @@ def _write_sidecar(path: Path, digests: list[str]) -> None:
 
 @contextmanager
 def _temporary(path: Path, mode: int) -> Iterator[BinaryIO]:
-    """Create the file that will replace `path`; it is gone afterwards, whether it did or not."""
+    """Create the file that is to replace `path`. Its temporary name is removed at the end of the context."""
     name = _temporary_name(path)
     fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
@@ -134,11 +140,12 @@ def _temporary(path: Path, mode: int) -> Iterator[BinaryIO]:
 
 
 def _temporary_name(path: Path) -> Path:
+    """Return the name of the temporary file for `path`, which contains this host and process id."""
     return path.with_name(f".tmp.{path.name}@{socket.gethostname()}.{os.getpid()}")
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove what saves of dead processes of this host left behind, and of earlier holders of this process's id."""
+    """Remove temporary files of dead processes of this host, and of an earlier process with this process's id."""
     for name in os.listdir(folder):
         match = re.fullmatch(rf"\.tmp\.round_.+@{re.escape(socket.gethostname())}\.(\d{{1,9}})", name)
         if match and not _runs(int(match[1])):
@@ -147,8 +154,9 @@ def _remove_stale(folder: Path) -> None:
 
 
 def _runs(pid: int) -> bool:
+    """Return whether another process with this id exists."""
     try:
-        os.kill(pid, 0)  # asks only whether it is there
+        os.kill(pid, 0)  # signal 0 only checks for existence
     except ProcessLookupError:
         return False
     except PermissionError:
@@ -157,9 +165,9 @@ def _runs(pid: int) -> bool:
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:
-    """Remove what is older than the `keep` newest up to `step`: the checkpoint just written is always one of them."""
+    """Remove checkpoints older than the `keep` newest up to `step`, the one just written."""
     try:
-        # In this order a checkpoint goes before its sidecar, so none is ever left without.
+        # In sorted order a checkpoint is removed before its sidecar, so none is ever left without.
         found = [(int(match[1]), name) for name in sorted(os.listdir(folder)) if (match := _NAME.fullmatch(name))]
         steps = sorted(saved for saved, name in found if name.endswith(".h5") and saved <= step)
         for saved, name in found:
@@ -179,7 +187,7 @@ def _sync(folder: Path) -> None:
 
 
 def _if_supported(call: Callable[..., object], *args: int) -> None:
-    """Call what some file systems, as CIFS or FUSE ones, do not know; the checkpoint is then as durable as it can be there."""
+    """Call a function that some file systems (CIFS, FUSE) do not support; the file is then only as durable as they allow."""
     try:
         call(*args)
     except OSError as error:

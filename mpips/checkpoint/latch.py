@@ -1,7 +1,7 @@
-"""The file that libhdf5 writes through: it keeps the first error to itself and raises it once libhdf5 is done.
+"""The file object that libhdf5 writes through. It keeps the first error to itself until libhdf5 is done.
 
-libhdf5 crashes the process (SIGSEGV) when a flush or a close fails, as on a full disk. So every call from libhdf5
-succeeds; after the first error nothing more reaches the disk, and `raise_latched` tells the caller.
+libhdf5 crashes the process (SIGSEGV) if a flush or a close fails, as on a full disk. So every call from libhdf5 succeeds. After
+the first error nothing more is written, and `raise_latched` raises that error.
 """
 
 import os
@@ -10,21 +10,21 @@ from typing import Any
 
 
 class LatchingFile:
-    """An empty file, open for reading and writing as `fd`, with the methods that h5py asks of a file object."""
+    """An empty file, open for reading and writing as `fd`, with the methods that h5py needs of a file object."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._at = 0
-        self._end = 0  # what libhdf5 believes, also after an error
+        self._end = 0  # the length that libhdf5 believes in, even after an error
         self._error: BaseException | None = None
 
     def raise_latched(self) -> None:
-        """Raise the first error that a call met, if any did."""
+        """Raise the first error that occurred, if there was one."""
         if self._error is not None:
             raise self._error
 
     def finish(self) -> None:
-        """Raise the first error that a call met; later calls touch the disk no more."""
+        """Raise the first error that occurred. Later calls do not touch the disk."""
         self.raise_latched()
         self._error = ValueError("the file is finished")
 
@@ -38,7 +38,7 @@ class LatchingFile:
         return self._at
 
     def write(self, data: Any) -> int:
-        """Write all of `data`, or pretend to."""
+        """Write all of `data`; after an error, only pretend to."""
         view = memoryview(data).cast("B")
         self._attempt(lambda: pwrite_all(self._fd, view, self._at))
         self._at += len(view)
@@ -46,31 +46,32 @@ class LatchingFile:
         return len(view)
 
     def read(self, size: int) -> bytes:
-        """Return what was written; zeros where that is lost."""
+        """Return what was written; zeros where it was lost."""
         found = bytearray(size)
         self._attempt(lambda: os.preadv(self._fd, [found], self._at))
         self._at += size
         return bytes(found)
 
     def truncate(self, size: int) -> int:
-        """Set the length of the file, or pretend to."""
+        """Set the length of the file; after an error, only pretend to."""
         self._attempt(lambda: os.ftruncate(self._fd, size))
         self._end = size
         return size
 
     def flush(self) -> None:
-        """Do nothing: no byte is held back here."""
+        """Do nothing: no data is buffered here."""
 
     def _attempt(self, call: Callable[[], object]) -> None:
+        """Make a call unless an error occurred earlier; keep the error that it raises."""
         if self._error is None:
             try:
                 call()
-            except BaseException as error:  # Ctrl-C too: any exception that passes through libhdf5 breaks its close
+            except BaseException as error:  # also KeyboardInterrupt: any exception that passes through libhdf5 breaks its close
                 self._error = error
 
 
 def pwrite_all(fd: int, view: memoryview, offset: int) -> None:
-    """Write all of `view`: one call writes at most 2 GiB, and less than asked on a disk that fills up."""
+    """Write all of `view`: a single call writes at most 2 GiB, and less on a disk that fills up."""
     while view:
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written

@@ -1,22 +1,22 @@
-"""What the writer and the reader must agree on: keys, kinds of leaf, dtypes, the index and the footer.
+"""The file format, which writer and reader must agree on: keys, kinds of leaf, dtypes, the index and the footer.
 
-`unpack(*pack(leaf))` is the leaf again. The array between them is in native HDF5 numbers, so any HDF5 tool can read it;
-where HDF5 has no such number the array holds the bits and the tensor's dtype names what they mean.
+`unpack(*pack(leaf))` is the leaf again. The array between the two has native HDF5 numbers, so any HDF5 tool can read it. Where
+HDF5 lacks the number type, the array holds the bits, and the tensor's dtype says what they mean.
 
 | in the tree                     | in the file                                                                          |
 |---------------------------------|--------------------------------------------------------------------------------------|
-| dict                            | object of the index; a group, too, where a tensor in it has a dataset of its own      |
-| tensor, ndarray                 | contiguous dataset at its path; of 16 bits or a bool, with the attribute `dtype`      |
-| of fewer bytes than `SMALL`     | a part of `/packed/<dtype>.<number>`, unless it is below a group of `BY_NAME`         |
+| dict                            | object of the index; also a group, if a tensor in it has a dataset of its own        |
+| tensor, ndarray                 | contiguous dataset at its path; with the attribute `dtype` if that is in `BITS`       |
+| smaller than `SMALL` bytes      | a part of `/packed/<dtype>.<number>`, unless it is below a group of `BY_NAME`        |
 | a tensor a second time          | hard link to the first dataset                                                       |
 | everything else                 | in the index, see `text`                                                             |
 
-The index is the tree as JSON, in the dataset `/index`. A tensor there is `{"$tensor": [dtype, shape, dataset, first element in
-it, first byte in the file]}`, an array `{"$array": [...]}`; numbers are little-endian unless an array's dtype says otherwise.
-Where the index lies is said by the footer, behind what HDF5 knows of. So a checkpoint is read without libhdf5, which a file can
-crash, or have loop for ever.
+The index is the tree as JSON, in the dataset `/index`. A tensor in it is `{"$tensor": [dtype, shape, dataset, first element in
+the dataset, first byte in the file]}`, an array `{"$array": [...]}`. Numbers are little-endian unless an array's dtype says
+otherwise. The footer, at the end of the file and behind everything that HDF5 knows of, gives the index's position. So a
+checkpoint is read without libhdf5, which a malicious file could crash or send into an endless loop.
 
-A key's "/" is written %2F in the path of a dataset, as HDF5 would make groups of it, and its "%" therefore %25.
+In the path of a dataset a key's "/" is written %2F, since HDF5 would make groups of it, and therefore "%" is written %25.
 """
 
 import struct
@@ -27,25 +27,25 @@ import torch
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Leaf: TypeAlias = "torch.Tensor | Array | int | float | bool | str | list[Any] | tuple[Any, ...] | None"
-# dict[str, Tree | Leaf]; a union of that depth cannot be indexed without a cast at every level.
+# dict[str, Tree | Leaf], but such a union would need a cast at every level of indexing.
 Tree: TypeAlias = dict[str, Any]
 
 FORMAT, VERSION = "mpips-checkpoint", 3  # attributes of the root, and in the footer
-INDEX, PACKED = "index", "packed"  # of the root, no keys of the tree
+INDEX, PACKED = "index", "packed"  # names in the root that the tree's keys cannot have
 FOOTER = struct.Struct("<QQI16s")  # offset and bytes of the index, version, format
-BY_NAME = ("parameters", "buffers", "kept")  # who looks at these with h5py shall not miss the small ones
-SMALL = 1 << 16  # bytes; below, a dataset takes longer to make than to write
+BY_NAME = ("parameters", "buffers", "kept")  # a user who browses these with h5py must find small tensors, too
+SMALL = 1 << 16  # bytes; a smaller dataset takes longer to create than to write
 TENSOR, ARRAY = "$tensor", "$array"
-DATASET, FIRST, AT = 2, 3, 4  # of a leaf's place in the index
-DEEPEST = 100  # dicts within dicts; a cycle in the tree ends here
+DATASET, FIRST, AT = 2, 3, 4  # positions in a leaf's entry of the index
+DEEPEST = 100  # levels of nested dicts; a cyclic tree is refused there
 
 NATIVE = frozenset(["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
-_NAMES = {np.dtype(name).newbyteorder("<"): name for name in NATIVE}  # numpy makes a dtype's name anew each time
+_NAMES = {np.dtype(name).newbyteorder("<"): name for name in NATIVE}  # numpy computes a dtype's name anew each time
 BITS = {"bool": "uint8", "bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 
 
 def check_key(key: object, where: str) -> str:
-    """Return `key` if it can name an HDF5 object; otherwise ValueError."""
+    """Return `key` if it can name an HDF5 object; otherwise raise ValueError."""
     if not isinstance(key, str):
         raise ValueError(f"{where}: key {key!r} is a {type(key).__name__}; keys must be str, such as {str(key)!r}")
     if key in ("", ".") or "\0" in key or not _is_text(key):
@@ -54,12 +54,12 @@ def check_key(key: object, where: str) -> str:
 
 
 def escaped(key: str) -> str:
-    """The name in the file of a tree's key."""
+    """Return the name in the file for a key of the tree."""
     return key.replace("%", "%25").replace("/", "%2F")
 
 
 def _is_text(value: str) -> bool:
-    """Say whether `value` is UTF-8, which has no lone surrogates."""
+    """Return whether `value` can be encoded as UTF-8: it has no lone surrogates."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -68,7 +68,7 @@ def _is_text(value: str) -> bool:
 
 
 def pack(leaf: "torch.Tensor | Array", where: str) -> tuple[str, str, Array]:
-    """Return the leaf's kind, its dtype, and an array on the host of its values or, of a dtype in `BITS`, its bits."""
+    """Return the leaf's kind, its dtype, and a host array of its values, or of its bits if the dtype is in `BITS`."""
     if isinstance(leaf, torch.Tensor):
         return TENSOR, *_pack_tensor(leaf, where)
     if isinstance(leaf, np.ma.MaskedArray):
@@ -83,6 +83,7 @@ def pack(leaf: "torch.Tensor | Array", where: str) -> tuple[str, str, Array]:
 
 
 def _pack_tensor(tensor: torch.Tensor, where: str) -> tuple[str, Array]:
+    """Return a tensor's dtype, and an array of its values or bits."""
     name = str(tensor.dtype).removeprefix("torch.")
     if name not in NATIVE and name not in BITS:
         raise _no_such_number(tensor.dtype, where)
@@ -94,11 +95,12 @@ def _pack_tensor(tensor: torch.Tensor, where: str) -> tuple[str, Array]:
 
 
 def _no_such_number(dtype: object, where: str) -> TypeError:
+    """Return the error for a dtype that cannot be stored."""
     return TypeError(f"{where}: cannot store {dtype}; expected one of {sorted(NATIVE | BITS.keys())}; convert it first")
 
 
 def stored(kind: str, dtype: object) -> "np.dtype[Any]":
-    """Return the dtype of the array that a leaf of this kind and dtype is in the file; ValueError if there is none."""
+    """Return the array dtype in which a leaf of this kind and dtype is stored; raise ValueError if there is none."""
     if isinstance(dtype, str):
         if dtype in NATIVE or (dtype in BITS and (kind == TENSOR or dtype == "bool")):
             little: np.dtype[Any] = np.dtype(BITS.get(dtype, dtype)).newbyteorder("<")
@@ -109,7 +111,7 @@ def stored(kind: str, dtype: object) -> "np.dtype[Any]":
 
 
 def unpack(kind: str, dtype: str, array: Array) -> "torch.Tensor | Array":
-    """Return the leaf that `pack` was given; ValueError if no leaf packs to this."""
+    """Return the leaf that `pack` was given; raise ValueError if no leaf packs to this."""
     if dtype == "bool" and array.size and array.max() > 1:
         raise ValueError("a bool that is neither 0 nor 1")
     if kind == ARRAY:

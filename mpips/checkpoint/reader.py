@@ -1,7 +1,7 @@
-"""HDF5 -> tree, for a file whose SHA-256 is right and whose author may still mean harm.
+"""HDF5 -> tree, for a file whose SHA-256 is right but whose author may be malicious.
 
-Nothing of HDF5 is read: the footer says where the index is, and that where in the file each tensor's numbers are. So no other
-file is opened, nothing is followed, and tensors take no more memory than the file is long.
+HDF5's own structures are not read: the footer gives the position of the index, and the index that of each tensor's data. So no
+other file is opened, no link is followed, and tensors take no more memory than the file's size.
 """
 
 import os
@@ -20,9 +20,12 @@ _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 def load(path: Path) -> Tree:
-    """Return the tree saved at `path`, tensors on the host; CheckpointError if it is damaged or not a checkpoint.
+    """Return the tree saved at `path`, tensors on the host.
 
-    Asked for a key that it has not, the tree raises a CheckpointError, too.
+    The tree raises CheckpointError for a missing key, too.
+
+    Raises:
+        CheckpointError: the file is damaged, or no checkpoint.
     """
     path = Path(path)
     with sidecar.verified(path) as file:
@@ -38,13 +41,15 @@ def load(path: Path) -> Tree:
 
 
 class _Reader:
+    """The reader of one open file."""
+
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._size = self._unclaimed = os.fstat(file.fileno()).st_size  # the latter: bytes that no leaf has claimed yet
-        self._seen: dict[tuple[Any, ...], Any] = {}  # place -> what was read there
+        self._size = self._unclaimed = os.fstat(file.fileno()).st_size  # the latter: bytes not yet used by any leaf
+        self._seen: dict[tuple[Any, ...], Any] = {}  # place -> the leaf read there
 
     def index(self) -> bytearray:
-        """The index; ValueError if there is none that this version reads."""
+        """Return the index; raise ValueError if there is none that this version can read."""
         begin, end = bytearray(len(_SIGNATURE)), bytearray(FOOTER.size)
         if self._size < len(begin) + len(end):
             raise ValueError(f"{self._size} bytes are no checkpoint")
@@ -67,12 +72,12 @@ class _Reader:
         return index
 
     def leaf(self, kind: str, place: Any) -> Any:
-        """Return the leaf that is at this place; ValueError or TypeError if none can be."""
+        """Return the leaf at this place; raise ValueError or TypeError if the place is malformed."""
         dtype, shape, _, _, at = place
         if not all(type(number) is int and number >= 0 for number in (at, *shape)):
             raise ValueError(f"a tensor of shape {shape} at byte {at}, expected whole numbers")
         known = (kind, dtype, tuple(shape), at)
-        if known in self._seen:  # tied parameters are tied again
+        if known in self._seen:  # tied parameters become one tensor again
             return self._seen[known]
         found = unpack(kind, dtype, self._array(stored(kind, dtype), shape, at))
         if 0 not in shape:
@@ -80,7 +85,7 @@ class _Reader:
         return found
 
     def _array(self, dtype: "np.dtype[Any]", shape: list[int], at: int) -> Array:
-        """Allocate only what lies in the file and no other leaf has claimed, and read it."""
+        """Read an array; raise ValueError if it ends beyond the file or all arrays together exceed the file's size."""
         size = dtype.itemsize
         for length in shape:
             size *= length  # Python's integers: no overflow
@@ -93,6 +98,7 @@ class _Reader:
         return array
 
     def _fill(self, target: Any, at: int) -> None:
+        """Read bytes at `at` until `target` is full."""
         view = memoryview(target)
         while view:
             read = os.preadv(self._file.fileno(), [view], at)

@@ -1,4 +1,4 @@
-"""A tree that comes from a file, which says what it lacks."""
+"""The tree that a checkpoint returns; it names the key that it lacks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,12 +7,12 @@ from mpips.checkpoint.error import CheckpointError
 
 
 class Saved(dict[str, Any]):
-    """A dict of which a key that is not there is a CheckpointError that names it.
+    """A dict that raises CheckpointError, with the key's path, for a missing key.
 
     Args:
         tree: nested dicts.
-        source: where it comes from, for people.
-        place: the path to it in there; "" is the whole.
+        source: the name of the file, for the message.
+        place: this dict's path in the tree; "" for the root.
     """
 
     def __init__(self, tree: Mapping[str, Any], source: str, place: str = "") -> None:

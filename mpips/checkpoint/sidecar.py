@@ -1,7 +1,7 @@
-"""The SHA-256 of a checkpoint, beside it as `<name>.sha256`, in the format that `sha256sum -c` reads.
+"""The SHA-256 of a checkpoint, stored beside it as `<name>.sha256`, in the format that `sha256sum -c` reads.
 
-The bytes that were hashed are the bytes that are read: `verified` hands on the open file, never its name. While a
-checkpoint of the same step is replaced the sidecar lists both hashes, so a crash leaves the old or the new one valid.
+The bytes that were hashed are the bytes that are read: `verified` returns the open file, not its name. While a checkpoint of
+the same step is being replaced, the sidecar lists both hashes, so that after a crash either the old or the new file is valid.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ def beside(checkpoint: Path) -> Path:
 
 
 def digest(file: BinaryIO) -> str:
-    """Return the SHA-256 of the whole file, leaving it at its start."""
+    """Return the SHA-256 of the whole file, and rewind the file."""
     file.seek(0)
     sha = hashlib.sha256()
     while block := file.read(_BLOCK):
@@ -34,12 +34,12 @@ def digest(file: BinaryIO) -> str:
 
 
 def lines(checkpoint: Path, digests: list[str]) -> bytes:
-    """Return what the sidecar says when the checkpoint may be any of `digests`."""
+    """Return the sidecar's contents for a checkpoint that may have any of these digests."""
     return "".join(f"{digest}  {checkpoint.name}\n" for digest in digests).encode()
 
 
 def digests(checkpoint: Path) -> list[str]:
-    """Return the hashes that the sidecar lists for this checkpoint: none, one, or two while it is replaced."""
+    """Return the digests that the sidecar lists for this checkpoint: none, one, or two during a replacement."""
     if not beside(checkpoint).is_file():
         return []
     with open(beside(checkpoint), "rb") as file:
@@ -49,7 +49,7 @@ def digests(checkpoint: Path) -> list[str]:
 
 @contextmanager
 def verified(checkpoint: Path) -> Iterator[BinaryIO]:
-    """Open the checkpoint for reading once its SHA-256 is the one in the sidecar; CheckpointError otherwise."""
+    """Open the checkpoint for reading after checking its SHA-256; raise CheckpointError if it is wrong."""
     try:
         if checkpoint.exists() and not checkpoint.is_file():  # a pipe would block
             raise CheckpointError(f"{checkpoint}: not a regular file; give the path of a checkpoint")
@@ -61,6 +61,7 @@ def verified(checkpoint: Path) -> Iterator[BinaryIO]:
 
 
 def _check(checkpoint: Path, file: BinaryIO) -> None:
+    """Raise CheckpointError unless the file's SHA-256 is listed in the sidecar."""
     expected = digests(checkpoint)
     if not expected:
         raise CheckpointError(

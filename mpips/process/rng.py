@@ -1,6 +1,6 @@
-"""The state of every random stream of a process: Python, numpy, torch, CUDA.
+"""The states of all random streams of a process: Python, numpy, torch, CUDA.
 
-`restore(capture())` changes nothing; a resumed rank that restores goes on exactly where it was.
+`restore(capture())` changes nothing. A resumed rank that restores its streams continues exactly where it was.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ State = dict[str, np.ndarray]
 
 
 def capture() -> State:
-    """The streams' states as plain arrays."""
+    """Return the streams' states as plain arrays."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     assert kind == "MT19937"
@@ -28,12 +28,12 @@ def capture() -> State:
         "torch": torch.get_rng_state().numpy(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = torch.cuda.get_rng_state().numpy()  # of the current device, which is this rank's
+        state["cuda"] = torch.cuda.get_rng_state().numpy()  # the current device is this rank's
     return state
 
 
 def restore(state: State) -> None:
-    """Put every stream back to a captured state."""
+    """Set every stream to its captured state."""
     version, *words = state["python"].tolist()
     gauss = float(state["python_gauss"][0]) if len(state["python_gauss"]) else None
     random.setstate((version, tuple(words), gauss))
@@ -45,22 +45,22 @@ def restore(state: State) -> None:
 
 
 def seed_of(state: State) -> int:
-    """What torch's stream was seeded with."""
+    """Return the seed of torch's stream."""
     return int.from_bytes(state["torch"][:8].tobytes(), "little")
 
 
 def to_text(state: State) -> str:
-    """The state as JSON."""
+    """Return the state as JSON."""
     return json.dumps({name: [str(value.dtype), value.tobytes().hex()] for name, value in state.items()})
 
 
 def from_text(text: str) -> State:
-    """The state that `to_text` was given."""
+    """Return the state that was given to `to_text`."""
     return {name: np.frombuffer(bytes.fromhex(words), dtype) for name, (dtype, words) in json.loads(text).items()}
 
 
 def diverge(index: int) -> None:
-    """Give worker `index` streams of its own; worker 0 keeps the script's, so that one worker equals plain PyTorch."""
+    """Seed the streams of worker `index` differently. Worker 0 keeps the script's, so that one worker equals plain PyTorch."""
     if index == 0:
         return
     seed = (torch.initial_seed() + index * 0x9E3779B9) % 2**63

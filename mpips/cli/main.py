@@ -1,7 +1,7 @@
 """The command `mpips`: its verbs, their flags, their exit statuses.
 
-Invariant: a verb imports what it needs when it runs, so that help and errors come at once; bad usage is one line that
-says which flag, what was given and what is allowed.
+Invariant: a verb imports what it needs when it runs, so that help and errors appear at once. Bad usage is reported in one line
+that names the flag, what was given and what is allowed.
 """
 
 from __future__ import annotations
@@ -34,42 +34,42 @@ exit statuses:
   2   bad usage or configuration
   75  preempted: checkpoint written, start again with --mpips.resume auto"""
 TAKES_VALUE = ("-n", "-np", "--mpi-args", "--timeout", "--set")
-MOST_RANKS = 1_000_000  # that plan lists
+MOST_RANKS = 1_000_000  # that `mpips plan` accepts
 LONGEST_VALUE = 60  # characters of an attribute shown by inspect
 
 
 class VerbError(Exception):
-    """A verb failed: exit status 1."""
+    """A verb that failed: exit status 1."""
 
     status = 1
 
 
 class UsageError(VerbError):
-    """It cannot be done as it was asked: exit status 2."""
+    """A verb that cannot do what was asked: exit status 2."""
 
     status = 2
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and no guessing of abbreviated flags."""
+    """An argparse parser with one-line errors that does not guess abbreviated flags."""
 
     def __init__(self, **keywords: Any) -> None:
         super().__init__(**keywords, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        """One line, status 2."""
+        """Print one line and exit with status 2."""
         emit(2, f"{self.prog}: {message}\n")
         self.exit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        if file is not None and file is sys.stdout:  # help, which argparse would lose without a word
+        if file is not None and file is sys.stdout:  # argparse would ignore that help cannot be written
             stdout.write(message.removesuffix("\n"))
         else:
             super()._print_message(message, file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status, which is not 0 if the verb's answer could not be written."""
+    """Run one verb and return the exit status, which is not 0 if the verb's output could not be written."""
     own, script = _split(whole_line() if argv is None else list(argv))
     try:
         return _run(own, script)
@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(own: list[str], script: list[str]) -> int:
+    """Parse the flags and call the verb; return the exit status."""
     parser = _parser()
     options, unknown = parser.parse_known_args(own, argparse.Namespace(script=script))
     if unknown:
@@ -88,7 +89,7 @@ def _run(own: list[str], script: list[str]) -> int:
     try:
         return int(options.verb(options))
     except (VerbError, OSError, ConfigError) as error:
-        setting = isinstance(error, ConfigError)  # said as a rank says it
+        setting = isinstance(error, ConfigError)  # printed as by a rank
         status = BAD_CONFIGURATION if setting else getattr(error, "status", 1)
         emit(2, f"mpips: {error}\n" if setting else f"mpips {own[0]}: {error}\n")
         if options.json:
@@ -99,9 +100,9 @@ def _run(own: list[str], script: list[str]) -> int:
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """For `run`: our flags, and the script with its own. For the other verbs all is ours.
+    """Split the command line of `run` into mpips' flags and the script with its flags. For other verbs all is mpips'.
 
-    By hand, because argparse would look for our flags among the script's.
+    argparse would look for mpips' flags among the script's.
     """
     if argv[:1] != ["run"]:
         return argv, []
@@ -118,6 +119,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _parser() -> Parser:
+    """Return the parser of all verbs."""
     parser = Parser(prog="mpips", description="An MPI parameter server for PyTorch.", epilog=STATUSES)
     parser.add_argument("--version", action="version", version=f"mpips {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
@@ -148,6 +150,7 @@ def _parser() -> Parser:
 
 
 def _add_plan(verbs: argparse._SubParsersAction[Parser]) -> None:
+    """Add the verb `plan`."""
     add = _verb(
         verbs, "plan", plan_verb, "predict memory, bytes and time of a round on machines that are not here"
     ).add_argument
@@ -177,6 +180,7 @@ def _add_plan(verbs: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _verb(verbs: argparse._SubParsersAction[Parser], name: str, call: Callable[..., int], text: str, **keywords: Any) -> Parser:
+    """Add a verb with its `--json` flag, and return its parser."""
     parser = verbs.add_parser(name, help=text, description=text, epilog=STATUSES, **keywords)
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     parser.set_defaults(verb=call)
@@ -184,22 +188,26 @@ def _verb(verbs: argparse._SubParsersAction[Parser], name: str, call: Callable[.
 
 
 def _whole(text: str) -> int:
+    """Return the text as a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} given, expected a whole number of at least 1")
     return int(text)
 
 
 def _seconds(text: str) -> int:
+    """Return a text as whole seconds, rounded up."""
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} given, expected a number of seconds above 0")
-    return math.ceil(seconds)  # MPIEXEC_TIMEOUT takes whole ones
+    return math.ceil(seconds)  # MPIEXEC_TIMEOUT takes whole seconds
 
 
 def _number(least: float, most: float) -> Callable[[str], float]:
+    """Return a function that converts a text to a number within these limits."""
+
     def number(text: str) -> float:
         try:
             found = float(text)
@@ -213,6 +221,7 @@ def _number(least: float, most: float) -> Callable[[str], float]:
 
 
 def _words(text: str) -> list[str]:
+    """Return the words of a text as a shell would split it."""
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -220,6 +229,7 @@ def _words(text: str) -> list[str]:
 
 
 def _setting(text: str) -> tuple[str, str]:
+    """Return the key and the value of KEY=VALUE."""
     key, _, value = text.partition("=")
     if not key or key == text:
         raise argparse.ArgumentTypeError(f"{text!r} given, expected KEY=VALUE, e.g. clip=1.0")
@@ -227,6 +237,7 @@ def _setting(text: str) -> tuple[str, str]:
 
 
 def _target(text: str) -> Path:
+    """Return the path of an exported file; its suffix must be known."""
     if Path(text).suffix not in WRITERS:
         raise argparse.ArgumentTypeError(f"{text!r} given, expected a name that ends in {' or '.join(WRITERS)}")
     return Path(text)
@@ -261,9 +272,9 @@ def run_verb(options: argparse.Namespace) -> int:
 
 
 def inspect_verb(options: argparse.Namespace) -> int:
-    """Show what a checkpoint holds."""
+    """Show the contents of a checkpoint."""
     path, tree = _load(options.file)
-    counted = {id(leaf): math.prod(leaf.shape) for leaf in tree.get("parameters", {}).values()}  # tied ones once
+    counted = {id(leaf): math.prod(leaf.shape) for leaf in tree.get("parameters", {}).values()}  # tied parameters count once
     facts = {"file": str(path), "bytes": path.stat().st_size, "sha256": "verified"}
     facts |= {name: tree.get(name) for name in ("round", "version", "epoch")}
     facts["parameters"] = sum(counted.values())
@@ -276,14 +287,14 @@ def inspect_verb(options: argparse.Namespace) -> int:
 
 
 def _described(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree with each dataset replaced by its shape, dtype and bytes."""
+    """Return the tree with each tensor replaced by its shape, dtype and bytes."""
     return {name: _described(leaf) if isinstance(leaf, Mapping)
             else {"shape": list(leaf.shape), "dtype": _dtype(leaf), "bytes": leaf.nbytes} if hasattr(leaf, "shape")
             else leaf for name, leaf in tree.items()}  # fmt: skip
 
 
 def _outline(tree: Mapping[str, Any], indent: str = "  ") -> Iterator[str]:
-    """One line for each group, dataset and attribute."""
+    """Yield one line for each group, tensor and value of the tree."""
     for name, leaf in tree.items():
         if isinstance(leaf, Mapping):
             yield f"{indent}{name}/"
@@ -296,11 +307,12 @@ def _outline(tree: Mapping[str, Any], indent: str = "  ") -> Iterator[str]:
 
 
 def _dtype(leaf: Any) -> str:
+    """Return the name of a tensor's dtype."""
     return str(leaf.dtype).removeprefix("torch.")
 
 
 def _load(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint and what it holds; of a run folder, the newest that is whole."""
+    """Return the checkpoint's path and contents; for a run folder, those of its newest valid checkpoint."""
     from mpips import checkpoint
 
     if not path.exists():
@@ -319,7 +331,7 @@ def _load(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def export_verb(options: argparse.Namespace) -> int:
-    """Write a checkpoint's model as a state_dict."""
+    """Write the model of a checkpoint as a state dict."""
     path, tree = _load(options.file)
     if not tree.get("parameters"):
         raise VerbError(f"{path}: holds no parameters, only {', '.join(tree) or 'nothing'}; give a run's checkpoint")
@@ -333,7 +345,7 @@ def export_verb(options: argparse.Namespace) -> int:
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
         beside.replace(target)
-    except RuntimeError as error:  # torch's word for a full disk
+    except RuntimeError as error:  # raised by torch on a full disk
         raise VerbError(f"{target}: cannot be written ({error})") from error
     finally:
         beside.unlink(missing_ok=True)
@@ -345,24 +357,26 @@ def export_verb(options: argparse.Namespace) -> int:
 
 
 def _state_dict(tree: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Parameters and buffers under the names that `load_state_dict` expects; tied ones stay one tensor."""
+    """Return parameters and buffers under the names that `load_state_dict` expects. Tied parameters stay one tensor."""
     import torch
 
     return {name: torch.as_tensor(leaf) for name, leaf in {**tree["parameters"], **tree.get("buffers", {})}.items()}
 
 
 def _write_pt(state: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a state dict by `torch.save`."""
     import torch
 
     torch.save(state, path)
 
 
 def _write_safetensors(state: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a state dict as safetensors."""
     try:
         from safetensors.torch import save_file
     except ImportError as error:
         raise VerbError('export to .safetensors needs a package: pip install "mpips[export]"') from error
-    # The format has no shared memory: a tied parameter's second name gets a copy of its own.
+    # The format cannot share memory between tensors: each name of a tied parameter gets its own copy.
     save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, path)
 
 
@@ -379,7 +393,7 @@ def env_verb(options: argparse.Namespace) -> int:
 
 
 def bench_verb(options: argparse.Namespace) -> int:
-    """Measure, and show the figures."""
+    """Run a benchmark and show the results."""
     from mpips.cli.bench.error import BenchError
     from mpips.cli.bench.session import bench
 
@@ -390,7 +404,7 @@ def bench_verb(options: argparse.Namespace) -> int:
 
 
 def plan_verb(options: argparse.Namespace) -> int:
-    """Predict a round."""
+    """Predict memory, traffic and time of a round."""
     if options.nodes * options.ranks_per_node > MOST_RANKS:
         given = f"{options.nodes} x {options.ranks_per_node}"
         raise UsageError(f"arguments --nodes, --ranks-per-node: {given} given, expected at most {MOST_RANKS:,} ranks")
@@ -417,7 +431,7 @@ def plan_verb(options: argparse.Namespace) -> int:
 
 
 def _listing(facts: Mapping[str, object], indent: str = "") -> Iterator[str]:
-    """`name: value`, groups indented."""
+    """Yield lines `name: value`, with groups indented."""
     for name, value in facts.items():
         if isinstance(value, Mapping):
             yield f"{indent}{name}:{'' if value else ' -'}"

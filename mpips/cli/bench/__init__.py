@@ -1,18 +1,18 @@
-"""`mpips bench`: mpips and its opponents in one run, taking turns; each must end with the same weights.
+"""`mpips bench`: mpips and its opponents measured alternately in one run; all must end with the same weights.
 
-    flags       what may be said on the command line
-    session     starts the ranks, or is one; shows what was measured
-    clock       turns, barriers, seconds: the maximum over the ranks
-    case        one measurement's figures: median, min, max, ratios
+    flags       the command line
+    session     starts the ranks, or runs as one; shows the results
+    clock       alternation, barriers, seconds: the maximum over the ranks
+    case        the figures of one measurement: median, min, max, ratios
     facts       cores, ranks, hosts, versions
     agreement   whether all variants have the same weights
-    gradient    what is pushed
+    gradient    the gradients that are pushed
     own         mpips: a run as a script makes it
     raw_mpi     mpi4py's Reduce, the same step, Bcast
-    gloo        torch.distributed's all-reduce, the same step everywhere
-    limit       every rank copies the model once; between hosts the line rate
+    gloo        torch.distributed's all-reduce, the same step on every rank
+    limit       the lower bound: every rank copies the model once; between hosts, the line rate
     round, train, checkpoint     the measurements; `small` is `round` in batches, `scaling` is `round` on 2, 4, 8 ranks
-    table, picture               how they are shown
+    table, picture               the output
 
-A measurement is only worth its ratio: compare what was interleaved in one run.
+Only ratios of a measurement are meaningful: compare what was measured alternately in one run.
 """

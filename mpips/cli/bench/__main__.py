@@ -1,4 +1,4 @@
-"""What the ranks run: `python -m mpips.cli.bench round --mb 64`, with the flags of `mpips bench`."""
+"""The program of the ranks: `python -m mpips.cli.bench round --mb 64`, with the flags of `mpips bench`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpips.cli.bench.session import bench
 
 
 def main() -> int:
-    """Run one benchmark; the exit status."""
+    """Run one benchmark and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m mpips.cli.bench", allow_abbrev=False)
     flags.add_kinds(parser)
     options = parser.parse_args(namespace=argparse.Namespace(json=False))

@@ -1,4 +1,4 @@
-"""One measurement's figures as one flat object: median, min, max of each variant, and the ratios."""
+"""The figures of one measurement as a flat dict: median, min and max of each variant, and the ratios."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Case = dict[str, Any]
-BOUNDS = ("limit", "memcpy", "raw_write")  # what cannot be beaten; the ratio is how many times as long mpips takes
+BOUNDS = ("limit", "memcpy", "raw_write")  # lower bounds; their ratio is how many times as long mpips takes
 
 
 def case(label: Mapping[str, float], seconds: Mapping[str, Sequence[float]], rounds: int = 1) -> Case:
-    """The figures.
+    """Return the figures.
 
     Args:
         label: what was measured: ranks, size.
-        seconds: of each measurement of each variant; mpips is one of them.
-        rounds: how many rounds a measurement is.
+        seconds: the seconds of each measurement of each variant; one variant is mpips.
+        rounds: the number of rounds in a measurement.
 
     Returns:
-        `<variant>_ms`, `_min_ms`, `_max_ms` of one round; `mpips_to_<bound>`, `<opponent>_to_mpips`: ratios of the medians.
+        `<variant>_ms`, `_min_ms`, `_max_ms` for one round; `mpips_to_<bound>` and `<opponent>_to_mpips`, ratios of the medians.
     """
     found: Case = dict(label)
     medians = {name: statistics.median(taken) / rounds for name, taken in seconds.items()}
@@ -30,7 +30,7 @@ def case(label: Mapping[str, float], seconds: Mapping[str, Sequence[float]], rou
 
 
 def ratios(medians: Mapping[str, float]) -> Case:
-    """mpips against each bound, and each opponent against mpips: above 1 means that mpips is the faster."""
+    """Return the ratios of mpips to each bound, and of each opponent to mpips: above 1 means that mpips is faster."""
     ours = medians["mpips"]
     others = {name: median for name, median in medians.items() if name != "mpips"}
     return {
@@ -40,10 +40,10 @@ def ratios(medians: Mapping[str, float]) -> Case:
 
 
 def variants(of: Case) -> list[str]:
-    """The names of the variants in a case."""
+    """Return the names of the variants in a case."""
     return [key.removesuffix("_min_ms") for key in of if key.endswith("_min_ms")]
 
 
 def rate(of: Case, name: str, work: float) -> Case:
-    """`<variant>_<name>`: how much of the work of a round each variant does a second."""
+    """Return `<variant>_<name>` for each variant: its work per second, given the work of a round."""
     return {f"{variant}_{name}": 1e3 * work / of[f"{variant}_ms"] for variant in variants(of)}

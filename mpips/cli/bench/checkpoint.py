@@ -1,7 +1,7 @@
-"""A checkpoint, durable and verified, against what only copies or only writes the same bytes.
+"""A durable, verified checkpoint against merely copying or merely writing the same bytes.
 
-mpips writes weights and momentum of a run through `ps.save()`: HDF5, SHA-256, fsync, rename. All files are fsynced; none is
-read from the page cache again before the measurement is over.
+mpips writes the weights and momentum of a run by `ps.save()`: HDF5, SHA-256, fsync, rename. All files are fsynced. None is read
+back from the page cache during the measurement.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Write = Callable[[], Path | None]
 
 
 def checkpoints(options: argparse.Namespace) -> list[Case]:
-    """One case for each size, in this process."""
+    """Return one case for each size, measured in this process."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     cases = []
     for mb in options.mb:
@@ -44,7 +44,7 @@ def checkpoints(options: argparse.Namespace) -> list[Case]:
 
 
 def one_size(count: int, folder: Path, repeats: int) -> Case:
-    """All variants, interleaved, with `count` weights and as much momentum."""
+    """Measure all variants alternately, with `count` weights and as many momentum values."""
     model = Parts(initial(count))
     communicator = join()
     with connected(communicator, model, momentum_sgd(fused=True), folder) as ps:
@@ -64,7 +64,7 @@ def one_size(count: int, folder: Path, repeats: int) -> Case:
 
 
 def turn(writers: dict[str, Write]) -> Iterator[tuple[str, float]]:
-    """Seconds that each takes; nothing is left to be written back when the next begins."""
+    """Yield the seconds of each variant. Dirty pages are written back before each begins."""
     for name, write in writers.items():
         os.sync()
         begun = time.perf_counter()
@@ -76,21 +76,21 @@ def turn(writers: dict[str, Write]) -> Iterator[tuple[str, float]]:
 
 
 class Save:
-    """mpips' own."""
+    """mpips' variant."""
 
     def __init__(self, ps: mpips.Run, model: Parts) -> None:
         self._ps, self._model = ps, model
         self.nbytes = 0
 
     def train(self) -> None:
-        """One round, so that there is something new to save; outside of a `batches` loop when it returns."""
+        """Train one round, so that there is something new to save."""
         own = Own(self._ps, 0, self._model)
         own.fill()
         own.round()
         own.leave()
 
     def write(self) -> Path:
-        """Write the checkpoint."""
+        """Write the checkpoint and return its path."""
         self._ps.save()
         return self._file
 
@@ -99,7 +99,7 @@ class Save:
         return self._ps.folder / "checkpoints" / f"round_{self._ps.round:08d}.h5"
 
     def check(self) -> None:
-        """What was written is whole, and is the weights."""
+        """Check that the checkpoint is valid and holds the model's weights."""
         self.nbytes = self._file.stat().st_size
         held = checkpoint.load(self._file)["parameters"]
         weights = [p.detach() for p in self._model.parts]
@@ -108,7 +108,7 @@ class Save:
 
 
 def others(state: Tensor, folder: Path) -> dict[str, Write]:
-    """A copy in memory; write and fsync of the bytes; torch.save and fsync."""
+    """Return the opponents: a copy in memory; write and fsync of the bytes; torch.save and fsync."""
     target = np.ones_like(state.numpy())
 
     def memcpy() -> None:
@@ -134,7 +134,7 @@ def others(state: Tensor, folder: Path) -> dict[str, Write]:
 
 
 def check_files(state: Tensor, folder: Path) -> None:
-    """The others have written all bytes."""
+    """Check that the opponents have written all bytes."""
     same = np.array_equal(np.fromfile(folder / "raw", np.float32), state.numpy())
     if not same or (folder / "torch.pt").stat().st_size < state.nbytes:
         raise BenchError("raw_write or torch_save: the file does not hold the bytes; no times given")

@@ -1,7 +1,7 @@
-"""Turns, barriers, seconds.
+"""Alternation, barriers, seconds.
 
-A measurement begins behind a barrier. Variants take turns, and each repeat another one begins,
-so that whatever else the machine does meets all of them.
+A measurement begins after a barrier. Variants alternate, and each repeat begins with another variant, so that other load on the
+machine affects all of them equally.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from mpips.comm.backoff import patiently
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-WARM = 2  # measurements of each variant that are not counted: buffers, page tables, connections
+WARM = 2  # measurements of each variant that do not count: buffers, page tables, connections
 
 
 class Variant(Protocol):
     """One way to do the same work.
 
     Attributes:
-        alone: whether rank 0 does it alone while the others sleep.
+        alone: whether rank 0 does the work alone while the other ranks sleep.
     """
 
     alone: bool
 
     def fill(self) -> None:
-        """What is not timed: new gradients."""
+        """Prepare a round, untimed: new gradients."""
 
     def round(self) -> None:
-        """What is timed."""
+        """Do the round that is timed."""
 
 
 def interleave(comm: MPI.Comm, variants: Mapping[str, Variant], repeats: int, rounds: int = 1) -> dict[str, list[float]]:
-    """Seconds of each measurement of each variant; a measurement is the sum of so many rounds."""
+    """Return the seconds of each measurement of each variant; a measurement is the sum over `rounds` rounds."""
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(WARM + repeats):
@@ -49,10 +49,10 @@ def interleave(comm: MPI.Comm, variants: Mapping[str, Variant], repeats: int, ro
 
 
 def measure(comm: MPI.Comm, variant: Variant, rounds: int) -> float:
-    """Seconds of so many rounds, filling not counted: each from the first rank's beginning to the last one's end.
+    """Return the seconds of `rounds` rounds, without filling: each from the first rank's start to the last rank's end.
 
-    Ranks that share a core leave a barrier one after another, so what each of them measures alone is too little. Between hosts,
-    whose clocks differ, there is nothing better.
+    Ranks that share a core leave a barrier one after another, so the time of each rank is too short. Between hosts, whose
+    clocks differ, the longest time of a rank is used for want of better.
     """
     begun, ended = np.zeros(rounds), np.zeros(rounds)
     works = comm.rank == 0 or not variant.alone
@@ -73,7 +73,7 @@ def measure(comm: MPI.Comm, variant: Variant, rounds: int) -> float:
 
 
 def _one_clock(comm: MPI.Comm) -> bool:
-    """Whether all ranks are on one node, whose clock they share."""
+    """Return whether all ranks are on one node and share its clock."""
     from mpi4py import MPI
 
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -88,7 +88,7 @@ def sleep_until_all(comm: MPI.Comm) -> None:
 
 
 def largest(comm: MPI.Comm, value: float) -> float:
-    """The maximum over the ranks, at every rank; NaN if one rank has it."""
+    """Return the maximum over the ranks, on every rank; infinite if a value is NaN."""
     mine = np.array([value if value == value else np.inf])
     most = np.empty(1)
     comm.Allreduce(mine, most, op=_maximum())
@@ -96,12 +96,14 @@ def largest(comm: MPI.Comm, value: float) -> float:
 
 
 def _minimum() -> MPI.Op:
+    """Return MPI.MIN."""
     from mpi4py import MPI
 
     return MPI.MIN
 
 
 def _maximum() -> MPI.Op:
+    """Return MPI.MAX."""
     from mpi4py import MPI
 
     return MPI.MAX

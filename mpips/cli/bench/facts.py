@@ -1,4 +1,4 @@
-"""Where it was measured."""
+"""Facts about the machine and software of a measurement."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def communicator() -> MPI.Comm:
-    """All ranks, apart from whatever else they say to each other."""
+    """Return a communicator of all ranks, separate from other communication."""
     from mpi4py import MPI
 
     return MPI.COMM_WORLD.Dup()
 
 
 def leaders(comm: MPI.Comm) -> list[int]:
-    """The first rank of each host."""
+    """Return the first rank of each host."""
     from mpi4py import MPI
 
     here = comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -33,12 +33,12 @@ def leaders(comm: MPI.Comm) -> list[int]:
 
 
 def facts(hosts: int = 1, library: bool = True) -> dict[str, object]:
-    """Cores, hosts, load, libraries and settings, as they go into each case."""
+    """Return cores, hosts, load, library versions and settings, as included in each case."""
     found: dict[str, object] = {"cores": cores(), "hosts": hosts}
     if library:
         from mpi4py import MPI
 
         found["mpi"] = MPI.Get_library_version().splitlines()[0].rstrip("\0").split(",")[0].strip()
     given = {name: value for name, value in sorted(os.environ.items()) if name.startswith("MPIPS_") and "LAUNCH" not in name}
-    found["load"] = round(os.getloadavg()[0], 1)  # of the last minute: what else this machine did
+    found["load"] = round(os.getloadavg()[0], 1)  # of the last minute
     return found | {"torch": torch.__version__, "threads": torch.get_num_threads(), "settings": given}

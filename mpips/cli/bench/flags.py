@@ -1,4 +1,4 @@
-"""The benchmarks' flags: what `mpips bench` understands, and what its ranks are told."""
+"""The benchmarks' flags: those of `mpips bench`, and those passed to its ranks."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ KINDS = {
     "checkpoint": "a checkpoint against memcpy, write and fsync, torch.save",
     "scaling": "a round on 2, 4, 8 ranks",
 }
-TOLD = {  # the flags that the ranks are told
+TOLD = {  # the flags passed to the ranks
     "round": ("mb", "repeats", "step"),
     "small": ("kb", "rounds", "repeats", "step"),
     "train": ("steps", "batch_size", "data", "repeats"),
     "checkpoint": ("mb", "folder", "repeats"),
     "scaling": ("mb", "repeats", "step"),
 }
-LEAST_REPEATS = 7  # fewer give no median worth a claim
+LEAST_REPEATS = 7  # fewer give no reliable median
 
 
 def add_kinds(parser: argparse.ArgumentParser) -> None:
-    """Add each benchmark with its flags."""
+    """Add a sub-command for each benchmark, with its flags."""
     kinds = parser.add_subparsers(metavar="KIND", dest="kind", required=True)
     for kind, text in KINDS.items():
         _add_flags(kinds.add_parser(kind, help=text, description=text), kind)
 
 
 def _add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
+    """Add the flags of a benchmark."""
     add = parser.add_argument
     if kind == "scaling":
         add("-n", dest="size", type=_list(_ranks), default=[2, 4, 8], metavar="N,N,...", help="ranks (2,4,8)")
@@ -72,7 +73,7 @@ def _add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
 
 
 def words(options: argparse.Namespace) -> list[str]:
-    """The kind and its flags but for -n, as they would be typed."""
+    """Return the benchmark and its flags without -n, as they would be typed."""
     said = [str(options.kind)]
     for name in TOLD[options.kind]:
         value = getattr(options, name)
@@ -82,11 +83,13 @@ def words(options: argparse.Namespace) -> list[str]:
 
 
 def comma(numbers: list[float]) -> str:
-    """`1,16,0.25`."""
+    """Return the numbers as text, such as `1,16,0.25`."""
     return ",".join(f"{number:g}" for number in numbers)
 
 
 def _list(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Return a function that converts a text with commas to a list."""
+
     def several(text: str) -> list[Any]:
         return [one(part) for part in text.split(",")]
 
@@ -94,6 +97,8 @@ def _list(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 def _at_least(least: int) -> Callable[[str], int]:
+    """Return a function that converts a text to a whole number of at least `least`."""
+
     def whole(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} given, expected a whole number of at least {least}")
@@ -106,6 +111,7 @@ _ranks = _at_least(2)
 
 
 def _positive(text: str) -> float:
+    """Return the text as a number above 0."""
     try:
         number = float(text)
     except ValueError:
@@ -116,12 +122,14 @@ def _positive(text: str) -> float:
 
 
 def _file(text: str) -> Path:
+    """Return the path of an existing file."""
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"{text!r} given, expected an HDF5 file that exists")
     return Path(text)
 
 
 def _folder(text: str) -> Path:
+    """Return the path of an existing folder."""
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} given, expected a folder that exists")
     return Path(text)

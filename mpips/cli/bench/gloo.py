@@ -23,7 +23,7 @@ GET_ADDRESS = 0x8915  # Linux's SIOCGIFADDR
 
 
 class Gloo:
-    """The round with torch.distributed; arguments as those of `RawMpi`."""
+    """The round with torch.distributed. The arguments are those of `RawMpi`."""
 
     alone = False
 
@@ -36,11 +36,11 @@ class Gloo:
         self.weights = [weights]
 
     def fill(self) -> None:
-        """New gradients."""
+        """Write new gradients."""
         self._gradient.write([self._sum])
 
     def round(self) -> None:
-        """All-reduce, step."""
+        """All-reduce, then step."""
         dist.all_reduce(self._sum)
         self._sum.div_(self._size)
         self._optimizer.step()
@@ -65,7 +65,7 @@ def join_gloo(comm: MPI.Comm, hosts: int) -> None:
 
 
 def _address(interface: str) -> str:
-    """Where others reach this host: that network interface's IPv4 address if one is named, else the host's name."""
+    """Return the address of this host for others: the IPv4 address of the interface if one is named, else the host's name."""
     if not interface:
         return socket.gethostname()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
@@ -74,6 +74,6 @@ def _address(interface: str) -> str:
 
 
 def leave_gloo() -> None:
-    """Leave it; without a word at exit."""
+    """Destroy the process group, to avoid a warning at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,6 +1,6 @@
-"""What is pushed: a cheap recipe that gives each rank, round and place of the model a value of its own.
+"""The gradients that are pushed: cheap to compute, with values that depend on rank, round and position.
 
-So a variant that leaves out a rank, a round or a slice, or takes one for another, ends with other weights.
+So a variant that leaves out or confuses a rank, a round or a slice ends with other weights.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WIDTH = 1024  # elements; sizes are multiples of it
+WIDTH = 1024  # elements; sizes are multiples of this
 
 
 def numel(nbytes: float) -> int:
-    """Float32 elements in about so many bytes."""
+    """Return the number of float32 elements in about `nbytes` bytes."""
     return WIDTH * max(1, round(nbytes / (4 * WIDTH)))
 
 
@@ -23,8 +23,8 @@ class Gradient:
     """One rank's gradients.
 
     Args:
-        rank: whose.
-        lengths: of its parts, one after another; each a multiple of WIDTH elements.
+        rank: the rank.
+        lengths: the lengths of the gradient's parts, each a multiple of WIDTH elements.
     """
 
     def __init__(self, rank: int, lengths: Sequence[int]) -> None:
@@ -34,7 +34,7 @@ class Gradient:
         self.number = 0
 
     def write(self, parts: Sequence[Tensor]) -> None:
-        """Write the next round's into the parts."""
+        """Write the next round's gradient to the parts."""
         row = (self._angles + self.number).cos()
         for part, column in zip(parts, self._columns, strict=True):
             torch.add(row, column, out=part.view(-1, WIDTH))
@@ -42,29 +42,29 @@ class Gradient:
 
 
 class Loss(torch.autograd.Function):
-    """A loss whose backward gives such a gradient, in new tensors, as the backward of layers does."""
+    """A loss whose backward yields such a gradient in new tensors, as the backward of layers does."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Gradient, *parts: Tensor) -> Tensor:
-        """Zero."""
+        """Return zero."""
         ctx.gradient, ctx.lengths = gradient, [part.numel() for part in parts]
         return torch.zeros(())
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """The next round's gradient."""
+        """Return the next round's gradient."""
         found = [torch.empty(length) for length in ctx.lengths]
         ctx.gradient.write(found)
         return None, *found
 
 
 def initial(count: int) -> Tensor:
-    """The weights that every variant begins with."""
+    """Return the weights that every variant begins with."""
     return (torch.arange(WIDTH) * 0.01).sin().repeat(count // WIDTH)
 
 
 def parts_of(count: int, most: int = 4) -> list[int]:
-    """Lengths of up to so many parameters that the model is made of."""
+    """Return the lengths of up to `most` parameters that the model consists of."""
     rows = count // WIDTH
     each = -(-rows // most)
     return [WIDTH * min(each, rows - begun) for begun in range(0, rows, each)]

@@ -1,4 +1,4 @@
-"""What a round cannot beat: every rank copies the model once; between hosts, the wire."""
+"""The lower bound of a round: every rank copies the model once; between hosts, the line rate."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-LONG = 1 << 24  # bytes; shorter messages do not show the line rate
+LONG = 1 << 24  # bytes; shorter messages do not reach the line rate
 
 
 class Copy:
-    """Memory: each rank copies the model's bytes once, between buffers that are warm."""
+    """The memory bound: each rank copies the model's bytes once, between warm buffers."""
 
     alone = False
     scale = 1.0
@@ -22,17 +22,18 @@ class Copy:
         self._source, self._target = (np.ones(nbytes // 4, np.float32) for _ in range(2))
 
     def fill(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def round(self) -> None:
-        """Copy."""
+        """Copy the bytes."""
         np.copyto(self._target, self._source)
 
 
 class Line:
-    """Network: the model's bytes one way between the first ranks of two hosts, at least 16 MB of them.
+    """The network bound: the model's bytes, at least 16 MB, sent one way between the first ranks of two hosts.
 
-    Of N hosts each must send, and receive, 2(N-1)/N of the model's bytes: `scale` is that in terms of what is sent here.
+    Each of N hosts must send and receive 2(N-1)/N times the model's bytes: `scale` is that amount relative to what is sent
+    here.
     """
 
     alone = False
@@ -44,10 +45,10 @@ class Line:
         self.scale = 2 * (len(leaders) - 1) / len(leaders) * nbytes / length
 
     def fill(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def round(self) -> None:
-        """One way; the longest of all ranks' seconds is the receiver's."""
+        """Send one way. The longest time of all ranks is the receiver's."""
         source, target = self._ends
         if self._comm.rank == source:
             self._comm.Send(self._buffer, dest=target)
@@ -56,5 +57,5 @@ class Line:
 
 
 def limit(comm: MPI.Comm, leaders: list[int], nbytes: int) -> Copy | Line:
-    """The one that binds here."""
+    """Return the bound that applies: memory on one host, network on several."""
     return Copy(nbytes) if len(leaders) == 1 else Line(comm, leaders, nbytes)

@@ -18,24 +18,24 @@ from mpips.cli.bench.gradient import Gradient, Loss, parts_of
 from mpips.comm import Communicator, broadcast_bytes
 
 MakeStep = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-LAUNCHER = "MPIPS_LAUNCH_DIR"  # names where the launcher looks for a run; these are none of its business
-SAMPLES = 64  # a step's, as far as the weighted mean is concerned
+LAUNCHER = "MPIPS_LAUNCH_DIR"  # names the launcher's folder, which must not learn of benchmark runs
+SAMPLES = 64  # samples of a step, for the weighted mean
 SETTINGS: dict[str, Any] = {"server_trains": True, "checkpoint": {"every": 0, "epochs": 0, "keep": 1}}
 
 
 def momentum_sgd(fused: bool) -> MakeStep:
-    """The optimizer of all variants."""
+    """Return the maker of the optimizer that all variants use."""
     return lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9, fused=fused or None)
 
 
 def join() -> Communicator:
-    """This rank's communicator of its own."""
+    """Return this rank's communicator for mpips."""
     return mpips.join(mpips.configure(**SETTINGS))
 
 
 @contextmanager
 def connected(communicator: Communicator, model: nn.Module, make: MakeStep, beside: Path | None = None) -> Iterator[mpips.Run]:
-    """A run whose folder is temporary, in `beside` if that is given."""
+    """Yield a run with a temporary folder, created in `beside` if that is given."""
     name = tempfile.mkdtemp(prefix="mpips-bench-", dir=beside) if communicator.rank == 0 else ""
     folder = broadcast_bytes(communicator, name.encode()).decode()
     launcher = os.environ.pop(LAUNCHER, None)
@@ -49,7 +49,7 @@ def connected(communicator: Communicator, model: nn.Module, make: MakeStep, besi
 
 
 class Parts(nn.Module):
-    """A model that is its parameters."""
+    """A model that consists of its parameters only."""
 
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
@@ -58,22 +58,22 @@ class Parts(nn.Module):
 
 
 class Endless:
-    """Batches without end: what they hold is not looked at."""
+    """An endless sequence of batches whose contents do not matter."""
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The same one for ever."""
+        """Yield the same batch forever."""
         batch = torch.zeros(SAMPLES)
         while True:
             yield batch
 
 
 class Own:
-    """The round of `ps.step`, with rank 0 a worker, too.
+    """The round of `ps.step`, in which rank 0 is a worker, too.
 
     Args:
         ps: the run.
         rank: this rank.
-        model: its model.
+        model: the model.
     """
 
     alone = False
@@ -89,13 +89,13 @@ class Own:
         return [p.detach() for p in self._model.parts]
 
     def fill(self) -> None:
-        """The next batch, and its backward: gradients come to where they are pushed from as those of a script do."""
+        """Take the next batch and do its backward: gradients reach the push message as those of a script do."""
         next(self._batches)
         loss = Loss.apply(self._gradient, *self._model.parts)  # type: ignore[no-untyped-call]
         torch.autograd.backward(loss)
 
     def round(self) -> None:
-        """Push, combine, step, pull."""
+        """Push, reduce, step, pull."""
         self._ps.step(0.0, samples=SAMPLES)
 
     def leave(self) -> None:

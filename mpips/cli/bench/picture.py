@@ -1,4 +1,4 @@
-"""The figures as bars; matplotlib is an extra."""
+"""The figures as a bar chart; needs the extra package matplotlib."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mpips.cli.bench.case import Case, variants
 
 
 def draw(kind: str, cases: Sequence[Case], path: Path) -> bool:
-    """Write a PNG: medians as bars, min and max as whiskers; False if matplotlib is not there."""
+    """Write a PNG with medians as bars, min and max as whiskers; return False if matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -35,6 +35,6 @@ def draw(kind: str, cases: Sequence[Case], path: Path) -> bool:
 
 
 def title(of: Case) -> str:
-    """What a group of bars is."""
+    """Return the label of a group of bars."""
     size = f", {of['mb']:.3g} MB" if "mb" in of else ""
     return f"{of['n']} rank{'s' if of['n'] > 1 else ''}{size}"

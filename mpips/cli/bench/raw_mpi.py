@@ -1,4 +1,4 @@
-"""What one would write with mpi4py alone: Reduce to rank 0, the step there, Bcast."""
+"""The round written with mpi4py alone: Reduce to rank 0, the step there, Bcast."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class RawMpi:
-    """The round on contiguous buffers, with rank 0 a worker, too.
+    """The round on contiguous buffers, in which rank 0 is a worker, too.
 
     Args:
         comm: all ranks.
-        weights: `(numel,)` float32, the initial weights; taken over.
+        weights: `(numel,)` float32, the initial weights, which the object takes over.
         scratch: `(numel,)` float32, for gradients; others may use it between rounds.
-        make: the optimizer.
+        make: makes the optimizer.
     """
 
     alone = False
@@ -37,7 +37,7 @@ class RawMpi:
         self.weights = [weights]
 
     def fill(self) -> None:
-        """New gradients."""
+        """Write new gradients."""
         self._gradient.write([self._sum])
 
     def round(self) -> None:

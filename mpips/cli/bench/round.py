@@ -1,4 +1,4 @@
-"""A round: gradients in place on every rank, until every rank has the new weights."""
+"""A round: from gradients in place on every rank until every rank has the new weights."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ MB = 1 << 20
 
 
 def rounds(options: argparse.Namespace) -> list[Case]:
-    """One case for each size; on every rank."""
-    join()  # first: it says how MPI is to be started
+    """Return one case for each size. Called on every rank."""
+    join()  # first: it reports if MPI was started wrongly
     comm = communicator()
     hosts = leaders(comm)
     join_gloo(comm, len(hosts))
@@ -44,7 +44,7 @@ def rounds(options: argparse.Namespace) -> list[Case]:
 
 
 def one_size(comm: MPI.Comm, hosts: list[int], count: int, repeats: int, batch: int, fused: bool) -> Case:
-    """All variants on a model of `count` float32, interleaved; a measurement is `batch` rounds."""
+    """Measure all variants alternately on a model of `count` float32 values; a measurement is `batch` rounds."""
     make, scratch, model = momentum_sgd(fused), torch.zeros(count), Parts(initial(count))
     bound = limit(comm, hosts, 4 * count)
     raw, gloo = (kind(comm, initial(count), scratch, make) for kind in (RawMpi, Gloo))
@@ -68,5 +68,5 @@ def one_size(comm: MPI.Comm, hosts: list[int], count: int, repeats: int, batch: 
 
 
 def split(weights: torch.Tensor, own: Own) -> list[torch.Tensor]:
-    """Flat weights in the parts of mpips' model."""
+    """Return flat weights split into the parts of mpips' model."""
     return list(torch.split(weights, [part.numel() for part in own.weights]))

@@ -1,4 +1,4 @@
-"""One benchmark from the command line to what is shown: on its own ranks, on those it starts, or in this process."""
+"""A benchmark from the command line to the output: on its own ranks, on ranks that it starts, or in this process."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from mpips.report import stdout
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Measure and show; the exit status.
+    """Measure, show the results, and return the exit status.
 
     Raises:
-        BenchError: there is nothing to show.
+        BenchError: there is no result.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded
     from mpips.comm import mpi
@@ -45,9 +45,9 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def on_ranks(options: argparse.Namespace) -> int:
-    """This process is a rank; rank 0 alone speaks."""
+    """Measure on the ranks of which this process is one; rank 0 shows the results. Return the exit status."""
     try:
-        with redirect_stdout(sys.stderr):  # stdout is for the figures
+        with redirect_stdout(sys.stderr):  # stdout is reserved for the figures
             cases = measure(options)
     except BenchError as error:
         if rank() == 0:
@@ -60,14 +60,14 @@ def on_ranks(options: argparse.Namespace) -> int:
 
 
 def rank() -> int:
-    """This rank, once MPI runs."""
+    """Return this rank, once MPI runs."""
     from mpi4py import MPI
 
     return MPI.COMM_WORLD.rank
 
 
 def measure(options: argparse.Namespace) -> list[Case]:
-    """Here."""
+    """Measure in this process."""
     if options.kind == "train":
         from mpips.cli.bench.train import train as chosen
     elif options.kind == "checkpoint":
@@ -78,14 +78,14 @@ def measure(options: argparse.Namespace) -> list[Case]:
 
 
 class Listener(Lines):
-    """Keeps what the ranks print on stdout: the figures. The rest passes."""
+    """A view that keeps the ranks' stdout, which has the figures, and passes everything else on."""
 
     def __init__(self) -> None:
         super().__init__()
         self.said = b""
 
     def write(self, stream: int, data: bytes) -> None:
-        """Keep or pass on."""
+        """Keep stdout, and pass stderr on."""
         if stream == 1:
             self.said += data
         else:
@@ -93,10 +93,10 @@ class Listener(Lines):
 
 
 def started(options: argparse.Namespace, size: int) -> list[Case]:
-    """On `size` ranks that are started for it.
+    """Start `size` ranks, measure on them, and return the cases.
 
     Raises:
-        BenchError: what the ranks say, or that they said nothing.
+        BenchError: the ranks reported an error, or no figures.
     """
     own = argparse.Namespace(**{**vars(options), "kind": "round" if options.kind == "scaling" else options.kind})
     try:
@@ -118,7 +118,7 @@ def started(options: argparse.Namespace, size: int) -> list[Case]:
 
 
 def show(options: argparse.Namespace, cases: Sequence[Case]) -> None:
-    """The table, or JSON; the folder with both and the picture."""
+    """Print the table or the JSON, and write both and the picture to the folder of `--out`."""
     text = table(options.kind, cases, command(options))
     listed = "[\n" + ",\n".join(json.dumps(each) for each in cases) + "\n]"
     stdout.write(listed if options.json else text)
@@ -132,7 +132,7 @@ def show(options: argparse.Namespace, cases: Sequence[Case]) -> None:
 
 
 def command(options: argparse.Namespace) -> list[str]:
-    """What repeats this measurement."""
+    """Return the command that repeats this measurement."""
     size = getattr(options, "size", None)
     ranks = [] if size is None else ["-n", flags.comma(size) if isinstance(size, list) else str(size)]
     return ["mpips", "bench", *flags.words(options)[:1], *ranks, *flags.words(options)[1:]]

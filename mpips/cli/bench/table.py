@@ -11,7 +11,7 @@ RATES = ("rounds_per_s", "samples_per_s", "mb_per_s")
 
 
 def table(kind: str, cases: Sequence[Case], command: Sequence[str]) -> str:
-    """Where it was measured, the figures, and the command that repeats it."""
+    """Return where it was measured, the figures, and the command that repeats the measurement."""
     first = cases[0]
     shown = next((rate for rate in RATES if f"mpips_{rate}" in first), None)
     lines = [f"mpips bench {kind}: {where(first)}", "", heading(shown)]
@@ -29,7 +29,7 @@ def table(kind: str, cases: Sequence[Case], command: Sequence[str]) -> str:
 
 
 def where(of: Case) -> str:
-    """Cores, libraries, settings."""
+    """Return cores, libraries and settings as text."""
     ranks = "" if of["hosts"] == 1 else f" of each of {of['hosts']} hosts"
     parts = [f"{of['cores']} cores{ranks}, load {of['load']:g}", str(of.get("mpi", "no MPI")), f"torch {of['torch']}"]
     parts += [f"{of['threads']} thread(s) a rank", f"{of['repeats']} repeats of {of.get('rounds', of.get('steps', 1))}"]
@@ -39,13 +39,13 @@ def where(of: Case) -> str:
 
 
 def heading(shown: str | None) -> str:
-    """Names of the columns."""
+    """Return the names of the columns."""
     last = f" {shown.replace('_per_', '/').replace('_', ' '):>13}" if shown else ""
     return f"{'ranks':>5} {'MB':>9}  {'variant':<13} {'median ms':>11} {'min ms':>11} {'max ms':>11} {'ratio':>7}{last}"
 
 
 def rows(of: Case, shown: str | None) -> Iterator[str]:
-    """One line for each variant; the ratio of a bound is how many times as long mpips takes, of an opponent the reverse."""
+    """Yield one line for each variant. A bound's ratio is how many times as long mpips takes, an opponent's the inverse."""
     size = f"{of['mb']:g}"[:9] if "mb" in of else "-"
     for number, name in enumerate(variants(of)):
         label = f"{of['n']:>5} {size:>9}" if number == 0 else " " * 15

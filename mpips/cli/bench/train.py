@@ -1,7 +1,7 @@
-"""Training end to end, the same batches for all: one process without mpips, DDP, and mpips.
+"""Training end to end, on the same batches for all: one process without mpips, DDP, and mpips.
 
-One process trains on what the workers' batches are together, so the arithmetic is the same and so are the weights. While it
-does, the other ranks sleep. `plain` has one core; `plain_threads` has as many as the ranks have together, as torch's threads.
+The single process trains on the union of the workers' batches, so its arithmetic and its weights are the same. Meanwhile the
+other ranks sleep. `plain` has one core; `plain_threads` has as many torch threads as the ranks have cores together.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from mpips.cli.bench.own import connected, join, momentum_sgd
 from mpips.process.environment import cores
 
 Data = tuple[Tensor, Tensor]  # (n, 28, 28) uint8, (n,) int64
-ROUNDING = 1e-4  # of 1 + |weight|: training carries the rounding of some hundred steps on
+ROUNDING = 1e-4  # of 1 + |weight|: rounding accumulates over some hundred training steps
 
 
 def train(options: argparse.Namespace) -> list[Case]:
-    """One case; on every rank."""
+    """Return one case. Called on every rank."""
     join()
     comm = communicator()
     hosts = leaders(comm)
@@ -63,7 +63,7 @@ def train(options: argparse.Namespace) -> list[Case]:
 
 
 def network() -> nn.Module:
-    """A small CNN for MNIST; without BatchNorm, whose statistics are of a worker's own batch."""
+    """Return a small CNN for MNIST. It has no BatchNorm, whose statistics would depend on each worker's own batches."""
     torch.manual_seed(0)
 
     def block(a: int, b: int) -> list[nn.Module]:
@@ -73,7 +73,7 @@ def network() -> nn.Module:
 
 
 def load(file: Path | None, count: int) -> Data:
-    """So many images and labels: of the file, from its beginning, again and again if need be; else made up."""
+    """Return `count` images and labels: from the file, repeated if necessary, or made up if there is none."""
     if file is None:
         return made_up(count)
     import h5py
@@ -85,7 +85,7 @@ def load(file: Path | None, count: int) -> Data:
 
 
 def made_up(count: int) -> Data:
-    """Noise with a bright square, whose place is the label: it can be learned."""
+    """Return noise with a bright square whose position is the label, so that it can be learned."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 60, (count, 28, 28), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 10, (count,), generator=generator)
@@ -96,12 +96,12 @@ def made_up(count: int) -> Data:
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The loss of a batch."""
+    """Return the loss of a batch."""
     return F.cross_entropy(model(x / 255), y)
 
 
 class Plain:
-    """The ordinary loop: of one process on all batches, or of a DDP worker on its own."""
+    """The ordinary loop: of one process on all batches, or of a DDP worker on its own batches."""
 
     def __init__(self, model: nn.Module, data: Data, batch_size: int, threads: int = 1) -> None:
         self.model, self.alone = model, True
@@ -110,11 +110,11 @@ class Plain:
         self._threads = threads
 
     def fill(self) -> None:
-        """The number of threads."""
+        """Set the number of threads."""
         torch.set_num_threads(self._threads)
 
     def round(self) -> None:
-        """One epoch."""
+        """Train one epoch."""
         for x, y in self._batches:
             self._optimizer.zero_grad()
             torch.autograd.backward(loss_of(self.model, x, y))
@@ -128,7 +128,7 @@ class Mpips:
 
     def __init__(self, ps: mpips.Run, model: nn.Module, data: Data, batch_size: int, repeats: int) -> None:
         self._ps, self._model, self._data, self._batch_size = ps, model, data, batch_size
-        self._epochs = iter(ps.epochs(1_000_000 + repeats))  # more than there will be: the last would write a checkpoint
+        self._epochs = iter(ps.epochs(1_000_000 + repeats))  # more than will run: the last one would write a checkpoint
 
     def fill(self) -> None:
         """Begin an epoch."""
@@ -136,7 +136,7 @@ class Mpips:
         next(self._epochs)
 
     def round(self) -> None:
-        """One epoch."""
+        """Train one epoch."""
         batches: Iterable[Data] = self._ps.batches(self._data, self._batch_size, shuffle=False, shard=False)
         for x, y in batches:
             loss = loss_of(self._model, x, y)

@@ -1,13 +1,13 @@
-"""`mpips plan`: what a round takes on machines that are not there, from the plan that a run would follow.
+"""`mpips plan`: the cost of a round on machines that are not present, computed from the plan that a run would follow.
 
-    job        nodes, ranks, model; the machine's figures; the room that a run would ask for
-    schedule   who sends how many bytes to whom in which step
-    memory     what lies in it, on a rank and on a node
-    round      the seconds of each phase, and which of the machine's parts takes most of them
-    table      how it is shown
+    job        nodes, ranks, model; the machine's figures; the buffers that a run would allocate
+    schedule   which node sends how many bytes to which other node in which step
+    memory     what occupies memory, for each rank and each node
+    round      the seconds of each phase, and the bottleneck
+    table      the output
 
-Slices, steps and rooms come from `mpips.model.layout` and `mpips.comm`, which a run calls with the same numbers; only what each
-takes is figured out here. No tensor of the model's size is made. `benchmarks/simgrid` replays the schedule on a simulated
+Slices, steps and buffer sizes come from `mpips.model.layout` and `mpips.comm`, which a run calls with the same numbers; only
+times are computed here. No tensor of the model's size is allocated. `benchmarks/simgrid` replays the schedule on a simulated
 network.
 """
 

@@ -1,4 +1,4 @@
-"""What is to be trained where, and what a run would ask of the communicator for it."""
+"""The job: what is trained on which nodes, and the buffers that a run would allocate for it."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ How = Literal["one process", "shared memory, root", "shared memory, sharded", "r
 
 @dataclass(frozen=True)
 class Machine:
-    """Its figures.
+    """The machine's figures.
 
     Attributes:
-        link: bytes a second of a node's link, each way at once.
+        link: bytes per second of a node's link, in each direction at the same time.
         latency: seconds until the first byte of a message arrives.
-        message: seconds that a leader takes to begin and to end one send or one receive.
-        memory: bytes a second that the ranks of a node together read and write; one rank alone has its part of it.
+        message: seconds for a leader to start and complete one send or receive.
+        memory: bytes per second that the ranks of a node read and write together; a single rank gets its share.
     """
 
     link: float = 25e9
     latency: float = 2e-6
-    message: float = 5e-7  # measured: 0.05 to 0.4 us to begin or to end one that has been made before
+    message: float = 5e-7  # measured: 0.05 to 0.4 us to start or complete a persistent request
     memory: float = 200e9
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model of float32 on so many ranks, each node with as many as the others; the optimizer works element by element.
+    """A float32 model on nodes with equal numbers of ranks; the optimizer works element by element.
 
     Attributes:
-        nodes, ranks: the nodes, and the ranks of each.
-        numel: elements of the flat buffer.
-        slots: its tensors.
+        nodes, ranks: the number of nodes, and of ranks on each node.
+        numel: the elements of the flat buffer.
+        slots: the tensors in the flat buffer.
         plan, comm_dtype: as in the configuration.
-        bucket: bytes that a node sends at a time.
-        state: floats that the optimizer keeps of each parameter.
-        numbers: its hyperparameters, of all groups together; Adam has 11 in one.
+        bucket: the bytes that a node sends at a time.
+        state: the floats that the optimizer keeps for each parameter.
+        numbers: the number of hyperparameters, in all groups together; Adam has 11 in a group.
     """
 
     nodes: int
@@ -64,29 +64,29 @@ class Job:
 
     @classmethod
     def of(cls, nodes: int, ranks: int, size: float, **others: object) -> Job:
-        """One with a model of `size` bytes in a single tensor."""
+        """Return a job with a model of `size` bytes in a single tensor."""
         tensor = torch.empty(max(1, round(size / MODEL.itemsize)), dtype=MODEL, device="meta")
         slots, numel = lay_out([("model", tensor)])
         return cls(nodes, ranks, numel, slots, **others)  # type: ignore[arg-type]
 
     @property
     def size(self) -> int:
-        """All ranks."""
+        """The number of ranks."""
         return self.nodes * self.ranks
 
     @property
     def model(self) -> int:
-        """The model's bytes."""
+        """The bytes of the model."""
         return self.numel * MODEL.itemsize
 
     @property
     def sharded(self) -> bool:
-        """Whether every rank serves a slice: as `mpips.reduce.choice` decides."""
+        """Whether every rank serves a slice, as decided by `mpips.reduce.choice`."""
         return self.size > 1 and (self.plan == "sharded" or (self.plan == "auto" and self.model > SMALL))
 
     @cached_property
     def buckets(self) -> list[list[slice]]:
-        """For each bucket the slice of each rank, node by node: as `mpips.reduce.choice.deal` cuts them."""
+        """For each bucket the slice of each rank, node by node, as cut by `mpips.reduce.choice.deal`."""
         if not self.sharded:
             return [[slice(0, self.numel)] + [slice(self.numel, self.numel)] * (self.size - 1)]
         each = length(self.bucket, self.contents, self.nodes) if self.nodes > 1 else self.numel
@@ -94,12 +94,12 @@ class Job:
 
     @cached_property
     def served(self) -> list[int]:
-        """How many elements each rank serves, node by node."""
+        """The number of elements that each rank serves, node by node."""
         return [sum(span.stop - span.start for span in own) for own in zip(*self.buckets, strict=True)]
 
     @property
     def how(self) -> How:
-        """The way of a round."""
+        """The kind of transport that a round uses."""
         if self.size == 1:
             return "one process"
         if self.nodes == 1:
@@ -108,12 +108,12 @@ class Job:
 
     @property
     def travels(self) -> torch.dtype:
-        """What weights and gradients are between nodes."""
+        """The dtype of weights and gradients between nodes."""
         return torch.bfloat16 if self.comm_dtype == "bfloat16" and self.how == "rooms, sharded" else MODEL
 
     @property
     def contents(self) -> BufferSpec:
-        """What `mpips.reduce.choice` asks of a room, for a model without buffers and a run without further metrics."""
+        """The buffers that `mpips.reduce.choice` asks for, for a model without buffers and without extra metrics."""
         weights = self.numel * MODEL.itemsize
         return BufferSpec(
             numel=self.numel + len(self.slots) + self.size * (len(COLUMNS) + LIMBS * self.numbers),
@@ -131,11 +131,11 @@ class Job:
 
     @property
     def hands(self) -> int:
-        """The ranks of a node that add up and join, as `MultiNodeGroup._by_hand` has it: all but a leader that is not alone."""
+        """The ranks of a node that add and join, as in `MultiNodeGroup._by_hand`: all but the leader, unless it is alone."""
         return max(1, self.ranks - 1)
 
     @property
     def tail(self) -> int:
-        """The bytes of a push message's tail: a row for each rank, and what its optimizer's numbers are."""
+        """The bytes of the push message's tail: a row and the hyperparameters for each rank."""
         contents = self.contents
         return (contents.numel - contents.tail) * MODEL.itemsize

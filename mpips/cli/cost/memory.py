@@ -1,4 +1,4 @@
-"""What lies in memory during a round, beside the activations and what torch keeps for itself."""
+"""The memory that a round needs, besides the activations and torch itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from mpips.cli.cost.job import MODEL, Job
 from mpips.comm import multi_node as rooms
 from mpips.comm import reduce_scatter as sharded
 
-SHARED = ("push messages", "weights", "words", "words", "words", "words", "window", "outbox")  # in the order of `sizes`
+SHARED = (
+    "push messages",
+    "weights",
+    "words",
+    "words",
+    "words",
+    "words",
+    "window",
+    "outbox",
+)  # in the order of the `sizes` functions
 
 
 @dataclass(frozen=True)
@@ -16,8 +25,8 @@ class Item:
     """Something in memory.
 
     Attributes:
-        rank: bytes of the rank that has most of it; of what a node's ranks share, an equal part each.
-        node: bytes of the node that has most of it.
+        rank: its bytes on the rank that has most of it; memory shared by a node's ranks is divided equally.
+        node: its bytes on the node that has most of it.
     """
 
     rank: float
@@ -25,7 +34,7 @@ class Item:
 
 
 def memory(job: Job) -> dict[str, Item]:
-    """All there is in it; what a plan does not have is left out."""
+    """Return all items in memory, without those that the plan does not have."""
     items = _shared(job) if job.size > 1 else _own(job)
     lengths = [MODEL.itemsize * count for count in job.served]
     served = Item(max(lengths), max(sum(lengths[at : at + job.ranks]) for at in range(0, job.size, job.ranks)))
@@ -36,7 +45,7 @@ def memory(job: Job) -> dict[str, Item]:
 
 
 def _shared(job: Job) -> dict[str, Item]:
-    """The parts of a room."""
+    """Return the buffers that the ranks of a node share."""
     contents = job.contents
     parts = contents.sizes(job.ranks)
     if job.nodes > 1:
@@ -45,11 +54,11 @@ def _shared(job: Job) -> dict[str, Item]:
     items = {name: Item(0, 0) for name in SHARED}
     for name, part in zip(SHARED, parts, strict=False):
         items[name] = Item(items[name].rank + part / job.ranks, items[name].node + part)
-    words = items["words"]  # reports, verdict, the tails' sum; and what each rank hears of that
+    words = items["words"]  # reports, decision, the reduced tail; and each rank's copy of that
     return items | {"words": Item(words.rank + job.tail, words.node + job.tail * job.ranks)}
 
 
 def _own(job: Job) -> dict[str, Item]:
-    """Each rank's messages."""
+    """Return each rank's own messages."""
     push, pull = job.model + job.tail, job.contents.pull
     return {"push messages": Item(push, push * job.ranks), "weights": Item(pull, pull * job.ranks)}

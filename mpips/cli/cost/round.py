@@ -1,12 +1,11 @@
 """The seconds of a round, phase by phase.
 
-Between nodes it is followed step by step as in `ReduceScatterGroup._travel`: while some steps travel the next is added up and
-one that has come is joined; whoever is done first waits. A link carries steps one after the other; nothing but the last byte
-waits for the latency. Within a node all ranks that work do so at once, each as fast as its part of the memory is. What stays
-in a core's cache is free.
+Between nodes the round is followed step by step as in `ReduceScatterGroup._travel`: while some steps travel, the ranks add the
+next one and join one that has arrived; whichever finishes first waits. A link carries steps one after another; only the last
+byte pays the latency. Within a node all ranks work at the same time, each with its share of the memory bandwidth. Data in a
+core's cache is free.
 
-Not in it: barriers of a node's ranks (some us each), what the network's card takes of the memory, other traffic on the links,
-ranks that come late.
+Not included: barriers within a node (some us each), the network card's memory traffic, other traffic on the links, late ranks.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ PARTS = ("network", "memory", "latency", "posting", "step")
 
 @dataclass(frozen=True)
 class Phase:
-    """What a phase takes by itself, in seconds.
+    """What a phase takes without overlap, in seconds.
 
     Attributes:
         network: bytes on the busiest link.
-        memory: reading and writing.
+        memory: reading and writing memory.
         latency: of messages.
-        posting: by which a leader begins to send and to receive.
+        posting: a leader's starting of sends and receives.
         step: the optimizer's reading and writing.
     """
 
@@ -43,23 +42,23 @@ class Phase:
 
     @property
     def seconds(self) -> float:
-        """All of it, one after the other."""
+        """The sum of all parts."""
         return self.network + self.memory + self.latency + self.posting + self.step
 
 
 @dataclass(frozen=True)
 class Round:
-    """A round.
+    """The prediction for a round.
 
     Attributes:
-        phases: what each takes by itself.
-        seconds: of the round, in which some overlap.
-        push, pull: of that, from the first slice that is sent until the last is there, and joined.
-        sent: bytes that the busiest node sends, and takes.
-        messages: that a node posts, sends and receives, slices alone.
-        at_once: the most of them that are posted before one is waited for.
-        bound: the least seconds in which so many bytes can travel; 0 where nothing does.
-        star, reduce: seconds on the network of one server that everybody sends to, and of the best Reduce and Bcast.
+        phases: what each phase takes without overlap.
+        seconds: the time of the round, in which phases overlap.
+        push, pull: the part of it from the first slice that is sent until the last has arrived and been joined.
+        sent: the bytes that the busiest node sends, which equal those that it receives.
+        messages: the sends and receives that a node posts for slices.
+        at_once: the largest number of these that are posted at the same time.
+        bound: the least seconds in which these bytes can travel; 0 if nothing travels.
+        star, reduce: the seconds on the network for one server that all send to, and for the best Reduce and Bcast.
     """
 
     phases: dict[str, Phase]
@@ -75,22 +74,22 @@ class Round:
 
     @property
     def bottleneck(self) -> str:
-        """What most of the phases' own seconds go to."""
+        """The part of the machine on which the phases spend the most time."""
         return max(PARTS, key=self.spent)
 
     def spent(self, part: str) -> float:
-        """The seconds of all phases that go to one part of the machine."""
+        """Return the seconds that all phases spend on one part of the machine."""
         return float(sum(getattr(phase, part) for phase in self.phases.values()))
 
 
 @dataclass
 class Travel:
-    """Steps that travel one after the other; times of the busiest node, in seconds.
+    """Steps that travel one after another; times of the busiest node, in seconds.
 
     Attributes:
-        before, after: work on the step, on this side and on the other; 0 everywhere where there is none.
-        posting: until all its messages are posted.
-        bytes: on the link.
+        before, after: the work on the step before it is sent, and after it has arrived.
+        posting: the time to post all its messages.
+        bytes: the time on the link.
     """
 
     before: list[float] = field(default_factory=list)
@@ -99,12 +98,15 @@ class Travel:
     after: list[float] = field(default_factory=list)
 
     def add(self, before: float, posting: float, bytes: float, after: float) -> None:
-        """One more step."""
+        """Add a step."""
         for values, value in zip(vars(self).values(), (before, posting, bytes, after), strict=True):
             values.append(value)
 
     def pipelined(self, latency: float, flight: int = FLIGHT) -> float:
-        """Until the last step is joined: as in `ReduceScatterGroup._travel`, so many are under way while one is waited for."""
+        """Return the time until the last step is joined, with up to `flight` further steps under way while one is awaited.
+
+        This follows `ReduceScatterGroup._travel`.
+        """
         now = free = 0.0
         there: list[float] = []
         for number in range(len(self.bytes) + flight):
@@ -118,7 +120,7 @@ class Travel:
         return now
 
     def together(self, latency: float) -> float:
-        """All are posted, then waited for."""
+        """Return the time if all steps are posted first, and then awaited."""
         now = free = 0.0
         for posting, bytes in zip(self.posting, self.bytes, strict=True):
             free = max(free, now) + bytes
@@ -127,14 +129,14 @@ class Travel:
 
 
 def predict(job: Job, machine: Machine) -> Round:
-    """One round of it."""
+    """Return the prediction for a round of the job on the machine."""
     if job.how == "rooms, sharded":
         return _sharded(job, machine, schedule(job))
     return _root(job, machine) if job.how == "rooms, root" else _one_node(job, machine)
 
 
 def _one_node(job: Job, machine: Machine) -> Round:
-    """In shared memory, or in one process: nothing is sent."""
+    """Predict a round in shared memory or in one process, where nothing is sent."""
     adding = job.model * _passes(job.ranks) / (machine.memory if job.sharded else _alone(job, machine))
     phases = {"adding up": Phase(memory=adding)} if job.size > 1 else {}
     phases["step"] = Phase(step=_step(job, machine))
@@ -142,11 +144,15 @@ def _one_node(job: Job, machine: Machine) -> Round:
 
 
 def _root(job: Job, machine: Machine) -> Round:
-    """Reduce and Bcast of the leaders by the best algorithms there are: the server's link carries three parts of four."""
+    """Predict a round with a Reduce and a Bcast of the leaders by optimal algorithms.
+
+    Such a Reduce is a reduce-scatter and a gather, such a Bcast a scatter and an allgather. The server's link carries data in
+    three of these four.
+    """
     link, depth, share = machine.link, math.ceil(math.log2(job.nodes)), (job.nodes - 1) / job.nodes
     buckets = len(list(pieces(job.model, 1, min(job.bucket, BUCKET))))
     speed = machine.memory * job.hands / job.ranks if buckets > 1 else _alone(job, machine)
-    calls = buckets + (buckets > 1)  # one bucket takes the tail along
+    calls = buckets + (buckets > 1)  # a single bucket includes the tail
     phases = {
         "adding up": Phase(memory=(job.model * _passes(job.ranks)) / speed),
         "reduce": Phase(network=2 * share * (job.model + job.tail) / link, latency=2 * depth * machine.latency * calls),
@@ -158,7 +164,7 @@ def _root(job: Job, machine: Machine) -> Round:
 
 
 def _sharded(job: Job, machine: Machine, plan: Schedule) -> Round:
-    """Slices between the leaders of several nodes."""
+    """Predict a round with a reduce-scatter and an allgather between the leaders of several nodes."""
     push, pull = _push(job, machine, plan), _pull(job, machine, plan)
     rounded = job.travels != MODEL
     pushing = push.pipelined(machine.latency)
@@ -204,7 +210,7 @@ def _sharded(job: Job, machine: Machine, plan: Schedule) -> Round:
 
 
 def _push(job: Job, machine: Machine, plan: Schedule) -> Travel:
-    """Added up, sent, joined with what comes."""
+    """Return the steps of the push: slices are added, sent, and joined with those that arrive."""
     travel, speed = Travel(), machine.memory * job.hands / job.ranks
     for step in plan.pushed:
         part = plan.parts[step]
@@ -217,11 +223,13 @@ def _push(job: Job, machine: Machine, plan: Schedule) -> Travel:
 
 
 def _pull(job: Job, machine: Machine, plan: Schedule) -> Travel:
-    """Stepped, sent; if it is changes that are sent, they are made and followed."""
+    """Return the steps of the pull: stepped slices are sent. With a rounded dtype, changes are computed, sent and applied."""
     travel, rounded, speed = Travel(), job.travels != MODEL, machine.memory * job.hands / job.ranks
     for step in range(len(plan.parts)):
         sums = plan.sums(step)
-        made = max(plan.widest[step]) * (3 * MODEL.itemsize + plan.itemsize)  # from masters and weights, to weights and outbox
+        made = max(plan.widest[step]) * (
+            3 * MODEL.itemsize + plan.itemsize
+        )  # reads masters and weights, writes weights and outbox
         others = max(theirs for theirs, _, _ in sums) // plan.itemsize
         followed = others * (2 * MODEL.itemsize + plan.itemsize)
         travel.add(
@@ -234,45 +242,46 @@ def _pull(job: Job, machine: Machine, plan: Schedule) -> Travel:
 
 
 def _posting(machine: Machine, sums: Sequence[tuple[int, int, int]]) -> float:
+    """Return the seconds to post the messages of a step."""
     return max(count for _, _, count in sums) * machine.message
 
 
 def _bytes(machine: Machine, sums: Sequence[tuple[int, int, int]]) -> float:
-    """On the busiest link, in the direction that has more."""
+    """Return the seconds of a step on the busiest link, in its busier direction."""
     return max(max(theirs, mine) for theirs, mine, _ in sums) / machine.link
 
 
 def _tails(job: Job, machine: Machine) -> Phase:
-    """Added by the leader, then by all leaders in an Allreduce."""
-    share, depth = (job.nodes - 1) / job.nodes, math.ceil(math.log2(job.nodes))  # of the best algorithms
+    """Predict the reduction of the tails: first by each leader, then by an Allreduce of the leaders."""
+    share, depth = (job.nodes - 1) / job.nodes, math.ceil(math.log2(job.nodes))  # of optimal algorithms
     read = job.ranks * job.tail / _alone(job, machine)
     return Phase(network=2 * share * job.tail / machine.link, memory=read, latency=2 * depth * machine.latency)
 
 
 def _words(job: Job, machine: Machine, numbers: int) -> Phase:
-    """Two collective calls of the leaders, of so many bytes: a Reduce and a Bcast, or two of the latter."""
+    """Predict two collective calls of the leaders with this many bytes: a Reduce and a Bcast, or two Bcasts."""
     depth = math.ceil(math.log2(job.nodes))
     return Phase(network=2 * (job.nodes - 1) / job.nodes * numbers / machine.link, latency=2 * depth * machine.latency)
 
 
 def _step(job: Job, machine: Machine) -> float:
-    """The rank with the longest slice reads gradients, reads and writes weights and the optimizer's state."""
+    """Return the seconds of the optimizer on the longest slice: gradients are read, weights and state read and written."""
     longest = max(job.served)
     return float(longest) * MODEL.itemsize * (3 + 2 * job.state) / _alone(job, machine)
 
 
 def _alone(job: Job, machine: Machine) -> float:
-    """Bytes a second of one rank."""
+    """Return the memory bandwidth of one rank, in bytes per second."""
     return machine.memory / job.ranks
 
 
 def _passes(ranks: int) -> int:
-    """How often a node's memory is passed over to add up: each row is read; one is written, too, if there are several."""
+    """Return how many passes over memory a sum takes: every row is read, and one is written if there are several."""
     return ranks + (ranks > 1)
 
 
 def _compared(job: Job, machine: Machine, found: Round) -> Round:
-    """With the bound for N nodes, and with what needs one server."""
+    """Return the prediction with the lower bound for N nodes, and the times of designs with one server."""
     model, wire = job.model, job.numel * job.travels.itemsize
     share, depth = (job.nodes - 1) / job.nodes, math.log2(job.size)
     return replace(

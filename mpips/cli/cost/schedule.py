@@ -1,8 +1,8 @@
-"""Who sends how many bytes to whom in which step, as `mpips.comm.reduce_scatter.ReduceScatterGroup` would.
+"""The schedule: which node sends how many bytes to which other node in which step, as in `ReduceScatterGroup`.
 
-In a step of the push every node sends each other that part of the other's slice that the step is about; in a step of the pull
-it sends all others that part of its own. So a number for each node says all of a step, and nodes with slices of the same
-length have the same number: there are few kinds of nodes, however many nodes there are.
+In a step of the push, every node sends each other node the step's part of the other's slice. In a step of the pull, it sends
+all others the step's part of its own slice. So one number per node describes a step. Nodes with slices of equal length have
+equal numbers: there are few kinds of nodes, however many nodes there are.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from mpips.comm.reduce_scatter import length
 from mpips.model.layout import steps
 
 Way = Literal["push", "pull"]
-Messages = list[tuple[int, int]]  # a node, and the bytes that go there or come from there
+Messages = list[tuple[int, int]]  # a node, and the bytes sent to it or received from it
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """All that the leaders of several nodes send each other in a round.
+    """All messages between the leaders of several nodes in a round.
 
     Attributes:
-        kinds: of each node.
-        counts: how many nodes are of each kind.
-        parts: for each step of the pull the bytes, on the wire, of what it is about in the slice of a node of each kind.
-        pushed: the steps in the order of the push.
-        widest: the same, but of what a single rank of the node has to do with, in elements; that which has most.
-        itemsize: bytes of an element on the wire.
+        kinds: the kind of each node.
+        counts: the number of nodes of each kind.
+        parts: for each step of the pull and each kind of node, the bytes on the wire of the step's part of such a node's slice.
+        pushed: the indices of the steps in the order of the push.
+        widest: for each step and kind, the largest number of elements of the part that a single rank handles.
+        itemsize: the bytes of an element on the wire.
     """
 
     kinds: Sequence[int]
@@ -43,11 +43,11 @@ class Schedule:
 
     @property
     def nodes(self) -> int:
-        """How many."""
+        """The number of nodes."""
         return len(self.kinds)
 
     def messages(self, way: Way, step: int, node: int) -> tuple[Messages, Messages]:
-        """What a node sends, and what it takes, each in the order in which it is posted; nothing is posted that is empty."""
+        """Return what a node sends and what it receives in a step, each in posting order, without empty messages."""
         part = self.parts[self.pushed[step] if way == "push" else step]
         own = part[self.kinds[node]]
         theirs = [(n, part[kind]) for n, kind in enumerate(self.kinds) if n != node and part[kind]]
@@ -55,7 +55,11 @@ class Schedule:
         return (theirs, mine) if way == "push" else (mine, theirs)
 
     def sums(self, step: int) -> list[tuple[int, int, int]]:
-        """For each kind of node: the bytes of the other nodes' parts, its own once for each of them, and how many messages."""
+        """Return three numbers for each kind of node in a step of the pull.
+
+        They are the bytes of all other nodes' parts, the bytes of its own part times the number of other nodes, and the number
+        of messages.
+        """
         part = self.parts[step]
         whole = sum(count * each for count, each in zip(self.counts, part, strict=True))
         full = sum(count for count, each in zip(self.counts, part, strict=True) if each)
@@ -63,13 +67,13 @@ class Schedule:
         return [(whole - own, others * own, full - 1 + others if own else full) for own in part]
 
     def sent(self) -> list[int]:
-        """The bytes that a node of each kind sends in a round."""
+        """Return the bytes that a node of each kind sends in a round."""
         totals = [self.sums(step) for step in range(len(self.parts))]
         return [sum(theirs + mine for theirs, mine, _ in (kinds[kind] for kinds in totals)) for kind in range(len(self.counts))]
 
 
 def schedule(job: Job) -> Schedule:
-    """A round's, between the nodes of `job`, which are several."""
+    """Return the schedule of a round between the nodes of `job`, which has several."""
     contents, dealt, counted = job.contents, job.buckets, [job.ranks] * job.nodes
     by_bucket = [steps(bucket, counted, length(job.bucket, contents, job.nodes)) for bucket in dealt]
     planned = [(number, step) for number, of_bucket in enumerate(by_bucket) for step in of_bucket]
@@ -92,5 +96,5 @@ def schedule(job: Job) -> Schedule:
 
 
 def _widest(part: slice, ranks: Sequence[slice]) -> int:
-    """The most elements of a part that one rank serves."""
+    """Return the largest number of elements of a part that one rank serves."""
     return max(0, *(int(min(part.stop, own.stop) - max(part.start, own.start)) for own in ranks))

@@ -1,4 +1,4 @@
-"""The prediction as text, and as one object."""
+"""The prediction as text, and as a JSON object."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpips.cli.cost.round import PARTS, Round
 
 
 def facts(job: Job, machine: Machine, found: Round) -> dict[str, Any]:
-    """All figures: bytes and seconds."""
+    """Return all figures, in bytes and seconds."""
     return {
         "nodes": job.nodes,
         "ranks_per_node": job.ranks,
@@ -28,7 +28,7 @@ def facts(job: Job, machine: Machine, found: Round) -> dict[str, Any]:
 
 
 def table(job: Job, machine: Machine, found: Round) -> str:
-    """What is planned, memory, traffic, phases, and how that compares."""
+    """Return the prediction as text: job, memory, phases, traffic, and comparisons."""
     lines = [f"mpips plan: {heading(job, machine)}", ""]
     lines += [*remembered(memory(job)), "", *phased(found), ""]
     lines += [f"{name:<17}{text}" for name, text in summary(found)]
@@ -36,7 +36,7 @@ def table(job: Job, machine: Machine, found: Round) -> str:
 
 
 def heading(job: Job, machine: Machine) -> str:
-    """The job and the machine."""
+    """Return the job and the machine as text."""
     nodes = f"{job.nodes:,} node{'s' * (job.nodes > 1)} of {job.ranks:,} rank{'s' * (job.ranks > 1)}"
     wire = str(job.travels).removeprefix("torch.")
     between = f", {wire} on links of {8e-9 * machine.link:g} Gbit/s, {1e6 * machine.latency:g} us" if job.nodes > 1 else ""
@@ -44,7 +44,7 @@ def heading(job: Job, machine: Machine) -> str:
 
 
 def remembered(items: dict[str, Item]) -> Iterator[str]:
-    """One line for each part of the memory."""
+    """Yield one line for each item in memory."""
     yield f"{'memory':<17}{'a rank':>12}{'a node':>12}"
     for name, item in items.items():
         yield f"{name:<17}{size(item.rank):>12}{size(item.node):>12}"
@@ -52,7 +52,7 @@ def remembered(items: dict[str, Item]) -> Iterator[str]:
 
 
 def phased(found: Round) -> Iterator[str]:
-    """One line for each phase, then the round."""
+    """Yield one line for each phase, then one for the round."""
     shown = [part for part in PARTS if found.spent(part)]
     yield f"{'phase':<17}{'by itself':>12}" + "".join(f"{part:>12}" for part in shown)
     for name, phase in found.phases.items():
@@ -64,7 +64,7 @@ def phased(found: Round) -> Iterator[str]:
 
 
 def summary(found: Round) -> Iterator[tuple[str, str]]:
-    """What follows from it."""
+    """Yield the conclusions, as names and texts."""
     alone = sum(phase.seconds for phase in found.phases.values())
     yield "bottleneck", f"{found.bottleneck}, {took(found.spent(found.bottleneck))} of {took(alone)}"
     if not found.bound:
@@ -83,12 +83,12 @@ def summary(found: Round) -> Iterator[tuple[str, str]]:
 
 
 def ratio(times: float) -> str:
-    """`1.03 times`."""
+    """Return a ratio such as `1.03 times`."""
     return f"{times:,.2f} times" if times < 100 else f"{times:,.0f} times"
 
 
 def size(count: float) -> str:
-    """Bytes, with their unit: 10^3, 10^6 ..."""
+    """Return bytes with their unit: 10^3, 10^6 ..."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= unit:
             return f"{count / unit:,.4g} {name}"
@@ -96,7 +96,7 @@ def size(count: float) -> str:
 
 
 def took(seconds: float) -> str:
-    """A time, with its unit."""
+    """Return a time with its unit."""
     for unit, name in ((3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms")):
         if seconds >= unit:
             return f"{seconds / unit:,.4g} {name}"

@@ -1,11 +1,11 @@
-"""Starts the ranks with the MPI that belongs to this Python, watches them, and leaves nothing behind.
+"""The launcher: starts the ranks with the MPI that belongs to this Python, watches them, and leaves no process behind.
 
-command  what to run: mpiexec, its environment, the printed line
-foresee  what is wrong with its settings, before a rank is started
-job      running it: output, signals, time limits, exit status
-ranks    which of their processes ended first
-watch    what the run says about itself: run folder, DONE, failures
-keeper   ending every process of a run, also when the launcher is killed
+command  the command to run: mpiexec, its environment, the printed line
+foresee  errors in the settings, found before a rank is started
+job      running the command: output, signals, time limits, exit status
+ranks    which rank's process ended first
+watch    what the run reports: run folder, DONE, failures
+keeper   ending every process of a run, even if the launcher is killed
 """
 
 from mpips.cli.launch.command import Plan, plan

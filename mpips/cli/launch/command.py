@@ -1,6 +1,6 @@
 """The command that starts the ranks with the MPI that belongs to this Python.
 
-Invariant: a variable of others is set only where the user has not set it, and what is printed is what is run.
+Invariant: a variable is set only if the user has not set it, and the printed command is the command that runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HOST_FLAGS = {
     "-machinefile",
     "-f",
 }
-NODE_FILES = ("PBS_NODEFILE", "LSB_DJOB_HOSTFILE")  # a line for each slot: its node's name
+NODE_FILES = ("PBS_NODEFILE", "LSB_DJOB_HOSTFILE")  # files with one line for each slot, the name of its node
 BIND = {4: "OMPI_MCA_hwloc_base_binding_policy", 5: "PRTE_MCA_hwloc_default_binding_policy"}
 SESSIONS = {4: "OMPI_MCA_orte_tmpdir_base", 5: "PRTE_MCA_prte_tmpdir_base"}
 CROWD = {
@@ -41,7 +41,7 @@ CROWD = {
 
 @dataclass(frozen=True)
 class Plan:
-    """One command, and the variables set for it because the user has not set them."""
+    """A command, and the environment variables set for it because the user has not set them."""
 
     command: tuple[str, ...]
     variables: Mapping[str, str]
@@ -62,23 +62,36 @@ def plan(
     environ: Mapping[str, str] = os.environ,
     mpiexec: Mpiexec | None = None,
 ) -> Plan:
-    """The command that starts `size` ranks of `script` (a file and its flags), with mpips' `settings` above all others."""
+    """Return the command that starts `size` ranks of a script.
+
+    Args:
+        size: the number of ranks.
+        script: a file and its flags.
+        mpi_args: further flags for mpiexec.
+        timeout: seconds after which mpiexec ends the run.
+        settings: settings of mpips that override all others.
+        environ: the environment.
+        mpiexec: the mpiexec; by default the one that belongs to this Python.
+    """
     mpiexec = mpiexec or find_mpiexec()
     here = None if HOST_FLAGS & {argument.split("=")[0] for argument in mpi_args} else _nodes(environ)
-    wanted = {"PYTHONUNBUFFERED": "1", **_variables(mpiexec, size, here, environ)}  # MPICH's ranks write to pipes
+    wanted = {"PYTHONUNBUFFERED": "1", **_variables(mpiexec, size, here, environ)}  # ranks of MPICH write to pipes
     chosen = {name: value for name, value in wanted.items() if name not in environ}
     if timeout is not None:
-        chosen["MPIEXEC_TIMEOUT"] = str(timeout)  # the one watchdog that all mpiexecs know
+        chosen["MPIEXEC_TIMEOUT"] = str(timeout)  # the only time limit that all mpiexecs know
     if settings:
         chosen[SET] = json.dumps(settings)
-        if mpiexec.family == "Open MPI":  # it hands only its own variables to ranks on other nodes
+        if mpiexec.family == "Open MPI":  # it passes only its own variables to other nodes
             mpi_args = ("-x", SET, *mpi_args)
     command = (mpiexec.path, "-n", str(size), *mpi_args, sys.executable, *script)
     return Plan(command, chosen, size, _crowded(size, here))
 
 
 def _variables(mpiexec: Mpiexec, size: int, nodes: int | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """What lets a newcomer's machine run it: root, few cores, torch's threads. `nodes` is None when it is not known."""
+    """Return variables that let an unprepared machine run it: as root, on few cores, with torch's threads.
+
+    `nodes` is None if the number of nodes is unknown.
+    """
     wanted: dict[str, str] = {}
     if nodes:
         wanted["OMP_NUM_THREADS"] = str(max(1, nodes * cores() // size))
@@ -89,17 +102,17 @@ def _variables(mpiexec: Mpiexec, size: int, nodes: int | None, environ: Mapping[
         wanted |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     wanted |= home()
     given, usable = environ.get("TMPDIR"), tempfile.gettempdir()
-    if given and os.path.abspath(given) != usable:  # read-only or full: there Open MPI could not begin
+    if given and os.path.abspath(given) != usable:  # TMPDIR is read-only or full: Open MPI could not start there
         wanted[SESSIONS[series]] = usable
-    wanted[BIND[series]] = "none"  # by default a rank with all its torch threads is bound to one core
+    wanted[BIND[series]] = "none"  # the default binds a rank with all its torch threads to one core
     if nodes and size > nodes * physical_cores():
         wanted |= CROWD[series]
-        wanted["OMPI_MCA_mpi_yield_when_idle"] = "1"  # else waiting ranks burn the cores that others compute on
+        wanted["OMPI_MCA_mpi_yield_when_idle"] = "1"  # else waiting ranks take the cores from those that compute
     return wanted
 
 
 def _nodes(environ: Mapping[str, str]) -> int:
-    """Nodes of the allocation, this machine when there is none."""
+    """Return the number of nodes of the allocation; 1, this machine, if there is none."""
     for name in NODE_FILES:
         with suppress(KeyError, OSError):
             return max(1, len(set(Path(environ[name]).read_text().split())))
@@ -108,6 +121,7 @@ def _nodes(environ: Mapping[str, str]) -> int:
 
 
 def _crowded(size: int, nodes: int | None) -> tuple[str, ...]:
+    """Return a warning if there are more ranks than cores."""
     if nodes and size > nodes * cores():
         return (f"{size} ranks on {nodes * cores()} cores: it runs, but the ranks take turns",)
     return ()

@@ -1,4 +1,4 @@
-"""What the launcher can say of a run's settings before it starts a rank: in a moment, and once instead of by each rank."""
+"""Errors in a run's settings that the launcher can find before it starts a rank: at once, and reported once."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from mpips.cli.launch.command import HOST_FLAGS
 from mpips.config import ConfigError, check_names, check_resume, check_run_dir, foreseen, whence
 
 FOLDER_FLAGS = {"-wdir", "--wdir", "-wd"}
-ELSEWHERE = (  # variables of those who have given us machines, or name their file
+ELSEWHERE = (  # variables of batch systems, and of files that list hosts: ranks may be on other machines
     *("SLURM_JOB_ID", "PBS_JOBID", "PBS_NODEFILE", "LSB_JOBID", "FLUX_URI", "PE_HOSTFILE", "COBALT_JOBID", "HYDRA_HOST_FILE"),
     *("PRTE_MCA_prte_default_hostfile", "OMPI_MCA_orte_default_hostfile"),
 )
 
 
 def foresee(settings: Mapping[str, str], script: Sequence[str], mpi_args: Sequence[str]) -> None:
-    """Look at what the ranks will be told.
+    """Check what the ranks will be told.
 
-    What the script says to `connect` or takes through its own parser, what a rule's module holds and how settings go together
-    the ranks see. Paths are looked at where rank 0 will be on this machine, in this folder.
+    Only the ranks can check what the script passes to `connect` or takes through its own parser, what a rule's module contains,
+    and whether settings go together. Paths are checked only if rank 0 will be on this machine and in this folder.
 
     Args:
-        settings: what was given to `--set`.
+        settings: the values of `--set`.
         script: a file and its flags.
         mpi_args: further flags for mpiexec.
 

@@ -1,6 +1,7 @@
-"""One run from mpiexec's start to its last process.
+"""One run, from the start of mpiexec to the end of its last process.
 
-Invariant: whatever ends a run (itself, a signal, a time limit, our own error), none of its processes is left.
+Invariant: whatever ends a run (the run itself, a signal, a time limit, an error of the launcher), none of its processes is
+left.
 """
 
 from __future__ import annotations
@@ -26,11 +27,15 @@ from mpips.cli.screen import Progress, View
 from mpips.config import BAD_CONFIGURATION
 from mpips.process import lifecycle as process
 
-TICK = 0.1  # seconds between two looks at the run
-AFTER_DONE = 10.0  # seconds that mpiexec may take to end once all programs have; Open MPI sometimes never does (ULFM)
-DIED = 128  # statuses from here on are signals
+TICK = 0.1  # seconds between two checks of the run
+AFTER_DONE = 10.0  # seconds for mpiexec to end after all programs have; Open MPI sometimes never does (ULFM)
+DIED = 128  # statuses from here on stand for signals
 AFTER_EXIT = 1.0  # seconds to wait for the last output once mpiexec has ended
-GRACE = {signal.SIGINT: 10.0, signal.SIGTERM: 30.0, signal.SIGHUP: 30.0}  # seconds for a checkpoint before all is ended
+GRACE = {
+    signal.SIGINT: 10.0,
+    signal.SIGTERM: 30.0,
+    signal.SIGHUP: 30.0,
+}  # seconds for a checkpoint before all processes are killed
 FORWARDED = (*GRACE, signal.SIGUSR1)
 PREEMPTED = 75
 TIMEOUT = "by --timeout"
@@ -39,7 +44,7 @@ AFTER_END = "after DONE"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended; the fields are those of `mpips run --json`."""
+    """How a run ended. The fields are those of `mpips run --json`."""
 
     exit: int
     run_dir: str | None
@@ -53,15 +58,15 @@ class Outcome:
 
 @dataclass
 class Job:
-    """A running mpiexec: what to read from it, what was asked of it, and when patience ends."""
+    """A running mpiexec: its output, the signals received for it, and the deadlines."""
 
     process: subprocess.Popen[bytes]
     folder: Path
-    limit: float  # when --timeout is over; mpiexec itself watches it, we only where it does not
-    asked: deque[int] = field(default_factory=deque)  # signals that have come and are not yet forwarded
-    preempted: bool = False  # SIGUSR1 has come, and waits for the run to begin
-    ended_by: str = ""  # why the launcher ended it; "" while it runs or ended by itself
-    ended_at: float = float("inf")  # by the wall clock, as in the ranks' failure reports
+    limit: float  # when --timeout expires; mpiexec enforces it, and the launcher if mpiexec does not
+    asked: deque[int] = field(default_factory=deque)  # signals received and not yet forwarded
+    preempted: bool = False  # whether a SIGUSR1 waits for the run to begin
+    ended_by: str = ""  # why the launcher ended the run; "" if it has not
+    ended_at: float = float("inf")  # wall clock, as in the ranks' failure reports
     kill_at: float = float("inf")
     done_at: float = float("inf")
     exited_at: float = float("inf")
@@ -74,7 +79,7 @@ class Job:
             self.selector.register(file, selectors.EVENT_READ, stream)
 
     def read(self) -> Iterator[tuple[int, bytes]]:
-        """(stream, bytes) that came within a tick."""
+        """Yield (stream, bytes) for the output that comes within a tick."""
         self.ranks.look()
         if not self.selector.get_map():
             time.sleep(TICK)
@@ -89,19 +94,18 @@ class Job:
                 self.selector.unregister(key.fileobj)
 
     def over(self) -> bool:
-        """Whether mpiexec has ended and nothing more is to be read."""
+        """Return whether mpiexec has ended and no more output will come."""
         if self.process.poll() is None:
             return False
         self.exited_at = min(self.exited_at, time.monotonic())
-        if self.exited_at > self.limit:  # whatever mpiexec's status: MPICH's may be 0
+        if self.exited_at > self.limit:  # whatever mpiexec's status, which may be 0 with MPICH
             self.ended_by = self.ended_by or TIMEOUT
         return not self.selector.get_map() or time.monotonic() > self.exited_at + AFTER_EXIT
 
     def forward(self, view: View, begun: bool) -> None:
-        """Pass signals on to mpiexec, which passes them to the ranks; a second wish to stop ends them now.
+        """Forward signals to mpiexec, which forwards them to the ranks. A second request to stop kills the ranks.
 
-        Args:
-            begun: whether all ranks have come so far that SIGUSR1 does not kill them, but ends them with a checkpoint.
+        `begun` says whether all ranks are so far that SIGUSR1 ends them with a checkpoint instead of killing them.
         """
         while self.asked:
             number = signal.Signals(self.asked.popleft())
@@ -121,7 +125,7 @@ class Job:
             self._signal(signal.SIGUSR1)
 
     def mind(self, done: bool) -> None:
-        """Look at the clock: a hang after DONE, the run's own time limit, patience after a signal."""
+        """Enforce the deadlines: a hang after DONE, the run's time limit, the grace after a signal."""
         now = time.monotonic()
         self.done_at = min(self.done_at, now) if done else float("inf")
         if not self.ended_by and now > self.done_at + AFTER_DONE:
@@ -133,17 +137,19 @@ class Job:
             self._signal(signal.SIGKILL)
 
     def _end(self, why: str) -> None:
+        """End the run by SIGTERM, and later by SIGKILL."""
         self.kill_at = time.monotonic() + AFTER_TERM
         self.ended_by, self.ended_at = why, time.time()
         self._signal(signal.SIGTERM)
 
     def _signal(self, number: signal.Signals) -> None:
+        """Send mpiexec a signal, if it is running."""
         if self.process.poll() is None:
             self.process.send_signal(number)
 
 
 def run(plan: Plan, view: View, *, timeout: float | None = None) -> Outcome:
-    """Run the plan to its end; whatever happens to it or to us, no process of it is left."""
+    """Run the plan to its end. Whatever happens to the run or to the launcher, no process of the run is left."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mpips-") as name:
         folder = Path(name)
@@ -153,7 +159,7 @@ def run(plan: Plan, view: View, *, timeout: float | None = None) -> Outcome:
         reports = watch.failures(until=job.ended_at)
         failure = first_failure(reports, stderr, watch.fault(), job.ranks.first(until=job.ended_at))
         status = exit_status(job, watch, reports, died=stderr.signal is not None)
-        if status not in (0, PREEMPTED, BAD_CONFIGURATION):  # whose one line has been said
+        if status not in (0, PREEMPTED, BAD_CONFIGURATION):  # a bad setting's line has been printed
             explain(view, job, watch.run_dir(), failure)
         if status == 0 and watch.run_dir():
             view.tell(f"run folder {watch.run_dir()}")
@@ -174,7 +180,7 @@ def run(plan: Plan, view: View, *, timeout: float | None = None) -> Outcome:
 
 @contextmanager
 def started(plan: Plan, folder: Path, timeout: float | None) -> Iterator[Job]:
-    """The running job, its signals forwarded; at the end of the block everything of it that still runs is ended."""
+    """Start the job and forward signals to it; at the end of the context, kill whatever is left of it."""
     environ = {**os.environ, **plan.variables, FOLDER: str(folder)}
     asked: deque[int] = deque([signal.SIGUSR1] if process.preempted() else [])
 
@@ -183,8 +189,8 @@ def started(plan: Plan, folder: Path, timeout: float | None) -> Iterator[Job]:
 
     before = {number: signal.signal(number, ask) for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN}
     try:
-        # A terminal's own Ctrl-C reaches only us (new session). What is on our stdin is for whoever started us: a shell's
-        # `while read` loop, a keyboard.
+        # In a session of its own, so that a terminal's Ctrl-C reaches the launcher only. Stdin belongs to the launcher's
+        # caller: a shell's `while read` loop, a keyboard.
         with subprocess.Popen(
             plan.command,
             env=environ,
@@ -207,11 +213,11 @@ def started(plan: Plan, folder: Path, timeout: float | None) -> Iterator[Job]:
 
 
 def follow(job: Job, watch: Watch, view: View, progress: Progress, stderr: Stderr) -> None:
-    """The launcher's loop: output, signals, events, clocks."""
+    """Follow the job until it is over: output, signals, events, deadlines."""
     while not job.over():
         for stream, data in job.read():
             view.write(stream, data)
-            if not job.ended_by:  # what the ranks say as we end them is no failure
+            if not job.ended_by:  # output of ranks that are being ended is no failure
                 (stderr.feed if stream == 2 else stderr.hear)(data)
         take(watch, view, progress)
         job.forward(view, begun="start" in progress.latest)
@@ -222,7 +228,7 @@ def follow(job: Job, watch: Watch, view: View, progress: Progress, stderr: Stder
 
 
 def take(watch: Watch, view: View, progress: Progress) -> None:
-    """Take the new events in."""
+    """Read the new events."""
     while events := watch.events():
         for event in events:
             progress.update(event)
@@ -230,13 +236,15 @@ def take(watch: Watch, view: View, progress: Progress) -> None:
 
 
 def exit_status(job: Job, watch: Watch, reports: list[dict[str, object]], *, died: bool) -> int:
-    """0, 1, 2, 75, or the status that the script has ended with after its run.
+    """Return 0, 1, 2, 75, or the status with which the script has ended after its run.
 
-    DONE says that the run is complete. Of what comes after it DONE excuses MPI's own finalisation alone, which may die or hang.
+    DONE means that the run is complete. After DONE, only a crash or hang in MPI's finalisation is ignored.
 
     Args:
-        reports: the ranks' own, of failures.
-        died: whether a rank was ended by a signal; of which MPICH's mpiexec makes a status like any other.
+        job: the job that is over.
+        watch: the run's files.
+        reports: the ranks' failure reports.
+        died: whether a rank was ended by a signal, which MPICH's mpiexec reports as an ordinary status.
     """
     code = job.process.returncode
     died = died or code >= DIED
@@ -251,7 +259,7 @@ def exit_status(job: Job, watch: Watch, reports: list[dict[str, object]], *, die
 
 
 def explain(view: View, job: Job, run_dir: Path | None, failure: Failure) -> None:
-    """The last words on a failed run; the first failing rank's traceback at the very end."""
+    """Print why a run failed, with the first failing rank's traceback at the end."""
     code = job.process.returncode
     if job.ended_by:
         view.tell(f"the run was ended {job.ended_by}")
@@ -264,7 +272,7 @@ def explain(view: View, job: Job, run_dir: Path | None, failure: Failure) -> Non
 
 
 def blame(run_dir: Path | None, failure: Failure) -> str:
-    """The first failing rank, its log, and its traceback as it was."""
+    """Return a text with the first failing rank, its log and its traceback."""
     line = "one rank failed first" if failure.rank is None else f"rank {failure.rank} failed first"
     line += f" ({failure.others} more after it)" if failure.others else ""
     log = run_dir / "logs" / f"rank_{failure.rank or 0:04d}.log" if run_dir and failure.rank is not None else None

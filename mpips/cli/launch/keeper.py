@@ -1,7 +1,7 @@
-"""Ends a run's processes by id, also when the launcher is killed.
+"""Ending all processes of a run by id, even if the launcher is killed.
 
-Invariant: every process of a run carries `MPIPS_LAUNCH_DIR=<this run's private folder>` in its environment from birth,
-and only processes that do are ever signalled.
+Invariant: every process of a run has `MPIPS_LAUNCH_DIR=<this run's private folder>` in its initial environment, and only
+processes with it are ever signalled.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ AFTER_TERM = 5.0  # seconds from SIGTERM to SIGKILL
 
 @contextmanager
 def kept(folder: Path) -> Iterator[None]:
-    """A keeper process beside us: when we are killed, the pipe between us closes and it ends the run.
+    """Run a keeper process: if the launcher is killed, the pipe between them closes, and the keeper ends the run.
 
-    mpiexec killed by SIGKILL leaves its ranks spinning; this works for any MPI, and for ranks that ignore SIGTERM.
+    mpiexec killed by SIGKILL leaves its ranks running. The keeper works for any MPI, and for ranks that ignore SIGTERM.
     """
     listen, speak = os.pipe()
     child = os.fork()
@@ -34,18 +34,18 @@ def kept(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(BrokenPipeError):  # somebody has ended the keeper
+        with suppress(BrokenPipeError):  # the keeper has been killed
             os.write(speak, b".")
         os.close(speak)
         os.waitpid(child, 0)
 
 
 def _keep(folder: Path, listen: int) -> None:
-    """The keeper's whole life; never returns."""
+    """Run as the keeper process; never returns."""
     try:
         os.setsid()
         nothing = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):  # else it holds the pipe of whoever reads our output
+        for stream in (0, 1, 2):  # else the keeper would keep the launcher's output pipes open
             os.dup2(nothing, stream)
         if not os.read(listen, 1):
             end_all(folder, patience=AFTER_TERM)
@@ -55,19 +55,20 @@ def _keep(folder: Path, listen: int) -> None:
 
 
 def end_all(folder: Path, *, patience: float) -> None:
-    """End every process of this run on this machine: SIGTERM, and after `patience` seconds SIGKILL."""
+    """End every process of this run on this machine: by SIGTERM, and after `patience` seconds by SIGKILL."""
     until = time.monotonic() + patience
     if patience:
         _signal_all(folder, signal.SIGTERM)
     while processes(folder) and time.monotonic() < until:
         time.sleep(LOOK_EVERY)
-    for _ in range(50):  # a process may be born while we look
+    for _ in range(50):  # processes may be created meanwhile
         if not _signal_all(folder, signal.SIGKILL):
             return
         time.sleep(LOOK_EVERY)
 
 
 def _signal_all(folder: Path, number: signal.Signals) -> int:
+    """Send a signal to every process of the run; return their number."""
     found = processes(folder)
     for pid in found:
         with suppress(ProcessLookupError):
@@ -76,13 +77,13 @@ def _signal_all(folder: Path, number: signal.Signals) -> int:
 
 
 def processes(folder: Path) -> list[int]:
-    """The processes that were born with this run's folder in their environment."""
+    """Return the ids of the processes with this run's folder in their initial environment."""
     return [pid for entry in Path("/proc").glob("[0-9]*") if is_of(folder, pid := int(entry.name))]
 
 
 def is_of(folder: Path, pid: int) -> bool:
-    """Whether a process was born with this run's folder in its environment."""
+    """Return whether a process has this run's folder in its initial environment."""
     mark = f"\0{FOLDER}={folder}\0".encode()
-    with suppress(OSError):  # it has ended, or it is somebody else's
+    with suppress(OSError):  # it has ended, or belongs to another user
         return mark in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
     return False

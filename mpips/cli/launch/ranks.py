@@ -1,6 +1,7 @@
-"""The ranks on this machine, whose processes are known by a word that each has left: which one ended first, and how.
+"""The processes of the ranks on this machine: which one ended first, and how.
 
-MPICH's mpiexec does not tell: it ends the others, and says how one of all has ended.
+Each rank leaves its process id in the launcher's folder. MPICH's mpiexec does not tell which rank failed: it ends all others,
+and reports the status of one of them.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ class Fallen:
     """A rank whose process has ended.
 
     Attributes:
-        status: as `os.waitstatus_to_exitcode` has it; None where mpiexec was faster than we.
-        time: by the wall clock, as in the ranks' failure reports.
+        rank: the rank.
+        status: as from `os.waitstatus_to_exitcode`; None if mpiexec has reaped the process already.
+        time: the wall clock, as in the ranks' failure reports.
     """
 
     rank: int
@@ -31,59 +33,62 @@ class Fallen:
 
 
 class Ranks:
-    """Watches their processes.
+    """The watch on the ranks' processes.
 
     Args:
-        folder: the launcher's, in which they leave their process ids.
-        selector: wakes its owner when one ends; it then calls `note` with the key's data.
+        folder: the launcher's folder, where ranks leave their process ids.
+        selector: becomes readable when a process ends; the owner then calls `note`, the key's data being this object.
 
     Attributes:
-        fallen: those that have ended, first one first.
+        fallen: the ranks that have ended, in order.
     """
 
     def __init__(self, folder: Path, selector: selectors.BaseSelector) -> None:
         self._folder, self._selector = folder, selector
         self._known: set[str] = set()
-        self._open: dict[int, tuple[int, int]] = {}  # by descriptor: rank and process
+        self._open: dict[int, tuple[int, int]] = {}  # descriptor -> rank and process id
         self.fallen: list[Fallen] = []
 
     def look(self) -> None:
-        """Watch those that have left word since the last look."""
+        """Begin to watch processes whose ids have appeared since the last call."""
         for path in self._folder.glob("process_*"):
             if path.name not in self._known:
-                with suppress(OSError, ValueError, AttributeError):  # half written; gone; no such call on this system
+                with suppress(
+                    OSError, ValueError, AttributeError
+                ):  # file half written; process gone; no pidfd_open on this system
                     self._watch(int(path.name.removeprefix("process_")), int(path.read_text()))
                     self._known.add(path.name)
 
     def _watch(self, rank: int, pid: int) -> None:
+        """Watch a rank's process."""
         descriptor = os.pidfd_open(pid)
-        if not is_of(self._folder, pid):  # another machine's, or container's
+        if not is_of(self._folder, pid):  # a process id of another machine or container
             os.close(descriptor)
             return
         self._open[descriptor] = rank, pid
         self._selector.register(descriptor, selectors.EVENT_READ, self)
 
     def note(self, descriptor: int) -> None:
-        """One has ended."""
+        """Take note of a process that has ended."""
         rank, pid = self._open.pop(descriptor)
         self._selector.unregister(descriptor)
         os.close(descriptor)
         self.fallen.append(Fallen(rank, _status(pid), time.time()))
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         for descriptor in self._open:
             self._selector.unregister(descriptor)
             os.close(descriptor)
         self._open.clear()
 
     def first(self, until: float) -> Fallen | None:
-        """The first that ended, up to that moment, before its program's end."""
+        """Return the first rank that ended before its program did, no later than the time `until`; None if there is none."""
         lost = (one for one in self.fallen if one.status != 0 and not (self._folder / f"left_{one.rank}").exists())
         return next((one for one in lost if one.time <= until), None)
 
 
 def _status(pid: int) -> int | None:
-    """How a process has ended, as long as its parent has not asked."""
+    """Return how a process has ended, if its parent has not reaped it."""
     fields = stat(pid)
     return os.waitstatus_to_exitcode(int(fields[49])) if fields[:1] == ["Z"] else None

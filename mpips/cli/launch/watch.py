@@ -1,6 +1,6 @@
-"""What a run says about itself: rank 0's folders, the ranks' failure reports, their stderr.
+"""What a run reports: rank 0's folders, the ranks' failure reports, their stderr.
 
-Invariant: reading only; nothing here waits, and a file that is missing or half written is simply not there yet.
+Invariant: files are only read, and nothing here waits. A file that is missing or half written counts as not there yet.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from pathlib import Path
 from mpips.cli.launch.ranks import Fallen
 from mpips.cli.screen import Tail
 
-CLOCKS = 2.0  # seconds by which a file server's clock may differ from ours
+CLOCKS = 2.0  # seconds by which a file server's clock may differ from this machine's
 
-# mpiexec's own words about who fell first: (rank, signal or nothing).
+# mpiexec's messages about the rank that failed first, and its signal if there is one.
 BLAME = (
     re.compile(r"process rank (?P<rank>\d+) with PID .* exited on\s+signal (?P<signal>\d+)", re.DOTALL),
     re.compile(r"MPI_ABORT was invoked on rank (?P<rank>\d+)"),
     re.compile(r"Process name: \[[^\]]*,(?P<rank>\d+)\]"),
     re.compile(r"application called MPI_Abort\(.*\) - process (?P<rank>\d+)"),
 )
-# MPICH's, on stdout: only that one has fallen. The process that it names is one of those that it has ended then.
+# MPICH's message on stdout: it has a signal, but names a process that mpiexec itself has ended.
 HYDRA = re.compile(rb"TERMINATED WITH THE EXIT STRING: [^\n]*\(signal (?P<signal>\d+)\)")
-LONGEST = 200  # bytes of that
+LONGEST = 200  # bytes of that message
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The first thing that went wrong: which rank, and its traceback where there is one."""
+    """The first failure: the rank, and its traceback if there is one."""
 
     rank: int | None
     text: str
@@ -42,7 +42,7 @@ class Failure:
 
 
 class Stderr:
-    """Listens to the ranks' stderr, and stdout, for the first traceback and for mpiexec's word on who failed first."""
+    """The listener to the ranks' output, for the first traceback and for mpiexec's message on the rank that failed first."""
 
     BEGINS = re.compile(r'Traceback \(most recent call last\)|  File ".*", line \d+$')  # the second: a SyntaxError
     CHAINED = ("Traceback (most", "During handling of", "The above exception")
@@ -51,20 +51,20 @@ class Stderr:
         self.half = b""
         self.block: list[str] = []
         self.complete = False
-        self.recent: deque[str] = deque(maxlen=3)  # mpiexec's sentences break over lines
+        self.recent: deque[str] = deque(maxlen=3)  # mpiexec's sentences span several lines
         self.rank: int | None = None
         self.signal: int | None = None
         self._last = b""
 
     def hear(self, data: bytes) -> None:
-        """Take what was read from stdout."""
+        """Search output from stdout."""
         data = self._last + data
         if found := HYDRA.search(data):
             self.signal = int(found["signal"])
         self._last = data[-LONGEST:]
 
     def feed(self, data: bytes) -> None:
-        """Take what was read; lines may come in pieces."""
+        """Search output from stderr, which may come in parts of lines."""
         *lines, self.half = (self.half + data).split(b"\n")
         for line in lines:
             text = line.decode(errors="replace").rstrip("\r")
@@ -72,20 +72,22 @@ class Stderr:
             self._blame(text)
 
     def _traceback(self, line: str) -> None:
+        """Add a line to the first traceback."""
         if self.complete or (not self.block and not self.BEGINS.match(line)):
             return
         chained = line.startswith(self.CHAINED)
         if self._ended() and line and not chained:
             self.complete = True
-        elif not self.block or line != self.block[-1]:  # ranks that fail alike repeat each other
+        elif not self.block or line != self.block[-1]:  # ranks that fail in the same way repeat each other
             self.block.append(line)
 
     def _ended(self) -> bool:
-        """Whether the block has its last line, the exception: it alone is not indented."""
+        """Return whether the traceback has its last line, the exception: the only line that is not indented."""
         last = next((line for line in reversed(self.block) if line), " ")
         return not last[0].isspace() and not last.startswith(self.CHAINED)
 
     def _blame(self, line: str) -> None:
+        """Search the recent lines for mpiexec's message."""
         self.recent.append(line)
         for pattern in BLAME if self.rank is None else ():
             found = pattern.search("\n".join(self.recent))
@@ -97,7 +99,7 @@ class Stderr:
 
 
 class Watch:
-    """What rank 0 and the failing ranks leave in the launcher's folder and in the run folder."""
+    """The files that rank 0 and failing ranks leave in the launcher's folder and in the run folder."""
 
     def __init__(self, folder: Path, ranks: int) -> None:
         self.folder, self.ranks = folder, ranks
@@ -105,32 +107,32 @@ class Watch:
         self.tail: Tail | None = None
 
     def run_dir(self) -> Path | None:
-        """The run folder, once rank 0 has said it."""
+        """Return the run folder, once rank 0 has written it down."""
         if self.tail is None:
             with suppress(OSError):
                 self.tail = Tail(Path(os.fsdecode((self.folder / "run_dir").read_bytes())) / "events.jsonl")
         return self.tail.path.parent if self.tail else None
 
     def events(self) -> list[dict[str, object]]:
-        """New events of this run. A resumed run's folder also holds those of the runs before it."""
+        """Return new events of this run. The folder of a resumed run also has the events of earlier runs."""
         if not self.run_dir() or not self.tail:
             return []
         times = ((event, event.get("time")) for event in self.tail.read())
         return [event for event, when in times if not isinstance(when, int | float) or when >= self.since]
 
     def done(self) -> bool:
-        """Whether this run, not one before it in the same folder, has written DONE."""
+        """Return whether this run, not an earlier one in the same folder, has written DONE."""
         folder = self.run_dir()
         with suppress(OSError):
             return bool(folder) and (Path(str(folder)) / "DONE").stat().st_mtime >= self.since
         return False
 
     def left(self) -> int:
-        """How many ranks have come to the end of their program; only MPI's own finalisation is still before them."""
+        """Return how many ranks have reached the end of their program, after which only MPI's finalisation remains."""
         return len(list(self.folder.glob("left_*")))
 
     def fault(self) -> Failure | None:
-        """The first rank that has crashed, with where it was, if it has left word of that."""
+        """Return the first rank that has crashed, with the traceback that it left; None if there is none."""
         found = [path for path in self.folder.glob("fault_*") if path.stat().st_size]
         if not found:
             return None
@@ -139,7 +141,7 @@ class Watch:
         return Failure(int(first.name.removeprefix("fault_")), text.rstrip())
 
     def failures(self, until: float) -> list[dict[str, object]]:
-        """The ranks' own failure reports of up to that moment, first failure first."""
+        """Return the ranks' failure reports up to the time `until`, earliest first."""
         reports = []
         for path in self.folder.glob("failure_*.json"):
             with suppress(OSError, ValueError, KeyError, TypeError):
@@ -152,7 +154,10 @@ class Watch:
 def first_failure(
     reports: list[dict[str, object]], stderr: Stderr, fault: Failure | None = None, fallen: Fallen | None = None
 ) -> Failure:
-    """Who failed first: a rank that died by a signal left no report, and the reports of the others are collateral."""
+    """Return which rank failed first.
+
+    A rank that was killed by a signal leaves no report, and the other ranks' reports are consequences.
+    """
     ranks = [report["rank"] for report in reports]
     if stderr.rank is None:  # MPICH's mpiexec names nobody
         if fault is not None:
@@ -169,7 +174,7 @@ def first_failure(
 
 
 def _ended(status: int | None, heard: int | None, traceback: str) -> str:
-    """How a rank that has left no report ended: its status where that is known, else mpiexec's word on one of all."""
+    """Return how a rank without a report ended: its status if known, else mpiexec's message on one of the ranks."""
     if status is None and not traceback and heard is not None:
         status = -heard
     if status is not None and status < 0:

@@ -1,6 +1,6 @@
-"""The live region: header, progress, a table of ranks, the last events.
+"""The live region: header, progress, a table of ranks, the latest events.
 
-Invariant: a frame fits the terminal that it was drawn for, with one rank or a thousand.
+Invariant: a frame fits the terminal's size, whether there is one rank or a thousand.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-MOST_ROWS = 16  # ranks drawn at most, however tall the terminal
+MOST_ROWS = 16  # the largest number of ranks drawn, however tall the terminal
 STATE_STYLE = {"training": "green", "serving": "cyan", "done": "dim"}
 
 
 def frame(console: Console, progress: Progress, seconds: float, width: int, height: int) -> list[str]:
-    """The live region as terminal lines: at most `height` of them, none wider than `width`."""
+    """Return the live region as terminal lines: at most `height` lines, none wider than `width`."""
     from rich.text import Text
 
     start, now = progress.latest.get("start", {}), progress.latest.get("round", {})
@@ -34,7 +34,7 @@ def frame(console: Console, progress: Progress, seconds: float, width: int, heig
         parts.append(_table(drawn))
     if len(drawn) < len(table):
         parts.append(Text(summary(table, len(drawn)), style="dim"))
-    console.width = width  # rich's own measure may be of another terminal (COLUMNS, stdin)
+    console.width = width  # rich may have measured another terminal (COLUMNS, stdin)
     with console.capture() as capture:
         for part in parts:
             console.print(part)
@@ -44,6 +44,7 @@ def frame(console: Console, progress: Progress, seconds: float, width: int, heig
 
 
 def _header(start: Event, seconds: float) -> str:
+    """Return the line with version, time, script and ranks."""
     parts = [f"mpips {__version__}", f"{int(seconds) // 60}:{int(seconds) % 60:02d}"]
     if start:
         parts += [str(start.get("script") or "?"), ranks_of(start)]
@@ -51,6 +52,7 @@ def _header(start: Event, seconds: float) -> str:
 
 
 def _table(ranks: Sequence[Event]) -> Table:
+    """Return the table of ranks."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -65,7 +67,7 @@ def _table(ranks: Sequence[Event]) -> Table:
 
 
 def chosen(ranks: Sequence[Event], rows: int) -> list[Event]:
-    """The ranks to draw when there is room for `rows`: those that wait least, for they are whom the others wait for."""
+    """Return the ranks to draw in `rows` rows: the server, and those that wait least, because the others wait for them."""
     if len(ranks) <= rows:
         return list(ranks)
     busiest = sorted(ranks, key=lambda rank: (rank.get("role") != "server", rank.get("done") is True, wait_of(rank)))
@@ -73,7 +75,7 @@ def chosen(ranks: Sequence[Event], rows: int) -> list[Event]:
 
 
 def summary(ranks: Sequence[Event], drawn: int) -> str:
-    """One line about all ranks, for when not all were drawn."""
+    """Return one line about all ranks, for a table that does not show all."""
     states = [str(rank.get("state")) for rank in ranks]
     counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     waits = [wait_of(rank) for rank in ranks]

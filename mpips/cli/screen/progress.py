@@ -1,6 +1,6 @@
-"""A run's events: read as they are written, the latest of each kind kept, each in words.
+"""A run's events: read while they are written, the latest of each kind kept, each described in words.
 
-Invariant: any field of an event may be missing or null, and any line of the file torn; neither stops the reader.
+Invariant: any field of an event may be missing or null, and any line of the file may be torn; the reader continues.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from pathlib import Path
 Event = Mapping[str, object]
 
 EVENTS_KEPT = 4
-SHOWN_ELSEWHERE = ("start", "warning", "error")  # in the header, and as lines that stay
-READ_AT_ONCE = 1 << 22  # bytes of events.jsonl read in one go
+SHOWN_ELSEWHERE = ("start", "warning", "error")  # shown in the header, or as lines that stay
+READ_AT_ONCE = 1 << 22  # bytes of events.jsonl read at once
 
 
 class Tail:
-    """Reads a growing `events.jsonl`: each complete line once. A half-written last line is left for the next read."""
+    """The reader of a growing `events.jsonl`: each complete line is returned once, a half-written one at a later read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offset = 0
 
     def read(self) -> list[dict[str, object]]:
-        """The events that were added since the last call; none while the file does not exist."""
+        """Return the events added since the last call; none while the file does not exist."""
         try:
             with self.path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size < self.offset:
-                    self.offset = 0  # begun anew: a resumed run may truncate what was written after its checkpoint
+                    self.offset = 0  # the file is new, or a resumed run has truncated it to its checkpoint
                 file.seek(self.offset)
                 data = file.read(READ_AT_ONCE)
                 while b"\n" not in data and (more := file.read(READ_AT_ONCE)):  # a line may be of any length
@@ -45,22 +45,23 @@ class Tail:
 
 
 def _event(line: bytes) -> dict[str, object] | None:
+    """Return the event in a line, or None."""
     try:
         event = json.loads(line)
-    except ValueError:  # a line torn by a crash: the events around it still count
+    except ValueError:  # a line torn by a crash
         return None
     return event if isinstance(event, dict) else None
 
 
 class Progress:
-    """The latest of each kind of event, and the last few in words."""
+    """The latest event of each kind, and the last few events in words."""
 
     def __init__(self) -> None:
         self.latest: dict[str, Event] = {}
         self.lines: deque[str] = deque(maxlen=EVENTS_KEPT)
 
     def update(self, event: Event) -> None:
-        """Take one event in."""
+        """Take note of an event."""
         kind = str(event.get("event"))
         self.latest[kind] = event
         text = describe(event)
@@ -68,11 +69,11 @@ class Progress:
             self.lines.append(f"{time.strftime('%H:%M:%S')} {text.splitlines()[0]}")
 
     def field(self, kind: str, name: str) -> object:
-        """One field of the latest event of that kind; None when there was none."""
+        """Return a field of the latest event of a kind; None if there was none."""
         return self.latest.get(kind, {}).get(name)
 
     def result(self) -> dict[str, object]:
-        """How far the run came: rounds, last validation, last checkpoint."""
+        """Return how far the run came: rounds, last validation, last checkpoint."""
         done = self.latest.get("done", {})
         return {
             "rounds": done.get("rounds", self.field("round", "round")),
@@ -82,7 +83,7 @@ class Progress:
 
 
 def describe(event: Event) -> str | None:
-    """One event in words; None for those that only move the numbers."""
+    """Return an event in words; None for an event that only updates numbers."""
     kind = event.get("event")
     at = f"round {whole(event.get('round'))}"
     if kind == "start":
@@ -108,13 +109,13 @@ def describe(event: Event) -> str | None:
 
 
 def progress_line(progress: Progress) -> str:
-    """`round 120 · epoch 2/5 · loss 0.41 · 1,840 samples/s · accuracy 0.95 (best 0.95)`."""
+    """Return a line such as `round 120 · epoch 2/5 · loss 0.41 · 1,840 samples/s · accuracy 0.95 (best 0.95)`."""
     now = progress.latest.get("round", {})
     parts = [f"round {whole(now.get('round'))}"]
     if now.get("epoch") is not None:
         parts.append(f"epoch {whole(now.get('epoch'))}/{whole(now.get('epochs'))}")
     loss = now.get("loss")
-    parts += [] if loss != loss else [f"loss {number(loss)}"]  # NaN where no worker has said it
+    parts += [] if loss != loss else [f"loss {number(loss)}"]  # NaN if no worker has given it
     parts += [f"{number(now.get('samples_per_s'), ',.0f')} samples/s"]
     value = progress.latest.get("validate")
     if value:
@@ -124,27 +125,27 @@ def progress_line(progress: Progress) -> str:
 
 
 def ranks_of(start: Event) -> str:
-    """`4 ranks, 3 workers · Open MPI 5.0.11 · torch 2.13.0 cpu`."""
+    """Return a text such as `4 ranks, 3 workers · Open MPI 5.0.11 · torch 2.13.0 cpu`."""
     workers = f"{whole(start.get('workers'))} workers{', the server trains too' if start.get('server_trains') else ''}"
     torch = f"torch {start.get('torch')} {start.get('device')}"
     return f"{whole(start.get('size'))} ranks, {workers} · {start.get('mpi')} · {torch}"
 
 
 def real(value: object) -> float:
-    """A number that is only compared: 0 where the event had none."""
+    """Return a value as a number for comparison; 0 if the event lacks it."""
     return float(value) if isinstance(value, int | float) else 0.0
 
 
 def wait_of(rank: Event) -> float:
-    """The share of its time that a rank waits."""
+    """Return the fraction of its time that a rank waits."""
     return real(rank.get("wait"))
 
 
 def number(value: object, form: str = ".4g") -> str:
-    """A number, or a dash where the event had none."""
+    """Return a number as text; a dash if the event lacks it."""
     return format(float(value), form) if isinstance(value, int | float) else "-"
 
 
 def whole(value: object) -> str:
-    """A whole number, or a dash; metrics hold their counts as floats."""
+    """Return a whole number as text, a dash if the event lacks it. Metrics hold counts as floats."""
     return f"{round(value):,}" if isinstance(value, int | float) and math.isfinite(value) else "-"

@@ -53,7 +53,7 @@ class FedAvg(LocalSteps):
         self._left_out: int | None = None  # the first non-finite tensor of a client that was dropped
         state = self.inner.torch.state
         self._fresh = {
-            p: {k: _copy(v) for k, v in kept.items()} for p, kept in state.items()
+            p: {k: _copy(v) for k, v in entries.items()} for p, entries in state.items()
         }  # the state of a new client: Adagrad's is not empty
         self.check_optimizer()
 
@@ -109,7 +109,7 @@ class FedAvg(LocalSteps):
         """Reset optimizer state, gradients and buffers, so that a client inherits nothing from the one before."""
         state = self.inner.torch.state
         state.clear()
-        state.update({p: {k: _copy(v) for k, v in kept.items()} for p, kept in self._fresh.items()})
+        state.update({p: {k: _copy(v) for k, v in entries.items()} for p, entries in self._fresh.items()})
         self.replica.flat.clear()
         self.replica.buffers.load(self.replica.pull.buffers)
 

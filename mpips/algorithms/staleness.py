@@ -78,10 +78,10 @@ class Compensation:
 
     def remember(self, rank: int, weights: Tensor) -> None:
         """Copy the weights that are sent to `rank`: `(numel,)`, of any floating dtype."""
-        kept = self._sent.get(rank)
-        if kept is None or kept.device != weights.device:
-            kept = self._sent[rank] = torch.empty_like(weights)
-        kept.copy_(weights)
+        copy = self._sent.get(rank)
+        if copy is None or copy.device != weights.device:
+            copy = self._sent[rank] = torch.empty_like(weights)
+        copy.copy_(weights)
 
     def sent(self, rank: int) -> Tensor:
         """Return the weights that were last sent to `rank`."""
@@ -104,8 +104,8 @@ class Compensation:
 
     def _update_mean_square(self, gradient: Tensor) -> Tensor:
         """Update the mean square s with a gradient, and return it."""
-        kept = torch.zeros_like(gradient) if self._mean_square is None else self._mean_square.to(gradient)
-        self._mean_square = kept.mul_(self.decay).addcmul_(gradient, gradient, value=1 - self.decay)
+        mean_square = torch.zeros_like(gradient) if self._mean_square is None else self._mean_square.to(gradient)
+        self._mean_square = mean_square.mul_(self.decay).addcmul_(gradient, gradient, value=1 - self.decay)
         return self._mean_square
 
     def state_dict(self) -> dict[str, Any]:

@@ -339,16 +339,16 @@ def export_verb(options: argparse.Namespace) -> int:
     target: Path = options.to
     if not target.absolute().parent.is_dir():
         raise UsageError(f"argument --to: {str(target)!r} given, expected a name in a folder that exists")
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        WRITERS[target.suffix](state, beside)
-        with beside.open("rb+") as file:
+        WRITERS[target.suffix](state, temporary)
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        beside.replace(target)
+        temporary.replace(target)
     except RuntimeError as error:  # raised by torch on a full disk
         raise VerbError(f"{target}: cannot be written ({error})") from error
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     facts = {"file": str(path), "to": str(target), "tensors": len(state), "bytes": target.stat().st_size}
     stdout.write(
         json.dumps(facts) if options.json else f"{target}: {len(state)} tensors, {facts['bytes']:,} bytes, from {path}"

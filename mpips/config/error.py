@@ -35,8 +35,8 @@ def cut(text: str) -> str:
 
 def meant(name: str, known: Iterable[str]) -> str:
     """Return a suggestion for a misspelt name, to end an error message; empty if no known name is similar."""
-    near = difflib.get_close_matches(name[:LONGEST], list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    similar = difflib.get_close_matches(name[:LONGEST], list(known), n=1, cutoff=0.5)
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 def unknown(name: object, known: Iterable[str], what: str = "setting") -> ConfigError:

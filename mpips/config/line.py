@@ -47,8 +47,8 @@ def known() -> dict[str, tuple[Any, str]]:
 def take_flags() -> None:
     """Move the flags of mpips and their values out of `sys.argv`. Errors in them are raised when the settings are resolved."""
     before = sys.argv[1:]
-    rest, ours = split(before)
-    _taken.extend(ours)
+    rest, flags = split(before)
+    _taken.extend(flags)
     _line[0][:], _line[1][:] = before, rest
     sys.argv[1:] = rest
 

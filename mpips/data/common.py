@@ -56,9 +56,9 @@ class Common:
     def _swap(self) -> None:
         """Exchange the common streams with the process's."""
         if self.workers > 1:
-            here = _streams()
+            present = _streams()
             _put(self._streams)
-            self._streams = here
+            self._streams = present
 
     def begin(self, loop: Loop, generators: Sequence[Any] = (), own: bool = False) -> None:
         """Begin a loop. In a resumed run, restore the streams that decide the loop's order to where they were at its beginning.

@@ -94,14 +94,14 @@ def _of_elements(values: Tensor | np.ndarray, crc: int, most: int) -> int:
     if isinstance(values, Tensor):
         return crc if values.is_sparse else _of_tensor(values.detach(), crc, most)
     flat = values.reshape(-1) if values.flags.c_contiguous else values.ravel()
-    some = flat[:: flat.size // most + 1]
-    return crc32(repr(some.tolist()).encode() if some.dtype.hasobject else np.ascontiguousarray(some).tobytes(), crc)
+    sample = flat[:: flat.size // most + 1]
+    return crc32(repr(sample.tolist()).encode() if sample.dtype.hasobject else np.ascontiguousarray(sample).tobytes(), crc)
 
 
 def _of_tensor(values: Tensor, crc: int, most: int) -> int:
     """Update a hash with at most `most` elements of a tensor, at even distances."""
-    some = values.reshape(-1)[:: values.numel() // most + 1]
-    return crc32(some.cpu().contiguous().view(torch.uint8).numpy().tobytes(), crc) if some.numel() else crc
+    sample = values.reshape(-1)[:: values.numel() // most + 1]
+    return crc32(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes(), crc) if sample.numel() else crc
 
 
 def _numbers(indices: Any) -> Sequence[Any]:

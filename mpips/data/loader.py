@@ -131,9 +131,9 @@ class Double:
             seed: the seed of the loader's worker processes; None to let torch draw it.
             drawn: whether the seed has been drawn already.
         """
-        given, mine = self._alive(), vars(self.loader)
+        given, attributes = self._alive(), vars(self.loader)
         self._ready = None
-        mine.update({name: value for name, value in vars(given).items() if not _own(name)})
+        attributes.update({name: value for name, value in vars(given).items() if not _own(name)})
         self.counts.clear()
         self.exact = class_of(given)._get_iterator is DataLoader._get_iterator and (
             is_batched(given) and (is_stream(given) or not getattr(given, "in_order", True))
@@ -141,9 +141,9 @@ class Double:
         if not is_stream(given):
             self.index.given, self.index.batched, self.index.part = sampler_of(given), is_batched(given), part
             self.index.turns, self.index.seed = turns or self.index.turns, None if drawn else seed
-            mine["batch_sampler" if is_batched(given) else "sampler"] = self.index
+            attributes["batch_sampler" if is_batched(given) else "sampler"] = self.index
             if seed:
-                mine["generator"] = seed.generator
+                attributes["generator"] = seed.generator
 
     def _alive(self) -> DataLoader[Any]:
         """Return the given loader."""
@@ -168,21 +168,21 @@ class Double:
 
     def _make(self) -> Any:
         """Create an iterator of the loader's class; for a stream, one that counts the items of each batch."""
-        mine, self.index.fresh = vars(self.loader), True
-        collate = mine["collate_fn"]
+        attributes, self.index.fresh = vars(self.loader), True
+        collate = attributes["collate_fn"]
         if self.exact:
-            mine["collate_fn"] = Counted(collate)
-        made = type(self.loader)._get_iterator(self.loader)
-        mine["collate_fn"] = collate
+            attributes["collate_fn"] = Counted(collate)
+        iterator = type(self.loader)._get_iterator(self.loader)
+        attributes["collate_fn"] = collate
         if self.exact:
-            vars(made)["_next_data"] = partial(_next_counted, weakref.ref(made), weakref.ref(self))
-        return made
+            vars(iterator)["_next_data"] = partial(_next_counted, weakref.ref(iterator), weakref.ref(self))
+        return iterator
 
     def give_back(self) -> None:
         """Copy back to the loader the attributes that its class's `__iter__` has changed in the double."""
-        theirs = vars(self._alive())
-        changed = {name: value for name, value in vars(self.loader).items() if theirs.get(name, self) is not value}
-        theirs.update({name: value for name, value in changed.items() if name not in SWAPPED and not _own(name)})
+        attributes = vars(self._alive())
+        changed = {name: value for name, value in vars(self.loader).items() if attributes.get(name, self) is not value}
+        attributes.update({name: value for name, value in changed.items() if name not in SWAPPED and not _own(name)})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of the loader creates its own double
@@ -228,8 +228,8 @@ def _alive(double: weakref.ref[Double]) -> Double:
 
 def _next_counted(iterator: weakref.ref[Any], double: weakref.ref[Double]) -> Any:
     """Return an iterator's next batch, and put aside its number of items; replaces the iterator's `_next_data`."""
-    mine: Any = iterator()
-    count, batch = type(mine)._next_data(mine)
+    loader_iterator: Any = iterator()
+    count, batch = type(loader_iterator)._next_data(loader_iterator)
     _alive(double).counts.append(count)
     return batch
 

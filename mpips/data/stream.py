@@ -43,7 +43,7 @@ class Streamed:
             whole = self._loaded(self._data) if isinstance(self._data, DataLoader) else self._noted(iter(self._data))
             units = iter(left(whole, cuts))
             units = after(units, taken * self._part.workers) if taken or cuts else units
-        return units if isinstance(self._streams, nullcontext) and self._part.workers == 1 else self._mine(units)
+        return units if isinstance(self._streams, nullcontext) and self._part.workers == 1 else self._own_batches(units)
 
     def _loaded(self, loader: DataLoader[Any]) -> Found:
         """Return the batches of a loader with their notes."""
@@ -65,15 +65,15 @@ class Streamed:
         """Return an iterator over batches with their notes."""
         return ((batch, Note(1, samples_in(batch), 0)) for batch in batches)
 
-    def _mine(self, units: Found) -> Found:
+    def _own_batches(self, units: Found) -> Found:
         """Yield this worker's batch of each group of one batch per worker. All workers read whole groups, so all draw alike."""
         crc, workers = 0, self._part.workers
         while True:
-            mine = None
+            own = None
             with self._streams:  # once for a group, since exchanging streams is slow
                 for at, (batch, note) in enumerate(islice(units, workers)):
                     crc = digest.of_batch(batch, crc) if workers > 1 else 0
-                    mine = (batch, note) if at == self._part.index else mine
-            if mine is None:
+                    own = (batch, note) if at == self._part.index else own
+            if own is None:
                 return
-            yield mine[0], mine[1]._replace(crc=crc) if crc else mine[1]
+            yield own[0], own[1]._replace(crc=crc) if crc else own[1]

@@ -152,10 +152,10 @@ class Drawing(Iterator[Any]):
         group = self._draw(self._size)
         if part.workers > 1:
             self._crc = digest.of_order(group, self._crc)
-        mine = group[part.index :: part.workers]
-        if not mine or (self._drop_last and len(group) < self._size):
+        own = group[part.index :: part.workers]
+        if not own or (self._drop_last and len(group) < self._size):
             raise StopIteration
-        batch = mine if self._by_item else mine[0]
+        batch = own if self._by_item else own[0]
         turns.notes.append(noted(batch, turns.sampler, turns.batched, self._crc))
         return batch
 

@@ -25,8 +25,8 @@ class Buffers:
     def __init__(self, model: nn.Module, policy: str, wire: torch.dtype) -> None:
         self.model, self.policy = model, policy
         persistent = model.state_dict(keep_vars=True).keys()
-        kept = [name for name, _ in model.named_buffers() if name in persistent]
-        self._paths = {clean(name): name for name in kept}
+        paths = [name for name, _ in model.named_buffers() if name in persistent]
+        self._paths = {clean(name): name for name in paths}
         moved = {n: b for n, b in self.named.items() if policy != "local" and b.dtype != torch.bool}
         self.names = list(moved)
         averaged = policy == "mean"

@@ -279,9 +279,9 @@ class Flat:
         if self._checked == _registered[0]:
             return
         now = [(clean(n), p) for n, p in self.model.named_parameters() if p.requires_grad]
-        ours = [(slot.name, p) for slot, p in zip(self.slots, self.parameters, strict=True)]
-        for (name, mine), (other, current) in zip_longest(ours, now, fillvalue=("nothing", None)):
-            if mine is not current:
+        expected = [(slot.name, p) for slot, p in zip(self.slots, self.parameters, strict=True)]
+        for (name, parameter), (other, current) in zip_longest(expected, now, fillvalue=("nothing", None)):
+            if parameter is not current:
                 raise LayoutError(
                     f"after connect the model trains {other} where it trained {name}; replace, freeze and unfreeze parameters, "
                     f"and load_state_dict(assign=True), before connect"
@@ -412,9 +412,9 @@ def _check(named: list[tuple[str, nn.Parameter]]) -> None:
 
 def _check_plain(model: nn.Module) -> None:
     """Raise LayoutError if a parameter or persistent buffer is not a dense tensor that can be sent, saved and written."""
-    kept = model.state_dict(keep_vars=True).keys()
+    persistent = model.state_dict(keep_vars=True).keys()
     named = [("parameter", name, p) for name, p in model.named_parameters()]
-    named += [("buffer", name, b) for name, b in model.named_buffers() if name in kept]  # type: ignore[misc]
+    named += [("buffer", name, b) for name, b in model.named_buffers() if name in persistent]  # type: ignore[misc]
     for kind, name, tensor in named:
         if why := _not_plain(tensor):
             constant = ", or register it with persistent=False, as a constant that is neither sent nor saved"

@@ -100,14 +100,14 @@ class FlatOptimizer:
         """Return a twin of the script's optimizer; where a foreign class steps in place, the optimizer itself."""
         if isinstance(given, Joint):
             return Joint([self._adopt(part) for part in given.parts], step_once)
-        ours = dict(zip(self.replica.flat.parameters, self.weights, strict=True))
+        stepped = dict(zip(self.replica.flat.parameters, self.weights, strict=True))
         frozen = set(self.replica.flat.frozen.values())
         in_place = self.weights is self.replica.flat.parameters
         if in_place and not _is_torchs(given):  # a foreign class may hold parameters or another optimizer anywhere
             for group in given.param_groups:
                 group["params"] = [p for p in group["params"] if p not in frozen]
             return given
-        groups = [{**g, "params": [ours.get(p, p) for p in g["params"] if p not in frozen]} for g in given.param_groups]
+        groups = [{**g, "params": [stepped.get(p, p) for p in g["params"] if p not in frozen]} for g in given.param_groups]
         twin = object.__new__(kind(given))
         vars(twin).update({k: v for k, v in vars(given).items() if k != "step"})  # a scheduler may have put a step there
         twin.param_groups = groups

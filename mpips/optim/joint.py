@@ -36,7 +36,7 @@ class Joint(Optimizer):
     @property
     def state(self) -> defaultdict[Any, Any]:  # type: ignore[override]
         """The states of all optimizers in one new dict."""
-        return defaultdict(dict, {p: kept for part in self.parts for p, kept in part.state.items()})
+        return defaultdict(dict, {p: entries for part in self.parts for p, entries in part.state.items()})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step the optimizer with the index `which`. `closure` is not used."""
@@ -49,7 +49,7 @@ class Joint(Optimizer):
         for part, (first, end) in zip(self.parts, pairwise(ends), strict=True):
             groups = [dict(group) for group in state_dict["param_groups"][first:end]]
             count = sum(len(group["params"]) for group in groups)
-            state = {n - start: kept for n, kept in state_dict["state"].items() if start <= n < start + count}
+            state = {n - start: entries for n, entries in state_dict["state"].items() if start <= n < start + count}
             for group in groups:
                 group["params"] = [n - start for n in group["params"]]
             part.load_state_dict({"state": state, "param_groups": groups})

@@ -94,7 +94,7 @@ def check_same(kind: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Any])
 def take_optimizer(optimizer: Optimizer, kind: str, names: Mapping[Tensor, str]) -> Tree:
     """Return the class, parameter groups and state of an optimizer, by parameter name."""
     members = [[names[p] for p in group["params"] if p in names] for group in optimizer.param_groups]
-    state = {names[p]: {str(k): v for k, v in kept.items()} for p, kept in optimizer.state.items() if p in names}
+    state = {names[p]: {str(k): v for k, v in entries.items()} for p, entries in optimizer.state.items() if p in names}
     return optimizer_tree(optimizer, kind, members, state)
 
 
@@ -106,7 +106,7 @@ def optimizer_tree(optimizer: Optimizer, kind: str, members: Sequence[Sequence[s
 
 def _entries(state: Mapping[str, Mapping[str, Any]]) -> int:
     """Return the number of state entries. It tells a parameter without state from one whose state is missing."""
-    return sum(value is not None for kept in state.values() for value in kept.values())
+    return sum(value is not None for entries in state.values() for value in entries.values())
 
 
 def put_optimizer(tree: Tree, optimizer: Optimizer, kind: str, names: Mapping[Tensor, str]) -> None:
@@ -118,24 +118,24 @@ def put_optimizer(tree: Tree, optimizer: Optimizer, kind: str, names: Mapping[Te
     if tree["class"] != kind:
         raise SnapshotError(f"the checkpoint has optimizer {tree['class']}, this run {kind}")
     saved_groups = from_json(tree["groups"])
-    ours = [[names[p] for p in group["params"] if p in names] for group in optimizer.param_groups]
-    if [group["params"] for group in saved_groups] != ours:
+    own_members = [[names[p] for p in group["params"] if p in names] for group in optimizer.param_groups]
+    if [group["params"] for group in saved_groups] != own_members:
         raise SnapshotError("the checkpoint's optimizer has other parameter groups; build the optimizer as in that run")
     if (found := _entries(tree["state"])) != tree["entries"]:
         raise SnapshotError(f"optimizer/state: the checkpoint has {found} of {tree['entries']} entries; use another checkpoint")
     if kind in SHAPED and type(optimizer).__module__.startswith("torch.optim."):
         _check_state(tree["state"], {name: p for p, name in names.items()})
-    order = [name for group in ours for name in group]
+    order = [name for group in own_members for name in group]
     groups = [as_now(saved, now) for saved, now in zip(saved_groups, optimizer.param_groups, strict=True)]
     start = 0
-    for group, members in zip(groups, ours, strict=True):
+    for group, members in zip(groups, own_members, strict=True):
         group["params"] = list(range(start, start := start + len(members)))
-    state = {order.index(name): dict(kept) for name, kept in tree["state"].items()}
+    state = {order.index(name): dict(entries) for name, entries in tree["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    for p, kept in optimizer.state.items():  # torch casts to the parameter's dtype; NAdam's mu_product stays float32
-        for key, value in kept.items():
+    for p, entries in optimizer.state.items():  # torch casts to the parameter's dtype; NAdam's mu_product stays float32
+        for key, value in entries.items():
             if isinstance(value, Tensor):
-                kept[key] = value.to(tree["state"][names[p]][key].dtype)
+                entries[key] = value.to(tree["state"][names[p]][key].dtype)
 
 
 def _check_state(state: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, Tensor]) -> None:
@@ -143,8 +143,8 @@ def _check_state(state: Mapping[str, Mapping[str, Any]], parameters: Mapping[str
 
     Otherwise the first step would fail, or broadcast silently.
     """
-    for name, kept in state.items():
-        for key, value in kept.items():
+    for name, entries in state.items():
+        for key, value in entries.items():
             shape = tuple(value.shape) if isinstance(value, Tensor) else ()
             if shape not in ((), (1,), tuple(parameters[name].shape)):
                 raise SnapshotError(

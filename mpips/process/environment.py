@@ -175,10 +175,10 @@ def launch(environ: Mapping[str, str] | None = None) -> Launch:
     says which, but MPI will. In that case only a rank is returned, for use in messages.
     """
     environ = os.environ if environ is None else environ
-    told = [_told(launcher, environ) for launcher in LAUNCHERS if launcher.started(environ)]
-    if not told:
+    launches = [_told(launcher, environ) for launcher in LAUNCHERS if launcher.started(environ)]
+    if not launches:
         return ALONE
-    first, most = told[0], max(told, key=lambda each: each.size or 0)
+    first, most = launches[0], max(launches, key=lambda each: each.size or 0)
     if first.size == 1 and (most.size or 0) > 1:
         return most._replace(size=None, local_rank=None, local_size=None)
     return first

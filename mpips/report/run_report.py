@@ -165,24 +165,24 @@ class Table:
         """
         if self._path is None or self._file:
             return ""
-        wanted = self.count if self._before else 0
-        beside = self._path.with_name(f".{self._path.name}")
-        with beside.open("w", encoding="utf-8") as file:
+        expected = self.count if self._before else 0
+        temporary = self._path.with_name(f".{self._path.name}")
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(self._head)
-            found = self._copy(wanted, file)
-        beside.replace(self._path)  # the file is never shorter than the checkpoint says
+            found = self._copy(expected, file)
+        temporary.replace(self._path)  # the file is never shorter than the checkpoint says
         self._file = self._path.open("a", buffering=1 << 16, encoding="utf-8")
-        self.count -= wanted - found
-        lacking = f"{self._before} has {found} of the {wanted} rows before this checkpoint: the table lacks them"
-        return lacking if found < wanted else ""
+        self.count -= expected - found
+        warning = f"{self._before} has {found} of the {expected} rows before this checkpoint: the table lacks them"
+        return warning if found < expected else ""
 
-    def _copy(self, wanted: int, file: TextIO) -> int:
+    def _copy(self, expected: int, file: TextIO) -> int:
         """Copy the rows to begin with to `file`; return their number."""
         found = 0
         with suppress(OSError):
             if self._before:
                 with self._before.open(encoding="utf-8", errors="replace") as before:
-                    for row in takewhile(self._is_row, islice(before, 1, 1 + wanted)):
+                    for row in takewhile(self._is_row, islice(before, 1, 1 + expected)):
                         file.write(row)
                         found += 1
         return found
@@ -331,9 +331,9 @@ class Report:
         if self.folder is None:
             return
         self.flush()
-        beside = self.folder / ".DONE"
-        beside.write_text(json.dumps(summary, indent=2) + "\n")
-        beside.replace(self.folder / "DONE")
+        temporary = self.folder / ".DONE"
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        temporary.replace(self.folder / "DONE")
 
         value = "" if summary["value"] is None else f", {self.name} {summary['value']:.4f}"
         self.line(f"done: {summary['seconds']:.1f} s, {summary['rounds']} rounds{value}", always=True)
@@ -352,15 +352,15 @@ class Report:
         self._begun = True
         (self.folder / "DONE").unlink(missing_ok=True)
         for table in (self.metrics, self.validations):
-            if lacking := table.open():
-                self.event("warning", message=lacking)
+            if warning := table.open():
+                self.event("warning", message=warning)
 
     def _tell_launcher(self, folder: Path) -> None:
         """Tell the launcher the run folder."""
         if launch := os.environ.get("MPIPS_LAUNCH_DIR"):
-            beside = Path(launch) / ".run_dir"
-            beside.write_bytes(os.fsencode(folder))
-            beside.replace(Path(launch) / "run_dir")
+            temporary = Path(launch) / ".run_dir"
+            temporary.write_bytes(os.fsencode(folder))
+            temporary.replace(Path(launch) / "run_dir")
 
 
 def _loss(value: float) -> str:

@@ -50,16 +50,16 @@ def describe(config: Config, model: nn.Module, optimizer: Optimizer) -> bytes:
         "optimizer": [given.__module__, given.__qualname__],
         "members": [[first[p] for p in group["params"]] for group in optimizer.param_groups],
     }
-    plain = {
+    tensors = {
         name: tensor.detach()
         for name, tensor in {**named, **dict(module.named_buffers())}.items()
         if name not in names or names[name] == name
     }
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    state = {first[p]: kept for p, kept in optimizer.state.items() if p in first}
+    state = {first[p]: entries for p, entries in optimizer.state.items() if p in first}
     own = {
         "words": json.dumps(facts),
-        "tensors": plain,
+        "tensors": tensors,
         "groups": keeping.pack([groups, optimizer.defaults], "the optimizer's groups"),
         "state": keeping.pack(state, "the optimizer"),
     }
@@ -91,8 +91,8 @@ def build(blob: bytes) -> tuple[Config, nn.Module, Optimizer]:
     given: Any = getattr(importlib.import_module(module), qualname)
     optimizer: Optimizer = object.__new__(given)
     Optimizer.__init__(optimizer, groups, defaults)
-    for name, kept in keeping.unpack(description.own["state"]).items():
-        optimizer.state[parameters[name]] = kept
+    for name, entries in keeping.unpack(description.own["state"]).items():
+        optimizer.state[parameters[name]] = entries
     rng.restore(description.streams)
     return _config(facts["config"]), model, optimizer
 

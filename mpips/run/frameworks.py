@@ -353,9 +353,9 @@ def _told(workers: Any, text: str) -> str:
     """Broadcast the first worker's text, and return it."""
     length = np.array([len(text.encode())])
     workers.Bcast(length)
-    words = np.frombuffer(text.encode().ljust(int(length[0]))[: int(length[0])], np.uint8).copy()
-    workers.Bcast(words)
-    return bytes(words).decode()
+    received = np.frombuffer(text.encode().ljust(int(length[0]))[: int(length[0])], np.uint8).copy()
+    workers.Bcast(received)
+    return bytes(received).decode()
 
 
 class _Process:

@@ -165,11 +165,11 @@ class Keeping:
         Raises:
             TypeError: an optimizer has two schedulers of one class, which a resumed run could not tell apart.
         """
-        kept, named = {id(thing) for thing in self._objects.values()}, dict[str, Any]()
+        kept_ids, named = {id(thing) for thing in self._objects.values()}, dict[str, Any]()
         for which, optimizer in enumerate(self._optimizers):
             for scheduler in schedulers(optimizer):
                 name = f"{type(scheduler).__name__} {which}" if which else type(scheduler).__name__
-                if id(scheduler) in kept:
+                if id(scheduler) in kept_ids:
                     continue
                 if named.setdefault(name, scheduler) is not scheduler:
                     raise TypeError(
@@ -199,5 +199,5 @@ class Keeping:
         own_groups = [optimizer.param_groups for optimizer in self._optimizers]
         groups = [[{k: v for k, v in group.items() if k != "params"} for group in own] for own in own_groups]
         own = self._schedulers() | {f"{OWN}{which}": self._stepping[which] for which in self.own_state} | self._objects
-        kept = self._saved | {GROUPS: pack(groups, "the optimizer's param_groups")}
-        return kept | {name: pack(thing.state_dict(), name) for name, thing in own.items()}
+        saved = self._saved | {GROUPS: pack(groups, "the optimizer's param_groups")}
+        return saved | {name: pack(thing.state_dict(), name) for name, thing in own.items()}

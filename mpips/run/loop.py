@@ -170,11 +170,11 @@ class Loop:
         self._rewind(place.begun)
         place.inside = True
 
-    def _rewind(self, here: bool) -> None:
+    def _rewind(self, resumes_here: bool) -> None:
         """If the resumed run continues `here`, restore its random streams, undoing the draws made on the way."""
-        if here and self._streams is not None:
+        if resumes_here and self._streams is not None:
             rng.restore(self._streams)
-        self._streams = None if here else self._streams
+        self._streams = None if resumes_here else self._streams
 
     def _exhausted(self) -> None:
         """Wait until every worker's shard is exhausted."""
@@ -243,14 +243,14 @@ class Loop:
                 "a step before any loop over a shard: ps.shard(loader) was called, expected a loop over the loader that it "
                 "returned; a loop over the loader that it was given trains every worker on all data"
             )
-        here = worker.begun, worker.drawn
-        if here == self._stepped_at and self.inside and worker.config.checkpoint.every:
+        position = worker.begun, worker.drawn
+        if position == self._stepped_at and self.inside and worker.config.checkpoint.every:
             raise RuntimeError(
                 f"a second step on a batch with checkpoint.every: given {worker.config.checkpoint.every}, expected 0, as a "
                 f"run cannot be resumed between the two; checkpoints are written at the ends of epochs, and by ps.save() "
                 f"between batches"
             )
-        self._stepped_at = here
+        self._stepped_at = position
 
     def average(self, loss: Tensor | float | None) -> float:
         """Average the gradients over all workers without a step; see `Worker.average`."""

@@ -185,8 +185,8 @@ def _meet_again(communicator: Communicator, own: bytes) -> bytes:
     """
     blobs = communicator.gather_bytes(own)
     continues = [bool(blob) for blob in blobs[1 if communicator.size > 1 and not blobs[0] else 0 :]] if blobs else []
-    word = b"apart" if len(set(continues)) > 1 else b""
-    if broadcast_bytes(communicator, word):
+    verdict = b"apart" if len(set(continues)) > 1 else b""
+    if broadcast_bytes(communicator, verdict):
         raise CallError("the workers do not make the same calls: some connect again, some are at the end of their script")
     return next((blob for blob in blobs if blob), b"")
 

@@ -129,8 +129,8 @@ def _name(count: int) -> str:
 
 def last_folder(count: int = 1) -> Path | None:
     """Return the folder with a checkpoint that run number `count` of this script has written to last, or None."""
-    ours = re.compile(rf"\d{{4}}-\d\d-\d\d-\d{{6}}(\.\d+)?-{re.escape(_name(count))}")
-    runs = [path.absolute() for path in Path("runs").glob("*") if ours.fullmatch(path.name) and _has_checkpoints(path)]
+    pattern = re.compile(rf"\d{{4}}-\d\d-\d\d-\d{{6}}(\.\d+)?-{re.escape(_name(count))}")
+    runs = [path.absolute() for path in Path("runs").glob("*") if pattern.fullmatch(path.name) and _has_checkpoints(path)]
     return max(runs, key=_written, default=None)
 
 

@@ -175,7 +175,7 @@ def _settle(communicator: Communicator, settings: Config | str) -> None:
 def _prove(communicator: Communicator) -> None:
     """Test on each rank with a GPU that MPI can read its memory. The first rank where it fails says so, and all end."""
     why = proof.failure(torch.cuda.current_device()) if torch.cuda.is_available() else ""
-    failed = [rank for rank, word in enumerate(communicator.allgather_digests(bytes([bool(why)]) + bytes(31))) if word[0]]
+    failed = [rank for rank, digest in enumerate(communicator.allgather_digests(bytes([bool(why)]) + bytes(31))) if digest[0]]
     if failed:
         if communicator.rank == failed[0]:
             print(

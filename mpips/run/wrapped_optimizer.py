@@ -119,9 +119,9 @@ def _caller() -> Any:
 @cache
 def _class_of(given: Any) -> Any:
     """Return the class derived from `Wrapped` and the given optimizer class."""
-    made: Any = type(given.__name__, (Wrapped, given), {"given_class": given, "__module__": given.__module__})
-    made.step = _hooked(made.step)
-    return made
+    derived: Any = type(given.__name__, (Wrapped, given), {"given_class": given, "__module__": given.__module__})
+    derived.step = _hooked(derived.step)
+    return derived
 
 
 def _hooked(step: Any) -> Any:

@@ -34,8 +34,8 @@ def agree(comm: MPI.Comm, weights: Mapping[str, Sequence[Tensor]], where: str, a
         differences[name] = largest(comm, difference(weights["mpips"], weights[name]) if name in weights else 0.0)
     wrong = {name: how for name, how in differences.items() if not how <= allowed}
     if wrong:
-        said = ", ".join(f"{name} by {how:.3g}" for name, how in wrong.items())
-        raise BenchError(f"{where}: other weights than mpips has: {said}, allowed {allowed:g}; no times given")
+        details = ", ".join(f"{name} by {how:.3g}" for name, how in wrong.items())
+        raise BenchError(f"{where}: other weights than mpips has: {details}, allowed {allowed:g}; no times given")
     return max(differences.values(), default=0.0)
 
 

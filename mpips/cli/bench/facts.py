@@ -25,10 +25,10 @@ def leaders(comm: MPI.Comm) -> list[int]:
     """Return the first rank of each host."""
     from mpi4py import MPI
 
-    here = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     first = np.empty(comm.size, dtype=np.int64)
-    comm.Allgather(np.array([int(here.rank == 0)], dtype=np.int64), first)
-    here.Free()
+    comm.Allgather(np.array([int(node.rank == 0)], dtype=np.int64), first)
+    node.Free()
     return [int(rank) for rank in np.flatnonzero(first)]
 
 

@@ -74,12 +74,12 @@ def _add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
 
 def words(options: argparse.Namespace) -> list[str]:
     """Return the benchmark and its flags without -n, as they would be typed."""
-    said = [str(options.kind)]
+    line = [str(options.kind)]
     for name in TOLD[options.kind]:
         value = getattr(options, name)
         if value is not None:
-            said += [f"--{name.replace('_', '-')}", comma(value) if isinstance(value, list) else str(value)]
-    return said
+            line += [f"--{name.replace('_', '-')}", comma(value) if isinstance(value, list) else str(value)]
+    return line
 
 
 def comma(numbers: list[float]) -> str:

@@ -56,8 +56,8 @@ def join_gloo(comm: MPI.Comm, hosts: int) -> None:
     address = _address(os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0])
     store = TCPStore(address, 0, comm.size, is_master=True, wait_for_workers=False) if comm.rank == 0 else None
     if store is not None:
-        said = f"{address}:{store.port}".encode()
-        where[: len(said)] = np.frombuffer(said, dtype=np.uint8)
+        endpoint = f"{address}:{store.port}".encode()
+        where[: len(endpoint)] = np.frombuffer(endpoint, dtype=np.uint8)
     comm.Bcast(where, root=0)
     host, _, port = where.tobytes().rstrip(b"\0").decode().rpartition(":")
     store = store or TCPStore(host, int(port), comm.size, is_master=False, wait_for_workers=False)
@@ -68,8 +68,8 @@ def _address(interface: str) -> str:
     """Return the address of this host for others: the IPv4 address of the interface if one is named, else the host's name."""
     if not interface:
         return socket.gethostname()
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        found = fcntl.ioctl(asked.fileno(), GET_ADDRESS, struct.pack("256s", interface.encode()[:15]))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        found = fcntl.ioctl(probe.fileno(), GET_ADDRESS, struct.pack("256s", interface.encode()[:15]))
     return socket.inet_ntoa(found[20:24])
 
 

@@ -34,9 +34,9 @@ def join() -> Communicator:
 
 
 @contextmanager
-def connected(communicator: Communicator, model: nn.Module, make: MakeStep, beside: Path | None = None) -> Iterator[mpips.Run]:
+def connected(communicator: Communicator, model: nn.Module, make: MakeStep, parent: Path | None = None) -> Iterator[mpips.Run]:
     """Yield a run with a temporary folder, created in `beside` if that is given."""
-    name = tempfile.mkdtemp(prefix="mpips-bench-", dir=beside) if communicator.rank == 0 else ""
+    name = tempfile.mkdtemp(prefix="mpips-bench-", dir=parent) if communicator.rank == 0 else ""
     folder = broadcast_bytes(communicator, name.encode()).decode()
     launcher = os.environ.pop(LAUNCHER, None)
     try:

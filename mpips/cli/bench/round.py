@@ -58,13 +58,19 @@ def one_size(comm: MPI.Comm, hosts: list[int], count: int, repeats: int, batch: 
             **{name: split(them.weights[0], own) for name, them in (("raw_mpi", raw), ("ddp_gloo", gloo))},
         }
         allowed = ROUNDING if ps.config.comm_dtype == "full" else ROUNDED
-        off = agree(comm, weights, f"{label['n']} ranks, {label['mb']:g} MB", allowed)
+        largest_difference = agree(comm, weights, f"{label['n']} ranks, {label['mb']:g} MB", allowed)
     seconds["limit"] = [bound.scale * taken for taken in seconds["limit"]]
     found = case(label, seconds, batch)
     if batch > 1:
         found |= rate(found, "rounds_per_s", 1)
-    said = {"repeats": repeats, "rounds": batch, "difference": off, "allowed": allowed, "step": "fused" if fused else "plain"}
-    return found | said | facts(len(hosts))
+    details = {
+        "repeats": repeats,
+        "rounds": batch,
+        "difference": largest_difference,
+        "allowed": allowed,
+        "step": "fused" if fused else "plain",
+    }
+    return found | details | facts(len(hosts))
 
 
 def split(weights: torch.Tensor, own: Own) -> list[torch.Tensor]:

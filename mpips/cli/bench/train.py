@@ -38,28 +38,39 @@ def train(options: argparse.Namespace) -> list[Case]:
         print(f"mpips bench: {comm.size} ranks train", file=sys.stderr, flush=True)
     each, steps, make = options.batch_size, options.steps, momentum_sgd(fused=False)
     whole = load(options.data, steps * each * comm.size)
-    mine = tuple(torch.unflatten(part, 0, (steps, comm.size, each))[:, comm.rank].flatten(0, 1).contiguous() for part in whole)
+    own_data = tuple(
+        torch.unflatten(part, 0, (steps, comm.size, each))[:, comm.rank].flatten(0, 1).contiguous() for part in whole
+    )
     together = min(comm.size, cores()) if len(hosts) == 1 else cores()
     ddp = nn.parallel.DistributedDataParallel(network())
     model = network()
     with connected(join(), model, make) as ps:
         plain = Plain(network(), whole, each * comm.size)
         threaded = Plain(network(), whole, each * comm.size, together)
-        own, theirs = Mpips(ps, model, (mine[0], mine[1]), each, options.repeats), Plain(ddp, (mine[0], mine[1]), each)
-        theirs.alone = False
-        variants: dict[str, Variant] = {"mpips": own, "plain": plain, "plain_threads": threaded, "ddp_gloo": theirs}
+        own, distributed = (
+            Mpips(ps, model, (own_data[0], own_data[1]), each, options.repeats),
+            Plain(ddp, (own_data[0], own_data[1]), each),
+        )
+        distributed.alone = False
+        variants: dict[str, Variant] = {"mpips": own, "plain": plain, "plain_threads": threaded, "ddp_gloo": distributed}
         seconds = interleave(comm, variants, options.repeats)
         weights = {"mpips": list(model.parameters()), "ddp_gloo": list(ddp.parameters())}
         if comm.rank == 0:
             weights |= {"plain": list(plain.model.parameters()), "plain_threads": list(threaded.model.parameters())}
         with torch.no_grad():
-            off = agree(comm, weights, f"training on {comm.size} ranks", ROUNDING)
+            largest_difference = agree(comm, weights, f"training on {comm.size} ranks", ROUNDING)
     leave_gloo()
     found = case({"n": comm.size, "batch_size": each}, seconds, steps)
     found |= rate(found, "samples_per_s", each * comm.size)
     found["efficiency"] = found["plain_to_mpips"] / (together if len(hosts) == 1 else comm.size)
-    said = {"repeats": options.repeats, "steps": steps, "difference": off, "allowed": ROUNDING, "together": together}
-    return [found | said | facts(len(hosts))]
+    details = {
+        "repeats": options.repeats,
+        "steps": steps,
+        "difference": largest_difference,
+        "allowed": ROUNDING,
+        "together": together,
+    }
+    return [found | details | facts(len(hosts))]
 
 
 def network() -> nn.Module:

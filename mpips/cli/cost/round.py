@@ -227,13 +227,13 @@ def _pull(job: Job, machine: Machine, plan: Schedule) -> Travel:
     travel, rounded, speed = Travel(), job.travels != MODEL, machine.memory * job.hands / job.ranks
     for step in range(len(plan.parts)):
         sums = plan.sums(step)
-        made = max(plan.widest[step]) * (
+        computed = max(plan.widest[step]) * (
             3 * MODEL.itemsize + plan.itemsize
         )  # reads masters and weights, writes weights and outbox
-        others = max(theirs for theirs, _, _ in sums) // plan.itemsize
+        others = max(their_bytes for their_bytes, _, _ in sums) // plan.itemsize
         followed = others * (2 * MODEL.itemsize + plan.itemsize)
         travel.add(
-            made / _alone(job, machine) if rounded else 0.0,
+            computed / _alone(job, machine) if rounded else 0.0,
             _posting(machine, sums),
             _bytes(machine, sums),
             followed / speed if rounded else 0.0,
@@ -248,7 +248,7 @@ def _posting(machine: Machine, sums: Sequence[tuple[int, int, int]]) -> float:
 
 def _bytes(machine: Machine, sums: Sequence[tuple[int, int, int]]) -> float:
     """Return the seconds of a step on the busiest link, in its busier direction."""
-    return max(max(theirs, mine) for theirs, mine, _ in sums) / machine.link
+    return max(max(others, own) for others, own, _ in sums) / machine.link
 
 
 def _tails(job: Job, machine: Machine) -> Phase:

@@ -50,9 +50,9 @@ class Schedule:
         """Return what a node sends and what it receives in a step, each in posting order, without empty messages."""
         part = self.parts[self.pushed[step] if way == "push" else step]
         own = part[self.kinds[node]]
-        theirs = [(n, part[kind]) for n, kind in enumerate(self.kinds) if n != node and part[kind]]
-        mine = [(n, own) for n in range(self.nodes) if n != node and own]
-        return (theirs, mine) if way == "push" else (mine, theirs)
+        other_parts = [(n, part[kind]) for n, kind in enumerate(self.kinds) if n != node and part[kind]]
+        own_parts = [(n, own) for n in range(self.nodes) if n != node and own]
+        return (other_parts, own_parts) if way == "push" else (own_parts, other_parts)
 
     def sums(self, step: int) -> list[tuple[int, int, int]]:
         """Return three numbers for each kind of node in a step of the pull.
@@ -69,7 +69,7 @@ class Schedule:
     def sent(self) -> list[int]:
         """Return the bytes that a node of each kind sends in a round."""
         totals = [self.sums(step) for step in range(len(self.parts))]
-        return [sum(theirs + mine for theirs, mine, _ in (kinds[kind] for kinds in totals)) for kind in range(len(self.counts))]
+        return [sum(others + own for others, own, _ in (kinds[kind] for kinds in totals)) for kind in range(len(self.counts))]
 
 
 def schedule(job: Job) -> Schedule:

@@ -74,9 +74,9 @@ def plan(
         mpiexec: the mpiexec; by default the one that belongs to this Python.
     """
     mpiexec = mpiexec or find_mpiexec()
-    here = None if HOST_FLAGS & {argument.split("=")[0] for argument in mpi_args} else _nodes(environ)
-    wanted = {"PYTHONUNBUFFERED": "1", **_variables(mpiexec, size, here, environ)}  # ranks of MPICH write to pipes
-    chosen = {name: value for name, value in wanted.items() if name not in environ}
+    nodes = None if HOST_FLAGS & {argument.split("=")[0] for argument in mpi_args} else _nodes(environ)
+    defaults = {"PYTHONUNBUFFERED": "1", **_variables(mpiexec, size, nodes, environ)}  # ranks of MPICH write to pipes
+    chosen = {name: value for name, value in defaults.items() if name not in environ}
     if timeout is not None:
         chosen["MPIEXEC_TIMEOUT"] = str(timeout)  # the only time limit that all mpiexecs know
     if settings:
@@ -84,7 +84,7 @@ def plan(
         if mpiexec.family == "Open MPI":  # it passes only its own variables to other nodes
             mpi_args = ("-x", SET, *mpi_args)
     command = (mpiexec.path, "-n", str(size), *mpi_args, sys.executable, *script)
-    return Plan(command, chosen, size, _crowded(size, here))
+    return Plan(command, chosen, size, _crowded(size, nodes))
 
 
 def _variables(mpiexec: Mpiexec, size: int, nodes: int | None, environ: Mapping[str, str]) -> dict[str, str]:
@@ -92,23 +92,23 @@ def _variables(mpiexec: Mpiexec, size: int, nodes: int | None, environ: Mapping[
 
     `nodes` is None if the number of nodes is unknown.
     """
-    wanted: dict[str, str] = {}
+    defaults: dict[str, str] = {}
     if nodes:
-        wanted["OMP_NUM_THREADS"] = str(max(1, nodes * cores() // size))
+        defaults["OMP_NUM_THREADS"] = str(max(1, nodes * cores() // size))
     if mpiexec.family != "Open MPI":
-        return wanted
+        return defaults
     series = 4 if 0 < mpiexec.major < 5 else 5
     if os.geteuid() == 0:
-        wanted |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    wanted |= home()
+        defaults |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    defaults |= home()
     given, usable = environ.get("TMPDIR"), tempfile.gettempdir()
     if given and os.path.abspath(given) != usable:  # TMPDIR is read-only or full: Open MPI could not start there
-        wanted[SESSIONS[series]] = usable
-    wanted[BIND[series]] = "none"  # the default binds a rank with all its torch threads to one core
+        defaults[SESSIONS[series]] = usable
+    defaults[BIND[series]] = "none"  # the default binds a rank with all its torch threads to one core
     if nodes and size > nodes * physical_cores():
-        wanted |= CROWD[series]
-        wanted["OMPI_MCA_mpi_yield_when_idle"] = "1"  # else waiting ranks take the cores from those that compute
-    return wanted
+        defaults |= CROWD[series]
+        defaults["OMPI_MCA_mpi_yield_when_idle"] = "1"  # else waiting ranks take the cores from those that compute
+    return defaults
 
 
 def _nodes(environ: Mapping[str, str]) -> int:

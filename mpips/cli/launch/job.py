@@ -182,10 +182,10 @@ def run(plan: Plan, view: View, *, timeout: float | None = None) -> Outcome:
 def started(plan: Plan, folder: Path, timeout: float | None) -> Iterator[Job]:
     """Start the job and forward signals to it; at the end of the context, kill whatever is left of it."""
     environ = {**os.environ, **plan.variables, FOLDER: str(folder)}
-    asked: deque[int] = deque([signal.SIGUSR1] if process.preempted() else [])
+    received: deque[int] = deque([signal.SIGUSR1] if process.preempted() else [])
 
     def ask(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+        received.append(number)
 
     before = {number: signal.signal(number, ask) for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN}
     try:
@@ -202,7 +202,7 @@ def started(plan: Plan, folder: Path, timeout: float | None) -> Iterator[Job]:
         ) as mpiexec:
             try:
                 limit = float("inf") if timeout is None else time.monotonic() + timeout
-                job = Job(mpiexec, folder, limit, asked)
+                job = Job(mpiexec, folder, limit, received)
                 yield job
                 job.ranks.close()
             finally:

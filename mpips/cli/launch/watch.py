@@ -173,10 +173,10 @@ def first_failure(
     return Failure(stderr.rank, "\n".join(stderr.block))
 
 
-def _ended(status: int | None, heard: int | None, traceback: str) -> str:
+def _ended(status: int | None, reported: int | None, traceback: str) -> str:
     """Return how a rank without a report ended: its status if known, else mpiexec's message on one of the ranks."""
-    if status is None and not traceback and heard is not None:
-        status = -heard
+    if status is None and not traceback and reported is not None:
+        status = -reported
     if status is not None and status < 0:
         return f"ended by signal {-status}: {signal.strsignal(-status)}"
     return traceback or ("" if status is None else f"ended with status {status}")

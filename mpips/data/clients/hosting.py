@@ -109,6 +109,6 @@ class Hosting:
 
 def _alone(data: Any, index: int, workers: int) -> Clients:
     """Return clients of which only number `index` has data here."""
-    (mine,) = Clients([data])
+    (dataset,) = Clients([data])
     nothing: tuple[int, ...] = ()
-    return Clients.by_index(mine, [range(len(mine)) if k == index else nothing for k in range(workers)])
+    return Clients.by_index(dataset, [range(len(dataset)) if k == index else nothing for k in range(workers)])

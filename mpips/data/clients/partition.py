@@ -24,7 +24,7 @@ def by_label(n: int, labels: Any, count: int, shards_each: int, seed: int) -> li
         raise ValueError(f"{count} clients with {shards_each} shards each given; the data has {n} items only")
     shards = _cut(np.argsort(_labels(labels, n), kind="stable"), number)
     drawn = permutation(number, "label", seed).reshape(count, shards_each)
-    return [np.concatenate([shards[i] for i in mine]) for mine in drawn]
+    return [np.concatenate([shards[i] for i in own_shards]) for own_shards in drawn]
 
 
 def dirichlet(n: int, labels: Any, count: int, alpha: float, seed: int) -> list[np.ndarray]:

@@ -72,8 +72,8 @@ class Rule:
     def origin(self, like: Tensor) -> Tensor | None:
         """Return the point that contributions are measured from, `(len,)` like `like`, or None.
 
-        The result is sum(c_i x_i) + (1 - sum(c_i)) origin. The tensor belongs to the rule, and the caller sets it to the result
-        of each round.
+        The result is sum(c_i x_i) + (1 - sum(c_i)) origin. The tensor belongs to the rule. The caller sets it to the result of
+        each round, unless that is not finite.
         """
         return None
 

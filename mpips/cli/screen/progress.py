@@ -28,7 +28,7 @@ class Tail:
         self.offset = 0
 
     def read(self) -> list[dict[str, object]]:
-        """Return the events added since the last call; none while the file does not exist."""
+        """Return the next events since the last call, in portions; an empty list if there are none, or no file yet."""
         try:
             with self.path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size < self.offset:

@@ -111,7 +111,11 @@ class Replica:
         self.fragments = [Fragment(push, *where, memory) for where in zip(slots, spans, strict=True)]
 
     def push_for(self, round: float) -> Push:
-        """Return the message to push in this round, filled from `push`. The server copies the result back by `spill`."""
+        """Return the message to push in this round: `push`, or the round's fragment, filled from `push`.
+
+        In shared memory a round about a fragment pushes `push` itself, with all other parameters marked as absent. A fragment's
+        result is copied back to `push` by `spill`.
+        """
         self.active = None
         push = self.fragments[int(round) % len(self.fragments)]
         if not isinstance(push, Fragment):

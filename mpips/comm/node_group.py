@@ -242,6 +242,10 @@ class NodeGroup:
         if not self.spans and not self.leads:
             return
         self.board.sum_tails(heard)
+        self.combine(work)
+
+    def combine(self, work: SliceReducer) -> None:
+        """Let `work` combine the slices that this rank serves; after `reduce`, let it do so once more."""
         for span in self.spans:
             rows = self.board.rows_of(span)
             work.reduce_local(span, rows)

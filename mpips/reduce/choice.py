@@ -19,8 +19,7 @@ from mpips.reduce.message_transport import ClientMessageTransport, MessageTransp
 from mpips.reduce.sharded_optimizer import Granularity, ShardedOptimizer, where
 from mpips.reduce.shared_memory_transport import SETTINGS, SharedMemoryTransport
 from mpips.reduce.transport import Transport
-from mpips.rules import Mean, Needs, Rule
-from mpips.rules.mean import NormClip
+from mpips.rules import Needs, Rule
 
 KINDS = ["", "cpu", "cuda"]  # of memory that ranks can share
 
@@ -52,7 +51,8 @@ def choose_transport(
     shared = _share_memory(communicator, replica, config, mode, optimizer, rule, trains)
     if shared:
         group, steps = shared
-        return SharedMemoryTransport(group, replica, rule, last, first, steps, clip, communicator)
+        return SharedMemoryTransport(group, replica, rule, last, first, steps, clip, communicator, config.deterministic)
+    replica.push.raw = rule.needs != "sum" and mode.update.raw and not judges_clients(mode, config)
     given = communicator, replica, rule, last, first, optimizer if serves else None, clip
     if judges_clients(mode, config):
         return ClientMessageTransport(config.bucket_cap_mb, *given)
@@ -77,17 +77,18 @@ def _share_memory(
     if communicator.size == 1 or update is None or not config.shared_memory:
         return None
     apart = update.apart and trains
-    cut = _agreed(communicator, replica, type(rule) in (Mean, NormClip) and _shareable(replica, apart), optimizer)
+    cut = _agreed(communicator, replica, _takes_slices(rule, config) and _shareable(replica, apart), optimizer)
     if cut is None:
         return None
     settings = len(hyper.read(optimizer.torch)) if cut and optimizer else 0
-    contents = _contents(communicator.size, replica, config, cut, SETTINGS + settings)
+    contents = _contents(communicator.size, replica, config, cut, SETTINGS + settings, rule)
     group = communicator.node_group(contents)
     if group is None:
         return None
-    raw = update.raw and not config.deterministic  # a rank's own product is rounded before it is added
+    prepares = type(rule).prepare is not Rule.prepare
+    raw = update.raw and not (config.deterministic and prepares)  # what the rule prepares is then the same as by messages
     replica.move(group.board.row, group.board.pull, fill=group.board.fills, apart=apart, raw=raw)
-    replica.keeps_push = group.board.place > 0
+    replica.keeps_push = group.board.place > 0 and not prepares
     if optimizer:
         optimizer.rebind()  # nothing is to hold the messages' former memory
     group.barrier()
@@ -111,11 +112,12 @@ def _agreed(communicator: Communicator, replica: Replica, shares: bool, optimize
     return Granularity(min(word[1] for word in said)) if len({word[2:] for word in said}) == 1 else Granularity.NOWHERE
 
 
-def _contents(ranks: int, replica: Replica, config: Config, cut: Granularity, answer: int) -> BufferSpec:
+def _contents(ranks: int, replica: Replica, config: Config, cut: Granularity, answer: int, rule: Rule) -> BufferSpec:
     """What the ranks' rooms are to hold."""
     push, flat = replica.push.message, replica.flat
     large = flat.numel * flat.weights.element_size() > SMALL
     sharded = cut > Granularity.NOWHERE and (config.plan == "sharded" or (config.plan == "auto" and large))
+    products = ranks * (ranks + 1) if rule.needs == "gram" else 0  # of pairs of ranks, and a flag for each
     encoded = sharded and config.comm_dtype == "bfloat16" and push.dtype == torch.float32
     return BufferSpec(
         numel=push.numel(),
@@ -124,10 +126,12 @@ def _contents(ranks: int, replica: Replica, config: Config, cut: Granularity, an
         pull=replica.pull.message.numel(),
         weights=replica.pull.place,
         model=flat.dtype,
-        lines=max(ranks, len(flat.slots)),  # a number for each rank, or for each tensor
-        answer=answer,
+        lines=max(ranks + 1, products, len(flat.slots)),  # numbers by rank, by pair of ranks, or by tensor
+        answer=max(answer, products),
         together=sharded,
-        between=not config.deterministic and len(replica.fragments) == 1,  # a fragment alone is to travel
+        between=rule.needs == "sum"
+        and not config.deterministic
+        and len(replica.fragments) == 1,  # a fragment alone is to travel
         wire=torch.bfloat16 if encoded else push.dtype,
         overlap=config.overlap,
         device=flat.device,
@@ -141,6 +145,18 @@ def deal(group: NodeGroup, replica: Replica, cut: Granularity) -> None:
     if group.together:
         dealt = buckets(replica.flat.slots, numel, counts, group.each, cut == Granularity.TENSORS)
     group.serve(dealt, slice(numel, replica.push.tail_at))
+
+
+def _takes_slices(rule: Rule, config: Config) -> bool:
+    """Whether ranks may each combine their slices by this rule.
+
+    A rule that needs inner products does not if they are measured from a point of the rule's own, which has the whole model's
+    length; in deterministic mode, as the order in which parts of the products are added up would depend on who has computed
+    them; and with fragments, which need not end where slices do.
+    """
+    if rule.needs != "gram":
+        return True
+    return type(rule).origin is Rule.origin and not config.deterministic and config.local.fragments == 1
 
 
 def _shareable(replica: Replica, apart: bool) -> bool:

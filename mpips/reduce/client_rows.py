@@ -140,7 +140,7 @@ class ClientView(Push):
 
     def __init__(self, push: Push, lanes: ClientRows) -> None:
         self.columns, self.span, self.clients, self.ranks = push.columns, push.span, push.clients, push.ranks
-        self.blank = push.blank
+        self.blank, self.raw = push.blank, False
         self._lay_out(push.message, push.lengths)
         self.rows = push.message.new_zeros((lanes.size, len(push.columns)))
         self.rows[:, [SAMPLES, WEIGHT, BAD]] = lanes.said.to(self.rows)

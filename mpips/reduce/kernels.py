@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,17 @@ ONE_THREAD = 1 << 13  # elements of which BLAS makes the inner product by itself
 warnings.filterwarnings("ignore", category=RuntimeWarning, module=__name__.replace(".", r"\."))  # sums are looked at here
 
 
-def add_up(rows: Rows, terms: Terms) -> Total:
-    """The sum of the rows times their factors, in their order, in the memory of the first."""
-    if rows.arrays is not None and len(terms) == len(rows) > 1 and all(factor == 1 for _, factor in terms):
-        first, *others = rows.arrays
+def add_up(rows: Sequence[Tensor], terms: Terms, rounded: bool = False) -> Total:
+    """Return the sum of the rows times their factors, in the order of the terms, in the memory of the first row.
+
+    Args:
+        rows: `(len,)` each.
+        terms: which rows count.
+        rounded: whether a product is rounded before it is added; else the two may be one operation.
+    """
+    arrays = rows.arrays if isinstance(rows, Rows) else None
+    if arrays is not None and len(terms) == len(rows) > 1 and all(factor == 1 for _, factor in terms):
+        first, *others = arrays
         for other in others:
             np.add(first, other, out=first)
         return first
@@ -34,7 +42,10 @@ def add_up(rows: Rows, terms: Terms) -> Total:
     elif k:
         out.copy_(rows[k])
     for k, factor in more:
-        out.add_(rows[k], alpha=factor)
+        if rounded and factor != 1:
+            out.add_(rows[k] * factor)
+        else:
+            out.add_(rows[k], alpha=factor)
     return out
 
 
@@ -43,13 +54,3 @@ def is_finite(total: Total) -> bool:
     if isinstance(total, Tensor):
         return math.isfinite(torch.dot(total, total).item())
     return math.isfinite(total.dot(total) if len(total) <= ONE_THREAD else total.sum())
-
-
-def divide(total: Total, whole: float) -> None:
-    """By the sum of weights, in place; not by 0, of nothing."""
-    if whole in (0, 1):
-        return
-    if isinstance(total, Tensor):
-        total.div_(whole)
-    else:
-        np.divide(total, whole, out=total)

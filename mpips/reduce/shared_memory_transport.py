@@ -22,8 +22,9 @@ from mpips.model.layout import both
 from mpips.model.message import BAD, WEIGHT, Control, Replica
 from mpips.optim import hyperparameters as hyper
 from mpips.optim.flat_optimizer import FlatOptimizer
-from mpips.reduce.aggregate import AggregationResult, left_out, prepare
-from mpips.reduce.kernels import Terms, add_up, divide, is_finite
+from mpips.reduce.aggregate import AggregationResult
+from mpips.reduce.combine import HUGE, Combiner, Gram, all_finite, coefficients, left_out, prepare
+from mpips.reduce.kernels import is_finite
 from mpips.reduce.sharded_optimizer import ShardedOptimizer
 from mpips.reduce.transport import Decision, average_by_messages
 from mpips.rules import Needs, Rule
@@ -58,6 +59,7 @@ class SharedMemoryTransport:
         optimizer: ShardedOptimizer | FlatOptimizer | None,
         clip: float | None,
         communicator: Communicator,
+        rounded: bool,
     ) -> None:
         self.group, self.replica, self._clip, self._last, self._first = group, replica, clip, last, first
         self._push, self._rule, self._optimizer = replica.push, rule, optimizer
@@ -67,11 +69,11 @@ class SharedMemoryTransport:
         self.plan = "sharded" if group.together else "root"
         self.how = _how(group)
         self.steps_whole = not isinstance(optimizer, ShardedOptimizer)
-        self._terms: Terms | None = None  # the rows of this group that count, and what they are multiplied by
-        self._counted: Terms = []  # the same of what is multiplied already
-        self._whole = 0.0
-        self._weights: list[float] = []  # what `_terms` was made of last, and what it was then
-        self._weighed: tuple[Terms | None, float] = None, 0.0
+        self._combiner = Combiner(replica.push, rule, first, rounded)
+        self._sums = rule.needs == "sum"
+        self._gram: Gram | None = None  # in the first half of a round of a rule that needs inner products
+        self._unusable: list[int] = []  # the ranks that such a rule has left out, at the server
+        self._refused = ""
         self._communicator = communicator
         self.ready: BucketReadiness | None = None
         if isinstance(group, ReduceScatterGroup) and group.contents.overlap:
@@ -84,7 +86,8 @@ class SharedMemoryTransport:
         self._faulty = False
         self.faults = torch.full((group.contents.lines,), math.inf, dtype=torch.float64)
         own = hyper.read(optimizer.torch) if isinstance(optimizer, ShardedOptimizer) else []
-        self._decision = torch.zeros(SETTINGS + len(own), dtype=torch.float64)
+        self._numbers = slice(SETTINGS, SETTINGS + len(own))
+        self._decision = torch.zeros(group.contents.answer, dtype=torch.float64)
 
     def begin(self, weight: float) -> None:
         """See `Transport`."""
@@ -118,72 +121,101 @@ class SharedMemoryTransport:
             begun[1]()
         else:
             self._combine(self._push.weight(self.group.rank), None)
+        for rank in self._combiner.faulty:
+            self._faulty, self.faults[rank] = True, 0.0
         reported = self.group.report(self.faults, "min") if self.group.together or self._faulty else None
-        if not self.group.leads:
-            return AggregationResult([])
-        found = {} if reported is None else self._named(reported)
-        return AggregationResult(sorted(left_out(self._push.heard.rows, self._rule)), nonfinite=found)
+        return self._result(reported) if self.group.leads else AggregationResult([])
 
-    def _named(self, reported: Tensor) -> dict[int, int]:
-        """The ranks whose contributions are not finite, with the index of a tensor."""
-        named = {rank: int(slot) for rank, slot in enumerate(reported.tolist()) if slot < math.inf}
-        return {rank: slot for rank, slot in named.items() if rank or len(named) == 1 or not self._rounds}
+    def _result(self, reported: Tensor | None) -> AggregationResult:
+        """What came of the round, at the server."""
+        named = {} if reported is None else {n: int(slot) for n, slot in enumerate(reported.tolist()) if slot < math.inf}
+        left = left_out(self._push.heard.rows, self._rule)
+        if self._sums:
+            found = {rank: slot for rank, slot in named.items() if rank or len(named) == 1 or not self._rounds}
+            return AggregationResult(sorted(left), nonfinite=found)
+        if not self.group.spans:
+            self._combiner.ask()
+        whole = named.pop(self._communicator.size, None)
+        faulty = sorted({*left, *named, *self._unusable})
+        return AggregationResult(faulty, self._refused or self._combiner.refused, {} if whole is None else {0: whole})
 
     def _combine(self, weight: float, ready: BucketReadiness | None) -> None:
-        self._terms, self._whole = None, 0.0
+        self._combiner.begin(weights=None if self._alone else lambda: self.group.said.tolist())
         self._active = self.replica.active
         if self._faulty:
             self.faults.fill_(math.inf)
         self._faulty = False
         if self._prepares:
             prepare(self.group.rank, self._push, self._rule)
+        if self._rule.needs == "gram":
+            self._gram = Gram(self._push, self._rule, self._communicator.size)
         self.group.reduce(weight, self._push.heard.message, self, ready)
+        if self._gram:
+            self._choose(self._gram)
+
+    def _choose(self, gram: Gram) -> None:
+        """Let the rule choose the coefficients, from the inner products of all slices, and combine with them.
+
+        Each rank asks its own rule, which may remember more than the coefficients; the products are the same on all.
+        """
+        size, self._gram = self._communicator.size, None
+        products, faulty = slice(0, size * size), slice(size * size, size * (size + 1))
+        partial = torch.zeros_like(self.faults)
+        if gram.called:
+            partial[products], partial[faulty] = gram.matrix.flatten(), gram.faulty.double()
+        total = self.group.report(partial, "sum")
+        if self.group.leads:
+            self._decision[: faulty.stop] = total[: faulty.stop]
+        self.group.decide(self._decision)
+        matrix = self._decision[products].view(size, size).clone()
+        usable = (self._decision[faulty] == 0) & (matrix.diagonal() <= HUGE)
+        factors, self._unusable, self._refused = coefficients(self._push, self._rule, matrix, usable)
+        self._combiner.begin(factors)
+        self.group.combine(self)
 
     def reduce_local(self, part: slice, rows: Rows) -> None:
-        """The sum of one slice over this group's ranks; on one node the mean."""
+        """Combine one slice of this group's rows: to their sum, or by a rule that needs rows."""
         if self._active and self._passes(part):
             return
-        if self._terms is None:
-            self._weigh()
-        behind = part.start >= self._gradients  # BatchNorm's statistics, multiplied already
-        terms = self._counted if behind else self._terms
-        assert terms is not None
-        total = add_up(rows, terms)
-        if not behind and not is_finite(total):
-            guilty = [k for k, _ in terms if k and not _all_finite(rows[k])]
-            for k in guilty or [0]:  # the first row holds the sum by now
-                self._blame(self.group.members[k], part, rows[k])
-        if self._alone:
-            divide(total, self._total() if behind else self._whole)
+        if self._gram:
+            self._gram.add(part, rows)
+        elif self._sums:
+            self._add(part, rows)
+        else:
+            self._combiner.rows(part, rows, rows[0])
+            if part.start < self._gradients and not is_finite(rows[0]):
+                self._blame(self._communicator.size, part, rows[0])
+
+    def _add(self, part: slice, rows: Rows) -> None:
+        total = self._combiner.add(part, rows)
+        if part.start < self._gradients and not is_finite(total):
+            products = {k: rows[k] * factor for k, factor in self._combiner.terms(part) if k}
+            guilty = {k: product for k, product in products.items() if not all_finite(product)}
+            for k, values in (guilty or {0: rows[0]}).items():  # the first row holds the sum by now
+                self._blame(self.group.members[k], part, values)
 
     def reduce_remote(self, part: slice, sums: Sequence[Tensor]) -> None:
-        """The sum of one slice over all nodes."""
+        """Add up the sums of one slice over all nodes."""
         total = sums[0].to(self._push.message.dtype, copy=True)
         for one in sums[1:]:
             total.add_(one)
-        if part.start < self._gradients and not is_finite(total) and (self._rounds or all(map(_all_finite, sums))):
+        if part.start < self._gradients and not is_finite(total) and (self._rounds or all(map(all_finite, sums))):
             self._blame(0, part, total)  # nobody's alone; or it became infinite when it was rounded
         self.group.combined[part].copy_(total)  # which is one of those
 
     def finalize(self, part: slice, total: Tensor) -> None:
-        """The mean of one slice: its sum divided by that of the weights."""
-        if self._alone or (self._active and self._passes(part)):
+        """Let the rule make its result of the sum of one slice, now that all tails have been heard."""
+        if not self._sums or (self._active and self._passes(part)):
             return
         if self._watches and part.start < self._gradients and not is_finite(total):
             self._judge(part, total)
-        if not self._whole:
-            self._whole = self._total()
-        divide(total, self._whole)
+        self._combiner.sum(part, total, total)
 
     def report_nonfinite(self, faults: Tensor) -> None:
         """Which ranks of this group are to blame, in their rows of this rank's tail, which is the sum of theirs."""
         for rank, slot in enumerate(faults.tolist()):
             if slot < math.inf:
                 self._push.rows[rank, BAD] = 1 + slot
-
-    def _total(self) -> float:
-        """The sum of all weights, as the mean by messages adds them up: they may be no whole numbers."""
-        return float(self._push.heard.rows[self._first :, WEIGHT].sum())
 
     def _judge(self, part: slice, total: Tensor) -> None:
         """The sum over all nodes is not finite: to blame is whom a node has named, or nobody alone."""
@@ -198,20 +230,6 @@ class SharedMemoryTransport:
         assert self._active
         inside = both(part, self._active)
         return bool(part.start < self._gradients and inside.start >= inside.stop)
-
-    def _weigh(self) -> None:
-        """What each row is multiplied by; of equal weights, where all are known, only who has one matters."""
-        weights = self._push.heard.weights() if self._alone else self.group.said.tolist()
-        if self._alone and weights == self._weights:
-            self._terms, self._whole = self._weighed
-            return
-        self._counted = [(k, 1.0) for k, weight in enumerate(weights) if weight]
-        alike = self._alone and self._push.raw and len({weights[k] for k, _ in self._counted}) <= 1
-        by_weight = self._push.raw and not alike  # else multiplied already
-        self._terms = [(k, weights[k]) for k, _ in self._counted] if by_weight else self._counted
-        if self._alone:
-            self._whole = float(len(self._counted)) if alike else self._total()
-        self._weights, self._weighed = weights, (self._terms, self._whole)
 
     def _blame(self, rank: int, part: slice, values: Tensor) -> None:
         """What a rank has in this slice is not finite: note in which tensor, unless it is large and no more."""
@@ -258,7 +276,7 @@ class SharedMemoryTransport:
     def _tell(self, take: float, scale: float = 1.0, factor: float = 1.0) -> None:
         if isinstance(self._optimizer, ShardedOptimizer):
             said = [take, factor, scale, *hyper.read(self._optimizer.torch)]
-            self._decision.copy_(torch.tensor(said, dtype=torch.float64))
+            self._decision[: len(said)] = torch.tensor(said, dtype=torch.float64)
             self.group.decide(self._decision)
 
     def _follow(self) -> None:
@@ -275,8 +293,9 @@ class SharedMemoryTransport:
         if self._clip is not None:
             self.group.report(self._measure(present), "sum")
             self.group.decide(self._decision)
-        _, factor, scale, *numbers = self._decision.tolist()
-        hyper.write(self._optimizer.torch, numbers)
+        said = self._decision.tolist()
+        factor, scale = said[FACTOR], said[SCALE]
+        hyper.write(self._optimizer.torch, said[self._numbers])
         self._optimizer.step(present, factor, scale)
         self._moved = True
 
@@ -338,10 +357,6 @@ def _how(group: NodeGroup) -> str:
     if len(group.nodes) == 1:
         return memory
     return f"{memory}, {str(group.contents.wire).removeprefix('torch.')} between {len(group.nodes)} nodes"
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
 
 
 def _norm(tensor: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from torch import Tensor
 from mpips.comm import Communicator
 from mpips.model.bucket_ready import BucketReadiness
 from mpips.model.message import Control, Replica
-from mpips.reduce.aggregate import AggregationResult, bring_together, prepare
+from mpips.reduce.aggregate import AggregationResult, bring_together
+from mpips.reduce.combine import prepare
 from mpips.rules import Needs, Rule
 
 
@@ -117,7 +118,10 @@ def average_by_messages(communicator: Communicator, replica: Replica, rule: Rule
     """Do what `Transport.average` says; any transport does it by messages."""
     push, rank = replica.push, communicator.rank
     prepare(rank, push, rule)
-    if push.raw and (weight := push.weight(rank)) not in (0, 1):
-        push.gradients.mul_(weight)
+    if unscaled := push.raw and rule.needs == "sum":
+        push.raw = False
+        if (weight := push.weight(rank)) not in (0, 1):
+            push.gradients.mul_(weight)
     bring_together(communicator, push, rule, last, first)
+    push.raw |= unscaled
     communicator.broadcast(push.message)

@@ -31,12 +31,12 @@ import inspect
 from collections.abc import Callable
 
 from mpips.config import Config, ConfigError, check_rule, cut, shown
-from mpips.rules.coordinate import Median, SignMajority, TrimmedMean, strips
+from mpips.rules.coordinate import Median, SignMajority, TrimmedMean
 from mpips.rules.gram import Bulyan, CentredClipping, GeometricMedian, Krum, MultiKrum
 from mpips.rules.mean import Mean, NormClip
 from mpips.rules.protocol import Needs, Rule, RuleError
 
-__all__ = ["RULES", "Mean", "Needs", "Rule", "RuleError", "choose", "strips"]
+__all__ = ["RULES", "Mean", "Needs", "Rule", "RuleError", "choose"]
 
 RULES: dict[str, Callable[..., Rule]] = {
     "mean": Mean,

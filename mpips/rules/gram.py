@@ -6,13 +6,13 @@ suffices to compute the coefficients c. If the c sum to 1, the x_i in G may be m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpips.rules.coordinate import ascending, average, by_coordinate, middle
+from mpips.rules.coordinate import ascending, average, middle
 from mpips.rules.protocol import Needs, Rule, RuleError
 
 TIE = 1e-9  # relative difference below which scores are equal: rounding must not choose between equal contributions
@@ -116,9 +116,9 @@ class Bulyan(Rule):
         chosen[left] = 0
         return chosen
 
-    def __call__(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
-        """Combine the selected rows around their median; `weights` are what `coefficients` returned. See `Rule`."""
-        by_coordinate(rows, weights, out, self._nearest)
+    def __call__(self, rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
+        """Combine the selected rows around their median; see `Rule`."""
+        out.copy_(self._nearest(torch.stack(list(rows))))
 
     def _nearest(self, values: Tensor) -> Tensor:
         """Return the mean of the `self._near` values nearest to the median; of two equally distant values the smaller is taken.

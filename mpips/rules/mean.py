@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,18 +15,18 @@ STEP = 1 << 20  # elements that are converted to float64 at a time
 class Mean(Rule):
     """The samples-weighted mean, sum(n_k g_k) / sum(n_k).
 
-    Rows are added one after another in rank order, so the bits do not depend on the MPI library's algorithm.
+    In deterministic mode contributions are added in rank order, so the bits do not depend on the MPI library.
     """
 
     needs = "sum"
 
-    def __call__(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
-        """Write the sum of the rows, divided by the sum of the weights, to `out`; see `Rule`."""
-        total = out.copy_(rows[0]) if out.data_ptr() != rows.data_ptr() else out
-        for row in rows[1:]:
-            total.add_(row)
-        if (total_weight := float(weights.sum())) != 1.0:
-            total.div_(total_weight)
+    def __call__(self, rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
+        """Write the sum, divided by the sum of the weights, to `out`; see `Rule`."""
+        (total,), (weight,) = rows, weights
+        if out.data_ptr() != total.data_ptr():
+            out.copy_(total)
+        if weight != 1:
+            out.div_(weight)
 
 
 class NormClip(Mean):

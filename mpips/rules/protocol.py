@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
@@ -33,24 +33,28 @@ class Rule:
     then: Needs = "sum"
     faulty: int = 0
 
-    def __call__(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
+    def __call__(self, rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
         """Combine one slice of the flat buffer.
 
         Args:
-            rows: `(n, len)`, the contributions in rank order, already multiplied by their weights. For a rule that needs only
-                the sum: `(1, len)`, the sum of the contributions. The row of a rank with weight 0 is zero.
-            weights: `(n,)`, or `(1,)` if `rows` is the sum. The sum of the weights is above 0. After `coefficients`, the
-                weights are the coefficients.
-            out: `(len,)`, receives the result; may be `rows[0]`.
+            rows: `(len,)` each, the contributions in rank order, which must not be changed; those of weight 0 are not among
+                them. A rule that needs rows is given finite ones. A rule that needs only the sum is given one row, the sum of
+                the contributions times their weights. After `coefficients`, the rows are those with a coefficient other than 0.
+            weights: the weight of each row, above 0; the sum of the weights, if there is one row that is the sum.
+            out: `(len,)`, receives the result; may be one of the rows.
 
         Raises:
             RuleError: see `check`.
         """
         raise NotImplementedError
 
-    def statistics(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
-        """Combine one slice of BatchNorm's statistics, which lie behind the gradients; see `__call__`."""
+    def nonfinite(self, rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
+        """Combine one slice in which some row holds a NaN or Inf; see `__call__`."""
         self(rows, weights, out)
+
+    def statistics(self) -> Rule:
+        """Return the rule for BatchNorm's statistics, which lie behind the gradients."""
+        return self
 
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
         """Return the coefficient of each contribution in the result.

@@ -394,7 +394,7 @@ class Worker:
         """
         self._receive(contributed=True)
         if self._keeps_gradients:
-            if self._weight != 1 and not self.replica.push.shared and self.replica.wire_is_grad:
+            if self._weight != 1 and not self.replica.push.shared and not self.replica.push.raw and self.replica.wire_is_grad:
                 self.replica.flat.grad.div_(self._weight)  # which it was multiplied by on its way
             self.replica.flat.pushed()
         else:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpips.comm.peer_buffers import FEW, PeerBuffers, Rows
-from mpips.reduce.kernels import ONE_THREAD, Terms, add_up, divide, is_finite
+from mpips.reduce.kernels import ONE_THREAD, Terms, add_up, is_finite
+from mpips.rules import Mean
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 
@@ -34,7 +36,7 @@ def mean(given: list[Tensor], terms: Terms, whole: float, arrays: bool) -> tuple
     rows = rows_of(given, arrays)
     total = add_up(rows, terms)
     finite = is_finite(total)
-    divide(total, whole)
+    Mean()((rows[0],), (whole,), rows[0])
     return rows[0], finite
 
 
@@ -69,6 +71,23 @@ def test_what_is_not_finite_is_seen_wherever_it_is(bad: float, arrays: bool, len
         values = [torch.zeros(length), torch.zeros(length)]
         values[1][at] = bad
         assert not mean(values, [(0, 1.0), (1, 1.0)], 2, arrays)[1]
+
+
+def test_a_sum_is_added_up_in_rank_order() -> None:
+    """Another order of these numbers would give other bits."""
+    rows = torch.tensor([[1.0], [2.0**24], [1.0], [-(2.0**24)]])
+    exact = rows.double().sum().item()
+    by_hand = np.float32(0)
+    for row in rows:
+        by_hand = np.float32(by_hand + np.float32(row.item()))
+    assert add_up(list(rows), [(k, 1.0) for k in range(4)]).item() == by_hand != exact
+
+
+def test_a_product_may_be_rounded_before_it_is_added() -> None:
+    rows = list(torch.randn(2, 1000, generator=torch.Generator().manual_seed(0)))
+    expected = rows[0] * 3 + rows[1] * 0.1
+    assert torch.equal(add_up([row.clone() for row in rows], [(0, 3.0), (1, 0.1)], rounded=True), expected)
+    assert not torch.equal(add_up([row.clone() for row in rows], [(0, 3.0), (1, 0.1)]), expected), "or the flag does nothing"
 
 
 OVERFLOW = """

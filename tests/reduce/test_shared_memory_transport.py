@@ -725,10 +725,10 @@ def test_weights_that_others_change_are_not_shared(mode: str) -> None:
 def test_other_modes_and_settings_are_not_shared() -> None:
     for settings in (
         {"shared_memory": False},
-        {"rule": "median"},
         {"mode": "async"},
         {"mode": "fedavg", "rule": "median"},
-        {"rule": "krum", "robust": {"num_byzantine": 0}},
+        {"rule": "cclip"},
+        {"rule": "krum", "robust": {"num_byzantine": 0}, "deterministic": True},
     ):
 
         def program(e: Communicator, settings: dict[str, Any] = settings) -> bool:

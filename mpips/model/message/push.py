@@ -239,11 +239,12 @@ class Fragment(Push):
     def __init__(self, whole: Push, slots: slice, span: slice, memory: Tensor) -> None:
         self.whole, self.slots, self.span, self.columns = whole, slots, span, whole.columns
         self.ranks = whole.ranks
-        self.clients, self.shared, self.raw, self.blank = whole.clients, False, False, whole.blank
+        self.clients, self.shared, self.raw, self.blank = whole.clients, False, whole.raw, whole.blank
         self._lay_out(memory, [span.stop - span.start, *whole.lengths[1:]])
 
     def fill(self) -> None:
         """Copy the fragment's part from the whole message. Other parameters count as absent, so the server skips them."""
+        self.raw = self.whole.raw
         self.gradients.copy_(self.whole.gradients[self.span])
         self.message[self.lengths[0] :].copy_(self.whole.message[self.whole.lengths[0] :])
         self._confine(self.presence)

@@ -143,7 +143,7 @@ def _parser() -> Parser:
 
     _verb(verbs, "env", env_verb, "describe this machine, for a bug report")
 
-    text = "measure mpips beside raw MPI, DDP and the hardware's limit, interleaved in one run"
+    text = "measure mpips beside the hardware's limit, raw MPI and DDP, interleaved in one run"
     flags.add_kinds(_verb(verbs, "bench", bench_verb, text))
     _add_plan(verbs)
     return parser

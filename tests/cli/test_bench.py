@@ -17,8 +17,10 @@ from mpips.cli import main as cli
 from mpips.cli.bench import picture
 from mpips.cli.bench.agreement import difference
 from mpips.cli.bench.case import BOUNDS, case, variants
+from mpips.cli.bench.error import BenchError
 from mpips.cli.bench.gradient import WIDTH, Gradient, Loss, initial, numel, parts_of
 from mpips.cli.bench.limit import Line
+from mpips.cli.bench.opponents import opponents
 from tests.test_examples import small_mnist
 
 pytestmark = pytest.mark.skipif(
@@ -121,33 +123,32 @@ def test_one_process_is_asked_for_where_there_is_no_job_for_mpirun(mpirun: Start
     assert "expected one process" in done.stderr
 
 
-WRONG = """
-    import sys
-    from mpips.cli.bench import raw_mpi
-    from mpips.cli.bench.__main__ import main
+RIGHT = """
+    from mpi4py import MPI
 
-    def without_bcast(self):
-        if self._comm.rank:
-            self._comm.Reduce(self._sum.numpy(), None, root=0)
-        else:
-            self._comm.Reduce(self._in_place, self._sum.numpy(), root=0)
-            self._sum.div_(self._comm.size)
-            self._optimizer.step()
-
-    raw_mpi.RawMpi.round = without_bcast
-    sys.exit(main())
+    def make_round(comm, weights, optimizer):
+        def run():
+            comm.Allreduce(MPI.IN_PLACE, weights.grad.numpy())
+            weights.grad.div_(comm.size)
+            optimizer.step()
+        return run
 """
+WRONG = RIGHT.replace("weights.grad.div_(comm.size)", "")
+
+
+def opponent(path: Path, source: str) -> Path:
+    path.write_text(textwrap.dedent(source))
+    return path
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_wrong_weights_are_found_out(mpirun: Start, tmp_path: Path, flags: list[str]) -> None:
-    script = tmp_path / "wrong.py"
-    script.write_text(textwrap.dedent(WRONG))
-    done = mpirun(2, script, "round", "--mb", "0.1", *SHORT, *flags)
+    against = [opponent(tmp_path / "wrong.py", WRONG), opponent(tmp_path / "right.py", RIGHT)]
+    done = mpirun(2, "-m", "mpips.cli.bench", "round", "--mb", "0.1", *SHORT, "--against", *against, *flags)
     assert done.returncode == 1
-    said = [line for line in done.stderr.splitlines() if "other weights than mpips has: raw_mpi by " in line]
+    said = [line for line in done.stderr.splitlines() if "other weights than mpips has: wrong by " in line]
     assert len(said) == 1, done.stderr
-    assert "ddp_gloo" not in said[0]
+    assert "right" not in said[0]
     assert said[0].endswith("allowed 1e-05; no times given")
     if flags:
         assert json.loads(done.stdout)["exit"] == 1
@@ -169,6 +170,7 @@ def test_wrong_weights_are_found_out(mpirun: Start, tmp_path: Path, flags: list[
         (["scaling", "-n", "2,1"], ["-n", "'1'", "at least 2"]),
         (["train", "--data", "missing.h5"], ["--data", "'missing.h5'", "exists"]),
         (["checkpoint", "--folder", "nowhere"], ["--folder", "'nowhere'", "exists"]),
+        (["round", "--against", "missing.py"], ["--against", "'missing.py'", "Python file", "exists"]),
         (["small", "--mb", "1"], ["'--mb'", "--help"]),
     ],
 )
@@ -180,6 +182,61 @@ def test_bad_usage_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], 
     assert err.startswith("mpips")
     for word in said:
         assert word in err
+
+
+# Opponents
+
+
+def test_whom_it_is_compared_with_may_be_said(bench: Start, tmp_path: Path) -> None:
+    mine = opponent(tmp_path / "mine.py", RIGHT)
+    done = bench("round", "-n", "2", "--mb", "0.1", *SHORT, "--against", mine, "--out", ".", "--json")
+    (found,) = cases(done)
+    assert variants(found) == ["mpips", "limit", "mine"]
+    assert found["difference"] <= found["allowed"]
+    assert (tmp_path / "round.txt").read_text().endswith(f"--step fused --against {mine}\n")
+
+
+def test_it_may_be_compared_with_nobody(bench: Start) -> None:
+    done = bench("round", "-n", "2", "--mb", "0.1", *SHORT, "--against")
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if "mpips " in line and "0.1" in line]
+    assert "raw_mpi" not in done.stdout
+    assert "same weights" not in done.stdout
+
+
+def test_an_installed_package_has_no_opponents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert list(opponents(None, "make_round")) == ["raw_mpi", "ddp_gloo"]
+    assert list(opponents(None, "wrap")) == ["ddp_gloo"]
+    assert list(opponents(None, "save")) == ["torch_save"]
+    monkeypatch.setattr("mpips.cli.bench.opponents.FOLDER", tmp_path)
+    assert opponents(None, "make_round") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "said"),
+    [
+        ("plain.py", RIGHT, "expected a file of another name: plain is taken"),
+        ("empty.py", "", "expected a file that defines make_round"),
+        (
+            "torn.py",
+            "import nowhere",
+            "cannot be imported: ModuleNotFoundError: No module named 'nowhere'",
+        ),
+        ("text.txt", "", "expected a Python file"),
+    ],
+)
+def test_a_file_that_is_no_opponent_is_refused(tmp_path: Path, name: str, source: str, said: str) -> None:
+    with pytest.raises(BenchError) as refused:
+        opponents([opponent(tmp_path / name, source)], "make_round")
+    assert refused.value.status == 2
+    assert name in str(refused.value)
+    assert said in str(refused.value)
+
+
+def test_two_opponents_have_two_names(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with pytest.raises(BenchError, match="mine is taken"):
+        opponents([opponent(tmp_path / "mine.py", RIGHT), opponent(tmp_path / "other" / "mine.py", RIGHT)], "make_round")
 
 
 # The parts

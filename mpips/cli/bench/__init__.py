@@ -8,8 +8,7 @@
     agreement   whether all variants have the same weights
     gradient    the gradients that are pushed
     own         mpips: a run as a script makes it
-    raw_mpi     mpi4py's Reduce, the same step, Bcast
-    gloo        torch.distributed's all-reduce, the same step on every rank
+    opponents   what mpips is compared with: files outside of this package; in the source tree, benchmarks/opponents
     limit       the lower bound: every rank copies the model once; between hosts, the line rate
     round, train, checkpoint     the measurements; `small` is `round` in batches, `scaling` is `round` on 2, 4, 8 ranks
     table, picture               the output

@@ -11,8 +11,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from mpips.cli.bench.clock import WARM
 from mpips.cli.bench.error import BenchError
 from mpips.cli.bench.facts import facts
 from mpips.cli.bench.gradient import initial, numel
+from mpips.cli.bench.opponents import Functions, opponents
 from mpips.cli.bench.own import Own, Parts, connected, join, momentum_sgd
 
 MB = 1 << 20
@@ -35,29 +37,31 @@ Write = Callable[[], Path | None]
 def checkpoints(options: argparse.Namespace) -> list[Case]:
     """Return one case for each size, measured in this process."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    against = opponents(options.against, "save")
     cases = []
     for mb in options.mb:
         print(f"mpips bench: {mb:g} MB", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(prefix="mpips-bench-", dir=options.folder) as name:
-            cases.append(one_size(numel(mb * MB / 2), Path(name), options.repeats))
+            cases.append(one_size(numel(mb * MB / 2), against, Path(name), options.repeats))
     return cases
 
 
-def one_size(count: int, folder: Path, repeats: int) -> Case:
+def one_size(count: int, against: Functions, folder: Path, repeats: int) -> Case:
     """Measure all variants alternately, with `count` weights and as many momentum values."""
     model = Parts(initial(count))
     communicator = join()
     with connected(communicator, model, momentum_sgd(fused=True), folder) as ps:
         save = Save(ps, model)
         state = torch.cat([initial(count), initial(count)])
-        writers: dict[str, Write] = {"mpips": save.write, **others(state, folder)}
+        writers: dict[str, Write] = {"mpips": save.write, **limits(state, folder)}
+        writers |= {name: theirs(save_them, state, folder / name) for name, save_them in against.items()}
         seconds: dict[str, list[float]] = {name: [] for name in writers}
         for repeat in range(WARM + repeats):
             save.train()
             for name, taken in turn(writers):
                 seconds[name] += [taken] if repeat >= WARM else []
         save.check()
-        check_files(state, folder)
+        check_files(state, folder, against)
     found = case({"n": 1, "mb": 8 * count / MB}, seconds)
     where = {"repeats": repeats, "folder": str(folder.parent), "file_bytes": save.nbytes}
     return found | rate(found, "mb_per_s", found["mb"]) | where | facts(library=False)
@@ -107,34 +111,42 @@ class Save:
             raise BenchError("mpips: the checkpoint holds other weights than the model; no times given")
 
 
-def others(state: Tensor, folder: Path) -> dict[str, Write]:
-    """Return the opponents: a copy in memory; write and fsync of the bytes; torch.save and fsync."""
+def limits(state: Tensor, folder: Path) -> dict[str, Write]:
+    """Return the limits: a copy in memory; write and fsync of the bytes."""
     target = np.ones_like(state.numpy())
 
     def memcpy() -> None:
         np.copyto(target, state.numpy())
 
     def raw_write() -> Path:
-        with (folder / "raw").open("wb", buffering=0) as file:
+        with (folder / "raw_write").open("wb", buffering=0) as file:
             rest = state.numpy().data.cast("B")
             while rest:
                 rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
-        return folder / "raw"
+        return folder / "raw_write"
 
-    def torch_save() -> Path:
-        half = state.numel() // 2
-        with (folder / "torch.pt").open("wb") as file:
-            torch.save({"parameters": state[:half].clone(), "momentum": state[half:].clone()}, file)
+    return {"memcpy": memcpy, "raw_write": raw_write}
+
+
+def theirs(save: Callable[..., Any], state: Tensor, path: Path) -> Write:
+    """Return the function that writes a checkpoint with an opponent's `save`, and fsync."""
+    half = state.numel() // 2
+
+    def write() -> Path:
+        with path.open("wb") as file:
+            save({"parameters": state[:half].clone(), "momentum": state[half:].clone()}, file)
             file.flush()
             os.fsync(file.fileno())
-        return folder / "torch.pt"
+        return path
 
-    return {"memcpy": memcpy, "raw_write": raw_write, "torch_save": torch_save}
+    return write
 
 
-def check_files(state: Tensor, folder: Path) -> None:
-    """Check that the opponents have written all bytes."""
-    same = np.array_equal(np.fromfile(folder / "raw", np.float32), state.numpy())
-    if not same or (folder / "torch.pt").stat().st_size < state.nbytes:
-        raise BenchError("raw_write or torch_save: the file does not hold the bytes; no times given")
+def check_files(state: Tensor, folder: Path, against: Iterable[str]) -> None:
+    """Check that all bytes were written."""
+    wrong = [name for name in against if (folder / name).stat().st_size < state.nbytes]
+    if not np.array_equal(np.fromfile(folder / "raw_write", np.float32), state.numpy()):
+        wrong.append("raw_write")
+    if wrong:
+        raise BenchError(f"{', '.join(wrong)}: the file does not hold the bytes; no times given")

@@ -16,11 +16,11 @@ KINDS = {
     "scaling": "a round on 2, 4, 8 ranks",
 }
 TOLD = {  # the flags passed to the ranks
-    "round": ("mb", "repeats", "step"),
-    "small": ("kb", "rounds", "repeats", "step"),
-    "train": ("steps", "batch_size", "data", "repeats"),
-    "checkpoint": ("mb", "folder", "repeats"),
-    "scaling": ("mb", "repeats", "step"),
+    "round": ("mb", "repeats", "step", "against"),
+    "small": ("kb", "rounds", "repeats", "step", "against"),
+    "train": ("steps", "batch_size", "data", "repeats", "against"),
+    "checkpoint": ("mb", "folder", "repeats", "against"),
+    "scaling": ("mb", "repeats", "step", "against"),
 }
 LEAST_REPEATS = 7  # fewer give no reliable median
 
@@ -59,7 +59,12 @@ def _add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
     if kind == "train":
         add("--steps", type=_at_least(1), default=20, metavar="S", help="steps a measurement (20)")
         add("--batch-size", type=_at_least(1), default=64, metavar="B", help="samples a worker and step (64)")
-        add("--data", type=_file, metavar="FILE", help="MNIST as examples/mnist.py reads it; images made up if not given")
+        add(
+            "--data",
+            type=_file("an HDF5 file"),
+            metavar="FILE",
+            help="MNIST as examples/mnist.py reads it; images made up if not given",
+        )
     if kind == "checkpoint":
         add("--folder", type=_folder, metavar="PATH", help="where to write; the temporary folder if not given")
     if "step" in TOLD[kind]:
@@ -67,6 +72,8 @@ def _add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
         add("--step", choices=["fused", "plain"], default="fused", help=text)
     text = f"measurements of each variant, at least {LEAST_REPEATS} (9)"
     add("--repeats", type=_at_least(LEAST_REPEATS), default=9, metavar="R", help=text)
+    text = "files of opponents, see benchmarks/README.md; by default those of the source tree, if mpips runs from one"
+    add("--against", type=_file("a Python file"), nargs="*", metavar="PATH", help=text)
     add("--out", type=Path, metavar="FOLDER", help="also write table, JSON and picture there")
     add("--mpi-args", type=shlex.split, default=[], metavar='"..."', help="further flags for mpiexec")
     add("--json", action="store_true", default=argparse.SUPPRESS, help="print only JSON: a list, one object a size")
@@ -77,8 +84,13 @@ def words(options: argparse.Namespace) -> list[str]:
     line = [str(options.kind)]
     for name in TOLD[options.kind]:
         value = getattr(options, name)
-        if value is not None:
-            line += [f"--{name.replace('_', '-')}", comma(value) if isinstance(value, list) else str(value)]
+        if value is None:
+            continue
+        line.append(f"--{name.replace('_', '-')}")
+        if name == "against":
+            line += map(str, value)
+        else:
+            line.append(comma(value) if isinstance(value, list) else str(value))
     return line
 
 
@@ -121,11 +133,15 @@ def _positive(text: str) -> float:
     return number
 
 
-def _file(text: str) -> Path:
-    """Return the path of an existing file."""
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text!r} given, expected an HDF5 file that exists")
-    return Path(text)
+def _file(kind: str) -> Callable[[str], Path]:
+    """Return a parser of the path of an existing file."""
+
+    def file(text: str) -> Path:
+        if not Path(text).is_file():
+            raise argparse.ArgumentTypeError(f"{text!r} given, expected {kind} that exists")
+        return Path(text)
+
+    return file
 
 
 def _folder(text: str) -> Path:

@@ -13,11 +13,10 @@ from mpips.cli.bench.agreement import ROUNDED, ROUNDING, agree
 from mpips.cli.bench.case import Case, case, rate
 from mpips.cli.bench.clock import Variant, interleave
 from mpips.cli.bench.facts import communicator, facts, leaders
-from mpips.cli.bench.gloo import Gloo, join_gloo, leave_gloo
 from mpips.cli.bench.gradient import initial, numel
 from mpips.cli.bench.limit import limit
+from mpips.cli.bench.opponents import Functions, Theirs, opponents
 from mpips.cli.bench.own import Own, Parts, connected, join, momentum_sgd
-from mpips.cli.bench.raw_mpi import RawMpi
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -30,46 +29,36 @@ def rounds(options: argparse.Namespace) -> list[Case]:
     join()  # first: it reports if MPI was started wrongly
     comm = communicator()
     hosts = leaders(comm)
-    join_gloo(comm, len(hosts))
+    against = opponents(options.against, "make_round")
     sizes = [mb * MB for mb in options.mb] if options.kind != "small" else [kb * 1024 for kb in options.kb]
     batch = options.rounds if options.kind == "small" else 1
     cases = []
     for nbytes in sizes:
         if comm.rank == 0:
             print(f"mpips bench: {comm.size} ranks, {nbytes / MB:g} MB", file=sys.stderr, flush=True)
-        cases.append(one_size(comm, hosts, numel(nbytes), options.repeats, batch, options.step == "fused"))
+        cases.append(one_size(comm, hosts, against, numel(nbytes), options.repeats, batch, options.step == "fused"))
         gc.collect()
-    leave_gloo()
     return cases
 
 
-def one_size(comm: MPI.Comm, hosts: list[int], count: int, repeats: int, batch: int, fused: bool) -> Case:
+def one_size(comm: MPI.Comm, hosts: list[int], against: Functions, count: int, repeats: int, batch: int, fused: bool) -> Case:
     """Measure all variants alternately on a model of `count` float32 values; a measurement is `batch` rounds."""
     make, scratch, model = momentum_sgd(fused), torch.zeros(count), Parts(initial(count))
     bound = limit(comm, hosts, 4 * count)
-    raw, gloo = (kind(comm, initial(count), scratch, make) for kind in (RawMpi, Gloo))
+    others = {name: Theirs(make_round, comm, initial(count), scratch, make) for name, make_round in against.items()}
     label = {"n": comm.size, "mb": 4 * count / MB}
     with connected(join(), model, make) as ps:
         own = Own(ps, comm.rank, model)
-        variants: dict[str, Variant] = {"mpips": own, "limit": bound, "raw_mpi": raw, "ddp_gloo": gloo}
+        variants: dict[str, Variant] = {"mpips": own, "limit": bound, **others}
         seconds = interleave(comm, variants, repeats, batch)
-        weights = {
-            "mpips": own.weights,
-            **{name: split(them.weights[0], own) for name, them in (("raw_mpi", raw), ("ddp_gloo", gloo))},
-        }
+        weights = {name: split(them.weights, own) for name, them in others.items()}
         allowed = ROUNDING if ps.config.comm_dtype == "full" else ROUNDED
-        largest_difference = agree(comm, weights, f"{label['n']} ranks, {label['mb']:g} MB", allowed)
+        agreed = agree(comm, own.weights, weights, f"{label['n']} ranks, {label['mb']:g} MB", allowed)
     seconds["limit"] = [bound.scale * taken for taken in seconds["limit"]]
     found = case(label, seconds, batch)
     if batch > 1:
         found |= rate(found, "rounds_per_s", 1)
-    details = {
-        "repeats": repeats,
-        "rounds": batch,
-        "difference": largest_difference,
-        "allowed": allowed,
-        "step": "fused" if fused else "plain",
-    }
+    details = {"repeats": repeats, "rounds": batch, **agreed, "step": "fused" if fused else "plain"}
     return found | details | facts(len(hosts))
 
 

@@ -1,4 +1,4 @@
-"""Training end to end, on the same batches for all: one process without mpips, DDP, and mpips.
+"""Training end to end, on the same batches for all: one process without mpips, opponents, and mpips.
 
 The single process trains on the union of the workers' batches, so its arithmetic and its weights are the same. Meanwhile the
 other ranks sleep. `plain` has one core; `plain_threads` has as many torch threads as the ranks have cores together.
@@ -20,7 +20,7 @@ from mpips.cli.bench.agreement import agree
 from mpips.cli.bench.case import Case, case, rate
 from mpips.cli.bench.clock import Variant, interleave
 from mpips.cli.bench.facts import communicator, facts, leaders
-from mpips.cli.bench.gloo import join_gloo, leave_gloo
+from mpips.cli.bench.opponents import opponents
 from mpips.cli.bench.own import connected, join, momentum_sgd
 from mpips.process.environment import cores
 
@@ -33,7 +33,7 @@ def train(options: argparse.Namespace) -> list[Case]:
     join()
     comm = communicator()
     hosts = leaders(comm)
-    join_gloo(comm, len(hosts))
+    against = opponents(options.against, "wrap")
     if comm.rank == 0:
         print(f"mpips bench: {comm.size} ranks train", file=sys.stderr, flush=True)
     each, steps, make = options.batch_size, options.steps, momentum_sgd(fused=False)
@@ -42,34 +42,23 @@ def train(options: argparse.Namespace) -> list[Case]:
         torch.unflatten(part, 0, (steps, comm.size, each))[:, comm.rank].flatten(0, 1).contiguous() for part in whole
     )
     together = min(comm.size, cores()) if len(hosts) == 1 else cores()
-    ddp = nn.parallel.DistributedDataParallel(network())
+    wrapped = {name: wrap(comm, network()) for name, wrap in against.items()}
     model = network()
     with connected(join(), model, make) as ps:
         plain = Plain(network(), whole, each * comm.size)
         threaded = Plain(network(), whole, each * comm.size, together)
-        own, distributed = (
-            Mpips(ps, model, (own_data[0], own_data[1]), each, options.repeats),
-            Plain(ddp, (own_data[0], own_data[1]), each),
-        )
-        distributed.alone = False
-        variants: dict[str, Variant] = {"mpips": own, "plain": plain, "plain_threads": threaded, "ddp_gloo": distributed}
+        own = Mpips(ps, model, (own_data[0], own_data[1]), each, options.repeats)
+        others = {"plain": plain, "plain_threads": threaded}
+        others |= {name: Plain(theirs, (own_data[0], own_data[1]), each, alone=False) for name, theirs in wrapped.items()}
+        variants: dict[str, Variant] = {"mpips": own, **others}
         seconds = interleave(comm, variants, options.repeats)
-        weights = {"mpips": list(model.parameters()), "ddp_gloo": list(ddp.parameters())}
-        if comm.rank == 0:
-            weights |= {"plain": list(plain.model.parameters()), "plain_threads": list(threaded.model.parameters())}
+        weights = {name: them.weights if comm.rank == 0 or not them.alone else None for name, them in others.items()}
         with torch.no_grad():
-            largest_difference = agree(comm, weights, f"training on {comm.size} ranks", ROUNDING)
-    leave_gloo()
+            agreed = agree(comm, list(model.parameters()), weights, f"training on {comm.size} ranks", ROUNDING)
     found = case({"n": comm.size, "batch_size": each}, seconds, steps)
     found |= rate(found, "samples_per_s", each * comm.size)
     found["efficiency"] = found["plain_to_mpips"] / (together if len(hosts) == 1 else comm.size)
-    details = {
-        "repeats": options.repeats,
-        "steps": steps,
-        "difference": largest_difference,
-        "allowed": ROUNDING,
-        "together": together,
-    }
+    details = {"repeats": options.repeats, "steps": steps, **agreed, "together": together}
     return [found | details | facts(len(hosts))]
 
 
@@ -112,13 +101,18 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 class Plain:
-    """The ordinary loop: of one process on all batches, or of a DDP worker on its own batches."""
+    """The ordinary loop: of one process on all batches, or of an opponent's worker on its own batches."""
 
-    def __init__(self, model: nn.Module, data: Data, batch_size: int, threads: int = 1) -> None:
-        self.model, self.alone = model, True
+    def __init__(self, model: nn.Module, data: Data, batch_size: int, threads: int = 1, alone: bool = True) -> None:
+        self.model, self.alone = model, alone
         self._batches = list(zip(*(torch.split(part, batch_size) for part in data), strict=True))
         self._optimizer = momentum_sgd(fused=False)(list(model.parameters()))
         self._threads = threads
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Return the parameters."""
+        return list(self.model.parameters())
 
     def fill(self) -> None:
         """Set the number of threads."""

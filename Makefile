@@ -22,6 +22,7 @@ check: $(VENV)/.dev   ## style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --python-version 3.13
 
 clean:           ## remove the environments
 	rm -rf $(VENV) $(VENV_MPICH)

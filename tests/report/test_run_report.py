@@ -63,11 +63,11 @@ def test_nothing_of_a_round_or_a_validation_stays_in_memory(tmp_path: Path, monk
 
     tracemalloc.start()
     try:
-        more(100)
+        more(2000)  # Python 3.10 takes that long to have its strings and caches
         assert more(2000) < 2000
     finally:
         tracemalloc.stop()
-    assert report.values == [n / 7 for n in [*range(100), *range(2000)]]
+    assert report.values == [n / 7 for n in [*range(2000)] * 2]
     assert (tmp_path / "validations.csv").read_text().splitlines()[:2] == [
         "round,epoch,value,name",
         '0,0,0.0,"accuracy, ""top 5"""',

@@ -1,9 +1,9 @@
 """The cost model against SimGrid: `python benchmarks/simgrid/check.py --nodes 8 64 256 --model-mb 100 --gbit 200`.
 
-Writes what the leaders of so many nodes would post in a round, as `mpips.cli.cost.schedule` has it from the plan's own code,
-and replays it with SimGrid's MPI on a simulated network: a full-duplex link for each node, and a switch that never limits. Only
-what travels is compared, in both: nothing is computed, posting a message takes no time. Needs smpicc and smpirun (Debian:
-libsimgrid-dev).
+Writes what the leaders of so many nodes would post in a round, as `mpips.cli.plan.schedule` computes it with the code that lays
+out a run, and replays it with SimGrid's MPI on a simulated network: a full-duplex link for each node, and a switch that never
+limits. Only what travels is compared, in both: nothing is computed, posting a message takes no time. Needs smpicc and smpirun
+(Debian: libsimgrid-dev).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mpips.cli.cost import Job, Machine, Schedule, predict, schedule
+from mpips.cli.plan import Job, Machine, Schedule, predict, schedule
 from mpips.model.layout import FLIGHT
 
 REPLAY = Path(__file__).with_name("replay.c")

@@ -408,9 +408,9 @@ def plan_verb(options: argparse.Namespace) -> int:
     if options.nodes * options.ranks_per_node > MOST_RANKS:
         given = f"{options.nodes} x {options.ranks_per_node}"
         raise UsageError(f"arguments --nodes, --ranks-per-node: {given} given, expected at most {MOST_RANKS:,} ranks")
-    from mpips.cli import cost
+    from mpips.cli import plan
 
-    job = cost.Job.of(
+    job = plan.Job.of(
         options.nodes,
         options.ranks_per_node,
         1e6 * options.model_mb,
@@ -419,14 +419,14 @@ def plan_verb(options: argparse.Namespace) -> int:
         bucket=round(1e6 * options.bucket_cap_mb),
         state=options.optimizer_floats,
     )
-    machine = cost.Machine(
+    machine = plan.Machine(
         link=options.gbit * 1e9 / 8,
         latency=1e-6 * options.latency_us,
         message=1e-6 * options.message_us,
         memory=1e9 * options.memory_gbs,
     )
-    found = cost.predict(job, machine)
-    stdout.write(json.dumps(cost.facts(job, machine, found)) if options.json else cost.table(job, machine, found))
+    found = plan.predict(job, machine)
+    stdout.write(json.dumps(plan.facts(job, machine, found)) if options.json else plan.table(job, machine, found))
     return 0
 
 

@@ -14,8 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from mpips.cli.cost.job import MODEL, Job, Machine
-from mpips.cli.cost.schedule import Schedule, schedule
+from mpips.cli.plan.job import MODEL, Job, Machine
+from mpips.cli.plan.schedule import Schedule, schedule
 from mpips.comm import pieces
 from mpips.model.layout import BUCKET, FLIGHT
 

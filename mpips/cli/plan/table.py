@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from mpips.cli.cost.job import Job, Machine
-from mpips.cli.cost.memory import Item, memory
-from mpips.cli.cost.round import PARTS, Round
+from mpips.cli.plan.job import Job, Machine
+from mpips.cli.plan.memory import Item, memory
+from mpips.cli.plan.round import PARTS, Round
 
 
 def facts(job: Job, machine: Machine, found: Round) -> dict[str, Any]:

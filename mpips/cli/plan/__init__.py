@@ -1,4 +1,4 @@
-"""`mpips plan`: the cost of a round on machines that are not present, computed from the plan that a run would follow.
+"""`mpips plan`: what a round costs on machines that are not present, computed by the code that lays out a run.
 
     job        nodes, ranks, model; the machine's figures; the buffers that a run would allocate
     schedule   which node sends how many bytes to which other node in which step
@@ -11,10 +11,10 @@ times are computed here. No tensor of the model's size is allocated. `benchmarks
 network.
 """
 
-from mpips.cli.cost.job import Job, Machine
-from mpips.cli.cost.memory import Item, memory
-from mpips.cli.cost.round import Phase, Round, predict
-from mpips.cli.cost.schedule import Schedule, schedule
-from mpips.cli.cost.table import facts, table
+from mpips.cli.plan.job import Job, Machine
+from mpips.cli.plan.memory import Item, memory
+from mpips.cli.plan.round import Phase, Round, predict
+from mpips.cli.plan.schedule import Schedule, schedule
+from mpips.cli.plan.table import facts, table
 
 __all__ = ["Item", "Job", "Machine", "Phase", "Round", "Schedule", "facts", "memory", "predict", "schedule", "table"]

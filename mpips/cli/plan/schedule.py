@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
 
-from mpips.cli.cost.job import Job
+from mpips.cli.plan.job import Job
 from mpips.comm.reduce_scatter import length
 from mpips.model.layout import steps
 

@@ -16,17 +16,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpips.cli import cost
 from mpips.cli import main as cli
-from mpips.cli.cost import Job, Machine, Phase, memory, predict, schedule
-from mpips.cli.cost.round import Travel
+from mpips.cli import plan
+from mpips.cli.plan import Job, Machine, Phase, memory, predict, schedule
+from mpips.cli.plan.round import Travel
 from mpips.comm import reduce_scatter as sharded
 from mpips.comm import simulated
 from mpips.comm.node_group import BufferSpec
 from mpips.comm.reduce_scatter import sizes
 from mpips.comm.simulated import SimulatedCommunicator, World
 from mpips.comm.simulated_group import SimulatedLeaderGroup
-from mpips.model import layout as plan
+from mpips.model import layout
 from mpips.model.flat import lay_out
 from mpips.model.layout import FLIGHT, GRAIN, SMALL
 from mpips.reduce import choice
@@ -48,8 +48,8 @@ def odd(nodes: int, ranks: int, **settings: Any) -> Job:
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small model is cut up, and travels, as a large one would."""
-    monkeypatch.setattr(plan, "GRAIN", 64)
-    monkeypatch.setattr(plan.pieces, "__defaults__", (256,))
+    monkeypatch.setattr(layout, "GRAIN", 64)
+    monkeypatch.setattr(layout.pieces, "__defaults__", (256,))
     monkeypatch.setattr(sharded, "LEAST", 1)
 
 
@@ -189,7 +189,7 @@ def test_a_run_asks_for_the_same(
     asked: list[BufferSpec] = []
     dealt: dict[int, list[slice]] = {}
     slots, numel = lay_out(mlp().named_parameters())
-    for module in (choice, cost.job):
+    for module in (choice, plan.job):
         monkeypatch.setattr(module, "SMALL", 4 * numel - larger)
     job = Job(nodes, 2, numel, slots, plan=chosen, comm_dtype=wire)
     group, deal = SimulatedCommunicator.node_group, choice.deal
@@ -315,7 +315,7 @@ def test_what_one_server_would_take() -> None:
 
 def test_16384_ranks_are_cut_once(monkeypatch: pytest.MonkeyPatch) -> None:
     cuts = []
-    monkeypatch.setattr(plan, "_cut", lambda slots, at, tensors, cut=plan._cut: cuts.append(at) or cut(slots, at, tensors))
+    monkeypatch.setattr(layout, "_cut", lambda slots, at, tensors, cut=layout._cut: cuts.append(at) or cut(slots, at, tensors))
     job = Job.of(2048, 8, 1.4e10)
     found = predict(job, Machine())
     assert len(cuts) < (len(job.buckets) + 1) * job.size  # it takes seconds, of which this is the most
@@ -335,7 +335,7 @@ def test_the_verb_prints_what_is_predicted(capsys: pytest.CaptureFixture[str]) -
     assert cli.main(WORDS) == 0
     text = capsys.readouterr().out
     job, machine = Job.of(64, 8, 1e8), Machine()
-    assert text == cost.table(job, machine, predict(job, machine)) + "\n"
+    assert text == plan.table(job, machine, predict(job, machine)) + "\n"
     for words in ("64 nodes of 8 ranks, rooms", "push messages", "window", "allgather", "bottleneck", "one server"):
         assert words in text
     assert "504 ms" not in text  # eight workers a node send more than one

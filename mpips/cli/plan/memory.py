@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpips.cli.cost.job import MODEL, Job
+from mpips.cli.plan.job import MODEL, Job
 from mpips.comm import multi_node as rooms
 from mpips.comm import reduce_scatter as sharded
 

@@ -25,7 +25,7 @@ from mpips.comm.reduce_scatter import ReduceScatterGroup, length
 from mpips.comm.simulated import Killed, SimulatedCommunicator, World
 from mpips.comm.simulated_group import SimulatedBarrier, SimulatedLeaderGroup
 from mpips.config import Config, ConfigError, resolve
-from mpips.model import layout as plan
+from mpips.model import layout
 from mpips.model.layout import share
 from mpips.model.message import NonFiniteError
 from mpips.reduce.shared_memory_transport import SharedMemoryTransport
@@ -52,9 +52,9 @@ WIRES = pytest.mark.parametrize("wire", ["full", "bfloat16"])
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models are cut up, and travel, as large ones would."""
-    monkeypatch.setattr(plan, "GRAIN", 64)
-    monkeypatch.setattr(plan, "PIECE", 256)
-    monkeypatch.setattr(plan.pieces, "__defaults__", (256,))
+    monkeypatch.setattr(layout, "GRAIN", 64)
+    monkeypatch.setattr(layout, "PIECE", 256)
+    monkeypatch.setattr(layout.pieces, "__defaults__", (256,))
     monkeypatch.setattr(sharded, "LEAST", 1)
 
 
@@ -248,7 +248,7 @@ def even(shape: Shape) -> list[float]:
 
 @pytest.fixture
 def tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.pieces, "__defaults__", (7,))
+    monkeypatch.setattr(layout.pieces, "__defaults__", (7,))
 
 
 DTYPES = {"full": torch.float32, "bfloat16": torch.bfloat16, "overlap": torch.float32}
@@ -1028,7 +1028,7 @@ def test_each_node_sends_its_share_of_the_model_twice(shape: Shape, wire: str, m
         assert sum(n for (sender, _), n in Spy.bytes.items() if sender == node) == pytest.approx(each, rel=0.15)
     largest = bucket // width // (nodes - 1)
     assert Spy.calls["largest"] <= largest * width
-    least = nodes * (largest - 2 * plan.GRAIN + 1)  # elements of a bucket
+    least = nodes * (largest - 2 * layout.GRAIN + 1)  # elements of a bucket
     assert Spy.calls["swap"] <= nodes * (rounds_done + updates) * -(-numel // least)
     assert Spy.calls["bytes"] / rounds_done / nodes < tail + 300
     assert (Spy.calls["sum"], Spy.calls["min"]) == (rounds_done * nodes,) * 2
@@ -1051,13 +1051,13 @@ def test_a_round_has_many_buckets_none_of_them_tiny(wire: torch.dtype, nodes: in
     """What is done before the first bucket has left and after the last has come is not hidden by the others."""
     for megabytes in (1, 4, 16, 25, 64, 100, 250, 1000, 4000):
         sent = megabytes * (1 << 20) // 4 * wire.itemsize * (nodes - 1) // nodes  # by a node, in either half of the round
-        for overlap, largest in ((False, plan.BUCKET), (True, plan.EARLY)):
+        for overlap, largest in ((False, layout.BUCKET), (True, layout.EARLY)):
             given = replace(contents(wire, overlap), weights=slice(0, megabytes << 20))
             bucket = length(1 << 30, given, nodes) * wire.itemsize * (nodes - 1)
             assert bucket <= largest
-            assert bucket > 0.99 * plan.SMALLEST, "ranks would wait for each other more than they save"
-            assert sent // bucket >= plan.STEPS or bucket <= plan.SMALLEST
-            assert bucket > 0.99 * largest or sent // bucket <= plan.STEPS * 1.01, "as large as may be"
+            assert bucket > 0.99 * layout.SMALLEST, "ranks would wait for each other more than they save"
+            assert sent // bucket >= layout.STEPS or bucket <= layout.SMALLEST
+            assert bucket > 0.99 * largest or sent // bucket <= layout.STEPS * 1.01, "as large as may be"
 
 
 @pytest.mark.parametrize(

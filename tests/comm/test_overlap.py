@@ -20,7 +20,7 @@ import mpips
 from mpips.comm import Communicator
 from mpips.comm import reduce_scatter as sharded
 from mpips.comm.simulated import World
-from mpips.model import layout as plan
+from mpips.model import layout
 from mpips.model.bucket_ready import BucketReadiness
 from mpips.model.flat import lay_out
 from tests.comm.test_mpi import as_simulated
@@ -32,10 +32,10 @@ BUCKET = 640  # bytes
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models travel in many steps."""
-    monkeypatch.setattr(plan, "GRAIN", 64)
+    monkeypatch.setattr(layout, "GRAIN", 64)
     monkeypatch.setattr(sharded, "LEAST", 160)
-    monkeypatch.setattr(plan, "PIECE", 256)
-    monkeypatch.setattr(plan.pieces, "__defaults__", (256,))
+    monkeypatch.setattr(layout, "PIECE", 256)
+    monkeypatch.setattr(layout.pieces, "__defaults__", (256,))
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(1, 200), st.randoms())

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpips.model import layout as plan
+from mpips.model import layout
 from mpips.model.flat import ALIGNMENT, Slot, lay_out
 from mpips.model.layout import GRAIN, LEAST, buckets, divide, pieces, share, steps
 
@@ -72,8 +72,8 @@ def test_pieces_cover_a_span_in_order(start: int, length: int, largest: int) -> 
 
 
 def test_pieces_keep_the_grain() -> None:
-    assert plan.PIECE % plan.GRAIN == 0
-    assert plan.GRAIN * torch.float32.itemsize % ALIGNMENT == 0
+    assert layout.PIECE % layout.GRAIN == 0
+    assert layout.GRAIN * torch.float32.itemsize % ALIGNMENT == 0
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 16, 1000])

@@ -12,7 +12,7 @@ from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.config import Config
 from mpips.data import Place
-from mpips.model import layout as plan
+from mpips.model import layout
 from mpips.model.layout import divide
 from mpips.model.message import replicate
 from mpips.optim import hyperparameters as hyper
@@ -25,8 +25,8 @@ from tests.promises.test_resume import assert_same
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "GRAIN", 64)
-    monkeypatch.setattr(plan, "PIECE", 256)
+    monkeypatch.setattr(layout, "GRAIN", 64)
+    monkeypatch.setattr(layout, "PIECE", 256)
 
 
 def model() -> nn.Module:

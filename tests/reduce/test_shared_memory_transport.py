@@ -17,7 +17,7 @@ from torch import Tensor, nn, optim
 import mpips
 from mpips.comm import Communicator
 from mpips.comm.simulated import World
-from mpips.model import layout as plan
+from mpips.model import layout
 from mpips.model.message import CallError, NonFiniteError
 from mpips.reduce.shared_memory_transport import SharedMemoryTransport
 from mpips.server.contract import ContractError
@@ -31,9 +31,9 @@ SAMPLES = (5, 11, 7, 3)  # of each worker's batches: weights that are no powers 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models are cut up as large ones would be."""
-    monkeypatch.setattr(plan, "GRAIN", 64)
-    monkeypatch.setattr(plan, "PIECE", 256)
-    monkeypatch.setattr(plan.pieces, "__defaults__", (256,))
+    monkeypatch.setattr(layout, "GRAIN", 64)
+    monkeypatch.setattr(layout, "PIECE", 256)
+    monkeypatch.setattr(layout.pieces, "__defaults__", (256,))
 
 
 class Odd(nn.Module):
@@ -138,7 +138,7 @@ def odd(
 
 
 def tree_of(folder: str) -> dict[str, Any]:
-    """The last checkpoint, but for what names the plan."""
+    """The last checkpoint, but for what names the setting `plan`."""
     tree = last(Path(folder))
     del tree["config"], tree["contract"], tree["run"]
     return tree
@@ -207,7 +207,7 @@ def test_no_schedule_changes_a_bit(size: int) -> None:
 
 
 def test_auto_shards_what_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    for small, sharded in ((plan.SMALL, False), (1000, True)):
+    for small, sharded in ((layout.SMALL, False), (1000, True)):
         monkeypatch.setattr("mpips.reduce.choice.SMALL", small)
         odd(sharing(3), ELEMENTWISE["sgd"], torch.float32, (True, sharded))
 

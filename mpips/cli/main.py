@@ -245,7 +245,7 @@ def _target(text: str) -> Path:
 
 def run_verb(options: argparse.Namespace) -> int:
     """Start a script on N ranks."""
-    from mpips.cli.launch import foresee, plan, run
+    from mpips.cli.launch import foresee, launch_command, run
     from mpips.cli.screen import view
 
     if options.size is None:
@@ -256,16 +256,18 @@ def run_verb(options: argparse.Namespace) -> int:
     settings = dict(options.set) | ({"print_config": "true"} if options.print_config else {})
     foresee(settings, options.script, options.mpi_args)
     try:
-        planned = plan(options.size, options.script, mpi_args=options.mpi_args, timeout=options.timeout, settings=settings)
+        launch = launch_command(
+            options.size, options.script, mpi_args=options.mpi_args, timeout=options.timeout, settings=settings
+        )
     except FileNotFoundError as error:
         raise UsageError(str(error)) from error
     if options.dry_run:
-        stdout.write(json.dumps(asdict(planned)) if options.json else str(planned))
+        stdout.write(json.dumps(asdict(launch)) if options.json else str(launch))
         return 0
-    emit(2, f"{planned}\n")
-    for warning in planned.warnings:
+    emit(2, f"{launch}\n")
+    for warning in launch.warnings:
         emit(2, f"mpips: warning: {warning}\n")
-    outcome = run(planned, view(json_wanted=options.json), timeout=options.timeout)
+    outcome = run(launch, view(json_wanted=options.json), timeout=options.timeout)
     if options.json:
         stdout.write(json.dumps(asdict(outcome)))
     return outcome.exit

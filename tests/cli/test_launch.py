@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from mpips.cli import launch
-from mpips.cli.launch import command, job, keeper, plan
+from mpips.cli.launch import command, job, keeper, launch_command
 from mpips.cli.launch.ranks import Fallen, Ranks
 from mpips.cli.launch.watch import CLOCKS, Failure, Stderr, Watch, first_failure
 from mpips.cli.screen import Lines
@@ -63,33 +63,33 @@ CROWD_4 = {"OMPI_MCA_rmaps_base_oversubscribe": "1", "OMPI_MCA_mpi_yield_when_id
     ],
 )
 def test_each_mpi_gets_what_it_needs(machine, mpiexec, size, expected):
-    planned = plan(size, ["x.py"], environ={}, mpiexec=mpiexec)
-    assert planned.variables == {"PYTHONUNBUFFERED": "1", **expected}
-    assert planned.command == ("/opt/mpiexec", "-n", str(size), sys.executable, "x.py")
+    made = launch_command(size, ["x.py"], environ={}, mpiexec=mpiexec)
+    assert made.variables == {"PYTHONUNBUFFERED": "1", **expected}
+    assert made.command == ("/opt/mpiexec", "-n", str(size), sys.executable, "x.py")
 
 
 def test_root_is_allowed_only_for_root(machine, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert not set(ROOT) & set(plan(9, ["x.py"], environ={}, mpiexec=OPENMPI_5).variables)
+    assert not set(ROOT) & set(launch_command(9, ["x.py"], environ={}, mpiexec=OPENMPI_5).variables)
 
 
 def test_what_the_user_has_set_stays(machine):
     given = {"OMP_NUM_THREADS": "7", "PRTE_MCA_hwloc_default_binding_policy": "core", "PYTHONUNBUFFERED": ""}
-    assert not set(given) & set(plan(9, ["x.py"], environ=given, mpiexec=OPENMPI_5).variables)
+    assert not set(given) & set(launch_command(9, ["x.py"], environ=given, mpiexec=OPENMPI_5).variables)
 
 
 def test_an_allocation_has_the_cores_of_all_its_nodes(machine, tmp_path):
-    assert plan(16, ["x.py"], environ={"SLURM_JOB_NUM_NODES": "4"}, mpiexec=MPICH).variables["OMP_NUM_THREADS"] == "2"
+    assert launch_command(16, ["x.py"], environ={"SLURM_JOB_NUM_NODES": "4"}, mpiexec=MPICH).variables["OMP_NUM_THREADS"] == "2"
     nodes = tmp_path / "nodes"
     nodes.write_text("a\na\nb\n")
     for name in ("PBS_NODEFILE", "LSB_DJOB_HOSTFILE"):
-        assert plan(16, ["x.py"], environ={name: str(nodes)}, mpiexec=MPICH).variables["OMP_NUM_THREADS"] == "1"
+        assert launch_command(16, ["x.py"], environ={name: str(nodes)}, mpiexec=MPICH).variables["OMP_NUM_THREADS"] == "1"
 
 
 def test_without_a_home_the_users_own_is_given(machine, monkeypatch):
     monkeypatch.delenv("HOME")
-    assert Path(plan(2, ["x.py"], environ={}, mpiexec=OPENMPI_5).variables["HOME"]).is_dir()
-    assert "HOME" not in plan(2, ["x.py"], environ={"HOME": "/h"}, mpiexec=OPENMPI_5).variables
+    assert Path(launch_command(2, ["x.py"], environ={}, mpiexec=OPENMPI_5).variables["HOME"]).is_dir()
+    assert "HOME" not in launch_command(2, ["x.py"], environ={"HOME": "/h"}, mpiexec=OPENMPI_5).variables
 
 
 @pytest.mark.parametrize(
@@ -97,21 +97,21 @@ def test_without_a_home_the_users_own_is_given(machine, monkeypatch):
 )
 def test_open_mpi_keeps_its_files_where_files_can_be_made(machine, mpiexec, name):
     usable = tempfile.gettempdir()
-    assert plan(2, ["x.py"], environ={"TMPDIR": "/sys"}, mpiexec=mpiexec).variables[name] == usable
-    assert name not in plan(2, ["x.py"], environ={"TMPDIR": usable}, mpiexec=mpiexec).variables
-    assert name not in plan(2, ["x.py"], environ={}, mpiexec=mpiexec).variables
+    assert launch_command(2, ["x.py"], environ={"TMPDIR": "/sys"}, mpiexec=mpiexec).variables[name] == usable
+    assert name not in launch_command(2, ["x.py"], environ={"TMPDIR": usable}, mpiexec=mpiexec).variables
+    assert name not in launch_command(2, ["x.py"], environ={}, mpiexec=mpiexec).variables
 
 
 @pytest.mark.parametrize("hosts", [["--hostfile", "h"], ["--host=a,b"], ["-f", "h"]])
 def test_on_hosts_that_the_user_names_no_cores_are_guessed(machine, hosts):
-    planned = plan(50, ["x.py"], mpi_args=hosts, environ={}, mpiexec=OPENMPI_5)
-    assert not {"OMP_NUM_THREADS", *CROWD_5} & set(planned.variables)
-    assert planned.warnings == ()
+    made = launch_command(50, ["x.py"], mpi_args=hosts, environ={}, mpiexec=OPENMPI_5)
+    assert not {"OMP_NUM_THREADS", *CROWD_5} & set(made.variables)
+    assert made.warnings == ()
 
 
 def test_more_ranks_than_cores_is_a_warning(machine):
-    assert plan(8, ["x.py"], environ={}, mpiexec=MPICH).warnings == ()
-    assert "9 ranks on 8 cores" in plan(9, ["x.py"], environ={}, mpiexec=MPICH).warnings[0]
+    assert launch_command(8, ["x.py"], environ={}, mpiexec=MPICH).warnings == ()
+    assert "9 ranks on 8 cores" in launch_command(9, ["x.py"], environ={}, mpiexec=MPICH).warnings[0]
 
 
 def test_the_printed_line_is_what_a_shell_runs(tmp_path):
@@ -120,18 +120,20 @@ def test_the_printed_line_is_what_a_shell_runs(tmp_path):
                     'print(json.dumps([sys.argv[1:], os.environ["MPIEXEC_TIMEOUT"]]))\' "$@"\n')  # fmt: skip
     fake.chmod(0o755)
     script = ["my script.py", "--name", "it's $HOME", ""]
-    planned = plan(2, script, mpi_args=["-x", "A B"], timeout=60, mpiexec=Mpiexec(str(fake), "unknown", ""))
-    printed = subprocess.check_output(["sh", "-c", str(planned)], text=True, timeout=20)
+    made = launch_command(2, script, mpi_args=["-x", "A B"], timeout=60, mpiexec=Mpiexec(str(fake), "unknown", ""))
+    printed = subprocess.check_output(["sh", "-c", str(made)], text=True, timeout=20)
     assert json.loads(printed) == [["-n", "2", "-x", "A B", sys.executable, *script], "60"]
 
 
 @pytest.mark.parametrize(("mpiexec", "more"), [(OPENMPI_5, ["-x", "MPIPS_SET"]), (OPENMPI_4, ["-x", "MPIPS_SET"]), (MPICH, [])])
 def test_settings_go_to_the_ranks_of_all_nodes(machine, mpiexec, more):
     settings = {"clip": "1.0", "run_dir": "it's"}
-    planned = plan(2, ["x.py"], mpi_args=["--host", "a,b"], settings=settings, environ={"MPIPS_SET": "{}"}, mpiexec=mpiexec)
-    assert json.loads(planned.variables["MPIPS_SET"]) == settings
-    assert list(planned.command) == ["/opt/mpiexec", "-n", "2", *more, "--host", "a,b", sys.executable, "x.py"]
-    assert "MPIPS_SET" not in plan(2, ["x.py"], environ={}, mpiexec=mpiexec).variables
+    made = launch_command(
+        2, ["x.py"], mpi_args=["--host", "a,b"], settings=settings, environ={"MPIPS_SET": "{}"}, mpiexec=mpiexec
+    )
+    assert json.loads(made.variables["MPIPS_SET"]) == settings
+    assert list(made.command) == ["/opt/mpiexec", "-n", "2", *more, "--host", "a,b", sys.executable, "x.py"]
+    assert "MPIPS_SET" not in launch_command(2, ["x.py"], environ={}, mpiexec=mpiexec).variables
 
 
 # A run under a fake mpiexec
@@ -162,17 +164,17 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def start(source, timeout=None):
-        return launch.run(planned(tmp_path, source), Lines(), timeout=timeout)
+        return launch.run(script_command(tmp_path, source), Lines(), timeout=timeout)
 
     return start
 
 
-def planned(folder, source):
+def script_command(folder, source):
     mpiexec, script = folder / "mpiexec", folder / "script.py"
     mpiexec.write_text('#!/bin/sh\nshift 2\n"$@"\n')  # not exec: as with a real one, the ranks are its children
     mpiexec.chmod(0o755)
     script.write_text(SAY + textwrap.dedent(source))
-    return plan(1, [str(script)], mpiexec=Mpiexec(str(mpiexec), "unknown", ""))
+    return launch_command(1, [str(script)], mpiexec=Mpiexec(str(mpiexec), "unknown", ""))
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,8 @@ OWN = ["-n", "3", "--json", "--dry-run", "--mpi-args", "no", "--timeout", "x", "
 @pytest.mark.parametrize("between", [[], ["--"]])
 def test_all_after_the_script_is_the_scripts(script, capsys, between):
     assert cli.main(["run", "-n", "2", "--mpi-args", "--oversubscribe", "--dry-run", "--json", *between, "train.py", *OWN]) == 0
-    planned = json.loads(capsys.readouterr().out)
-    assert planned["command"][1:] == ["-n", "2", "--oversubscribe", sys.executable, "train.py", *OWN]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["command"][1:] == ["-n", "2", "--oversubscribe", sys.executable, "train.py", *OWN]
 
 
 def test_dry_run_prints_the_line_and_nothing_else(script, capsys):

@@ -15,7 +15,7 @@ from mpips.cli.bench.case import Case
 from mpips.cli.bench.error import BenchError
 from mpips.cli.bench.picture import draw
 from mpips.cli.bench.table import table
-from mpips.cli.launch import plan, run
+from mpips.cli.launch import launch_command, run
 from mpips.cli.screen import Lines
 from mpips.report import stdout
 
@@ -100,13 +100,13 @@ def started(options: argparse.Namespace, size: int) -> list[Case]:
     """
     own = argparse.Namespace(**{**vars(options), "kind": "round" if options.kind == "scaling" else options.kind})
     try:
-        planned = plan(size, ["-m", "mpips.cli.bench", *flags.words(own), "--json"], mpi_args=options.mpi_args)
+        launch = launch_command(size, ["-m", "mpips.cli.bench", *flags.words(own), "--json"], mpi_args=options.mpi_args)
     except FileNotFoundError as error:
         raise BenchError(str(error), 2) from None
-    planned = replace(planned, variables={"OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"], **planned.variables})
-    print(planned, file=sys.stderr)
+    launch = replace(launch, variables={"OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"], **launch.variables})
+    print(launch, file=sys.stderr)
     listener = Listener()
-    outcome = run(planned, listener)
+    outcome = run(launch, listener)
     text = listener.said.decode(errors="replace")
     try:
         found = json.loads(text)

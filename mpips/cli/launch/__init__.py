@@ -8,8 +8,8 @@ watch    what the run reports: run folder, DONE, failures
 keeper   ending every process of a run, even if the launcher is killed
 """
 
-from mpips.cli.launch.command import Plan, plan
+from mpips.cli.launch.command import LaunchCommand, launch_command
 from mpips.cli.launch.foresee import foresee
 from mpips.cli.launch.job import Outcome, run
 
-__all__ = ["Outcome", "Plan", "foresee", "plan", "run"]
+__all__ = ["LaunchCommand", "Outcome", "foresee", "launch_command", "run"]

@@ -40,7 +40,7 @@ CROWD = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchCommand:
     """A command, and the environment variables set for it because the user has not set them."""
 
     command: tuple[str, ...]
@@ -52,7 +52,7 @@ class Plan:
         return " ".join([f"{name}={shlex.quote(value)}" for name, value in self.variables.items()] + [shlex.join(self.command)])
 
 
-def plan(
+def launch_command(
     size: int,
     script: Sequence[str],
     *,
@@ -61,7 +61,7 @@ def plan(
     settings: Mapping[str, str] | None = None,
     environ: Mapping[str, str] = os.environ,
     mpiexec: Mpiexec | None = None,
-) -> Plan:
+) -> LaunchCommand:
     """Return the command that starts `size` ranks of a script.
 
     Args:
@@ -84,7 +84,7 @@ def plan(
         if mpiexec.family == "Open MPI":  # it passes only its own variables to other nodes
             mpi_args = ("-x", SET, *mpi_args)
     command = (mpiexec.path, "-n", str(size), *mpi_args, sys.executable, *script)
-    return Plan(command, chosen, size, _crowded(size, nodes))
+    return LaunchCommand(command, chosen, size, _crowded(size, nodes))
 
 
 def _variables(mpiexec: Mpiexec, size: int, nodes: int | None, environ: Mapping[str, str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from mpips.cli.launch.command import Plan
+from mpips.cli.launch.command import LaunchCommand
 from mpips.cli.launch.keeper import AFTER_TERM, FOLDER, end_all, kept
 from mpips.cli.launch.ranks import Ranks
 from mpips.cli.launch.watch import Failure, Stderr, Watch, first_failure
@@ -148,13 +148,13 @@ class Job:
             self.process.send_signal(number)
 
 
-def run(plan: Plan, view: View, *, timeout: float | None = None) -> Outcome:
-    """Run the plan to its end. Whatever happens to the run or to the launcher, no process of the run is left."""
+def run(launch: LaunchCommand, view: View, *, timeout: float | None = None) -> Outcome:
+    """Run the command to its end. Whatever happens to the run or to the launcher, no process of the run is left."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mpips-") as name:
         folder = Path(name)
-        watch, progress, stderr = Watch(folder, plan.ranks), Progress(), Stderr()
-        with kept(folder), started(plan, folder, timeout) as job:
+        watch, progress, stderr = Watch(folder, launch.ranks), Progress(), Stderr()
+        with kept(folder), started(launch, folder, timeout) as job:
             follow(job, watch, view, progress, stderr)
         reports = watch.failures(until=job.ended_at)
         failure = first_failure(reports, stderr, watch.fault(), job.ranks.first(until=job.ended_at))
@@ -174,14 +174,14 @@ def run(plan: Plan, view: View, *, timeout: float | None = None) -> Outcome:
         seconds=round(time.monotonic() - began, 3),
         **progress.result(),
         failed_rank=failure.rank if status not in (0, PREEMPTED) else None,
-        command=plan.command,
+        command=launch.command,
     )
 
 
 @contextmanager
-def started(plan: Plan, folder: Path, timeout: float | None) -> Iterator[Job]:
+def started(launch: LaunchCommand, folder: Path, timeout: float | None) -> Iterator[Job]:
     """Start the job and forward signals to it; at the end of the context, kill whatever is left of it."""
-    environ = {**os.environ, **plan.variables, FOLDER: str(folder)}
+    environ = {**os.environ, **launch.variables, FOLDER: str(folder)}
     received: deque[int] = deque([signal.SIGUSR1] if process.preempted() else [])
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -192,7 +192,7 @@ def started(plan: Plan, folder: Path, timeout: float | None) -> Iterator[Job]:
         # In a session of its own, so that a terminal's Ctrl-C reaches the launcher only. Stdin belongs to the launcher's
         # caller: a shell's `while read` loop, a keyboard.
         with subprocess.Popen(
-            plan.command,
+            launch.command,
             env=environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

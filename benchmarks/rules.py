@@ -1,7 +1,7 @@
 """Time a round of each aggregation rule on one node, beside the mean: `mpiexec -n 4 python benchmarks/rules.py`.
 
-All ranks contribute, rank 0 too. Variants are interleaved: each repeat connects once for each variant and takes the least of its
-rounds. Printed are the median over the repeats, in ms, and its ratio to the mean's. `--shared-memory false` sends messages.
+All ranks contribute, rank 0 too. Variants are interleaved: each repeat connects once for each variant and takes the least of
+its rounds. Printed are the median over the repeats, in ms, and its ratio to the mean's. `--shared-memory false` sends messages.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def main() -> None:
     if communicator.rank == 0:
         mean = statistics.median(found["mean"])
         for name, seconds in found.items():
-            print(f"{name:14} {1e3 * statistics.median(seconds):8.1f} ms  {statistics.median(seconds) / mean:5.2f} x", flush=True)
+            print(
+                f"{name:14} {1e3 * statistics.median(seconds):8.1f} ms  {statistics.median(seconds) / mean:5.2f} x", flush=True
+            )
 
 
 if __name__ == "__main__":

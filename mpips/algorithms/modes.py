@@ -23,13 +23,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch.optim import SGD, Optimizer
 
 from mpips.algorithms.easgd import EASGD, ElasticMomentum
 from mpips.algorithms.federated import FedAvg, FedNova, FedProx, QFedAvg, Scaffold
 from mpips.algorithms.streaming_diloco import Streaming, cycle
 from mpips.algorithms.update import Gradient, LocalSteps
-from mpips.config import Config, ConfigError, check_mode
+from mpips.comm.codecs import CODECS
+from mpips.config import Config, ConfigError, check_codec, check_mode
 from mpips.model.message import Replica
 from mpips.optim.flat_optimizer import FlatOptimizer, MakeOptimizer
 from mpips.optim.server_optimizer import FedAdagrad, FedAdam, FedYogi, SetWeights, SlowMo
@@ -143,6 +145,7 @@ def choose_mode(config: Config) -> Mode:
         ConfigError: there is no mode of that name, or other settings do not go with the mode.
     """
     check_mode(config.mode, MODES)
+    check_codec(config.comm_dtype, CODECS)
     mode = MODES[config.mode]
     if config.backup_workers:
         _allow("backup_workers", config, config.backup_workers, "0, or mode sync", config.mode == "sync")
@@ -204,7 +207,7 @@ def takes_weights(mode: Mode, config: Config, workers: int) -> bool:
     would round the weights.
     """
     outer = config.outer
-    full = config.rule == "mean" and config.comm_dtype == "full"
+    full = config.rule == "mean" and CODECS[config.comm_dtype](torch.float32).exact
     plain = mode.step is average and (outer.lr or 1.0) == 1.0 and not outer.momentum and full
     if not plain or issubclass(mode.update, EASGD):
         return False

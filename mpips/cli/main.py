@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mpips import __version__
 from mpips.cli.bench import flags
 from mpips.config import BAD_CONFIGURATION, ConfigError, whole_line
+from mpips.config.names import codec_names
 from mpips.process.lifecycle import emit
 from mpips.report import stdout
 
@@ -167,7 +168,7 @@ def _add_plan(verbs: argparse._SubParsersAction[Parser]) -> None:
         metavar="G",
         help="GB/s that a node's ranks read and write (200)",
     )
-    add("--comm-dtype", choices=["full", "bfloat16"], default="full", help="between nodes, as the setting (full)")
+    add("--comm-dtype", choices=codec_names(), default="full", help="between nodes, as the setting (full)")
     add("--plan", choices=["auto", "root", "sharded"], default="auto", help="who steps, as the setting (auto)")
     add("--bucket-cap-mb", type=_number(0.001, 1000), default=16.0, metavar="MB", help="as the setting (16)")
     add(

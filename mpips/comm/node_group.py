@@ -24,6 +24,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from mpips.comm.codecs import Codec
 from mpips.comm.peer_buffers import PeerBuffers, Rows
 from mpips.model.flat import ALIGNMENT
 from mpips.model.layout import piece, pieces
@@ -46,7 +47,7 @@ class BufferSpec:
         answer: numbers in the server's verdict.
         together: whether other ranks than the server's serve slices, too.
         between: whether there may be rooms on several nodes, each adding up its own push messages first.
-        wire: what weights and gradients travel in between nodes.
+        codec: how weights and gradients are encoded between nodes.
         overlap: whether slices travel between nodes before all gradients are there.
         device: where the messages are.
     """
@@ -61,7 +62,7 @@ class BufferSpec:
     answer: int
     together: bool
     between: bool
-    wire: torch.dtype
+    codec: Codec
     overlap: bool = False
     device: torch.device = HOST
 

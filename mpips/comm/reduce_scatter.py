@@ -19,10 +19,9 @@ nobody more: that is the least for N nodes.
 What is encoded, and what is on GPUs, is staged: it leaves by an outbox and comes by a window, to which all ranks of a node copy
 what they have added or stepped, and from where they take what they join or follow, while other buckets are under way.
 
-On a wire of bfloat16 sums travel rounded and are added in float32. What comes back is not the weights but by how much they
-changed, rounded, from what all nodes have to what their owner has stepped to, in float32: the weights are alike on all nodes,
-and within one rounding of the last change of the owner's, as what rounding left over is part of the next change. Weights of 16
-bits come as they are.
+With a codec that is not exact (`mpips.comm.codecs`) sums travel encoded, and are decoded before they are added. What comes back
+is not the weights but their change, encoded with error feedback: the weights are alike on all nodes, and within one rounding of
+the last change of the owner's. Weights of 16 bits come as they are.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor
 
 from mpips.comm import multi_node as rooms
+from mpips.comm.codecs import ErrorFeedback
 from mpips.comm.multi_node import Begin, Finish, LeaderGroup, MultiNodeGroup, Sent
 from mpips.comm.node_group import Barrier, BucketReadiness, BufferSpec, Op, SliceReducer
 from mpips.comm.peer_buffers import PeerBuffers
@@ -64,9 +64,11 @@ class ReduceScatterGroup(MultiNodeGroup):
         self._window, self._outbox = window.view(FLIGHT + 1, len(nodes) - 1, -1), outbox.view(FLIGHT + 1, len(nodes), -1)
         self._pushes: list[Begin] = []
         self._pulls: list[Begin] = []
-        self._changes = contents.wire.itemsize < contents.model.itemsize  # they come back, not the weights
-        self._pulled = contents.wire if self._changes else contents.model
-        self._stages_push = board.staged or contents.wire != contents.dtype
+        codec = contents.codec
+        self._feedback = ErrorFeedback(codec)
+        self._changes = codec.bytes(1) < contents.model.itemsize  # of the weights come back, not the weights
+        self._pulled = codec.wire if self._changes else contents.model
+        self._stages_push = board.staged or not codec.exact
         self._stages_pull = board.staged or self._changes
         self.rounded = self.rounded or self._changes
 
@@ -151,7 +153,7 @@ class ReduceScatterGroup(MultiNodeGroup):
                 if ours:
                     self.board.store(part, rows[0])
                 elif self._stages_push:
-                    self._slot(self._outbox, number, node, span, part).copy_(rows[0], non_blocking=True)
+                    self.contents.codec.encode(rows[0], self._slot(self._outbox, number, node, span, part))
 
     def _sums(self, number: int, step: list[slice]) -> tuple[Sent, Sent]:
         """Each other node's slice goes there; what comes is the others' sums of this node's."""
@@ -168,12 +170,9 @@ class ReduceScatterGroup(MultiNodeGroup):
     def _join(self, number: int, step: list[slice], work: SliceReducer) -> None:
         own = step[self._node]
         for part in self._ours(own, self._push_served[number]):
-            sums = [self._come(self._slot(self._window, number, self._seat(node), own, part)) for node in self._others()]
+            come = [self._slot(self._window, number, self._seat(node), own, part) for node in self._others()]
+            sums = [self.contents.codec.decode(encoded, self.contents.device) for encoded in come]
             work.reduce_remote(part, [*sums[: self._node], self.combined[part], *sums[self._node :]])
-
-    def _come(self, slot: Tensor) -> Tensor:
-        """What has come, where this rank's messages are."""
-        return slot.to(self.contents.device, non_blocking=True)
 
     def _others(self) -> list[int]:
         return [node for node in range(len(self.nodes)) if node != self._node]
@@ -186,7 +185,7 @@ class ReduceScatterGroup(MultiNodeGroup):
         self, memory: Tensor, number: int, row: int, span: slice, part: slice, dtype: torch.dtype | None = None
     ) -> Tensor:
         """Where a part of a step's span lies in the window or the outbox; of the wire's dtype unless another is given."""
-        dtype = dtype or self.contents.wire
+        dtype = dtype or self.contents.codec.wire
         start, stop = ((at - span.start) * dtype.itemsize for at in (part.start, part.stop))
         return memory[number % (FLIGHT + 1), row, start:stop].view(dtype)
 
@@ -245,37 +244,36 @@ class ReduceScatterGroup(MultiNodeGroup):
         """What this rank has stepped leaves, and is the model's on this node."""
         own = step[self._node]
         for part in pieces(both(own, self._pull_served[number]), piece(self.contents.device)):
+            out = self._slot(self._outbox, number, self._node, own, part, self._pulled)
             if self._changes:
-                leaving = (self.stepped(part) - self.weights[part]).to(self._pulled)
-                self.weights[part].add_(leaving)
+                self._feedback.encode(self.stepped(part), self.weights[part], out)
                 self.board.copy_to_peers(self.contents.bytes_of(part))
             else:
                 self._show(part)
-                leaving = self.weights[part]
-            self._slot(self._outbox, number, self._node, own, part, self._pulled).copy_(leaving, non_blocking=True)
+                out.copy_(self.weights[part], non_blocking=True)
 
     def _follow(self, number: int, step: list[slice]) -> None:
         """What the other nodes' ranks have stepped has come."""
         for node in self._others():
             for part in self._theirs(step[node]):
-                come = self._come(self._slot(self._window, number, self._seat(node), step[node], part, self._pulled))
+                come = self._slot(self._window, number, self._seat(node), step[node], part, self._pulled)
                 if self._changes:
-                    self.weights[part].add_(come)
+                    self._feedback.decode(come, self.weights[part])
                 else:
-                    self.weights[part].copy_(come)
+                    self.weights[part].copy_(come, non_blocking=True)
                 self.board.copy_to_peers(self.contents.bytes_of(part))
 
 
 def length(bucket: int, contents: BufferSpec, nodes: int) -> int:
     """How many elements a node sends each other at a time, if it is to send at most `bucket` bytes to all of them."""
-    sent = contents.gradients * contents.wire.itemsize * (nodes - 1) // nodes
+    sent = contents.codec.bytes(contents.gradients) * (nodes - 1) // nodes
     most = min(bucket, EARLY if contents.overlap else BUCKET, max(SMALLEST, sent // STEPS))
-    return max(LEAST, most // contents.wire.itemsize // (nodes - 1))
+    return max(LEAST, most // contents.codec.bytes(1) // (nodes - 1))
 
 
 def sizes(contents: BufferSpec, ranks: int, nodes: int, bucket: int, staged: bool = False) -> list[int]:
     """The bytes of the parts of a group of `ranks` ranks, one of `nodes`, its board `staged` or not; see `MultiNodeGroup`."""
-    each = (FLIGHT + 1) * length(bucket, contents, nodes) * contents.wire.itemsize
+    each = (FLIGHT + 1) * contents.codec.bytes(length(bucket, contents, nodes))
     told = (contents.numel - contents.gradients) * contents.dtype.itemsize
-    stages = staged or contents.wire != contents.dtype
+    stages = staged or not contents.codec.exact
     return [*rooms.sizes(contents, ranks), told, (nodes - 1) * each, nodes * each if stages else 0]

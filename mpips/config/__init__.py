@@ -14,7 +14,7 @@ from mpips.config.field import allowed, fields
 from mpips.config.flags import add_arguments
 from mpips.config.groups import Checkpointing, Clients, EarlyStopping, Local, Outer, Robust, Staleness
 from mpips.config.line import SET, take_flags, whole_line
-from mpips.config.names import check_mode, check_names, check_rule
+from mpips.config.names import check_codec, check_mode, check_names, check_rule
 from mpips.config.paths import ANSWERS, check_resume, check_run_dir, no_folder
 from mpips.config.show import show
 from mpips.config.sources import Resolved, foreseen, resolve, trace, whence
@@ -38,6 +38,7 @@ __all__ = [
     "add_arguments",
     "allowed",
     "check",
+    "check_codec",
     "check_mode",
     "check_names",
     "check_resume",

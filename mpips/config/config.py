@@ -56,8 +56,9 @@ class Config:
     ranks_per_node: int = field(
         default=0, metadata={"help": "at most so many neighbours share memory, as if the others were on other nodes; 0: all"}
     )
-    comm_dtype: Literal["full", "bfloat16"] = field(
-        default="full", metadata={"help": "between nodes: float32 in full, or 16 bits of it, added in float32; plan sharded"}
+    comm_dtype: str = field(
+        default="full",
+        metadata={"help": "between nodes: float32 in full, or bfloat16, added in float32; plan sharded"},
     )
     plan: Literal["auto", "root", "sharded"] = field(
         default="auto", metadata={"help": "who steps: rank 0, each rank its slice of the weights, or whichever is faster"}

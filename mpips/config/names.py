@@ -1,4 +1,4 @@
-"""Settings that name an entry of another module's table: mode and rule."""
+"""Settings that name an entry of another module's table: mode, rule and codec."""
 
 from __future__ import annotations
 
@@ -25,8 +25,20 @@ def check_rule(name: str, rules: Iterable[str]) -> None:
     check("rule", name, allowed, name in known or bool(place and attribute))
 
 
+def check_codec(name: str, codecs: Iterable[str]) -> None:
+    """Raise ConfigError if `name` is none of the codecs."""
+    known = list(codecs)
+    check("comm_dtype", name, ", ".join(known), name in known)
+
+
+def codec_names() -> list[str]:
+    """Return the names of the codecs."""
+    return _names("mpips.comm.codecs", "CODECS")
+
+
 def check_names(config: Config) -> None:
-    """Check mode and rule without importing the modules with the tables, which would import torch."""
+    """Check mode, rule and codec without importing the modules with the tables, which would import torch."""
+    check_codec(config.comm_dtype, codec_names())
     check_mode(config.mode, _names("mpips.algorithms.modes", "MODES"))
     check_rule(config.rule, _names("mpips.rules", "RULES"))
 

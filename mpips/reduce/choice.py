@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
 from torch import nn
 
 from mpips.algorithms.modes import Mode, judges_clients, summed
 from mpips.comm import Communicator
+from mpips.comm.codecs import codec_of
 from mpips.comm.node_group import BufferSpec, NodeGroup
 from mpips.config import Config
 from mpips.model.layout import SMALL, buckets
@@ -118,7 +118,6 @@ def _contents(ranks: int, replica: Replica, config: Config, cut: Granularity, an
     large = flat.numel * flat.weights.element_size() > SMALL
     sharded = cut > Granularity.NOWHERE and (config.plan == "sharded" or (config.plan == "auto" and large))
     products = ranks * (ranks + 1) if rule.needs == "gram" else 0  # of pairs of ranks, and a flag for each
-    encoded = sharded and config.comm_dtype == "bfloat16" and push.dtype == torch.float32
     return BufferSpec(
         numel=push.numel(),
         dtype=push.dtype,
@@ -126,13 +125,13 @@ def _contents(ranks: int, replica: Replica, config: Config, cut: Granularity, an
         pull=replica.pull.message.numel(),
         weights=replica.pull.place,
         model=flat.dtype,
-        lines=max(ranks + 1, products, len(flat.slots)),  # numbers by rank, by pair of ranks, or by tensor
+        lines=max(ranks + (rule.needs != "sum"), products, len(flat.slots)),  # numbers by rank, by pair of ranks, or by tensor
         answer=max(answer, products),
         together=sharded,
         between=rule.needs == "sum"
         and not config.deterministic
         and len(replica.fragments) == 1,  # a fragment alone is to travel
-        wire=torch.bfloat16 if encoded else push.dtype,
+        codec=codec_of(config.comm_dtype if sharded else "full", push.dtype),
         overlap=config.overlap,
         device=flat.device,
     )

@@ -29,7 +29,7 @@ class MessageTransport:
         clip: the largest norm of the combined gradient.
     """
 
-    plan, how, steps_whole = "root", "messages", True
+    plan, how, encodes, steps_whole = "root", "messages", False, True
     ready: BucketReadiness | None = None
 
     def __init__(

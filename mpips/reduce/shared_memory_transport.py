@@ -68,6 +68,7 @@ class SharedMemoryTransport:
         self._alone = len(group.nodes) == 1
         self.plan = "sharded" if group.together else "root"
         self.how = _how(group)
+        self.encodes = not (self._alone or group.contents.codec.exact)
         self.steps_whole = not isinstance(optimizer, ShardedOptimizer)
         self._combiner = Combiner(replica.push, rule, first, rounded)
         self._sums = rule.needs == "sum"
@@ -78,7 +79,6 @@ class SharedMemoryTransport:
         self.ready: BucketReadiness | None = None
         if isinstance(group, ReduceScatterGroup) and group.contents.overlap:
             self.ready = BucketReadiness(group.push_steps, replica.flat.slots)
-        self._rounds = not self._alone and group.contents.wire != group.contents.dtype
         self._watches = not (self._alone or group.together)  # whether it alone sees the sum over all nodes
         self._begun: tuple[float, Callable[[], None]] | None = None
         self._moved = False
@@ -131,7 +131,7 @@ class SharedMemoryTransport:
         named = {} if reported is None else {n: int(slot) for n, slot in enumerate(reported.tolist()) if slot < math.inf}
         left = left_out(self._push.heard.rows, self._rule)
         if self._sums:
-            found = {rank: slot for rank, slot in named.items() if rank or len(named) == 1 or not self._rounds}
+            found = {rank: slot for rank, slot in named.items() if rank or len(named) == 1 or not self.encodes}
             return AggregationResult(sorted(left), nonfinite=found)
         if not self.group.spans:
             self._combiner.ask()
@@ -199,7 +199,7 @@ class SharedMemoryTransport:
         total = sums[0].to(self._push.message.dtype, copy=True)
         for one in sums[1:]:
             total.add_(one)
-        if part.start < self._gradients and not is_finite(total) and (self._rounds or all(map(all_finite, sums))):
+        if part.start < self._gradients and not is_finite(total) and (self.encodes or all(map(all_finite, sums))):
             self._blame(0, part, total)  # nobody's alone; or it became infinite when it was rounded
         self.group.combined[part].copy_(total)  # which is one of those
 
@@ -356,7 +356,7 @@ def _how(group: NodeGroup) -> str:
     memory = "memory of GPUs, by CUDA IPC" if group.contents.device.type == "cuda" else "shared memory"
     if len(group.nodes) == 1:
         return memory
-    return f"{memory}, {str(group.contents.wire).removeprefix('torch.')} between {len(group.nodes)} nodes"
+    return f"{memory}, {str(group.contents.codec.wire).removeprefix('torch.')} between {len(group.nodes)} nodes"
 
 
 def _norm(tensor: Tensor) -> Tensor:

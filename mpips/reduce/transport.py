@@ -50,12 +50,14 @@ class Transport(Protocol):
     Attributes:
         plan: "root" if rank 0 steps the whole model, "sharded" if every rank steps its slices.
         how: how contributions come together, for people.
+        encodes: whether what travels is encoded by a codec that is not exact.
         ready: which buckets are complete during backward, where these travel before backward ends; else None.
         steps_whole: whether rank 0 steps the whole model with the optimizer that it was given.
     """
 
     plan: str
     how: str
+    encodes: bool
     ready: BucketReadiness | None
     steps_whole: bool
 

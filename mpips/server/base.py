@@ -167,7 +167,7 @@ class Service:
         plan, how = self.transport.plan, self.transport.how
         self.report.event("plan", plan=plan, communicator=how)
         self.report.line(f"plan: {plan}, by {how}", always=True)
-        if self.config.comm_dtype != "full" and self.config.comm_dtype not in how:
+        if self.config.comm_dtype != "full" and not self.transport.encodes:
             self.report.event(
                 "warning", message=f"comm_dtype: {self.config.comm_dtype} is for plan sharded on several nodes; not used here"
             )

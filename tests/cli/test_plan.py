@@ -61,7 +61,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_even_slices_send_the_least_that_n_nodes_must(nodes: int, ranks: int, wire: Any) -> None:
     job = Job.of(nodes, ranks, 4 * nodes * ranks * GRAIN * 20, comm_dtype=wire, plan="sharded")
     found = predict(job, Machine())
-    least = 2 * (nodes - 1) * job.numel // nodes * job.travels.itemsize
+    least = 2 * (nodes - 1) * job.numel // nodes * job.codec.bytes(1)
     assert schedule(job).sent() == [least]
     assert found.sent == least
     assert found.bound == pytest.approx(least / Machine().link)
@@ -87,7 +87,7 @@ def test_what_is_sent_is_taken_and_the_body_travels_once(nodes: int, ranks: int,
                 assert sum(map(len, both)) == count
                 assert [sum(c for _, c in part) for part in both] == ([theirs, mine] if way == "push" else [mine, theirs])
     assert sent == taken == {node: found.sent()[found.kinds[node]] for node in range(nodes)}
-    whole = job.numel * job.travels.itemsize
+    whole = job.numel * job.codec.bytes(1)
     assert sum(sent.values()) == 2 * (nodes - 1) * whole
     assert sum(found.parts[step][kind] for step in range(len(found.parts)) for kind in found.kinds) == whole
 
@@ -213,7 +213,7 @@ def test_a_run_asks_for_the_same(
     assert World(job.size, shares=True, nodes=[2] * nodes).run(program) == [True] * (job.size - 1)
     fields = {**vars(job.contents), "answer": 0}
     for contents in asked:
-        assert {**vars(contents), "answer": 0, "wire": fields["wire"] if nodes == 1 else contents.wire} == fields
+        assert {**vars(contents), "answer": 0, "codec": fields["codec"] if nodes == 1 else contents.codec} == fields
     assert [dealt[rank] for rank in range(job.size)] == [list(own) for own in zip(*job.buckets, strict=True)]
 
 

@@ -14,7 +14,7 @@ from mpips.comm.reduce_scatter import ReduceScatterGroup
 from mpips.comm.simulated import SimulatedCommunicator, World
 from mpips.comm.simulated_group import SimulatedBarrier
 from tests.comm import test_multi_node, test_root_reduce
-from tests.comm.test_multi_node import DTYPES, MAKE, SHAPES, Shape, cut, even, rounds, uneven
+from tests.comm.test_multi_node import CODECS, MAKE, SHAPES, Shape, cut, even, rounds, uneven
 from tests.reduce.test_shared_memory_transport import Odd, assert_alike
 
 small_pieces = test_multi_node.small_pieces
@@ -72,15 +72,15 @@ def test_models_of_16_bits_come_back_as_they_are(dtype: torch.dtype) -> None:
         assert_alike(uneven(on_devices([2, 2], 2), lambda: Odd().to(dtype), MAKE["momentum"], **settings), expected[:1])
 
 
-@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("kind", CODECS)
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if sum(shape) < 8], ids=str)
 def test_a_round_keeps_its_promises_whatever_the_schedule(shape: Shape, kind: str, tiny_pieces: None) -> None:
-    wire, step = DTYPES[kind], 5
+    codec, step = CODECS[kind], 5
     for seed in range(3):
-        world = on_devices(shape, seed, step * wire.itemsize * (len(shape) - 1))
+        world = on_devices(shape, seed, step * codec.bytes(1) * (len(shape) - 1))
 
         def program(e: SimulatedCommunicator, world: World = world) -> None:
-            group = e.node_group(test_multi_node.contents(wire, kind == "overlap"))
+            group = e.node_group(test_multi_node.contents(codec, kind == "overlap"))
             assert isinstance(group, ReduceScatterGroup)
             rounds(group, cut(shape, even(shape), 2), None, lambda: world.pause(e.rank))
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn, optim
 import mpips
 from mpips.comm import Communicator, simulated
 from mpips.comm import reduce_scatter as sharded
+from mpips.comm.codecs import BFloat16, Codec
 from mpips.comm.node_group import BufferSpec
 from mpips.comm.reduce_scatter import ReduceScatterGroup, length
 from mpips.comm.simulated import Killed, SimulatedCommunicator, World
@@ -69,10 +70,10 @@ LENGTH, TAIL, WEIGHTS, LINES, ROUNDS = 40, 28, 24, 5, 2
 BEHIND = slice(WEIGHTS, TAIL)
 
 
-def contents(wire: torch.dtype, overlap: bool = False) -> BufferSpec:
+def contents(codec: Codec, overlap: bool = False) -> BufferSpec:
     pull = 4 * (2 + WEIGHTS + 3)  # two words before the weights, three behind
     where = slice(8, 8 + 4 * WEIGHTS)
-    return BufferSpec(LENGTH, torch.float32, TAIL, pull, where, torch.float32, LINES, 2, True, True, wire, overlap)
+    return BufferSpec(LENGTH, torch.float32, TAIL, pull, where, torch.float32, LINES, 2, True, True, codec, overlap)
 
 
 def cut(shape: Shape, cuts: Sequence[float], count: int) -> list[list[slice]]:
@@ -227,15 +228,14 @@ class Uneven(random.Random):
 
 def simulate(shape: Shape, buckets: list[list[slice]], step: int, kind: str, seed: int) -> None:
     """Rounds in a simulated world, `step` elements at a time between each two nodes."""
-    wire = DTYPES[kind]
-    each = step * wire.itemsize * (len(shape) - 1)
+    each = step * CODECS[kind].bytes(1) * (len(shape) - 1)
     world, log = on_nodes(shape, seed, each), Log(len(shape))
     if seed % 2:
         world.choose = Uneven(seed)
         world.choose.slow = seed // 2 % world.size
 
     def program(e: SimulatedCommunicator) -> None:
-        group = e.node_group(contents(wire, kind == "overlap"))
+        group = e.node_group(contents(CODECS[kind], kind == "overlap"))
         assert isinstance(group, ReduceScatterGroup)
         rounds(group, buckets, log, lambda: world.pause(e.rank))
 
@@ -251,10 +251,10 @@ def tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout.pieces, "__defaults__", (7,))
 
 
-DTYPES = {"full": torch.float32, "bfloat16": torch.bfloat16, "overlap": torch.float32}
+CODECS = {"full": Codec(torch.float32), "bfloat16": BFloat16(torch.float32), "overlap": Codec(torch.float32)}
 
 
-@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("kind", CODECS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_round_keeps_its_promises_whatever_the_schedule(
     shape: Shape, kind: str, tiny_pieces: None, monkeypatch: pytest.MonkeyPatch
@@ -263,7 +263,7 @@ def test_a_round_keeps_its_promises_whatever_the_schedule(
     ways = [(even(shape), 1, 100), (even(shape), 3, 5), (even(shape), 2, 3)]  # a step for each bucket, one, two or more
     ways += [([0.0] * (rest + 1), 2, 9), ([1.0] * (rest + 1), 1, 9)]  # all is served by the last, or the first node
     ways += [([0.1] + [0.8] * rest, 2, 6)]  # some run out of it, or have nothing
-    turn = SHAPES.index(shape) + list(DTYPES).index(kind)
+    turn = SHAPES.index(shape) + list(CODECS).index(kind)
     for number in range(turn % 2, len(ways), 2 if sum(shape) < 5 else sum(shape)):
         cuts, count, step = ways[number]
         monkeypatch.setattr(sharded, "FLIGHT", 1 + (turn + number) % 3)  # buckets under way, each in its place
@@ -1040,20 +1040,21 @@ def test_each_node_sends_its_share_of_the_model_twice(shape: Shape, wire: str, m
 
 def test_a_bucket_is_for_all_other_nodes_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharded, "LEAST", 100)
-    assert length(1200, contents(torch.float32), 2) == 300
-    assert length(1200, contents(torch.float32), 4) == 100
-    assert length(1200, contents(torch.bfloat16), 4) == 200
-    assert length(12, contents(torch.float32), 4) == 100, "fewer would cost more in latency"
+    assert length(1200, contents(CODECS["full"]), 2) == 300
+    assert length(1200, contents(CODECS["full"]), 4) == 100
+    assert length(1200, contents(CODECS["bfloat16"]), 4) == 200
+    assert length(12, contents(CODECS["full"]), 4) == 100, "fewer would cost more in latency"
 
 
-@pytest.mark.parametrize(("wire", "nodes"), [(torch.float32, 2), (torch.float32, 3), (torch.bfloat16, 2), (torch.bfloat16, 8)])
-def test_a_round_has_many_buckets_none_of_them_tiny(wire: torch.dtype, nodes: int) -> None:
+@pytest.mark.parametrize(("wire", "nodes"), [("full", 2), ("full", 3), ("bfloat16", 2), ("bfloat16", 8)])
+def test_a_round_has_many_buckets_none_of_them_tiny(wire: str, nodes: int) -> None:
     """What is done before the first bucket has left and after the last has come is not hidden by the others."""
+    codec = CODECS[wire]
     for megabytes in (1, 4, 16, 25, 64, 100, 250, 1000, 4000):
-        sent = megabytes * (1 << 20) // 4 * wire.itemsize * (nodes - 1) // nodes  # by a node, in either half of the round
+        sent = megabytes * (1 << 20) // 4 * codec.bytes(1) * (nodes - 1) // nodes  # by a node, in either half of the round
         for overlap, largest in ((False, layout.BUCKET), (True, layout.EARLY)):
-            given = replace(contents(wire, overlap), weights=slice(0, megabytes << 20))
-            bucket = length(1 << 30, given, nodes) * wire.itemsize * (nodes - 1)
+            given = replace(contents(codec, overlap), weights=slice(0, megabytes << 20))
+            bucket = length(1 << 30, given, nodes) * codec.bytes(1) * (nodes - 1)
             assert bucket <= largest
             assert bucket > 0.99 * layout.SMALLEST, "ranks would wait for each other more than they save"
             assert sent // bucket >= layout.STEPS or bucket <= layout.SMALLEST
@@ -1136,7 +1137,7 @@ def test_over_mpi_the_bits_are_those_of_the_simulated_run(ranks_per_node: int, w
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("kind", CODECS)
 def test_over_mpi_a_round_keeps_its_promises(kind: str, tiny_pieces: None) -> None:
     """As it does in the simulated world, but for what other ranks' memory would tell."""
     from mpi4py import MPI
@@ -1144,12 +1145,12 @@ def test_over_mpi_a_round_keeps_its_promises(kind: str, tiny_pieces: None) -> No
     shape = shape_of(MPI.COMM_WORLD.size, 2)
     if len(shape) == 1:
         pytest.skip("one node")
-    dtype = DTYPES[kind]
+    codec = CODECS[kind]
 
     def program(e: Any) -> None:
         for cuts, count, step in ((even(shape), 2, 3), (even(shape), 1, 100), ([0.0] * (len(shape) - 1), 3, 6)):
-            e._bucket = step * dtype.itemsize * (len(shape) - 1)
-            group = e.node_group(contents(dtype, kind == "overlap"))
+            e._bucket = step * codec.bytes(1) * (len(shape) - 1)
+            group = e.node_group(contents(codec, kind == "overlap"))
             assert isinstance(group, ReduceScatterGroup)
             for _ in range(3):
                 rounds(group, cut(shape, cuts, count), None, lambda: None)
@@ -1159,7 +1160,7 @@ def test_over_mpi_a_round_keeps_its_promises(kind: str, tiny_pieces: None) -> No
 
 def test_other_weights_than_those_stepped_are_refused_between_nodes() -> None:
     def program(e: SimulatedCommunicator) -> None:
-        group = e.node_group(contents(torch.float32))
+        group = e.node_group(contents(CODECS["full"]))
         assert group
         with pytest.raises(ValueError, match="shared_memory=False"):
             group.broadcast(lambda: None, whole=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 from mpips.comm import CommunicatorError, simulated
 from mpips.comm import barrier as node
 from mpips.comm import shared_memory as memory
+from mpips.comm.codecs import Codec
 from mpips.comm.node_group import BufferSpec, NodeGroup
 from mpips.comm.peer_buffers import PeerBuffers
 from mpips.comm.semaphore import SIZE, Semaphore
@@ -37,7 +38,7 @@ LENGTH, TAIL, LINES, ROUNDS = 40, 30, 4, 3
 
 def contents(together: bool, numel: int = LENGTH) -> BufferSpec:
     where, dtype = slice(0, 4 * TAIL), torch.float32
-    return BufferSpec(numel, dtype, TAIL, 4 * (TAIL + 2), where, dtype, LINES, 2, together, together, dtype)
+    return BufferSpec(numel, dtype, TAIL, 4 * (TAIL + 2), where, dtype, LINES, 2, together, together, Codec(dtype))
 
 
 def rounds(group: NodeGroup, together: bool, pause: Callable[[], None]) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn, optim
 
 import mpips
 from mpips.comm import Communicator, simulated
+from mpips.comm.codecs import Codec
 from mpips.comm.node_group import BufferSpec
 from mpips.comm.root_reduce import RootReduceGroup
 from mpips.comm.simulated import Killed, SimulatedCommunicator, World
@@ -51,7 +52,7 @@ ROUNDS = 3
 
 def contents() -> BufferSpec:
     pull, where = 4 * (2 + WEIGHTS + 3), slice(8, 8 + 4 * WEIGHTS)
-    return BufferSpec(LENGTH, torch.float32, TAIL, pull, where, torch.float32, LINES, 2, False, True, torch.float32)
+    return BufferSpec(LENGTH, torch.float32, TAIL, pull, where, torch.float32, LINES, 2, False, True, Codec(torch.float32))
 
 
 def rounds(group: RootReduceGroup, pause: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from mpips.comm.codecs import Codec, codec_of
 from mpips.comm.node_group import BufferSpec
 from mpips.comm.reduce_scatter import length
 from mpips.model.flat import ALIGNMENT, Slot, lay_out
@@ -57,7 +58,7 @@ class Job:
     numel: int
     slots: Sequence[Slot] = field(repr=False)
     plan: Literal["auto", "root", "sharded"] = "auto"
-    comm_dtype: Literal["full", "bfloat16"] = "full"
+    comm_dtype: str = "full"
     bucket: int = 16_000_000
     state: float = 2
     numbers: int = 11
@@ -107,9 +108,9 @@ class Job:
         return "rooms, sharded" if self.sharded else "rooms, root"
 
     @property
-    def travels(self) -> torch.dtype:
-        """The dtype of weights and gradients between nodes."""
-        return torch.bfloat16 if self.comm_dtype == "bfloat16" and self.how == "rooms, sharded" else MODEL
+    def codec(self) -> Codec:
+        """How gradients and weights are encoded between nodes."""
+        return codec_of(self.comm_dtype if self.how == "rooms, sharded" else "full", MODEL)
 
     @property
     def contents(self) -> BufferSpec:
@@ -126,7 +127,7 @@ class Job:
             answer=SETTINGS,
             together=self.sharded,
             between=True,
-            wire=self.travels,
+            codec=self.codec,
         )
 
     @property

@@ -38,7 +38,7 @@ def memory(job: Job) -> dict[str, Item]:
     items = _shared(job) if job.size > 1 else _own(job)
     lengths = [MODEL.itemsize * count for count in job.served]
     served = Item(max(lengths), max(sum(lengths[at : at + job.ranks]) for at in range(0, job.size, job.ranks)))
-    if job.travels != MODEL:
+    if not job.codec.exact:
         items["masters"] = served
     items["optimizer"] = Item(job.state * served.rank, job.state * served.node)
     return {name: item for name, item in items.items() if item.node}

@@ -166,7 +166,7 @@ def _root(job: Job, machine: Machine) -> Round:
 def _sharded(job: Job, machine: Machine, plan: Schedule) -> Round:
     """Predict a round with a reduce-scatter and an allgather between the leaders of several nodes."""
     push, pull = _push(job, machine, plan), _pull(job, machine, plan)
-    rounded = job.travels != MODEL
+    rounded = not job.codec.exact
     pushing = push.pipelined(machine.latency)
     pulling = pull.pipelined(machine.latency) if rounded else pull.together(machine.latency)
     around = {
@@ -216,7 +216,7 @@ def _push(job: Job, machine: Machine, plan: Schedule) -> Travel:
         part = plan.parts[step]
         sums = plan.sums(step)
         elements = sum(count * each for count, each in zip(plan.counts, part, strict=True)) // plan.itemsize
-        added = elements * (MODEL.itemsize * _passes(job.ranks) + (plan.itemsize if job.travels != MODEL else 0))
+        added = elements * (MODEL.itemsize * _passes(job.ranks) + (plan.itemsize if not job.codec.exact else 0))
         joined = max(part) // plan.itemsize * ((job.nodes - 1) * plan.itemsize + 2 * MODEL.itemsize)
         travel.add(added / speed, _posting(machine, sums), _bytes(machine, sums), joined / speed)
     return travel
@@ -224,7 +224,7 @@ def _push(job: Job, machine: Machine, plan: Schedule) -> Travel:
 
 def _pull(job: Job, machine: Machine, plan: Schedule) -> Travel:
     """Return the steps of the pull: stepped slices are sent. With a rounded dtype, changes are computed, sent and applied."""
-    travel, rounded, speed = Travel(), job.travels != MODEL, machine.memory * job.hands / job.ranks
+    travel, rounded, speed = Travel(), not job.codec.exact, machine.memory * job.hands / job.ranks
     for step in range(len(plan.parts)):
         sums = plan.sums(step)
         computed = max(plan.widest[step]) * (
@@ -282,7 +282,7 @@ def _passes(ranks: int) -> int:
 
 def _compared(job: Job, machine: Machine, found: Round) -> Round:
     """Return the prediction with the lower bound for N nodes, and the times of designs with one server."""
-    model, wire = job.model, job.numel * job.travels.itemsize
+    model, wire = job.model, job.codec.bytes(job.numel)
     share, depth = (job.nodes - 1) / job.nodes, math.log2(job.size)
     return replace(
         found,

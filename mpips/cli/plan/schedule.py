@@ -81,7 +81,7 @@ def schedule(job: Job) -> Schedule:
     shapes = list(zip(*([part.stop - part.start for part in step] for _, step in planned), strict=True))
     counts, one = Counter(shapes), dict(zip(shapes, range(job.nodes), strict=True))
     kinds, first = {shape: kind for kind, shape in enumerate(counts)}, [one[shape] for shape in counts]
-    itemsize = contents.wire.itemsize
+    itemsize = contents.codec.bytes(1)
     return Schedule(
         kinds=[kinds[shape] for shape in shapes],
         counts=list(counts.values()),

@@ -16,7 +16,7 @@ def facts(job: Job, machine: Machine, found: Round) -> dict[str, Any]:
         "nodes": job.nodes,
         "ranks_per_node": job.ranks,
         "model_bytes": job.model,
-        "wire": str(job.travels).removeprefix("torch."),
+        "wire": str(job.codec.wire).removeprefix("torch."),
         "how": job.how,
         "machine": vars(machine),
         "memory": {name: vars(item) for name, item in memory(job).items()},
@@ -38,7 +38,7 @@ def table(job: Job, machine: Machine, found: Round) -> str:
 def heading(job: Job, machine: Machine) -> str:
     """Return the job and the machine as text."""
     nodes = f"{job.nodes:,} node{'s' * (job.nodes > 1)} of {job.ranks:,} rank{'s' * (job.ranks > 1)}"
-    wire = str(job.travels).removeprefix("torch.")
+    wire = str(job.codec.wire).removeprefix("torch.")
     between = f", {wire} on links of {8e-9 * machine.link:g} Gbit/s, {1e6 * machine.latency:g} us" if job.nodes > 1 else ""
     return f"{nodes}, {job.how}, a model of {size(job.model)}{between}, memory of {1e-9 * machine.memory:g} GB/s a node"
 

@@ -163,9 +163,13 @@ def _end(mpi: Any, born: int) -> None:
 def _finalize(mpi: Any, born: int) -> None:
     """Let go of MPI, once, in the process that has initialised it."""
     if os.getpid() == born and not mpi.Is_finalized():
-        while _watches:
-            _watches.pop().stop()
+        _stop_watches()
         mpi.Finalize()
+
+
+def _stop_watches() -> None:
+    while _watches:
+        _watches.pop().stop()
 
 
 def _share_cores(ranks_here: int) -> None:
@@ -370,6 +374,18 @@ class MpiCommunicator:
         return self._beside.submit(devices.as_here(work)).result
 
     clock = staticmethod(time.perf_counter)
+
+    def at_finalize(self, call: Callable[[], None]) -> None:
+        """Call `call` at the beginning of `MPI_Finalize`, which the script may call itself; MPI can still be used in `call`."""
+        born = os.getpid()
+
+        def finalizing(*_: Any) -> None:
+            if os.getpid() == born:
+                call()
+                _stop_watches()
+
+        keyval = self._mpi.Comm.Create_keyval(delete_fn=finalizing)
+        self._mpi.COMM_SELF.Set_attr(keyval, True)  # whose attributes MPI deletes first (MPI 5.0, section 11.2.4)
 
     def finalize(self) -> None:
         """See `Communicator`."""

@@ -108,12 +108,14 @@ class _Process:
         run: the latest run.
         count: the number of runs begun.
         status: the status that the process is to end with; None to leave it to the script.
+        left: whether this rank has met the other ranks for the last time.
     """
 
     communicator: Communicator | None = None
     run: Run | None = None
     count = 0
     status: int | None = None
+    left = False
 
 
 def _connect(
@@ -128,6 +130,8 @@ def _connect(
     if communicator is None:
         communicator = _Process.communicator = join(config)
         atexit.register(_leave, communicator, os.getpid())
+        if callable(at_finalize := getattr(communicator, "at_finalize", None)):  # over MPI
+            at_finalize(partial(_leave, communicator, os.getpid()))
     elif _Process.run:
         _Process.run.end_before_another()
     _Process.count += 1
@@ -205,7 +209,7 @@ def _begin(start: Start) -> Run:
 def _end_process(communicator: Communicator) -> NoReturn:
     """End this rank, which has served or failed, with the exception's status. Only the script's `atexit` handlers run."""
     kind, error, trace = sys.exc_info()
-    atexit.unregister(_leave)
+    _Process.left = True
     status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
     if not isinstance(error, SystemExit):
         assert kind
@@ -232,8 +236,9 @@ def _leave(communicator: Communicator, born: int) -> None:
 
     `born` is the process id at `connect`: a forked child has another one, and does nothing.
     """
-    if os.getpid() != born:  # a forked child of the script: the run is its parent's
+    if os.getpid() != born or _Process.left:  # a forked child of the script: the run is its parent's
         return
+    _Process.left = True
     try:
         run = _Process.run
         if run:

@@ -132,6 +132,18 @@ def test_a_worker_may_take_long_to_end_and_its_status_counts(library: str, mpiru
     assert done.returncode == 3
 
 
+@pytest.mark.parametrize("library", ["openmpi", "mpich"])
+@pytest.mark.parametrize("closes", ["ps.close()", "pass"])
+def test_a_script_may_finalize_mpi_itself(closes: str, library: str, mpirun: Any, tmp_path: Path) -> None:
+    """Rank 0 would wait to hear whether the workers connect again, and they in MPI's finalisation for rank 0."""
+    if library == "mpich" and not MPICH.exists():
+        pytest.skip("no Python with MPICH")
+    path = script(tmp_path, LOOP.format(trouble="pass") + f"{closes}\nfrom mpi4py import MPI\nMPI.Finalize()\nsys.exit(4)\n")
+    done = mpirun(3, path, timeout=60, python=str(MPICH) if library == "mpich" else sys.executable)
+    assert done.returncode == 4
+    assert list((tmp_path / "run" / "checkpoints").glob("*.h5")), done.stdout
+
+
 def test_ranks_that_all_end_before_connect_end_as_they_would(mpirun: Any, tmp_path: Path) -> None:
     done = mpirun(2, script(tmp_path, "print('over')"), timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "over\nover\n", "")

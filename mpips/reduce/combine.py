@@ -6,6 +6,7 @@ with the contributions themselves, or with their weighted sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -130,18 +131,15 @@ class Combiner:
 
     def _by_rows(self, rows: Sequence[Tensor], numbers: list[int], out: Tensor, behind: bool) -> None:
         rule, scaled = self._statistics if behind else self._rule, behind or not self._push.raw
-        weights, faulty = (
-            [self._weights[k] for k in numbers],
-            {k for k in numbers if not (is_finite(rows[k]) or all_finite(rows[k]))},
-        )
-        self.faulty |= faulty
-        call = rule.nonfinite if faulty else rule
+        weights = [self._weights[k] for k in numbers]
         try:
             for strip in strips(out):
                 given = [rows[k][strip] for k in numbers]
                 if scaled:
                     given = [row / weight for row, weight in zip(given, weights, strict=True)]
-                call(given, weights, out[strip])
+                faulty = {k for k, row in zip(numbers, given, strict=True) if not (is_finite(row) or all_finite(row))}
+                self.faulty |= faulty
+                (rule.nonfinite if faulty else rule)(given, weights, out[strip])
         except RuleError as error:
             self.refused = str(error)
 
@@ -189,27 +187,33 @@ class Gram:
             return
         origin = self.origin[part] if self.origin is not None else None
         centre = self._medium(rows, here, weights) if origin is None else -1
-        products = torch.zeros_like(self.matrix[: len(here), : len(here)])
+        far = [k for number, k in enumerate(here) if number != centre]  # the products with the centre are 0
+        products = torch.zeros_like(self.matrix[: len(far), : len(far)])
         for strip in strips(rows[0]):
-            values = self._values([rows[k][strip] for k in here], [weights[k] for k in here])
-            values -= values[centre].clone() if origin is None else origin[strip]
+            point = self._plain(rows[here[centre]][strip], weights[here[centre]]) if origin is None else origin[strip]
+            values = self._room_for(len(far), len(point))
+            for value, k in zip(values, far, strict=True):
+                torch.sub(self._plain(rows[k][strip], weights[k]), point, out=value)
             products.addmm_(values, values.T)
-        index = torch.tensor(here, device=self.matrix.device)
+        index = torch.tensor(far, device=self.matrix.device, dtype=torch.int64)
         self.matrix[index.unsqueeze(1), index] += products
 
-    def _values(self, rows: list[Tensor], weights: list[float]) -> Tensor:
-        """`(n, len)` float64 in memory of its own: the contributions."""
-        if self._room.shape[0] < len(rows) or self._room.shape[1] < len(rows[0]):
-            self._room = self.matrix.new_empty((len(rows), len(rows[0])))
-        values = self._room[: len(rows), : len(rows[0])]
-        for value, row in zip(values, rows, strict=True):
-            value.copy_(row)
-        return values if self._push.raw else values.div_(values.new_tensor(weights).unsqueeze(1))
+    def _room_for(self, rows: int, length: int) -> Tensor:
+        """`(rows, length)` float64, to be overwritten."""
+        if self._room.shape[0] < rows or self._room.shape[1] < length:
+            self._room = self.matrix.new_empty((rows, length))
+        return self._room[:rows, :length]
+
+    def _plain(self, row: Tensor, weight: float) -> Tensor:
+        """The contribution in a row."""
+        return row if self._push.raw else row.double() / weight
 
     def _medium(self, rows: Sequence[Tensor], here: list[int], weights: list[float]) -> int:
         """Which of the contributions that count is of medium length among those that are finite."""
-        lengths = [float(torch.dot(rows[k], rows[k])) / (1.0 if self._push.raw else weights[k] ** 2) for k in here]
+        lengths = [_square(rows[k]) / (1.0 if self._push.raw else weights[k] ** 2) for k in here]
         finite = sorted((length, number) for number, length in enumerate(lengths) if length < HUGE)
+        if not finite:
+            self.matrix[here[0], here[0]] = math.nan
         return finite[(len(finite) - 1) // 2][1] if finite else 0
 
     def usable(self) -> Tensor:
@@ -259,6 +263,12 @@ def left_out(rows: Tensor, rule: Rule) -> set[int]:
 def reported(push: Push) -> int:
     """Return how many ranks have left themselves out because their contribution is not finite."""
     return int((push.heard.rows[:, BAD] > 0).sum())
+
+
+def _square(row: Tensor) -> float:
+    """The square of a row's norm."""
+    square = float(torch.dot(row, row))
+    return square if math.isfinite(square) else float(torch.linalg.vector_norm(row, dtype=torch.float64)) ** 2
 
 
 def all_finite(tensor: Tensor) -> bool:

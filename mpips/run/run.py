@@ -466,7 +466,7 @@ class Run:
 
     @property
     def stopping(self) -> str:
-        """Why the run ends: "patience", "target", "requested", "left", "preempted" or "ended"; empty while it goes on."""
+        """Why the run ends, as "patience", "target", "requested", "left", "preempted" or "ended"; empty while it goes on."""
         stop = Stop(int(self._control.stop))
         return stop.name.lower() if stop else ""
 
@@ -785,7 +785,7 @@ class Run:
 
     @property
     def active(self) -> bool:
-        """Whether the optimizer's steps are rounds: true from `connect` to `close`."""
+        """Whether the optimizer's steps are rounds, which they are from `connect` to `close`."""
         return isinstance(self.optimizers[0], wrapped.Wrapped)
 
     @property

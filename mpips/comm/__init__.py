@@ -17,7 +17,8 @@ Requests are for training without rounds: a rank sends one whenever it likes, th
 | next_request | the server | room for the next request, from whichever rank       | Improbe      |
 | respond      | the server | the answer to a request it holds, now or later       | Send         |
 
-Two implementations pass one contract suite (`tests/helpers/contract_communicator.py`): `mpi` and `simulated`.
+Three implementations pass one contract suite (`tests/helpers/contract_communicator.py`): `mpi`, `simulated`, and `local` of a
+single process.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""The communicator with all ranks in one process, in turns and in virtual time unless a real clock is given.
-
-A world of one rank needs no thread: that is how a script runs without MPI.
+"""The communicator with all ranks in one process, in turns and in virtual time.
 
 Each rank has a clock of its own, that `World.sleep` and what arrives set forward. The server receives a request only when no
 other rank can run, for then no request with an earlier arrival can still be made: the order is that of the virtual times,
@@ -39,7 +37,6 @@ class World(Schedule["SimulatedCommunicator"]):
         seed: which schedule.
         latency: virtual seconds that each call takes.
         bandwidth: virtual bytes a second.
-        clock: a real clock to use in place of virtual time.
         bucket: largest slice, in bytes, that `combine` hands over as rows.
         shares: whether the ranks of a node share memory.
         nodes: how many ranks each node has; all are on one, unless that is given.
@@ -53,14 +50,13 @@ class World(Schedule["SimulatedCommunicator"]):
         seed: int = 0,
         latency: float = 1e-5,
         bandwidth: float = 1e10,
-        clock: Callable[[], float] | None = None,
         bucket: int = 1 << 24,
         shares: bool = False,
         nodes: Sequence[int] = (),
         devices: Sequence[int] = (),
     ) -> None:
         super().__init__([SimulatedCommunicator(self, rank, size) for rank in range(size)], seed)
-        self.size, self.bucket, self.real_clock, self.shares = size, bucket, clock, shares
+        self.size, self.bucket, self.shares = size, bucket, shares
         self.nodes, self.devices = list(nodes) or [size], list(devices)
         self.arrived_here, self.released = [0] * size, [0] * len(self.nodes)  # how often, in rooms
         self.latency, self.bandwidth = latency, bandwidth
@@ -134,7 +130,7 @@ class SimulatedCommunicator:
 
     def __init__(self, world: World, rank: int, size: int) -> None:
         self.world, self.rank, self.size = world, rank, size
-        self.name = "no MPI, one process" if size == 1 else f"simulated, {size} ranks"
+        self.name = f"simulated, {size} rank{'s' * (size > 1)}"
         self.traffic: Counter[str] = Counter()
         self.asking = False
 
@@ -284,7 +280,7 @@ class SimulatedCommunicator:
 
     def clock(self) -> float:
         """See `Communicator`."""
-        return self.world.real_clock() if self.world.real_clock else self.world.time[self.rank]
+        return self.world.time[self.rank]
 
     def at_end(self, leave: Callable[[], None]) -> None:
         """Call `leave` when this rank's program has ended."""

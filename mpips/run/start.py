@@ -16,7 +16,7 @@ from torch.optim import Optimizer, SparseAdam
 from mpips.algorithms.modes import choose_mode
 from mpips.comm import Communicator, mpi
 from mpips.comm import cuda_probe as proof
-from mpips.comm.simulated import World
+from mpips.comm.local import LocalCommunicator
 from mpips.config import BAD_CONFIGURATION, Config, ConfigError, Resolved, check_resume, check_run_dir, show, trace, whence
 from mpips.model.trainable import Trainable, freeze
 from mpips.optim.flat_optimizer import MakeOptimizer, made, step_once
@@ -131,7 +131,7 @@ def check_optimizer(optimizer: Optimizer, workers: int) -> None:
 
 
 def join(config: Config) -> Communicator:
-    """Join the other ranks and return this rank's communicator; a single rank gets a simulated world of one, without MPI.
+    """Join the other ranks and return this rank's communicator; a single rank gets one without MPI.
 
     From then on an uncaught exception ends all ranks.
 
@@ -140,7 +140,7 @@ def join(config: Config) -> Communicator:
     """
     communicator: Communicator
     if _joined(mpi.launched) == 1:
-        communicator = World(1, clock=time.perf_counter).ends[0]
+        communicator = LocalCommunicator()
     else:
         communicator = _joined(partial(_meet, config))
         _settle(communicator, config)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mpips.comm import CommunicatorError
+from mpips.comm.local import LocalCommunicator
 from mpips.comm.simulated import Killed, SimulatedCommunicator, World
 from tests.helpers.contract_communicator import CommunicatorContract, Program, RequestsContract
 
@@ -16,6 +17,24 @@ from tests.helpers.contract_communicator import CommunicatorContract, Program, R
 class TestSimulated(CommunicatorContract):
     def run(self, program: Program, size: int) -> list[Any]:
         return World(size, seed=size, bucket=100_000).run(program)
+
+
+@pytest.mark.parametrize("size", [1])
+class TestLocal(CommunicatorContract):
+    def run(self, program: Program, size: int) -> list[Any]:
+        return [program(LocalCommunicator())]
+
+
+def test_without_other_ranks_there_are_no_requests() -> None:
+    message, local = torch.zeros(2), LocalCommunicator()
+    calls = (
+        lambda: local.next_request(message, 0),
+        lambda: local.respond(1, message),
+        lambda: local.request(message, message, 1),
+    )
+    for call in calls:
+        with pytest.raises(CommunicatorError, match="rank 0 of 1 "):
+            call()
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])

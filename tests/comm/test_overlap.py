@@ -100,7 +100,7 @@ def trained(e: Communicator, overlap: bool, backward: str = "ps", model: Any = c
     return {
         "weights": sha(net),
         "losses": seen,
-        "steps": len(transport.group.push_steps) if transport.ready else 0,
+        "steps": len(getattr(getattr(transport, "group", None), "push_steps", ())),
         "rounds": ps.round,
     }
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 
 from mpips.config.config import Config
 from mpips.config.error import check
+
+PACKAGE = Path(__file__).parents[1]
 
 
 def check_mode(name: str, modes: Iterable[str]) -> None:
@@ -33,22 +34,20 @@ def check_codec(name: str, codecs: Iterable[str]) -> None:
 
 def codec_names() -> list[str]:
     """Return the names of the codecs."""
-    return _names("mpips.comm.codecs", "CODECS")
+    return _names("comm/codecs.py", "CODECS")
 
 
 def check_names(config: Config) -> None:
     """Check mode, rule and codec without importing the modules with the tables, which would import torch."""
     check_codec(config.comm_dtype, codec_names())
-    check_mode(config.mode, _names("mpips.algorithms.modes", "MODES"))
-    check_rule(config.rule, _names("mpips.rules", "RULES"))
+    check_mode(config.mode, _names("algorithms/modes.py", "MODES"))
+    check_rule(config.rule, _names("rules/__init__.py", "RULES"))
 
 
-def _names(module: str, table: str) -> list[str]:
-    """Return the keys of a table in a module's source code."""
-    spec = find_spec(module)
-    assert spec is not None and spec.origin is not None
-    for line in ast.parse(Path(spec.origin).read_text()).body:
+def _names(file: str, table: str) -> list[str]:
+    """Return the keys of a table in a source file of this package."""
+    for line in ast.parse((PACKAGE / file).read_text()).body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.target.id == table:
             assert isinstance(line.value, ast.Dict)
             return [ast.literal_eval(name) for name in line.value.keys if name is not None]
-    raise AssertionError(f"{module} has no table {table}")
+    raise AssertionError(f"{file} has no table {table}")

@@ -62,7 +62,7 @@ class Communicator(Protocol):
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A `(numel,)` tensor of zeros that this communicator moves without a further copy where it can."""
 
-    def node_group(self, contents: BufferSpec) -> NodeGroup | None:
+    def node_group(self, spec: BufferSpec) -> NodeGroup | None:
         """Memory that ranks share for the messages of a round, on each node; every rank calls this.
 
         Returns:

@@ -28,19 +28,19 @@ class NodeBarrier:
     ) -> None:
         self.leads = rank == 0
         self._waits = waits or nullcontext()
-        self._gates = [Semaphore(mapped, SIZE * number, awake) for number in range(size)]
-        self._own = self._gates[rank]
+        self._semaphores = [Semaphore(mapped, SIZE * number, awake) for number in range(size)]
+        self._own = self._semaphores[rank]
         if self.leads:
-            for gate in self._gates:
-                gate.create()
+            for semaphore in self._semaphores:
+                semaphore.create()
 
     def arrive(self, meanwhile: Callable[[], object] | None = None) -> None:
         """This rank has come; the leader waits until all have, and calls `meanwhile` while it does."""
         if not self.leads:
-            self._gates[0].post()
+            self._semaphores[0].post()
             return
         with self._waits:
-            for _ in self._gates[1:]:
+            for _ in self._semaphores[1:]:
                 self._own.take(meanwhile)
 
     def release(self) -> None:
@@ -49,8 +49,8 @@ class NodeBarrier:
             with self._waits:
                 self._own.take()
             return
-        for gate in self._gates[1:]:
-            gate.post()
+        for semaphore in self._semaphores[1:]:
+            semaphore.post()
 
 
 def mapped(
@@ -72,6 +72,6 @@ def mapped(
     room = memory.mapped(node, end, own) if (asked == asked[0]).all() else None
     if room is None:
         return None
-    gates = NodeBarrier(room, node.rank, node.size, awake, waits)
+    barrier = NodeBarrier(room, node.rank, node.size, awake, waits)
     node.Barrier()
-    return [memory.tensor(room, start, size) for start, size in zip(starts, sizes, strict=True)], gates
+    return [memory.tensor(room, start, size) for start, size in zip(starts, sizes, strict=True)], barrier

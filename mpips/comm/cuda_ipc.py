@@ -94,20 +94,20 @@ class StreamSyncBarrier:
         wait: for this rank's stream.
     """
 
-    def __init__(self, meeting: Barrier, wait: Callable[[], None]) -> None:
-        self._meeting, self._wait = meeting, wait
-        self.leads = meeting.leads
+    def __init__(self, barrier: Barrier, wait: Callable[[], None]) -> None:
+        self._barrier, self._wait = barrier, wait
+        self.leads = barrier.leads
 
     def arrive(self, meanwhile: Callable[[], object] | None = None) -> None:
         """See `Barrier`."""
         self._wait()
-        self._meeting.arrive(meanwhile)
+        self._barrier.arrive(meanwhile)
 
     def release(self) -> None:
         """See `Barrier`."""
         if self.leads:
             self._wait()
-        self._meeting.release()
+        self._barrier.release()
 
 
 def as_here(work: Callable[[], None]) -> Callable[[], None]:
@@ -123,16 +123,16 @@ def as_here(work: Callable[[], None]) -> Callable[[], None]:
     return there
 
 
-def mapped(node: Any, contents: BufferSpec) -> tuple[list[Tensor], list[Tensor], list[int]] | None:
+def mapped(node: Any, spec: BufferSpec) -> tuple[list[Tensor], list[Tensor], list[int]] | None:
     """The push messages of all ranks of the communicator `node`, the pull message on each of their devices, who is on which.
 
     None, on all of them, if some cannot map the others' memory: it sees only its own GPU, or its driver does not let it.
     """
-    names = _names(node, contents.device)
+    names = _names(node, spec.device)
     devices = list(dict.fromkeys(names))
     places = [devices.index(name) for name in names]
-    rows = opened(node, contents.device, contents.row, list(range(node.size)))
-    pulls = opened(node, contents.device, contents.pull, [places.index(number) for number in range(len(devices))])
+    rows = opened(node, spec.device, spec.row, list(range(node.size)))
+    pulls = opened(node, spec.device, spec.pull, [places.index(number) for number in range(len(devices))])
     return (rows, pulls, places) if rows and pulls else None
 
 
@@ -157,18 +157,18 @@ def opened(node: Any, device: torch.device, nbytes: int, owners: list[int]) -> l
     return found if all(_told(node, b"mapped" if found else b"")) else []
 
 
-def pin(memory: Tensor, board: PeerBuffers) -> None:
+def pin(memory: Tensor, buffers: PeerBuffers) -> None:
     """Let the board's device read and write this memory of the host by itself; where it cannot be, copies take longer."""
     if not memory.numel():
         return
     cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if int(cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)):
         try:
-            torch.zeros(1, device=board.row.device)  # the next kernel would be told of it
+            torch.zeros(1, device=buffers.row.device)  # the next kernel would be told of it
         except RuntimeError:
             return
     else:
-        weakref.finalize(board, lambda: cuda.cudaHostUnregister(memory.data_ptr())).atexit = False
+        weakref.finalize(buffers, lambda: cuda.cudaHostUnregister(memory.data_ptr())).atexit = False
 
 
 def _seen() -> list[bytes]:

@@ -29,7 +29,7 @@ class LocalCommunicator:
         """Return a tensor of zeros."""
         return torch.zeros(numel, dtype=dtype, device=device)
 
-    def node_group(self, contents: BufferSpec) -> None:
+    def node_group(self, spec: BufferSpec) -> None:
         """Return None: there is nobody to share memory with."""
 
     def reduce(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:

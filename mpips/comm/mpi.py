@@ -22,10 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpips.comm import SERVER, Apply, CommunicatorError, pieces
+from mpips.comm import SERVER, Apply, CommunicatorError, multi_node, pieces, reduce_scatter
 from mpips.comm import cuda_ipc as devices
-from mpips.comm import multi_node as rooms
-from mpips.comm import reduce_scatter as sharded
 from mpips.comm.backoff import patiently
 from mpips.comm.barrier import mapped
 from mpips.comm.leaders import MpiLeaderGroup
@@ -211,56 +209,56 @@ class MpiCommunicator:
         """See `Communicator`."""
         return torch.zeros(numel, dtype=dtype, device=device)
 
-    def node_group(self, contents: BufferSpec) -> NodeGroup | None:
+    def node_group(self, spec: BufferSpec) -> NodeGroup | None:
         """See `Communicator`."""
         node = self._node()
         nodes = self._nodes(node)
-        group = self._group(node, nodes, contents) if len(nodes) == 1 or contents.between else None
+        group = self._group(node, nodes, spec) if len(nodes) == 1 or spec.between else None
         node.Free()
         return group
 
-    def _group(self, node: MPI.Comm, nodes: list[list[int]], contents: BufferSpec) -> NodeGroup | None:
-        staged = contents.device.type == "cuda"
-        awake = 0.0 if contents.overlap else AWAKE  # a thread that yields keeps Python's lock
-        wanted = self._sizes(node.size, len(nodes), contents, staged)
+    def _group(self, node: MPI.Comm, nodes: list[list[int]], spec: BufferSpec) -> NodeGroup | None:
+        staged = spec.device.type == "cuda"
+        awake = 0.0 if spec.overlap else AWAKE  # a thread that yields keeps Python's lock
+        wanted = self._sizes(node.size, len(nodes), spec, staged)
         found = mapped(node, [0, 0, *wanted[2:]] if staged else wanted, awake, self._waits)
-        on_devices = devices.mapped(node, contents) if staged and found else None
+        on_devices = devices.mapped(node, spec) if staged and found else None
         if not all(word[0] for word in self.allgather_digests(bytes([bool(found and (on_devices or not staged))]) + bytes(31))):
             return None
         assert found
-        (rows, pull, *parts), gates = found
-        meeting: Barrier = gates
+        (rows, pull, *parts), node_barrier = found
+        barrier: Barrier = node_barrier
         if on_devices:
             own, pulls, places = on_devices
-            board: PeerBuffers = devices.CudaPeerBuffers(contents.messages(own), node.rank, pulls, places)
-            meeting = devices.StreamSyncBarrier(gates, partial(finish, board.row))
-            if len(nodes) > 1 and contents.together:
-                parts[-2:] = self._staged(node, contents, parts[-2:], board)
+            buffers: PeerBuffers = devices.CudaPeerBuffers(spec.messages(own), node.rank, pulls, places)
+            barrier = devices.StreamSyncBarrier(node_barrier, partial(finish, buffers.row))
+            if len(nodes) > 1 and spec.sharded:
+                parts[-2:] = self._staged(node, spec, parts[-2:], buffers)
         else:
-            board = PeerBuffers(contents.messages(list(rows.view(node.size, -1))), node.rank, pull)
+            buffers = PeerBuffers(spec.messages(list(rows.view(node.size, -1))), node.rank, pull)
         if len(nodes) == 1:
-            return NodeGroup(nodes[0], self.rank, board, parts, meeting, contents)
-        comm = self.comm.Split(0 if gates.leads else self._mpi.UNDEFINED, self.rank)
+            return NodeGroup(nodes[0], self.rank, buffers, parts, barrier, spec)
+        comm = self.comm.Split(0 if node_barrier.leads else self._mpi.UNDEFINED, self.rank)
         leaders = None
-        if gates.leads:
-            leaders = MpiLeaderGroup(self._mpi, comm, self._staging, self._bucket, self._waits, contents.overlap)
-        kind = ReduceScatterGroup if contents.together else RootReduceGroup
-        return kind(nodes, self.rank, board, parts, meeting, contents, leaders, self._bucket)
+        if node_barrier.leads:
+            leaders = MpiLeaderGroup(self._mpi, comm, self._staging, self._bucket, self._waits, spec.overlap)
+        kind = ReduceScatterGroup if spec.sharded else RootReduceGroup
+        return kind(nodes, self.rank, buffers, parts, barrier, spec, leaders, self._bucket)
 
-    def _sizes(self, ranks: int, nodes: int, contents: BufferSpec, staged: bool) -> list[int]:
+    def _sizes(self, ranks: int, nodes: int, spec: BufferSpec, staged: bool) -> list[int]:
         if nodes == 1:
-            return contents.sizes(ranks)
-        whole = sharded.sizes(contents, ranks, nodes, self._bucket, staged)
-        return whole if contents.together else rooms.sizes(contents, ranks)
+            return spec.sizes(ranks)
+        whole = reduce_scatter.sizes(spec, ranks, nodes, self._bucket, staged)
+        return whole if spec.sharded else multi_node.sizes(spec, ranks)
 
-    def _staged(self, node: MPI.Comm, contents: BufferSpec, parts: list[Tensor], board: PeerBuffers) -> list[Tensor]:
+    def _staged(self, node: MPI.Comm, spec: BufferSpec, parts: list[Tensor], buffers: PeerBuffers) -> list[Tensor]:
         """Where a leader sends from and receives what is on GPUs: on its own, if MPI takes device memory, else pinned."""
         if self._cuda_aware:
-            on_device = [devices.opened(node, contents.device, len(part), [0]) for part in parts]
+            on_device = [devices.opened(node, spec.device, len(part), [0]) for part in parts]
             if all(on_device):
                 return [part for (part,) in on_device]
         for part in parts:
-            devices.pin(part, board)
+            devices.pin(part, buffers)
         return parts
 
     def _node(self) -> MPI.Comm:

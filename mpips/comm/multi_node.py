@@ -62,32 +62,32 @@ class MultiNodeGroup(NodeGroup):
         self,
         nodes: Sequence[Sequence[int]],
         rank: int,
-        board: PeerBuffers,
+        buffers: PeerBuffers,
         parts: Sequence[Tensor],
-        meeting: Barrier,
-        contents: BufferSpec,
+        barrier: Barrier,
+        spec: BufferSpec,
         leaders: LeaderGroup | None,
     ) -> None:
         self._node = next(n for n, ranks in enumerate(nodes) if rank in ranks)
-        super().__init__(nodes[self._node], rank, board, parts, meeting, contents)
+        super().__init__(nodes[self._node], rank, buffers, parts, barrier, spec)
         self.nodes = [list(ranks) for ranks in nodes]
         self._leaders, self._progress = leaders, leaders.progress if leaders else None
-        self.said = parts[2].view(torch.float64)
+        self.sample_weights = parts[2].view(torch.float64)
 
     def _by_hand(self, span: slice) -> list[slice]:
         """This rank's share of what its node adds up, in pieces that stay in a cache; a leader has to send and receive."""
         others = len(self.members) - 1
         if not others:
             return pieces(span)
-        return pieces(share(span, self.board.place - 1, others)) if self.board.place else []
+        return pieces(share(span, self.buffers.place - 1, others)) if self.buffers.place else []
 
     def _tell(self, part: slice) -> None:
         """Leaders: these bytes of the server's pull message land in every node's."""
         if self._leaders:
-            self._leaders.broadcast(self.board.pull[part])
-            self.board.copy_to_peers(part)
+            self._leaders.broadcast(self.buffers.pull[part])
+            self.buffers.copy_to_peers(part)
 
 
-def sizes(contents: BufferSpec, ranks: int) -> list[int]:
+def sizes(spec: BufferSpec, ranks: int) -> list[int]:
     """The bytes of the parts of every group of `ranks` ranks, the board's first; see `MultiNodeGroup`."""
-    return [*contents.sizes(ranks), ranks * 8]
+    return [*spec.sizes(ranks), ranks * 8]

@@ -60,7 +60,7 @@ class BufferSpec:
     model: torch.dtype
     lines: int
     answer: int
-    together: bool
+    sharded: bool
     between: bool
     codec: Codec
     overlap: bool = False
@@ -172,30 +172,30 @@ class NodeGroup:
         self,
         members: Sequence[int],
         rank: int,
-        board: PeerBuffers,
+        buffers: PeerBuffers,
         parts: Sequence[Tensor],
-        meeting: Barrier,
-        contents: BufferSpec,
+        barrier: Barrier,
+        spec: BufferSpec,
     ) -> None:
-        self.members, self.rank, self.board, self.contents = members, rank, board, contents
+        self.members, self.rank, self.buffers, self.spec = members, rank, buffers, spec
         self.nodes = [list(members)]
         reports, answer = parts[:2]
         self._reports, self._answer = reports.view(torch.float64).view(len(members), -1), answer.view(torch.float64)
-        self._meeting, self._arrived = meeting, False
+        self._barrier, self._arrived = barrier, False
         self.leads = rank == 0
-        self.weights = board.pull[contents.weights].view(contents.model)
+        self.weights = buffers.pull[spec.weights].view(spec.model)
         self._masters: list[Tensor] = []
         self.slices: list[slice] = []
         self.spans: list[slice] = []
-        self.together = contents.together
-        self.rounded = contents.together and contents.model != contents.dtype
-        self._plain = not (self.rounded or board.staged)  # what is stepped is what all ranks see
-        self.each, self.said = contents.numel, torch.empty(0)
+        self.sharded = spec.sharded
+        self.rounded = spec.sharded and spec.model != spec.dtype
+        self._plain = not (self.rounded or buffers.staged)  # what is stepped is what all ranks see
+        self.max_elements, self.sample_weights = spec.numel, torch.empty(0)
 
     @property
     def combined(self) -> Tensor:
         """Where what is combined lies; see `PeerBuffers`."""
-        return self.board.combined
+        return self.buffers.combined
 
     def stepped(self, part: slice) -> Tensor:
         """A slice, served by this rank, of the weights that are stepped."""
@@ -214,12 +214,12 @@ class NodeGroup:
         """
         place = [rank for node in self.nodes for rank in node].index(self.rank)
         self.slices = [bucket[place] for bucket in buckets]
-        self.spans = [part for span in self.slices for part in pieces(span, piece(self.contents.device))]
+        self.spans = [part for span in self.slices for part in pieces(span, piece(self.spec.device))]
         if self.leads and behind.start < behind.stop:
             self.spans.append(behind)
         if self.rounded:
-            self._masters = [self.weights[span].to(self.contents.dtype, copy=True) for span in self.slices]
-        self.board.assign(buckets)
+            self._masters = [self.weights[span].to(self.spec.dtype, copy=True) for span in self.slices]
+        self.buffers.assign(buckets)
 
     def barrier(self, meanwhile: Callable[[], object] | None = None) -> None:
         """Wait until all of the group are here; see `Barrier`."""
@@ -238,34 +238,34 @@ class NodeGroup:
             ready: says when, where slices travel before all is written.
         """
         self._arrive()
-        if self.together:
+        if self.sharded:
             self._release()
         if not self.spans and not self.leads:
             return
-        self.board.sum_tails(heard)
+        self.buffers.sum_tails(heard)
         self.combine(work)
 
     def combine(self, work: SliceReducer) -> None:
         """Let `work` combine the slices that this rank serves; after `reduce`, let it do so once more."""
         for span in self.spans:
-            rows = self.board.rows_of(span)
+            rows = self.buffers.rows_of(span)
             work.reduce_local(span, rows)
             work.finalize(span, rows[0])
-            self.board.store(span, rows[0])
+            self.buffers.store(span, rows[0])
 
     def report(self, values: Tensor, op: Op) -> Tensor:
         """Every slice is combined: the least, or the sum, of every rank's numbers, `(lines,)` of float64, at the server."""
-        if not self.together:
+        if not self.sharded:
             return values
-        self._reports[self.board.place].copy_(values)
+        self._reports[self.buffers.place].copy_(values)
         self._arrive()
         return self._reports.amin(0) if op == "min" else self._reports.sum(0)
 
     def decide(self, answer: Tensor) -> None:
         """After `report`: the server's numbers, float64 of always the same length, land in everybody's `answer`."""
-        if not self.together:
+        if not self.sharded:
             return
-        if self._meeting.leads:
+        if self._barrier.leads:
             self._answer.copy_(answer)
         self._release()
         answer.copy_(self._answer)
@@ -285,24 +285,24 @@ class NodeGroup:
         if self.leads:
             fill()
             for part in [] if self._plain else [slice(None)] if whole else self._around():
-                self.board.copy_to_peers(part)
+                self.buffers.copy_to_peers(part)
         self._release()
 
     def _show(self, span: slice) -> None:
         """What this rank has stepped is the model's from now on."""
         if self.rounded:
             self.weights[span].copy_(self.stepped(span))
-        self.board.copy_to_peers(self.contents.bytes_of(span))
+        self.buffers.copy_to_peers(self.spec.bytes_of(span))
 
     def _around(self) -> list[slice]:
         """The pull message but for the weights."""
-        where = self.contents.weights
+        where = self.spec.weights
         return [slice(0, where.start), slice(where.stop, None)]
 
     def _arrive(self, meanwhile: Callable[[], object] | None = None) -> None:
-        self._meeting.arrive(meanwhile)
+        self._barrier.arrive(meanwhile)
         self._arrived = True
 
     def _release(self) -> None:
         self._arrived = False
-        self._meeting.release()
+        self._barrier.release()

@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mpips.comm import multi_node as rooms
+from mpips.comm import multi_node
 from mpips.comm.codecs import ErrorFeedback
 from mpips.comm.multi_node import Begin, Finish, LeaderGroup, MultiNodeGroup, Sent
 from mpips.comm.node_group import Barrier, BucketReadiness, BufferSpec, Op, SliceReducer
@@ -50,33 +50,33 @@ class ReduceScatterGroup(MultiNodeGroup):
         self,
         nodes: Sequence[Sequence[int]],
         rank: int,
-        board: PeerBuffers,
+        buffers: PeerBuffers,
         parts: Sequence[Tensor],
-        meeting: Barrier,
-        contents: BufferSpec,
+        barrier: Barrier,
+        spec: BufferSpec,
         leaders: LeaderGroup | None,
         bucket: int,
     ) -> None:
-        super().__init__(nodes, rank, board, parts, meeting, contents, leaders)
-        self.each = length(bucket, contents, len(nodes))
+        super().__init__(nodes, rank, buffers, parts, barrier, spec, leaders)
+        self.max_elements = bucket_length(bucket, spec, len(nodes))
         told, window, outbox = parts[3:]
-        self._told = told.view(contents.dtype)
+        self._told = told.view(spec.dtype)
         self._window, self._outbox = window.view(FLIGHT + 1, len(nodes) - 1, -1), outbox.view(FLIGHT + 1, len(nodes), -1)
         self._pushes: list[Begin] = []
         self._pulls: list[Begin] = []
-        codec = contents.codec
+        codec = spec.codec
         self._feedback = ErrorFeedback(codec)
-        self._changes = codec.bytes(1) < contents.model.itemsize  # of the weights come back, not the weights
-        self._pulled = codec.wire if self._changes else contents.model
-        self._stages_push = board.staged or not codec.exact
-        self._stages_pull = board.staged or self._changes
+        self._changes = codec.bytes(1) < spec.model.itemsize  # of the weights come back, not the weights
+        self._pulled = codec.wire if self._changes else spec.model
+        self._stages_push = buffers.staged or not codec.exact
+        self._stages_pull = buffers.staged or self._changes
         self.rounded = self.rounded or self._changes
 
     def serve(self, buckets: Sequence[Sequence[slice]], behind: slice) -> None:
         """See `NodeGroup`."""
         super().serve(buckets, behind)
         counts = [len(ranks) for ranks in self.nodes]
-        by_bucket = [steps(bucket, counts, self.each) for bucket in buckets]
+        by_bucket = [steps(bucket, counts, self.max_elements) for bucket in buckets]
         served = [slices for slices, of_bucket in zip(self.slices, by_bucket, strict=True) for _ in of_bucket]
         self.pull_steps = [step for of_bucket in by_bucket for step in of_bucket]  # the first layers are needed first
         self.push_steps = [step for of_bucket in reversed(by_bucket) for step in of_bucket]  # the last have gradients first
@@ -87,10 +87,10 @@ class ReduceScatterGroup(MultiNodeGroup):
 
     def reduce(self, weight: float, heard: Tensor, work: SliceReducer, ready: BucketReadiness | None = None) -> None:
         """See `NodeGroup`; here everybody hears the tails."""
-        self.said[self.board.place] = weight
+        self.sample_weights[self.buffers.place] = weight
 
         def before(number: int, step: list[slice]) -> None:
-            if self.contents.overlap or not number:
+            if self.spec.overlap or not number:
                 if ready:
                     ready.wait(number, self._progress)
                 self.barrier(self._progress)
@@ -101,10 +101,10 @@ class ReduceScatterGroup(MultiNodeGroup):
             ready.wait(len(self.push_steps), self._progress)
         self._arrive(self._progress)
         if self._leaders:
-            self.board.sum_tails(self._told)
+            self.buffers.sum_tails(self._told)
             self._leaders.allreduce(self._told)
         self._release()
-        behind = slice(self.contents.gradients, self.contents.tail)
+        behind = slice(self.spec.gradients, self.spec.tail)
         heard.copy_(self._told[behind.stop - behind.start :])
         if self.leads:
             self.combined[behind].copy_(self._told[: behind.stop - behind.start])
@@ -136,24 +136,24 @@ class ReduceScatterGroup(MultiNodeGroup):
 
     def _theirs(self, span: slice) -> list[slice]:
         """This rank's share of a slice that another node serves; a GPU works on it while its leader sends and receives."""
-        if not self.board.staged:
+        if not self.buffers.staged:
             return self._by_hand(span)
-        return pieces(share(span, self.board.place, len(self.members)), piece(self.contents.device))
+        return pieces(share(span, self.buffers.place, len(self.members)), piece(self.spec.device))
 
     def _ours(self, span: slice, served: slice) -> list[slice]:
         """This rank's share of a slice that its own node serves; on a GPU what it serves itself."""
-        return pieces(both(span, served), piece(self.contents.device)) if self.board.staged else self._by_hand(span)
+        return pieces(both(span, served), piece(self.spec.device)) if self.buffers.staged else self._by_hand(span)
 
     def _add(self, number: int, step: list[slice], work: SliceReducer) -> None:
         for node, span in enumerate(step):
             ours = node == self._node
             for part in self._ours(span, self._push_served[number]) if ours else self._theirs(span):
-                rows = self.board.rows_of(part)
+                rows = self.buffers.rows_of(part)
                 work.reduce_local(part, rows)
                 if ours:
-                    self.board.store(part, rows[0])
+                    self.buffers.store(part, rows[0])
                 elif self._stages_push:
-                    self.contents.codec.encode(rows[0], self._slot(self._outbox, number, node, span, part))
+                    self.spec.codec.encode(rows[0], self._slot(self._outbox, number, node, span, part))
 
     def _sums(self, number: int, step: list[slice]) -> tuple[Sent, Sent]:
         """Each other node's slice goes there; what comes is the others' sums of this node's."""
@@ -171,7 +171,7 @@ class ReduceScatterGroup(MultiNodeGroup):
         own = step[self._node]
         for part in self._ours(own, self._push_served[number]):
             come = [self._slot(self._window, number, self._seat(node), own, part) for node in self._others()]
-            sums = [self.contents.codec.decode(encoded, self.contents.device) for encoded in come]
+            sums = [self.spec.codec.decode(encoded, self.spec.device) for encoded in come]
             work.reduce_remote(part, [*sums[: self._node], self.combined[part], *sums[self._node :]])
 
     def _others(self) -> list[int]:
@@ -185,7 +185,7 @@ class ReduceScatterGroup(MultiNodeGroup):
         self, memory: Tensor, number: int, row: int, span: slice, part: slice, dtype: torch.dtype | None = None
     ) -> Tensor:
         """Where a part of a step's span lies in the window or the outbox; of the wire's dtype unless another is given."""
-        dtype = dtype or self.contents.codec.wire
+        dtype = dtype or self.spec.codec.wire
         start, stop = ((at - span.start) * dtype.itemsize for at in (part.start, part.stop))
         return memory[number % (FLIGHT + 1), row, start:stop].view(dtype)
 
@@ -243,11 +243,11 @@ class ReduceScatterGroup(MultiNodeGroup):
     def _give(self, number: int, step: list[slice]) -> None:
         """What this rank has stepped leaves, and is the model's on this node."""
         own = step[self._node]
-        for part in pieces(both(own, self._pull_served[number]), piece(self.contents.device)):
+        for part in pieces(both(own, self._pull_served[number]), piece(self.spec.device)):
             out = self._slot(self._outbox, number, self._node, own, part, self._pulled)
             if self._changes:
                 self._feedback.encode(self.stepped(part), self.weights[part], out)
-                self.board.copy_to_peers(self.contents.bytes_of(part))
+                self.buffers.copy_to_peers(self.spec.bytes_of(part))
             else:
                 self._show(part)
                 out.copy_(self.weights[part], non_blocking=True)
@@ -261,19 +261,19 @@ class ReduceScatterGroup(MultiNodeGroup):
                     self._feedback.decode(come, self.weights[part])
                 else:
                     self.weights[part].copy_(come, non_blocking=True)
-                self.board.copy_to_peers(self.contents.bytes_of(part))
+                self.buffers.copy_to_peers(self.spec.bytes_of(part))
 
 
-def length(bucket: int, contents: BufferSpec, nodes: int) -> int:
+def bucket_length(bucket: int, spec: BufferSpec, nodes: int) -> int:
     """How many elements a node sends each other at a time, if it is to send at most `bucket` bytes to all of them."""
-    sent = contents.codec.bytes(contents.gradients) * (nodes - 1) // nodes
-    most = min(bucket, EARLY if contents.overlap else BUCKET, max(SMALLEST, sent // STEPS))
-    return max(LEAST, most // contents.codec.bytes(1) // (nodes - 1))
+    sent = spec.codec.bytes(spec.gradients) * (nodes - 1) // nodes
+    most = min(bucket, EARLY if spec.overlap else BUCKET, max(SMALLEST, sent // STEPS))
+    return max(LEAST, most // spec.codec.bytes(1) // (nodes - 1))
 
 
-def sizes(contents: BufferSpec, ranks: int, nodes: int, bucket: int, staged: bool = False) -> list[int]:
+def sizes(spec: BufferSpec, ranks: int, nodes: int, bucket: int, staged: bool = False) -> list[int]:
     """The bytes of the parts of a group of `ranks` ranks, one of `nodes`, its board `staged` or not; see `MultiNodeGroup`."""
-    each = (FLIGHT + 1) * contents.codec.bytes(length(bucket, contents, nodes))
-    told = (contents.numel - contents.gradients) * contents.dtype.itemsize
-    stages = staged or not contents.codec.exact
-    return [*rooms.sizes(contents, ranks), told, (nodes - 1) * each, nodes * each if stages else 0]
+    each = (FLIGHT + 1) * spec.codec.bytes(bucket_length(bucket, spec, nodes))
+    told = (spec.numel - spec.gradients) * spec.dtype.itemsize
+    stages = staged or not spec.codec.exact
+    return [*multi_node.sizes(spec, ranks), told, (nodes - 1) * each, nodes * each if stages else 0]

@@ -35,22 +35,22 @@ class RootReduceGroup(MultiNodeGroup):
         self,
         nodes: Sequence[Sequence[int]],
         rank: int,
-        board: PeerBuffers,
+        buffers: PeerBuffers,
         parts: Sequence[Tensor],
-        meeting: Barrier,
-        contents: BufferSpec,
+        barrier: Barrier,
+        spec: BufferSpec,
         leaders: LeaderGroup | None,
         bucket: int,
     ) -> None:
-        super().__init__(nodes, rank, board, parts, meeting, contents, leaders)
-        self._buckets = pieces(slice(0, contents.gradients), max(1, min(bucket, BUCKET) // contents.dtype.itemsize))
-        self._behind = slice(contents.gradients, contents.numel)
-        self._alone = board.staged or len(self._buckets) == 1
+        super().__init__(nodes, rank, buffers, parts, barrier, spec, leaders)
+        self._buckets = pieces(slice(0, spec.gradients), max(1, min(bucket, BUCKET) // spec.dtype.itemsize))
+        self._behind = slice(spec.gradients, spec.numel)
+        self._alone = buffers.staged or len(self._buckets) == 1
         self._in_round = False
 
     def reduce(self, weight: float, heard: Tensor, work: SliceReducer, ready: BucketReadiness | None = None) -> None:
         """See `NodeGroup`; only the server hears the tails."""
-        self.said[self.board.place], self._in_round = weight, True
+        self.sample_weights[self.buffers.place], self._in_round = weight, True
         if self._alone:
             self._arrive()
         else:
@@ -62,28 +62,28 @@ class RootReduceGroup(MultiNodeGroup):
         if self._leaders:
             self._speak(work)
         if self.leads:
-            heard.copy_(self.board.row[self.contents.tail :])
+            heard.copy_(self.buffers.row[self.spec.tail :])
             for span in self.spans:
                 work.finalize(span, self.combined[span])
 
     def _add(self, bucket: slice, work: SliceReducer) -> None:
         """This node's sum of a bucket, in its leader's push message."""
         if self._alone:
-            for part in pieces(bucket, piece(self.contents.device)) if self._leaders else []:
-                work.reduce_local(part, self.board.rows_of(part))
+            for part in pieces(bucket, piece(self.spec.device)) if self._leaders else []:
+                work.reduce_local(part, self.buffers.rows_of(part))
             return
         for part in self._by_hand(bucket):
-            work.reduce_local(part, self.board.rows_of(part))
+            work.reduce_local(part, self.buffers.rows_of(part))
         if bucket != self._buckets[-1]:
             self.barrier()
             return
-        self._reports[self.board.place].copy_(work.faults)
+        self._reports[self.buffers.place].copy_(work.faults)
         self._arrive()  # to be released with the pull message
 
     def _speak(self, work: SliceReducer) -> None:
         """A leader hands on its node's tails, with what is wrong there."""
-        whole = self.board.row
-        self.board.sum_tails(whole[self._behind])
+        whole = self.buffers.row
+        self.buffers.sum_tails(whole[self._behind])
         work.report_nonfinite(work.faults if self._alone else self._reports.amin(0))
         assert self._leaders
         self._leaders.reduce(whole if len(self._buckets) == 1 else whole[self._behind], "sum")

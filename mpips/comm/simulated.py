@@ -14,9 +14,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from mpips.comm import SERVER, Apply, CommunicatorError, landing, pieces
-from mpips.comm import multi_node as rooms
-from mpips.comm import reduce_scatter as sharded
+from mpips.comm import SERVER, Apply, CommunicatorError, landing, multi_node, pieces, reduce_scatter
 from mpips.comm.cuda_ipc import CudaPeerBuffers
 from mpips.comm.mailbox import Letter, Mailbox, raw
 from mpips.comm.node_group import BufferSpec, NodeGroup
@@ -138,35 +136,35 @@ class SimulatedCommunicator:
         """See `Communicator`."""
         return torch.zeros(numel, dtype=dtype, device=device)
 
-    def node_group(self, contents: BufferSpec) -> NodeGroup | None:
+    def node_group(self, spec: BufferSpec) -> NodeGroup | None:
         """See `Communicator`."""
         world = self.world
         several = len(world.nodes) > 1
-        if not world.shares or (several and not contents.between):
+        if not world.shares or (several and not spec.between):
             return None
         nodes = [list(range(*ends)) for ends in pairwise(accumulate(world.nodes, initial=0))]
         node = next(n for n, ranks in enumerate(nodes) if self.rank in ranks)
 
         def wanted(ranks: int) -> list[int]:
-            if several and contents.together:
-                return sharded.sizes(contents, ranks, len(nodes), world.bucket, bool(world.devices))
-            return rooms.sizes(contents, ranks) if several else contents.sizes(ranks)
+            if several and spec.sharded:
+                return reduce_scatter.sizes(spec, ranks, len(nodes), world.bucket, bool(world.devices))
+            return multi_node.sizes(spec, ranks) if several else spec.sizes(ranks)
 
         def made(given: dict[int, object]) -> list[list[Tensor]]:
             return [[torch.zeros(n, dtype=torch.uint8) for n in wanted(len(ranks))] for ranks in nodes]
 
-        found = self._meet("node_group", f"node_group({contents})", None, made, 0)
+        found = self._meet("node_group", f"node_group({spec})", None, made, 0)
         assert isinstance(found, list)
         rows, pull, *parts = found[node]
-        members, gates = nodes[node], SimulatedBarrier(world, node, nodes[node], self.rank)
-        board = self._board(contents.messages(list(rows.view(len(members), -1))), pull, members)
+        members, barrier = nodes[node], SimulatedBarrier(world, node, nodes[node], self.rank)
+        buffers = self._buffers(spec.messages(list(rows.view(len(members), -1))), pull, members)
         if not several:
-            return NodeGroup(members, self.rank, board, parts, gates, contents)
-        leaders = SimulatedLeaderGroup(world, [ranks[0] for ranks in nodes], node) if gates.leads else None
-        kind = ReduceScatterGroup if contents.together else RootReduceGroup
-        return kind(nodes, self.rank, board, parts, gates, contents, leaders, world.bucket)
+            return NodeGroup(members, self.rank, buffers, parts, barrier, spec)
+        leaders = SimulatedLeaderGroup(world, [ranks[0] for ranks in nodes], node) if barrier.leads else None
+        kind = ReduceScatterGroup if spec.sharded else RootReduceGroup
+        return kind(nodes, self.rank, buffers, parts, barrier, spec, leaders, world.bucket)
 
-    def _board(self, rows: Sequence[Tensor], pull: Tensor, members: Sequence[int]) -> PeerBuffers:
+    def _buffers(self, rows: Sequence[Tensor], pull: Tensor, members: Sequence[int]) -> PeerBuffers:
         """On devices there is a pull message on each of a node's."""
         place = members.index(self.rank)
         if not self.world.devices:

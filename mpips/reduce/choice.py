@@ -81,24 +81,24 @@ def _share_memory(
     if cut is None:
         return None
     settings = len(hyper.read(optimizer.torch)) if cut and optimizer else 0
-    contents = _contents(communicator.size, replica, config, cut, SETTINGS + settings, rule)
-    group = communicator.node_group(contents)
+    spec = _buffer_spec(communicator.size, replica, config, cut, SETTINGS + settings, rule)
+    group = communicator.node_group(spec)
     if group is None:
         return None
     prepares = type(rule).prepare is not Rule.prepare
     raw = update.raw and not (config.deterministic and prepares)  # what the rule prepares is then the same as by messages
-    replica.move(group.board.row, group.board.pull, fill=group.board.fills, apart=apart, raw=raw)
-    replica.keeps_push = group.board.place > 0 and not prepares
+    replica.move(group.buffers.row, group.buffers.pull, fill=group.buffers.fills, apart=apart, raw=raw)
+    replica.keeps_push = group.buffers.place > 0 and not prepares
     if optimizer:
         optimizer.rebind()  # nothing is to hold the messages' former memory
     group.barrier()
     deal(group, replica, cut)
-    if not group.together and not (update.apart and replica.wire_is_grad):
+    if not group.sharded and not (update.apart and replica.wire_is_grad):
         return group, optimizer if group.leads else None
     assert optimizer
     shard = ShardedOptimizer(optimizer, group.slices, group.combined[: replica.flat.numel], group.stepped, group.rounded)
     shard.spread(communicator, group.leads)
-    return group, shard if group.together or group.leads else None
+    return group, shard if group.sharded or group.leads else None
 
 
 def _agreed(communicator: Communicator, replica: Replica, shares: bool, optimizer: FlatOptimizer | None) -> Granularity | None:
@@ -112,7 +112,7 @@ def _agreed(communicator: Communicator, replica: Replica, shares: bool, optimize
     return Granularity(min(word[1] for word in said)) if len({word[2:] for word in said}) == 1 else Granularity.NOWHERE
 
 
-def _contents(ranks: int, replica: Replica, config: Config, cut: Granularity, answer: int, rule: Rule) -> BufferSpec:
+def _buffer_spec(ranks: int, replica: Replica, config: Config, cut: Granularity, answer: int, rule: Rule) -> BufferSpec:
     """What the ranks' rooms are to hold."""
     push, flat = replica.push.message, replica.flat
     large = flat.numel * flat.weights.element_size() > SMALL
@@ -127,7 +127,7 @@ def _contents(ranks: int, replica: Replica, config: Config, cut: Granularity, an
         model=flat.dtype,
         lines=max(ranks + (rule.needs != "sum"), products, len(flat.slots)),  # numbers by rank, by pair of ranks, or by tensor
         answer=max(answer, products),
-        together=sharded,
+        sharded=sharded,
         between=rule.needs == "sum"
         and not config.deterministic
         and len(replica.fragments) == 1,  # a fragment alone is to travel
@@ -141,8 +141,8 @@ def deal(group: NodeGroup, replica: Replica, cut: Granularity) -> None:
     """Deal out the slices of the body."""
     numel, counts = replica.flat.numel, [len(node) for node in group.nodes]
     dealt = [[slice(0, numel)] + [slice(numel, numel)] * (sum(counts) - 1)]
-    if group.together:
-        dealt = buckets(replica.flat.slots, numel, counts, group.each, cut == Granularity.TENSORS)
+    if group.sharded:
+        dealt = buckets(replica.flat.slots, numel, counts, group.max_elements, cut == Granularity.TENSORS)
     group.serve(dealt, slice(numel, replica.push.tail_at))
 
 

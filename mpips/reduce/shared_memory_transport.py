@@ -66,9 +66,9 @@ class SharedMemoryTransport:
         self._prepares = type(rule).prepare is not Rule.prepare
         self._gradients = replica.flat.numel
         self._alone = len(group.nodes) == 1
-        self.plan = "sharded" if group.together else "root"
+        self.plan = "sharded" if group.sharded else "root"
         self.how = _how(group)
-        self.encodes = not (self._alone or group.contents.codec.exact)
+        self.encodes = not (self._alone or group.spec.codec.exact)
         self.steps_whole = not isinstance(optimizer, ShardedOptimizer)
         self._combiner = Combiner(replica.push, rule, first, rounded)
         self._sums = rule.needs == "sum"
@@ -77,17 +77,17 @@ class SharedMemoryTransport:
         self._refused = ""
         self._communicator = communicator
         self.ready: BucketReadiness | None = None
-        if isinstance(group, ReduceScatterGroup) and group.contents.overlap:
+        if isinstance(group, ReduceScatterGroup) and group.spec.overlap:
             self.ready = BucketReadiness(group.push_steps, replica.flat.slots)
-        self._watches = not (self._alone or group.together)  # whether it alone sees the sum over all nodes
+        self._watches = not (self._alone or group.sharded)  # whether it alone sees the sum over all nodes
         self._begun: tuple[float, Callable[[], None]] | None = None
         self._moved = False
         self._active: slice | None = None  # what of the body a round is about, if that is not all of it
         self._faulty = False
-        self.faults = torch.full((group.contents.lines,), math.inf, dtype=torch.float64)
+        self.faults = torch.full((group.spec.lines,), math.inf, dtype=torch.float64)
         own = hyper.read(optimizer.torch) if isinstance(optimizer, ShardedOptimizer) else []
         self._numbers = slice(SETTINGS, SETTINGS + len(own))
-        self._decision = torch.zeros(group.contents.answer, dtype=torch.float64)
+        self._decision = torch.zeros(group.spec.answer, dtype=torch.float64)
 
     def begin(self, weight: float) -> None:
         """See `Transport`."""
@@ -123,7 +123,7 @@ class SharedMemoryTransport:
             self._combine(self._push.weight(self.group.rank), None)
         for rank in self._combiner.faulty:
             self._faulty, self.faults[rank] = True, 0.0
-        reported = self.group.report(self.faults, "min") if self.group.together or self._faulty else None
+        reported = self.group.report(self.faults, "min") if self.group.sharded or self._faulty else None
         return self._result(reported) if self.group.leads else AggregationResult([])
 
     def _result(self, reported: Tensor | None) -> AggregationResult:
@@ -140,7 +140,7 @@ class SharedMemoryTransport:
         return AggregationResult(faulty, self._refused or self._combiner.refused, {} if whole is None else {0: whole})
 
     def _combine(self, weight: float, ready: BucketReadiness | None) -> None:
-        self._combiner.begin(weights=None if self._alone else lambda: self.group.said.tolist())
+        self._combiner.begin(weights=None if self._alone else lambda: self.group.sample_weights.tolist())
         self._active = self.replica.active
         if self._faulty:
             self.faults.fill_(math.inf)
@@ -311,7 +311,7 @@ class SharedMemoryTransport:
                 if not self._alone and start < stop:
                     norms[n] += float(torch.linalg.vector_norm(self.group.combined[start:stop], dtype=torch.float64)) ** 2
                 elif self._alone and span.start <= slot.offset + slot.numel // 2 < span.stop:
-                    norms[n] = _norm(slot.shaped(self.group.board.gathered(slot.span)))
+                    norms[n] = _norm(slot.shaped(self.group.buffers.gathered(slot.span)))
         return norms
 
     def _norms(self, measured: list[float]) -> list[float]:
@@ -353,10 +353,10 @@ class SharedMemoryTransport:
 
 def _how(group: NodeGroup) -> str:
     """How contributions come together, for people."""
-    memory = "memory of GPUs, by CUDA IPC" if group.contents.device.type == "cuda" else "shared memory"
+    memory = "memory of GPUs, by CUDA IPC" if group.spec.device.type == "cuda" else "shared memory"
     if len(group.nodes) == 1:
         return memory
-    return f"{memory}, {str(group.contents.codec.wire).removeprefix('torch.')} between {len(group.nodes)} nodes"
+    return f"{memory}, {str(group.spec.codec.wire).removeprefix('torch.')} between {len(group.nodes)} nodes"
 
 
 def _norm(tensor: Tensor) -> Tensor:

@@ -123,22 +123,22 @@ def really(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[Posted, Made, lis
         return swap(self, sent, taken)
 
     class Counted(sharded.ReduceScatterGroup):
-        def __init__(self, nodes: Any, rank: int, board: Any, parts: Any, *others: Any) -> None:
-            super().__init__(nodes, rank, board, parts, *others)
-            made["together"] = contents.row * len(board.rows) + sum(part.nbytes for part in [board.pull, *parts])
-            made.update({"weights": board.pull.nbytes, "window": self._window.nbytes, "outbox": self._outbox.nbytes})
+        def __init__(self, nodes: Any, rank: int, buffers: Any, parts: Any, *others: Any) -> None:
+            super().__init__(nodes, rank, buffers, parts, *others)
+            made["together"] = spec.row * len(buffers.rows) + sum(part.nbytes for part in [buffers.pull, *parts])
+            made.update({"weights": buffers.pull.nbytes, "window": self._window.nbytes, "outbox": self._outbox.nbytes})
 
     monkeypatch.setattr(SimulatedLeaderGroup, "sendrecv", seen)
     monkeypatch.setattr(simulated, "ReduceScatterGroup", Counted)
-    contents = job.contents
+    spec = job.spec
 
     def program(e: SimulatedCommunicator) -> bool:
-        group, work = e.node_group(contents), Nothing()
+        group, work = e.node_group(spec), Nothing()
         assert group
         group.serve(job.buckets, slice(job.numel, job.numel))
-        group.reduce(1.0, torch.zeros(contents.numel - contents.tail), work)
-        group.report(torch.zeros(contents.lines, dtype=torch.float64), "min")
-        group.decide(torch.zeros(contents.answer, dtype=torch.float64))
+        group.reduce(1.0, torch.zeros(spec.numel - spec.tail), work)
+        group.report(torch.zeros(spec.lines, dtype=torch.float64), "min")
+        group.decide(torch.zeros(spec.answer, dtype=torch.float64))
         group.broadcast(lambda: None)
         return bool(work.parts)
 
@@ -161,7 +161,7 @@ def test_it_is_what_rooms_post(nodes: int, ranks: int, wire: Any, monkeypatch: p
     )
     items = memory(job)
     shared = sum(items[name].node for name in ("push messages", "weights", "words", "window", "outbox") if name in items)
-    assert shared - ranks * job.tail == made["together"] == sum(sizes(job.contents, ranks, nodes, job.bucket))
+    assert shared - ranks * job.tail == made["together"] == sum(sizes(job.spec, ranks, nodes, job.bucket))
     for name in ("weights", "window", "outbox"):
         assert made[name] == (items[name].node if name in items else 0)
     assert sum(worked) == nodes * job.hands
@@ -194,9 +194,9 @@ def test_a_run_asks_for_the_same(
     job = Job(nodes, 2, numel, slots, plan=chosen, comm_dtype=wire)
     group, deal = SimulatedCommunicator.node_group, choice.deal
 
-    def asking(self: SimulatedCommunicator, contents: BufferSpec) -> Any:
-        asked.append(contents)
-        return group(self, contents)
+    def asking(self: SimulatedCommunicator, spec: BufferSpec) -> Any:
+        asked.append(spec)
+        return group(self, spec)
 
     def dealing(group: Any, *others: Any) -> None:
         deal(group, *others)
@@ -211,9 +211,9 @@ def test_a_run_asks_for_the_same(
         return isinstance(ps._worker.server.transport, SharedMemoryTransport)
 
     assert World(job.size, shares=True, nodes=[2] * nodes).run(program) == [True] * (job.size - 1)
-    fields = {**vars(job.contents), "answer": 0}
-    for contents in asked:
-        assert {**vars(contents), "answer": 0, "codec": fields["codec"] if nodes == 1 else contents.codec} == fields
+    fields = {**vars(job.spec), "answer": 0}
+    for spec in asked:
+        assert {**vars(spec), "answer": 0, "codec": fields["codec"] if nodes == 1 else spec.codec} == fields
     assert [dealt[rank] for rank in range(job.size)] == [list(own) for own in zip(*job.buckets, strict=True)]
 
 

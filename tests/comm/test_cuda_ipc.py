@@ -201,7 +201,7 @@ def placed(
     monkeypatch.setattr(mpi, "mapped", mapped)
     monkeypatch.setattr(devices, "mapped", lambda node, contents: (rows, [pull, pull.clone()], [0, 1, 1]))
     monkeypatch.setattr(devices, "opened", opened)
-    monkeypatch.setattr(devices, "pin", lambda part, board: pinned.append(part))
+    monkeypatch.setattr(devices, "pin", lambda part, buffers: pinned.append(part))
     monkeypatch.setattr(mpi, "finish", waited.append)
     communicator = SimpleNamespace(Split=lambda color, key: None)
     end = SimpleNamespace(
@@ -216,7 +216,7 @@ def placed(
     end._staged, end._sizes = (partial(method, end) for method in (mpi.MpiCommunicator._staged, mpi.MpiCommunicator._sizes))
     group = mpi.MpiCommunicator._group(end, SimpleNamespace(rank=2, size=3), nodes, held)  # type: ignore[arg-type]
     assert group is not None
-    assert group.board.rows[2].data_ptr() == rows[2].data_ptr()
+    assert group.buffers.rows[2].data_ptr() == rows[2].data_ptr()
     return group, waited, pinned
 
 
@@ -224,7 +224,7 @@ def test_each_rank_waits_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> 
     group, waited, _ = placed(monkeypatch, [[10, 11, 12]])
     group.barrier()
     assert len(waited) == 1
-    assert waited[0] is group.board.row
+    assert waited[0] is group.buffers.row
 
 
 def test_what_leaves_a_node_is_pinned_or_on_its_leaders_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ def test_what_is_pinned_is_let_go_with_its_board(error: int, monkeypatch: pytest
         cudaHostUnregister=lambda at: said.append(("unregister", at)),
     )
     memory = torch.zeros(64, dtype=torch.uint8)
-    board = devices.PeerBuffers([torch.zeros(4)], 0, torch.zeros(8, dtype=torch.uint8))
+    buffers = devices.PeerBuffers([torch.zeros(4)], 0, torch.zeros(8, dtype=torch.uint8))
     at = memory.data_ptr()
 
     def zeros(*_: Any, device: Any) -> None:
@@ -254,12 +254,12 @@ def test_what_is_pinned_is_let_go_with_its_board(error: int, monkeypatch: pytest
 
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     monkeypatch.setattr(torch, "zeros", zeros)
-    devices.pin(memory, board)
-    devices.pin(memory[:0], board)
+    devices.pin(memory, buffers)
+    devices.pin(memory[:0], buffers)
     del memory
     expected: list[Any] = [("register", at, 64)]
     assert said == expected + ["kernel"] * (error > 0)
-    del board
+    del buffers
     assert said[1:] == (["kernel"] if error else [("unregister", at)])
 
 

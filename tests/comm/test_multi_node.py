@@ -22,7 +22,7 @@ from mpips.comm import Communicator, simulated
 from mpips.comm import reduce_scatter as sharded
 from mpips.comm.codecs import BFloat16, Codec
 from mpips.comm.node_group import BufferSpec
-from mpips.comm.reduce_scatter import ReduceScatterGroup, length
+from mpips.comm.reduce_scatter import ReduceScatterGroup, bucket_length
 from mpips.comm.simulated import Killed, SimulatedCommunicator, World
 from mpips.comm.simulated_group import SimulatedBarrier, SimulatedLeaderGroup
 from mpips.config import Config, ConfigError, resolve
@@ -112,13 +112,13 @@ class Log:
 
 def rounds(group: ReduceScatterGroup, buckets: list[list[slice]], log: Log | None, pause: Callable[[], None]) -> None:
     """Rounds in which everything is written bit by bit, others coming in between, and whoever reads looks at all there is."""
-    nodes, overlap = group.nodes, group.contents.overlap
+    nodes, overlap = group.nodes, group.spec.overlap
     size, node = sum(map(len, nodes)), group.nodes.index(list(group.members))
     if log:
         log.rooms[group.rank] = group
     group.serve(buckets, BEHIND)
     heard, answer = torch.zeros(LENGTH - TAIL), torch.zeros(2, dtype=torch.float64)
-    first, behind = (part.view(torch.float32) for part in (group.board.pull[:8], group.board.pull[8 + 4 * WEIGHTS :]))
+    first, behind = (part.view(torch.float32) for part in (group.buffers.pull[:8], group.buffers.pull[8 + 4 * WEIGHTS :]))
 
     def slowly(target: Tensor, value: float | Tensor) -> None:
         values = torch.as_tensor(value, dtype=target.dtype).expand(len(target))
@@ -141,7 +141,7 @@ def rounds(group: ReduceScatterGroup, buckets: list[list[slice]], log: Log | Non
     class Take:
         def reduce_local(self, part: slice, rows: Sequence[Tensor]) -> None:
             pause()
-            assert group.said.tolist() == [number + rank / 8 for rank in group.members], "a weight that is not said"
+            assert group.sample_weights.tolist() == [number + rank / 8 for rank in group.members], "a weight that is not said"
             for rank, row in zip(group.members, rows, strict=True):
                 assert (row == push(rank)).all(), "a push that is not whole, or of another round"
             if log:
@@ -171,10 +171,10 @@ def rounds(group: ReduceScatterGroup, buckets: list[list[slice]], log: Log | Non
 
         def wait(self, step: int, meanwhile: Any) -> None:
             if step == len(group.push_steps):
-                slowly(group.board.row[WEIGHTS:], push(group.rank))
+                slowly(group.buffers.row[WEIGHTS:], push(group.rank))
             else:
                 for span in group.push_steps[step]:
-                    slowly(group.board.row[span], push(group.rank))
+                    slowly(group.buffers.row[span], push(group.rank))
 
     def check_pull(control: float) -> None:
         for part, expected in ((group.weights, weights(slice(0, WEIGHTS))), (first, control), (behind, control)):
@@ -187,7 +187,7 @@ def rounds(group: ReduceScatterGroup, buckets: list[list[slice]], log: Log | Non
 
     for number in range(1, 1 + ROUNDS):
         if not overlap:
-            slowly(group.board.row, push(group.rank))
+            slowly(group.buffers.row, push(group.rank))
         group.reduce(number + group.rank / 8, heard, Take(), Late() if overlap else None)
         assert (heard == all_pushes()).all(), "a tail that is not whole"
         values = torch.full((LINES,), 100.0 * number + group.rank, dtype=torch.float64)
@@ -1040,10 +1040,10 @@ def test_each_node_sends_its_share_of_the_model_twice(shape: Shape, wire: str, m
 
 def test_a_bucket_is_for_all_other_nodes_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharded, "LEAST", 100)
-    assert length(1200, contents(CODECS["full"]), 2) == 300
-    assert length(1200, contents(CODECS["full"]), 4) == 100
-    assert length(1200, contents(CODECS["bfloat16"]), 4) == 200
-    assert length(12, contents(CODECS["full"]), 4) == 100, "fewer would cost more in latency"
+    assert bucket_length(1200, contents(CODECS["full"]), 2) == 300
+    assert bucket_length(1200, contents(CODECS["full"]), 4) == 100
+    assert bucket_length(1200, contents(CODECS["bfloat16"]), 4) == 200
+    assert bucket_length(12, contents(CODECS["full"]), 4) == 100, "fewer would cost more in latency"
 
 
 @pytest.mark.parametrize(("wire", "nodes"), [("full", 2), ("full", 3), ("bfloat16", 2), ("bfloat16", 8)])
@@ -1054,7 +1054,7 @@ def test_a_round_has_many_buckets_none_of_them_tiny(wire: str, nodes: int) -> No
         sent = megabytes * (1 << 20) // 4 * codec.bytes(1) * (nodes - 1) // nodes  # by a node, in either half of the round
         for overlap, largest in ((False, layout.BUCKET), (True, layout.EARLY)):
             given = replace(contents(codec, overlap), weights=slice(0, megabytes << 20))
-            bucket = length(1 << 30, given, nodes) * codec.bytes(1) * (nodes - 1)
+            bucket = bucket_length(1 << 30, given, nodes) * codec.bytes(1) * (nodes - 1)
             assert bucket <= largest
             assert bucket > 0.99 * layout.SMALLEST, "ranks would wait for each other more than they save"
             assert sent // bucket >= layout.STEPS or bucket <= layout.SMALLEST

@@ -48,8 +48,8 @@ def rounds(group: NodeGroup, together: bool, pause: Callable[[], None]) -> bool:
     span = slice(cuts[group.rank], cuts[group.rank + 1])
     group.serve([[slice(*ends) for ends in pairwise(cuts)]], slice(TAIL, TAIL))
     heard, answer = torch.zeros(LENGTH - TAIL), torch.zeros(2, dtype=torch.float64)
-    weights = group.board.pull[: 4 * TAIL].view(torch.float32)
-    control = group.board.pull[4 * TAIL :].view(torch.float32)
+    weights = group.buffers.pull[: 4 * TAIL].view(torch.float32)
+    control = group.buffers.pull[4 * TAIL :].view(torch.float32)
 
     def slowly(target: Tensor, value: float) -> None:
         for part in torch.split(target, max(1, len(target) // 2)):
@@ -72,7 +72,7 @@ def rounds(group: NodeGroup, together: bool, pause: Callable[[], None]) -> bool:
             assert (total == -number).all()
 
     for number in range(1, 1 + ROUNDS):
-        slowly(group.board.rows[group.rank], 10 * number + group.rank)
+        slowly(group.buffers.rows[group.rank], 10 * number + group.rank)
         group.reduce(1.0, heard, Take())
         if group.spans or group.leads:
             assert (heard == sum(10 * number + k for k in range(size))).all(), "a tail that is not whole"
@@ -81,7 +81,7 @@ def rounds(group: NodeGroup, together: bool, pause: Callable[[], None]) -> bool:
             reported = group.report(values + again, "sum" if again else "min")
             pause()
             if group.leads:
-                assert (group.board.gathered(slice(0, TAIL)) == -number).all(), "a slice that is not combined"
+                assert (group.buffers.gathered(slice(0, TAIL)) == -number).all(), "a slice that is not combined"
                 every = [100 * number + k + again for k in range(size if together else 1)]
                 assert reported[0] == (sum(every) if again else min(every))
                 slowly(answer, number + again)
@@ -291,9 +291,9 @@ def test_rounds_between_real_semaphores(size: int, together: bool, shm: Path) ->
             assert part.data_ptr() + part.numel() <= other.data_ptr()
             assert other.data_ptr() % memory.PAGE == 0
         (rows, pull, *parts), gates = found
-        board = PeerBuffers(contents(together).messages(list(rows.view(size, -1))), own.rank, pull)
-        group = NodeGroup(range(size), own.rank, board, parts, gates, contents(together))
-        assert not any(row.data_ptr() % ALIGNMENT for row in group.board.rows), "kernels take another path"
+        buffers = PeerBuffers(contents(together).messages(list(rows.view(size, -1))), own.rank, pull)
+        group = NodeGroup(range(size), own.rank, buffers, parts, gates, contents(together))
+        assert not any(row.data_ptr() % ALIGNMENT for row in group.buffers.rows), "kernels take another path"
         return all(rounds(group, together, lambda: time.sleep(0)) for _ in range(20))
 
     assert on_threads(size, program) == [True] * size

@@ -60,8 +60,8 @@ def rounds(group: RootReduceGroup, pause: Callable[[], None]) -> None:
     size, nodes = sum(map(len, group.nodes)), group.nodes
     node = nodes.index(list(group.members))
     group.serve([[slice(0, WEIGHTS), *[slice(WEIGHTS, WEIGHTS)] * (size - 1)]], slice(WEIGHTS, TAIL))
-    heard, pull = torch.zeros(LENGTH - TAIL), group.board.pull.view(torch.float32)
-    row = group.board.row
+    heard, pull = torch.zeros(LENGTH - TAIL), group.buffers.pull.view(torch.float32)
+    row = group.buffers.row
     faults = torch.full((LINES,), math.inf, dtype=torch.float64)
 
     def slowly(target: Tensor, value: float) -> None:
@@ -75,7 +75,7 @@ def rounds(group: RootReduceGroup, pause: Callable[[], None]) -> None:
 
         def reduce_local(self, part: slice, rows: Sequence[Tensor]) -> None:
             pause()
-            assert group.said.tolist() == [number + rank / 8 for rank in group.members], "a weight that is not said"
+            assert group.sample_weights.tolist() == [number + rank / 8 for rank in group.members], "a weight that is not said"
             for rank, other in zip(group.members, rows, strict=True):
                 assert (other == 10 * number + rank).all(), "a push that is not whole, or of another round"
             self.added[part] += 1

@@ -110,10 +110,10 @@ def test_a_sum_that_overflows_is_no_warning_beside() -> None:
 
 def test_a_board_gives_numpy_what_is_few() -> None:
     rows: list[Any] = [torch.zeros(2 * FEW) for _ in range(2)]
-    board = PeerBuffers(rows, 0, torch.zeros(8, dtype=torch.uint8))
-    few = board.rows_of(slice(5, 5 + FEW))
+    buffers = PeerBuffers(rows, 0, torch.zeros(8, dtype=torch.uint8))
+    few = buffers.rows_of(slice(5, 5 + FEW))
     assert few.arrays is not None
     few.arrays[1][:] = 1
     assert rows[1][5 : 5 + FEW].all() and not rows[1][5 + FEW :].any()
-    assert board.rows_of(slice(5, 5 + FEW)) is few
-    assert board.rows_of(slice(0, FEW + 1)).arrays is None
+    assert buffers.rows_of(slice(5, 5 + FEW)) is few
+    assert buffers.rows_of(slice(0, FEW + 1)).arrays is None

@@ -11,7 +11,7 @@ import torch
 
 from mpips.comm.codecs import Codec, codec_of
 from mpips.comm.node_group import BufferSpec
-from mpips.comm.reduce_scatter import length
+from mpips.comm.reduce_scatter import bucket_length
 from mpips.model.flat import ALIGNMENT, Slot, lay_out
 from mpips.model.layout import SMALL, buckets
 from mpips.model.message.header import COLUMNS, CONTROL_BYTES
@@ -90,7 +90,7 @@ class Job:
         """For each bucket the slice of each rank, node by node, as cut by `mpips.reduce.choice.deal`."""
         if not self.sharded:
             return [[slice(0, self.numel)] + [slice(self.numel, self.numel)] * (self.size - 1)]
-        each = length(self.bucket, self.contents, self.nodes) if self.nodes > 1 else self.numel
+        each = bucket_length(self.bucket, self.spec, self.nodes) if self.nodes > 1 else self.numel
         return buckets(self.slots, self.numel, [self.ranks] * self.nodes, each)
 
     @cached_property
@@ -113,7 +113,7 @@ class Job:
         return codec_of(self.comm_dtype if self.how == "rooms, sharded" else "full", MODEL)
 
     @property
-    def contents(self) -> BufferSpec:
+    def spec(self) -> BufferSpec:
         """The buffers that `mpips.reduce.choice` asks for, for a model without buffers and without extra metrics."""
         weights = self.numel * MODEL.itemsize
         return BufferSpec(
@@ -125,7 +125,7 @@ class Job:
             model=MODEL,
             lines=max(self.size, len(self.slots)),
             answer=SETTINGS,
-            together=self.sharded,
+            sharded=self.sharded,
             between=True,
             codec=self.codec,
         )
@@ -138,5 +138,5 @@ class Job:
     @property
     def tail(self) -> int:
         """The bytes of the push message's tail: a row and the hyperparameters for each rank."""
-        contents = self.contents
-        return (contents.numel - contents.tail) * MODEL.itemsize
+        spec = self.spec
+        return (spec.numel - spec.tail) * MODEL.itemsize

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mpips.cli.plan.job import MODEL, Job
-from mpips.comm import multi_node as rooms
-from mpips.comm import reduce_scatter as sharded
+from mpips.comm import multi_node, reduce_scatter
 
 SHARED = (
     "push messages",
@@ -46,11 +45,11 @@ def memory(job: Job) -> dict[str, Item]:
 
 def _shared(job: Job) -> dict[str, Item]:
     """Return the buffers that the ranks of a node share."""
-    contents = job.contents
-    parts = contents.sizes(job.ranks)
+    spec = job.spec
+    parts = spec.sizes(job.ranks)
     if job.nodes > 1:
-        own = sharded.sizes(contents, job.ranks, job.nodes, job.bucket)
-        parts = own if job.sharded else rooms.sizes(contents, job.ranks)
+        own = reduce_scatter.sizes(spec, job.ranks, job.nodes, job.bucket)
+        parts = own if job.sharded else multi_node.sizes(spec, job.ranks)
     items = {name: Item(0, 0) for name in SHARED}
     for name, part in zip(SHARED, parts, strict=False):
         items[name] = Item(items[name].rank + part / job.ranks, items[name].node + part)
@@ -60,5 +59,5 @@ def _shared(job: Job) -> dict[str, Item]:
 
 def _own(job: Job) -> dict[str, Item]:
     """Return each rank's own messages."""
-    push, pull = job.model + job.tail, job.contents.pull
+    push, pull = job.model + job.tail, job.spec.pull
     return {"push messages": Item(push, push * job.ranks), "weights": Item(pull, pull * job.ranks)}

@@ -157,9 +157,9 @@ def _root(job: Job, machine: Machine) -> Round:
         "adding up": Phase(memory=(job.model * _passes(job.ranks)) / speed),
         "reduce": Phase(network=2 * share * (job.model + job.tail) / link, latency=2 * depth * machine.latency * calls),
         "step": Phase(step=_step(job, machine)),
-        "bcast": Phase(network=2 * share * job.contents.pull / link, latency=2 * depth * machine.latency),
+        "bcast": Phase(network=2 * share * job.spec.pull / link, latency=2 * depth * machine.latency),
     }
-    sent = share * (job.model + job.tail + 2 * job.contents.pull)
+    sent = share * (job.model + job.tail + 2 * job.spec.pull)
     return _compared(job, machine, Round(phases, sum(phase.seconds for phase in phases.values()), sent=sent))
 
 
@@ -171,7 +171,7 @@ def _sharded(job: Job, machine: Machine, plan: Schedule) -> Round:
     pulling = pull.pipelined(machine.latency) if rounded else pull.together(machine.latency)
     around = {
         "tails": _tails(job, machine),
-        "report, verdict": _words(job, machine, 8 * job.contents.lines),
+        "report, verdict": _words(job, machine, 8 * job.spec.lines),
         "step": Phase(step=_step(job, machine)),
         "control": _words(job, machine, 0),
     }

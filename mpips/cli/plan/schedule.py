@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 from typing import Literal
 
 from mpips.cli.plan.job import Job
-from mpips.comm.reduce_scatter import length
+from mpips.comm.reduce_scatter import bucket_length
 from mpips.model.layout import steps
 
 Way = Literal["push", "pull"]
@@ -74,14 +74,14 @@ class Schedule:
 
 def schedule(job: Job) -> Schedule:
     """Return the schedule of a round between the nodes of `job`, which has several."""
-    contents, dealt, counted = job.contents, job.buckets, [job.ranks] * job.nodes
-    by_bucket = [steps(bucket, counted, length(job.bucket, contents, job.nodes)) for bucket in dealt]
+    spec, dealt, counted = job.spec, job.buckets, [job.ranks] * job.nodes
+    by_bucket = [steps(bucket, counted, bucket_length(job.bucket, spec, job.nodes)) for bucket in dealt]
     planned = [(number, step) for number, of_bucket in enumerate(by_bucket) for step in of_bucket]
     lasts = list(accumulate(map(len, by_bucket), initial=0))
     shapes = list(zip(*([part.stop - part.start for part in step] for _, step in planned), strict=True))
     counts, one = Counter(shapes), dict(zip(shapes, range(job.nodes), strict=True))
     kinds, first = {shape: kind for kind, shape in enumerate(counts)}, [one[shape] for shape in counts]
-    itemsize = contents.codec.bytes(1)
+    itemsize = spec.codec.bytes(1)
     return Schedule(
         kinds=[kinds[shape] for shape in shapes],
         counts=list(counts.values()),

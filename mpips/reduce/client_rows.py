@@ -54,12 +54,12 @@ def _begin(communicator: Communicator, push: Push, rule: Rule, bucket_cap_mb: fl
             client.body.zero_()
             client.weight = 0
     push.rows[communicator.rank, WEIGHT] = sum(client.weight for client in push.clients)
-    lanes = ClientRows(communicator, push.clients, round(bucket_cap_mb * 1e6))
-    if lanes.ranks == sorted(set(lanes.ranks)):
-        lanes.add(push.body)
-        return lanes, communicator, push
+    clients = ClientRows(communicator, push.clients, round(bucket_cap_mb * 1e6))
+    if clients.ranks == sorted(set(clients.ranks)):
+        clients.add(push.body)
+        return clients, communicator, push
     communicator.reduce(push.message[push.tail_at :], 0, "sum", lambda part, rows: None)
-    return lanes, lanes, ClientView(push, lanes)
+    return clients, clients, ClientView(push, clients)
 
 
 class ClientRows:
@@ -74,20 +74,20 @@ class ClientRows:
         rank: this rank.
         size: how many clients contribute, on all ranks.
         numbers: theirs, in ascending order, which is that of the rows.
-        ranks, lanes: where each is hosted, and its lane there.
-        said: `(size, 3)` float64, the samples, weight and bad of each.
+        ranks, positions: for each client, the rank that hosts it, and its position among the clients of that rank.
+        status: `(size, 3)` float64, the samples, weight and bad of each.
         own: the bodies of this rank's, by lane.
     """
 
     def __init__(self, communicator: Communicator, own: list[Contribution], bucket: int) -> None:
         self._communicator, self._bucket = communicator, bucket
         self.rank, self.own = communicator.rank, [client.body for client in own]
-        mine = [[c.client, communicator.rank, lane, c.samples, c.weight, c.bad] for lane, c in enumerate(own)]
+        mine = [[c.client, communicator.rank, position, c.samples, c.weight, c.bad] for position, c in enumerate(own)]
         blobs = communicator.gather_bytes(np.array(mine, dtype=np.float64).tobytes())
         table = np.frombuffer(broadcast_bytes(communicator, b"".join(blobs))).reshape(-1, 6)
         table = table[table[:, 0].argsort(kind="stable")]
-        self.size, self.said = len(table), torch.from_numpy(table[:, 3:].copy())
-        self.numbers, self.ranks, self.lanes = table[:, :3].astype(int).T.tolist()
+        self.size, self.status = len(table), torch.from_numpy(table[:, 3:].copy())
+        self.numbers, self.ranks, self.positions = table[:, :3].astype(int).T.tolist()
 
     def reduce(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
         """See `Communicator`; what is brought together are the clients' bodies, and `message[:tail]` is room for their sum."""
@@ -95,11 +95,11 @@ class ClientRows:
             self.add(message[:tail])
             self._communicator.reduce(message[:tail], tail, "sum", apply)
             return
-        width = 1 + max(self.lanes)
+        width = 1 + max(self.positions)
         for part in pieces(tail, width * message.element_size(), self._bucket):
             mine = message.new_zeros((width, part.stop - part.start))
-            for lane, body in enumerate(self.own):
-                mine[lane] = body[part]
+            for position, body in enumerate(self.own):
+                mine[position] = body[part]
             self._communicator.reduce(mine.view(-1), mine.numel(), "rows", _InOrder(self, part, width, apply))
 
     def broadcast(self, message: Tensor) -> None:
@@ -119,18 +119,18 @@ class ClientRows:
 class _InOrder:
     """Takes a slice of all lanes from all ranks, and hands it on when it is whole: a row for each client, in their order."""
 
-    def __init__(self, lanes: ClientRows, part: slice, width: int, apply: Apply) -> None:
-        self._lanes, self._part, self._width, self._apply = lanes, part, width, apply
+    def __init__(self, clients: ClientRows, part: slice, width: int, apply: Apply) -> None:
+        self._clients, self._part, self._width, self._apply = clients, part, width, apply
         self._rows = torch.empty(0)
 
     def __call__(self, came: slice, rows: Tensor) -> None:
         length = self._part.stop - self._part.start
         if came.start == 0:
-            self._rows = rows.new_empty((self._lanes.size, length))
-        for row, rank, lane in zip(self._rows, self._lanes.ranks, self._lanes.lanes, strict=True):
-            start, stop = max(came.start, lane * length), min(came.stop, (lane + 1) * length)
+            self._rows = rows.new_empty((self._clients.size, length))
+        for row, rank, position in zip(self._rows, self._clients.ranks, self._clients.positions, strict=True):
+            start, stop = max(came.start, position * length), min(came.stop, (position + 1) * length)
             if start < stop:
-                row[start - lane * length : stop - lane * length] = rows[rank, start - came.start : stop - came.start]
+                row[start - position * length : stop - position * length] = rows[rank, start - came.start : stop - came.start]
         if came.stop == self._width * length:
             self._apply(self._part, self._rows)
 
@@ -138,15 +138,15 @@ class _InOrder:
 class ClientView(Push):
     """A push message as `reduce/aggregate.py` sees it on `ClientRows`: the same memory, and a row for each client."""
 
-    def __init__(self, push: Push, lanes: ClientRows) -> None:
+    def __init__(self, push: Push, clients: ClientRows) -> None:
         self.columns, self.span, self.clients, self.ranks = push.columns, push.span, push.clients, push.ranks
         self.blank, self.raw = push.blank, False
         self._lay_out(push.message, push.lengths)
-        self.rows = push.message.new_zeros((lanes.size, len(push.columns)))
-        self.rows[:, [SAMPLES, WEIGHT, BAD]] = lanes.said.to(self.rows)
-        self._lanes = lanes
+        self.rows = push.message.new_zeros((clients.size, len(push.columns)))
+        self.rows[:, [SAMPLES, WEIGHT, BAD]] = clients.status.to(self.rows)
+        self._clients = clients
 
     def own(self, rank: int) -> list[tuple[int, Tensor]]:
         """See `Push`."""
-        places = zip(self._lanes.ranks, self._lanes.lanes, strict=True)
-        return [(row, self._lanes.own[lane]) for row, (host, lane) in enumerate(places) if host == rank]
+        places = zip(self._clients.ranks, self._clients.positions, strict=True)
+        return [(row, self._clients.own[position]) for row, (host, position) in enumerate(places) if host == rank]

@@ -26,7 +26,7 @@ from mpips.process.environment import launch
 from mpips.report import stdout
 from mpips.rules import RuleError, choose
 from mpips.run import failure
-from mpips.server.contract import settle
+from mpips.server.contract import agree_on_settings
 
 Joined = TypeVar("Joined")
 
@@ -163,7 +163,7 @@ def _settle(communicator: Communicator, settings: Config | str) -> None:
     Raises:
         SystemExit: with status 2.
     """
-    if line := settle(communicator, settings):
+    if line := agree_on_settings(communicator, settings):
         if communicator.rank == 0:
             print(f"mpips: {line}", file=sys.stderr, flush=True)
         communicator.finalize()

@@ -235,7 +235,7 @@ class Service:
             f"worker {other} (rank {other + self.first}) has {its:g}; set the optimizer's hyperparameters alike on all workers"
         )
 
-    def judge(self, bad: dict[int, int]) -> None:
+    def handle_nonfinite(self, bad: dict[int, int]) -> None:
         """Updates that are not finite, rank -> slot: end the run, or only take note."""
         rank, slot = next(iter(bad.items()))
         if self.config.nonfinite == "raise":
@@ -344,21 +344,21 @@ class Service:
         if call == Call.AVERAGE:
             self.average()
         elif call != Call.LOOP:
-            self.act(self.converse(b""))
+            self.carry_out(self.exchange_call(b""))
         return call == Call.LEAVE
 
     def average(self) -> None:
         """Bring the workers' gradients together and give every rank what comes of it, without a step."""
         raise CallError("gradients are averaged in modes with rounds only")
 
-    def converse(self, given: bytes) -> dict[str, Any]:
+    def exchange_call(self, given: bytes) -> dict[str, Any]:
         """Hear what every rank has to say to the call, and tell all what comes of it; `given` is what this rank says."""
         reply: dict[str, Any] = json.loads(
             broadcast_bytes(self.communicator, self.answer(self.communicator.gather_bytes(given)))
         )
         return reply
 
-    def act(self, reply: Mapping[str, Any]) -> None:
+    def carry_out(self, reply: Mapping[str, Any]) -> None:
         """Do what the reply to all ranks says."""
         if reply["save"]:
             self.save_model()

@@ -53,7 +53,7 @@ def shared_settings(config: Config) -> dict[str, str]:
     return {key: repr(value) for key, value in config.settings().items() if key not in LOCAL}
 
 
-def settle(communicator: Communicator, settings: Config | str) -> str:
+def agree_on_settings(communicator: Communicator, settings: Config | str) -> str:
     """Compare the settings with all other ranks', before anything else is said on this communicator.
 
     Args:

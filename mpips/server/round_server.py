@@ -181,7 +181,7 @@ class Server(Service):
         if skipped:  # without a step, but forward has been through BatchNorm
             self.combine_buffers()
         if bad:
-            self.judge(bad)
+            self.handle_nonfinite(bad)
         if self.config.buffers == "server":
             self.replica.buffers.store(self.replica.pull.buffers)
 

@@ -94,15 +94,15 @@ class RemoteServer:
         """See `Server.average`."""
         self.transport.average()
 
-    def converse(self, given: bytes) -> dict[str, Any]:
-        """See `Service.converse`."""
+    def exchange_call(self, given: bytes) -> dict[str, Any]:
+        """See `Service.exchange_call`."""
         self.communicator.gather_bytes(given)
         reply: dict[str, Any] = json.loads(broadcast_bytes(self.communicator, b""))
         self.control.stop = reply["stop"]
         return reply
 
-    def act(self, reply: Mapping[str, Any]) -> None:
-        """See `Service.act`."""
+    def carry_out(self, reply: Mapping[str, Any]) -> None:
+        """See `Service.carry_out`."""
         if reply["save"]:
             self.save_model()
         if reply["finish"]:
@@ -118,7 +118,7 @@ class RemoteServer:
         """Give the server this rank's traffic, at the end of the run."""
         self.communicator.gather_bytes(json.dumps(self.communicator.traffic).encode())
 
-    def hear(self) -> Control:
+    def receive_control(self) -> Control:
         """Return what the server says between rounds; see `Service.send_stop_signal`."""
         self.transport.tell()
         self.control = self.replica.pull.control

@@ -73,10 +73,10 @@ class Serving(Protocol):
     def save_model(self) -> object:
         """Write a checkpoint together with all other ranks."""
 
-    def converse(self, given: bytes) -> dict[str, Any]:
+    def exchange_call(self, given: bytes) -> dict[str, Any]:
         """Say `given` to a call, and return the server's reply to all ranks."""
 
-    def act(self, reply: Mapping[str, Any]) -> None:
+    def carry_out(self, reply: Mapping[str, Any]) -> None:
         """Do what the reply to all ranks says."""
 
     def average(self) -> None:
@@ -492,9 +492,9 @@ class Worker:
         return self.control.call == self.call
 
     def _take_part(self, said: Mapping[str, Any]) -> dict[str, Any]:
-        reply = self.server.converse(json.dumps(said).encode() if said else b"")
+        reply = self.server.exchange_call(json.dumps(said).encode() if said else b"")
         self.control.stop = reply["stop"]
-        self.server.act(reply)
+        self.server.carry_out(reply)
         return reply
 
     def average(self, loss: float = 0.0, samples: float = 1) -> float:
@@ -580,10 +580,10 @@ class Worker:
             self._parked = False
             self.update.unpark()
 
-    def hear(self) -> None:
+    def receive_control(self) -> None:
         """Take what the server says between rounds."""
         if isinstance(self.server, RemoteServer):
-            self.control = self.server.hear()
+            self.control = self.server.receive_control()
 
     def give_performance(self) -> None:
         """Give the server this rank's traffic, at the end of the run."""

@@ -61,7 +61,7 @@ def test_agreement_is_the_digest_on_every_rank() -> None:
 
 
 def settled(*given: Config | str) -> list[str]:
-    return World(len(given)).run(lambda e: contract.settle(e, given[e.rank]))
+    return World(len(given)).run(lambda e: contract.agree_on_settings(e, given[e.rank]))
 
 
 def test_settings_that_all_have_are_settled() -> None:

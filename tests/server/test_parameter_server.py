@@ -178,7 +178,7 @@ def test_stop_from_another_thread_waits_until_all_are_told() -> None:
 def test_stop_from_a_validation_only_notes_the_wish() -> None:
     def work(client: mpips.Client) -> None:
         client.finish()
-        client.hear()
+        client.receive_control()
         assert client.control.stop == Stop.REQUESTED
 
     def serve(server: mpips.ParameterServer) -> None:

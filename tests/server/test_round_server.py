@@ -123,7 +123,7 @@ def test_send_stop_signal_reaches_the_workers_between_rounds() -> None:
             return server.control.stop
         worker = mpips.Worker(e, mlp())
         worker.receive_initial_weights()
-        worker.hear()
+        worker.receive_control()
         return worker.control.stop
 
     assert World(3).run(program) == [Stop.REQUESTED] * 3

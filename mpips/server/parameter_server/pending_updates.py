@@ -63,7 +63,7 @@ class PendingUpdates:
         if self._backup and not late:
             self.in_round.add(rank)
         if row["bad"]:
-            service.judge({rank: int(row["bad"]) - 1})
+            service.handle_nonfinite({rank: int(row["bad"]) - 1})
         elif taken:
             self.staleness[late] += 1
             self.sent.correct(rank, version - late, push.gradients, service.replica.pull.weights)
@@ -95,7 +95,7 @@ class PendingUpdates:
         if overflow is None:
             self._service.take(Decision("step", scale))
         else:
-            self._service.judge({self._service.communicator.rank: overflow})
+            self._service.handle_nonfinite({self._service.communicator.rank: overflow})
 
     def summary(self) -> dict[str, Any]:
         """What there is to say of the run at its end."""

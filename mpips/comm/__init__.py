@@ -1,23 +1,23 @@
-"""How bytes move between the ranks: the seam that everything above is written against.
+"""The communicator: the interface by which bytes move between ranks, without any knowledge of models or rules.
 
-Rank 0 is the server's. Most calls are collective: all ranks make the same ones in the same order.
+Rank 0 is the server's. Most calls are collective: all ranks make the same calls in the same order.
 
-| call              | every rank gives             | arrives                                      | MPI              |
-|-------------------|------------------------------|----------------------------------------------|------------------|
-| reduce            | its contribution             | at the server, as a sum or as rows, to apply | Reduce or Gather |
-| broadcast         | room; the server the content | at every rank                                | Bcast            |
-| gather_bytes      | a few bytes of its own       | at the server, one by one                    | Send, Recv       |
-| allgather_digests | a digest of 32 bytes         | at every rank, all digests                   | Allgather        |
+| call              | every rank gives                   | result                                       | MPI              |
+|-------------------|------------------------------------|----------------------------------------------|------------------|
+| reduce            | its contribution                   | at the server, as a sum or as rows, to apply | Reduce or Gather |
+| broadcast         | a buffer; the server's is the data | at every rank                                | Bcast            |
+| gather_bytes      | some bytes of its own              | at the server, a list by rank                | Send, Recv       |
+| allgather_digests | a digest of 32 bytes               | at every rank, a list by rank                | Allgather        |
 
-Requests are for training without rounds: a rank sends one whenever it likes, the server answers one at a time.
+Requests are for training without rounds. A rank sends a request at any time. The server answers one request at a time.
 
-| call         | who        | gives                                                | MPI          |
-|--------------|------------|------------------------------------------------------|--------------|
-| request      | not rank 0 | a request and room for its answer                    | Isend, Irecv |
-| next_request | the server | room for the next request, from whichever rank       | Improbe      |
-| respond      | the server | the answer to a request it holds, now or later       | Send         |
+| call         | who        | gives                                               | MPI          |
+|--------------|------------|-----------------------------------------------------|--------------|
+| request      | not rank 0 | a request and a buffer for its answer               | Isend, Irecv |
+| next_request | the server | a buffer for the next request, from whichever rank  | Improbe      |
+| respond      | the server | the answer to a request received before             | Send         |
 
-Three implementations pass one contract suite (`tests/helpers/contract_communicator.py`): `mpi`, `simulated`, and `local` of a
+Three implementations pass one contract suite (`tests/helpers/contract_communicator.py`): `mpi`, `simulated`, and `local` for a
 single process.
 """
 
@@ -41,17 +41,17 @@ Apply = Callable[[slice, Tensor], None]
 
 
 class CommunicatorError(RuntimeError):
-    """Ranks that no longer agree on what comes next, or a rank that is gone: names the ranks and the calls."""
+    """Ranks disagree on the next call, or a rank is gone. The message names the ranks and the calls."""
 
 
 class Communicator(Protocol):
-    """One rank's end.
+    """One rank's end of the communicator.
 
     Attributes:
-        rank: this rank, 0 being the server's.
+        rank: this rank; the server's is 0.
         size: the number of ranks.
-        name: which implementation and library this is, for people.
-        traffic: calls made and bytes handed over by this rank, by kind of call.
+        name: the implementation and its library, to be shown to people.
+        traffic: the number of calls that this rank has made and of bytes that it has handed over, by kind of call.
     """
 
     rank: int
@@ -60,109 +60,121 @@ class Communicator(Protocol):
     traffic: Counter[str]
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A `(numel,)` tensor of zeros that this communicator moves without a further copy where it can."""
+        """Return a `(numel,)` tensor of zeros, in memory that this communicator sends without a copy if it has such."""
 
     def node_group(self, spec: BufferSpec) -> NodeGroup | None:
-        """Memory that ranks share for the messages of a round, on each node; every rank calls this.
+        """Allocate memory that the ranks of each node share for the messages of a round; every rank calls this.
+
+        Args:
+            spec: the size and layout of the buffers.
 
         Returns:
-            None, on every rank, where ranks of a node do not share memory, or there is too little; and if there are several
-            nodes, and the contents are not for these.
+            This rank's group. None, on every rank, if the ranks of a node cannot share memory or have too little of it, or if
+            there are several nodes and `spec` does not allow that.
         """
 
     def reduce(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
-        """Bring every rank's `(numel,)` float32 or float64 `message` together at the server.
+        """Combine every rank's `(numel,)` float32 or float64 `message` at the server.
 
-        The tail `message[tail:]` arrives summed, in the server's own `message`, before `apply` is first called. Then
-        `apply(part, rows)` is called there, slice by slice of `message[:tail]`: with `rows` of shape `(1, len)`, the sum
-        over ranks, for needs="sum"; with shape `(size, len)`, in rank order, for needs="rows". `rows` may be memory of
-        `message` itself and is only valid during the call.
+        The sum of the tails `message[tail:]` is written to the server's own `message` before `apply` is first called. The
+        server then calls `apply(part, rows)` for slice after slice of `message[:tail]`. With needs="sum", `rows` has shape `(1,
+        len)` and is the sum over ranks. With needs="rows", it has shape `(size, len)`, in rank order. `rows` may be memory of
+        `message` itself and is valid only during the call.
         """
 
     def broadcast(self, message: Tensor) -> None:
-        """The server's contiguous `message` of any dtype lands in every rank's."""
+        """Copy the server's contiguous `message`, of any dtype, to every rank's `message`."""
 
     def gather_bytes(self, blob: bytes) -> list[bytes]:
-        """Every rank's blob, by rank, at the server; an empty list elsewhere."""
+        """Return every rank's blob, by rank, at the server; an empty list elsewhere."""
 
     def allgather_digests(self, digest: bytes) -> list[bytes]:
-        """Every rank's digest (32 bytes), by rank, at every rank."""
+        """Return every rank's digest of 32 bytes, by rank."""
 
     def next_request(self, message: Tensor, tail: int) -> tuple[int, bool]:
-        """At the server: wait for the next request.
+        """Wait for the next request, at the server.
 
-        It lands whole in the contiguous `(numel,)` `message`, or, if the rank sent only its end, in `message[tail:]`.
+        A whole request fills the contiguous `(numel,)` `message`. A short request fills `message[tail:]`.
 
         Returns:
-            The rank, and whether its request is whole. It waits until `respond`; others may be received before that.
+            The rank, and whether its request is whole. The rank waits for its answer until `respond`; other requests may be
+            received before that.
 
         Raises:
             CommunicatorError: the request has another length.
         """
 
     def respond(self, rank: int, message: Tensor) -> None:
-        """At the server: answer that rank's request with the contiguous `message`, of any dtype.
+        """Answer the request of `rank` with the contiguous `message`, of any dtype, at the server.
 
-        The memory may be changed as soon as this returns. That is after a millisecond of waiting for the rank at most,
-        and the transfer: a rank that has asked attends to the communicator, see `request`.
+        The memory of `message` may be changed as soon as the call returns. The call takes no longer than the transfer and one
+        millisecond, as a rank that waits for an answer polls that often; see `request`.
         """
 
     def request(self, request: Tensor, answer: Tensor, short: int, overlap: bool = False) -> Callable[[], bool]:
-        """Elsewhere: send the contiguous `request` to the server and let its answer land in the contiguous `answer`.
+        """Send the contiguous `request` to the server and receive the answer in the contiguous `answer`; not at the server.
 
-        The answer fills `answer` or, being a short one, `answer[:short]`. Until the returned function has come back, neither
-        tensor may be touched and no other call be made on this communicator.
+        A whole answer fills `answer`, a short one `answer[:short]`. Until the returned function has returned, neither tensor
+        may be touched, and this communicator must not be called.
 
         Args:
-            request: what the server receives.
-            answer: where its answer lands.
-            short: elements of a short answer.
-            overlap: let all of it happen while this rank computes, on a thread beside it. Without, or where MPI was
-                started without support for threads, the request may leave no earlier than the function is called.
+            request: the request.
+            answer: the buffer for the answer.
+            short: the number of elements of a short answer.
+            overlap: send and receive on another thread while this rank computes. Without it, or without thread support in MPI,
+                the request may not be sent before the returned function is called.
 
         Returns:
-            A function to call once. It waits for the answer and says whether all of `answer` came.
+            A function to be called once. It waits for the answer and returns whether the answer is whole.
 
         Raises:
-            CommunicatorError: there is a request already; or, from the function, the answer has another length.
+            CommunicatorError: the last request has not been answered yet; or, from the function, the answer has another length.
         """
 
     def run_async(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Begin `work`, which may make calls on this communicator, while this rank computes and makes none itself.
+        """Run `work` on another thread. It may call this communicator; this rank must not until `work` has ended.
 
         Returns:
-            A function to call once: it waits for the end, and raises what `work` has raised. Where MPI was started without
-            support for threads all of it happens there.
+            A function to be called once. It waits for the end of `work` and raises what `work` has raised. Without thread
+            support in MPI it runs `work` itself.
         """
 
     def clock(self) -> float:
-        """Seconds since some moment; virtual ones where the time is simulated."""
+        """Return the seconds since an arbitrary start; virtual seconds where the time is simulated."""
 
     def finalize(self) -> None:
-        """Nothing more is said: let go of MPI. All ranks have waited for each other."""
+        """Finalize MPI. All ranks have waited for each other before; no call may follow."""
 
     def abort(self, status: int) -> None:
-        """End every rank now, with this exit status."""
+        """End all ranks at once with this exit status."""
 
     def barrier(self, patience: float | None) -> None:
-        """Wait until every rank waits here. With `patience` (seconds), end all ranks if one has not come by then."""
+        """Wait until all ranks have called this.
+
+        Args:
+            patience: the seconds after which all ranks are ended if one has not come; None waits forever.
+        """
 
 
 def pieces(numel: int, itemsize: int, largest: int) -> Iterator[slice]:
-    """Slices of at most `largest` bytes that cover `numel` elements: no single MPI count then nears 2^31."""
+    """Return slices of at most `largest` bytes that cover `numel` elements, so that no MPI count comes near 2^31."""
     step = max(1, largest // itemsize)
     return (slice(start, min(start + step, numel)) for start in range(0, numel, step))
 
 
 def landing(sender: int, length: int, whole: int, short: int) -> bool:
-    """Whether a message of `length` is a whole one; CommunicatorError if it is no short one either. In bytes."""
+    """Return whether a message of `length` bytes is a whole one.
+
+    Raises:
+        CommunicatorError: `length` is neither that of a `whole` message nor that of a `short` one.
+    """
     if length not in (whole, short):
         raise CommunicatorError(f"rank {sender} sent {length} bytes where {whole} or {short} are expected")
     return length == whole
 
 
 def broadcast_bytes(communicator: Communicator, blob: bytes) -> bytes:
-    """The server's bytes, at every rank; what the others give is not looked at."""
+    """Return the server's bytes on every rank; the other ranks' `blob` is ignored."""
     length = torch.tensor([len(blob)])
     communicator.broadcast(length)
     data = torch.zeros(int(length), dtype=torch.uint8)

@@ -1,7 +1,8 @@
-"""How a rank waits: eagerly at first, then giving way to others, then asleep.
+"""The polling of an MPI request: without pauses at first, then yielding the core, then sleeping.
 
-MPI's own blocking calls keep a core busy however long they wait. A small answer comes within microseconds, and a held one
-after minutes; so the pauses grow with the time waited, which delays an arrival by an eighth of it, at most `LONGEST`.
+MPI's own blocking calls keep a core busy for as long as they wait. A small answer comes within microseconds, a late one after
+minutes. So the pauses grow with the time waited: they delay an arrival by at most an eighth of that time, and by at most
+`LONGEST`.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-SPINS = 100  # tries without a pause, some 50 us: sleeping takes as long
-YIELDING = 0.0002  # seconds more in which others may run between two tries
-SHARE = 1 / 8  # of the time waited: the next pause
-LONGEST = 0.001  # seconds; a try takes some 10 us with waking up, so that an idle rank takes some 1 % of a core
+SPINS = 100  # attempts without a pause, some 50 us, which is what a sleep costs
+YIELDING = 0.0002  # further seconds, in which the core is yielded between two attempts
+SHARE = 1 / 8  # the next pause, as a share of the time waited
+LONGEST = 0.001  # seconds; an attempt with waking up takes some 10 us, so an idle rank uses about 1 % of a core
 
 
 def patiently(attempt: Callable[[], T | None]) -> T:
-    """Call `attempt` until it returns something true, and return that."""
+    """Call `attempt` until it returns a true value, and return that value."""
     for _ in range(SPINS):
         if got := attempt():
             return got

@@ -1,4 +1,4 @@
-"""The ranks of one node: memory that all of them map, and how they wait for each other in it."""
+"""The shared memory of one node's ranks, and the barrier by which these wait for each other."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mpips.comm.semaphore import AWAKE, SIZE, Semaphore
 
 
 class NodeBarrier:
-    """A gate for each rank of a node: all arrive at the leader's, rank 0's, who then opens the others'.
+    """A barrier in two halves, made of one semaphore for each rank: all arrive at the leader, rank 0, who then releases them.
 
     Args:
-        mapped: memory that begins with a gate for each rank, all closed.
-        rank, size: this rank's number on its node, and how many they are.
-        awake: seconds that a rank waits awake before it sleeps.
-        waits: a context for the time of each wait.
+        mapped: shared memory that begins with one semaphore for each rank.
+        rank, size: this rank's number on its node, and the number of ranks there.
+        awake: the seconds that a rank polls before it sleeps.
+        waits: a context that is entered for the time of each wait.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class NodeBarrier:
                 semaphore.create()
 
     def arrive(self, meanwhile: Callable[[], object] | None = None) -> None:
-        """This rank has come; the leader waits until all have, and calls `meanwhile` while it does."""
+        """Announce that this rank has arrived. The leader waits until all ranks have, and calls `meanwhile` while it waits."""
         if not self.leads:
             self._semaphores[0].post()
             return
@@ -44,7 +44,7 @@ class NodeBarrier:
                 self._own.take(meanwhile)
 
     def release(self) -> None:
-        """The leader, after `arrive`, lets the others go on; they wait for that."""
+        """Release the other ranks, at the leader, after `arrive`; elsewhere, wait for the release."""
         if not self.leads:
             with self._waits:
                 self._own.take()
@@ -56,9 +56,17 @@ class NodeBarrier:
 def mapped(
     node: Any, sizes: list[int], awake: float = AWAKE, waits: AbstractContextManager[None] | None = None
 ) -> tuple[list[Tensor], NodeBarrier] | None:
-    """Memory that every rank of the communicator `node` maps: tensors of so many bytes, zero, and gates.
+    """Map memory that all ranks of the MPI communicator `node` share.
 
-    None on all of them if they do not ask for the same, or there is no room for it.
+    Args:
+        node: the MPI communicator of the node's ranks.
+        sizes: the sizes of the tensors, in bytes.
+        awake: the seconds that a rank polls before it sleeps.
+        waits: a context that is entered for the time of each wait.
+
+    Returns:
+        A uint8 tensor of zeros for each size, and the ranks' barrier. None, on all ranks, if the ranks ask for different sizes
+        or the node has too little memory.
     """
     starts, end = [], SIZE * node.size
     for size in sizes:
@@ -67,11 +75,11 @@ def mapped(
         end += size
     asked = np.empty((node.size, 2), dtype=np.int64)
     node.Allgather(np.array([len(sizes), end], dtype=np.int64), asked)
-    parts = zip([0, *starts], [SIZE * node.size, *sizes], strict=True)  # of each, a rank has its share next to it
+    parts = zip([0, *starts], [SIZE * node.size, *sizes], strict=True)  # each rank allocates its share of each part
     own = [slice(at + size * node.rank // node.size, at + size * (node.rank + 1) // node.size) for at, size in parts]
-    room = memory.mapped(node, end, own) if (asked == asked[0]).all() else None
-    if room is None:
+    shared = memory.mapped(node, end, own) if (asked == asked[0]).all() else None
+    if shared is None:
         return None
-    barrier = NodeBarrier(room, node.rank, node.size, awake, waits)
+    barrier = NodeBarrier(shared, node.rank, node.size, awake, waits)
     node.Barrier()
-    return [memory.tensor(room, start, size) for start, size in zip(starts, sizes, strict=True)], barrier
+    return [memory.tensor(shared, start, size) for start, size in zip(starts, sizes, strict=True)], barrier

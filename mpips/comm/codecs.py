@@ -1,7 +1,7 @@
 """The codecs: how gradients and weights are encoded while they travel between nodes.
 
-A codec encodes each number by itself, so that any part of a bucket can be encoded and decoded alone. To add one, derive a class
-from `Codec` and enter it in CODECS; its name there is the value of the setting `comm_dtype`.
+A codec encodes each number by itself, so any part of a bucket can be encoded and decoded alone. To add a codec, derive a class
+from `Codec` and enter it in CODECS. Its name there is the value of the setting `comm_dtype`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Codec:
     """The identity: numbers travel as they are.
 
     Attributes:
-        dtype: the dtype of what is encoded.
-        exact: whether decoding gives back what was encoded.
+        dtype: the dtype of the values before they are encoded.
+        exact: whether decoding restores the encoded values exactly.
     """
 
     dtype: torch.dtype
@@ -32,17 +32,17 @@ class Codec:
         return self.dtype
 
     def bytes(self, numel: int) -> int:
-        """Return the bytes of so many encoded numbers."""
+        """Return the number of bytes of `numel` encoded numbers."""
         return numel * self.wire.itemsize
 
     def encode(self, values: Tensor, out: Tensor) -> None:
-        """Encode values of shape `(n,)` to `out`, `(n,)` of dtype `wire`, perhaps in pinned memory of the host."""
+        """Encode `values`, of shape `(n,)`, to `out`, of shape `(n,)` and dtype `wire`, possibly in pinned host memory."""
         out.copy_(values, non_blocking=True)
 
     def decode(self, encoded: Tensor, device: torch.device) -> Tensor:
-        """Return the decoded values, `(n,)`, on a device.
+        """Return the decoded values, of shape `(n,)`, on a device.
 
-        They are in a dtype that can be added to one of dtype `dtype`, and may be the encoded tensor's memory.
+        Their dtype can be added to `dtype`. They may share the memory of `encoded`.
         """
         return encoded.to(device, non_blocking=True)
 
@@ -54,16 +54,16 @@ class BFloat16(Codec):
 
     @property
     def wire(self) -> torch.dtype:
-        """See `Codec`."""
+        """The dtype of an encoded number, bfloat16."""
         return torch.bfloat16
 
 
 class ErrorFeedback:
-    """Error feedback around any codec: what encoding has lost is part of what is encoded next.
+    """Error feedback around a codec: what one encoding loses is part of what the next one encodes.
 
-    Sender and receivers hold the same `have`. The sender encodes the change from `have` to `want`, and all of them add what
-    that decodes to. The difference that is left is the error, so it needs no memory of its own. See Karimireddy et al. 2019,
-    arXiv 1901.09847, algorithm 2.
+    Sender and receivers hold the same `have`. The sender encodes the difference between `want` and `have`, and all of them add
+    the decoded difference to `have`. What then still separates `have` from `want` is the error, so it needs no memory of its
+    own. See Karimireddy et al. 2019, arXiv 1901.09847, algorithm 2.
 
     Args:
         codec: the codec.
@@ -73,14 +73,14 @@ class ErrorFeedback:
         self._codec = codec
 
     def encode(self, want: Tensor, have: Tensor, out: Tensor) -> None:
-        """Encode to `out` what leads from `have` to `want`, `(n,)` each, and add to `have` what receivers will add."""
+        """Encode `want` - `have`, of shape `(n,)`, to `out`; add the decoded difference to `have`, as the receivers will."""
         encoded = torch.empty(len(want), dtype=self._codec.wire, device=want.device)
         self._codec.encode(want - have, encoded)
         have.add_(self._codec.decode(encoded, have.device))
         out.copy_(encoded, non_blocking=True)
 
     def decode(self, encoded: Tensor, have: Tensor) -> None:
-        """Add what has come to `have`."""
+        """Add the decoded difference to `have`, of shape `(n,)`."""
         have.add_(self._codec.decode(encoded, have.device))
 
 
@@ -91,5 +91,5 @@ CODECS: dict[str, Callable[[torch.dtype], Codec]] = {
 
 
 def codec_of(name: str, dtype: torch.dtype) -> Codec:
-    """Return the codec of that name for messages of `dtype`; those of float64, which are meant to be exact, are not rounded."""
+    """Return the codec called `name` for messages of `dtype`; for float64, which is meant to be exact, always the identity."""
     return CODECS[name](dtype) if dtype == torch.float32 else Codec(dtype)

@@ -1,4 +1,4 @@
-"""Whether this MPI takes device memory: shown by a real transfer, in a child process, as one that does not may crash."""
+"""A probe of whether this MPI accepts device memory: a transfer in a child process, as MPI may crash."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ LAUNCHERS = (
 
 
 def failure(device: int, program: str = PROGRAM, limit: float = 120) -> str:
-    """Why MPI does not take the memory of GPU number `device`; empty if it does, within a process at least.
+    """Return why MPI does not accept the memory of GPU number `device`; an empty string if it does, at least in one process.
 
     Args:
-        program: what the child runs, alone, not as a rank of this job.
-        limit: seconds that it may take.
+        device: the GPU's number.
+        program: the program of the child, which runs alone and not as a rank of this job.
+        limit: the seconds after which the child is killed.
     """
     alone = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     try:

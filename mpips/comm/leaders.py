@@ -1,4 +1,4 @@
-"""The leaders of several nodes, over MPI; see `mpips.comm.multi_node`."""
+"""The group of the nodes' leaders, over MPI; see `mpips.comm.multi_node`."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from mpips.comm.staging import Staging, memory_of
 
 
 class MpiLeaderGroup:
-    """One leader's end.
+    """One leader's end of the group.
 
     Args:
-        mpi: the module.
-        comm: the leaders' communicator, which is in their nodes' order.
-        staging: for what is on a device.
-        bucket: the most bytes of it that are staged at a time.
-        waits: a context for the time of each wait.
-        beside: whether this rank computes meanwhile, and is to have its core.
+        mpi: the module mpi4py.MPI.
+        comm: the MPI communicator of the leaders, in the order of their nodes.
+        staging: the staging buffers for device memory.
+        bucket: the largest message that is staged at a time, in bytes.
+        waits: a context that is entered for the time of each wait.
+        beside: whether this rank computes during a transfer, so that waiting must leave its core free.
     """
 
     def __init__(
-        self, mpi: Any, comm: Any, staging: Staging, bucket: int, waits: AbstractContextManager[None], beside: bool = False
+        self, mpi: Any, comm: Any, staging: Staging, bucket: int, waits: AbstractContextManager[None], computes: bool = False
     ) -> None:
         self._waits = waits
-        self._mpi, self._comm, self._staging, self._bucket, self._computes = mpi, comm, staging, bucket, beside
+        self._mpi, self._comm, self._staging, self._bucket, self._computes = mpi, comm, staging, bucket, computes
         self.node = comm.rank
         self._begun: list[Any] = []
 
     def allreduce(self, values: Tensor) -> None:
-        """See `LeaderGroup`; here those that are early wait for the others, without burning a core."""
+        """Sum the leaders' values by a non-blocking Allreduce, polled with pauses; see `LeaderGroup`."""
         with self._waits:
             patiently(self._comm.Iallreduce(self._mpi.IN_PLACE, values.numpy(), op=self._mpi.SUM).Test)
 
     def reduce(self, values: Tensor, op: Op) -> None:
-        """See `LeaderGroup`."""
+        """Reduce the leaders' values to the first leader, staged where they lie on a device; see `LeaderGroup`."""
         how, first = self._mpi.MIN if op == "min" else self._mpi.SUM, self.node == 0
         for memory in self._staging.through(self._parts(values), read=True, written=first):
             given = (self._mpi.IN_PLACE, memory_of(memory)) if first else (memory_of(memory), None)
@@ -53,7 +53,7 @@ class MpiLeaderGroup:
                 self._comm.Reduce(*given, op=how, root=0)
 
     def broadcast(self, message: Tensor) -> None:
-        """See `LeaderGroup`."""
+        """Broadcast the first leader's message, staged where it lies on a device; see `LeaderGroup`."""
         first = self.node == 0
         for memory in self._staging.through(self._parts(message), read=first, written=not first):
             with self._waits:
@@ -64,7 +64,7 @@ class MpiLeaderGroup:
         return [message[part] for part in pieces(message.numel(), message.element_size(), largest)]
 
     def persistent_sendrecv(self, sent: Sent, taken: Sent) -> Begin:
-        """See `LeaderGroup`; to begin so takes a tenth of the time that making requests anew does."""
+        """Make persistent requests, whose start takes a tenth of the time of new requests; see `LeaderGroup`."""
         requests = [self._comm.Recv_init(_bytes(room), source=node) for node, room in taken]
         requests += [self._comm.Send_init(_bytes(part), dest=node) for node, part in sent]
 
@@ -77,7 +77,7 @@ class MpiLeaderGroup:
         return begin
 
     def _wait(self, begun: list[Any]) -> None:
-        """Not in MPI's own call, which keeps a core busy until the slowest node is there."""
+        """Poll the requests: MPI's own wait keeps a core busy until the slowest node has arrived."""
         asleep = time.perf_counter() + (0 if self._computes else AWAKE)
         with self._waits:
             while not self._mpi.Request.Testall(begun):
@@ -85,7 +85,7 @@ class MpiLeaderGroup:
                     time.sleep(PAUSE)
 
     def progress(self) -> None:
-        """See `LeaderGroup`."""
+        """Test the requests under way, which lets MPI move their data; see `LeaderGroup`."""
         self._mpi.Request.Testall(self._begun)
 
 

@@ -1,4 +1,4 @@
-"""The messages that are on their way in a simulated world."""
+"""The messages under way in a simulated world."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 @dataclass
 class Letter:
-    """Bytes under way, and the virtual time at which they arrive."""
+    """The bytes of a message, and the virtual time at which they arrive."""
 
     data: Tensor
     arrival: float
 
 
 class Mailbox:
-    """Letters to the server and back; one rank has at most one.
+    """The messages between the server and the other ranks, of which a rank has at most one under way.
 
     Attributes:
-        requests: rank -> what it has asked and the server not yet received.
-        held: ranks whose request the server has received and not answered.
-        answers: rank -> the answer that it has not yet taken.
-        between: sender and receiver -> what is under way between them, where these are leaders of nodes.
+        requests: rank -> its request, not yet received by the server.
+        held: the ranks whose request the server has received and not answered.
+        answers: rank -> its answer, not yet taken by the rank.
+        between: (sender, receiver) -> the messages under way between two leaders of nodes.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Mailbox:
         self.between: dict[tuple[int, int], list[Letter]] = {}
 
     def take(self, choose: random.Random) -> tuple[int, Letter]:
-        """The request that arrives first, and whose; `choose` decides among several at the same time."""
+        """Return the rank and the bytes of the request that arrives first; `choose` decides between simultaneous requests."""
         first = min(letter.arrival for letter in self.requests.values())
         rank = choose.choice(sorted(rank for rank, letter in self.requests.items() if letter.arrival == first))
         self.held.add(rank)
@@ -42,5 +42,5 @@ class Mailbox:
 
 
 def raw(tensor: Tensor) -> Tensor:
-    """A contiguous tensor's bytes."""
+    """Return a view of a contiguous tensor's bytes."""
     return tensor.view(torch.uint8)

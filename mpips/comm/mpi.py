@@ -1,8 +1,8 @@
-"""The communicator over MPI: Reduce or Gather towards the server, Bcast back; requests as in `p2p`.
+"""The communicator over MPI: Reduce or Gather to the server, Bcast from it; requests are in `p2p`.
 
-This is the only module that imports mpi4py, and it does so when a run connects: importing `mpi4py.MPI` initialises MPI.
-Only upper-case (buffer) calls are made. CUDA tensors go through two pinned host buffers in turn, piece by piece, requests and
-answers whole: see `staging`.
+This is the only module that imports mpi4py, and it does so when a run connects, since importing `mpi4py.MPI` initialises MPI.
+Only upper-case (buffer) methods are called. CUDA tensors are staged through pinned host memory: those of collectives piece by
+piece through two buffers, requests and answers as a whole (`staging`).
 """
 
 from __future__ import annotations
@@ -46,30 +46,30 @@ BLOB = 0  # tag
 COUNTERS = {
     call: (f"{call} calls", f"{call} bytes") for call in ("reduce", "broadcast", "request", "respond")
 }  # made once: 0.5 us
-_watches: list[Watch] = []  # this process's, to be stopped before MPI is let go of
+_watches: list[Watch] = []  # this process's, to be stopped before MPI is finalized
 
 
 class LaunchError(RuntimeError):
-    """A launch that started several jobs of one rank each instead of one job: says how to start it."""
+    """The launcher started several jobs of one rank each instead of one job. The message says how to start it."""
 
 
 def launched() -> int:
-    """How many ranks were started, as the launcher says, or MPI where no variable does; 1 when there is no launcher."""
+    """Return the number of started ranks, as told by the launcher's environment, else by MPI; 1 without a launcher."""
     size = launch().size
     return int(_library().COMM_WORLD.size) if size is None else size
 
 
 def rank() -> int:
-    """This process's rank, by the launcher or MPI."""
-    told = launch()
-    return int(_library().COMM_WORLD.rank) if told.rank is None or told.size is None else told.rank
+    """Return this process's rank, as told by the launcher's environment, else by MPI."""
+    env = launch()
+    return int(_library().COMM_WORLD.rank) if env.rank is None or env.size is None else env.rank
 
 
 def local_rank() -> int:
-    """This process's number among the ranks of its node, by the launcher or MPI."""
-    told = launch()
-    if told.local_rank is not None:
-        return told.local_rank
+    """Return this process's number among the ranks of its node, as told by the launcher's environment, else by MPI."""
+    env = launch()
+    if env.local_rank is not None:
+        return env.local_rank
     mpi = _library()
     process.join()
     node = mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)
@@ -79,11 +79,16 @@ def local_rank() -> int:
 
 
 def connect(bucket: int, cuda_aware: bool, ranks_per_node: int = 0) -> MpiCommunicator:
-    """Initialise MPI and join the other ranks; `ranks_per_node` of them at most share memory, all of a node if that is 0.
+    """Initialise MPI and return the communicator of all ranks.
+
+    Args:
+        bucket: the largest message of a collective, in bytes.
+        cuda_aware: whether MPI accepts device memory.
+        ranks_per_node: the largest number of ranks that share memory; 0 for all ranks of a node.
 
     Raises:
         LaunchError: the launcher started several ranks, but MPI sees only this one.
-        ModuleNotFoundError, RuntimeError: mpi4py or the MPI library is missing; says what to install.
+        RuntimeError: mpi4py or the MPI library is missing. The message says what to install.
     """
     MPI = _library()
     process.join()
@@ -93,7 +98,7 @@ def connect(bucket: int, cuda_aware: bool, ranks_per_node: int = 0) -> MpiCommun
 
 @cache
 def _watched(MPI: Any) -> Waits:
-    """This process's waits, and that it is said whom they are for, where MPI lets a thread beside another call it."""
+    """Return this process's waits, watched by a thread that reports long ones if MPI allows calls from several threads."""
     waits = Waits()
     if MPI.COMM_WORLD.size > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
         _watches.append(Watch(MPI, MPI.COMM_WORLD.Dup(), waits))
@@ -101,23 +106,23 @@ def _watched(MPI: Any) -> Waits:
 
 
 def _library() -> Any:
-    """mpi4py's MPI, initialised.
+    """Return mpi4py's module MPI, initialised.
 
     Raises:
-        LaunchError, ModuleNotFoundError, RuntimeError: see `connect`.
+        LaunchError, RuntimeError: see `connect`.
     """
     os.environ.setdefault("RDMAV_FORK_SAFE", "1")  # DataLoader workers fork after MPI has started
     if _crowded():
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # else waiting ranks starve those that work
     os.environ.setdefault(
         "OMPI_MCA_btl_tcp_links", "2"
-    )  # on one, what acknowledges one direction waits behind the other's data
+    )  # with one link, acknowledgements of one direction wait behind the other's data
     if "native" in os.environ.get("PMIX_SECURITY_MODE", "").split(","):
         os.environ["PMIX_SECURITY_MODE"] = "native"  # under srun the wheel complains of each other mode, on every rank
     try:
         import mpi4py
 
-        mpi4py.rc.finalize = False  # which a child that the script forks would do, too; see `_finalize`
+        mpi4py.rc.finalize = False  # a child that the script forks would finalize, too; see `_finalize`
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise RuntimeError(
@@ -129,22 +134,22 @@ def _library() -> Any:
 
 
 def _version(MPI: Any) -> str:
-    """The library's name and version; some end theirs with a NUL."""
+    """Return the MPI library's name and version, without the NUL at which some libraries end theirs."""
     return str(MPI.Get_library_version()).replace("\0", "").splitlines()[0].strip()
 
 
 def _fitting(MPI: Any) -> Any:
-    """The library, if it has found the ranks that were started with this one.
+    """Return the module MPI if the library sees the ranks that were started with this one.
 
     Raises:
-        LaunchError: it has not.
+        LaunchError: it sees only this rank.
     """
-    told = launch()
-    if MPI.COMM_WORLD.size > 1 or told.launcher is None or told.size == 1 or (told.size is None and not told.rank):
+    env = launch()
+    if MPI.COMM_WORLD.size > 1 or env.launcher is None or env.size == 1 or (env.size is None and not env.rank):
         return MPI
     raise LaunchError(
-        f"{told.size or 'several'} ranks were started, but each is alone: the launcher ({told.launcher.name}) and this MPI "
-        f"({_version(MPI)}) do not fit. Start with {told.launcher.fix}"
+        f"{env.size or 'several'} ranks were started, but each is alone: the launcher ({env.launcher.name}) and this MPI "
+        f"({_version(MPI)}) do not fit. Start with {env.launcher.fix}"
     )
 
 
@@ -154,12 +159,12 @@ def _finalize_at_exit(MPI: Any) -> None:
 
 
 def _end(mpi: Any, born: int) -> None:
-    process.leave(born)  # before MPI's finalisation, which would wait for the others
+    process.leave(born)  # before MPI_Finalize, which would wait for the other ranks
     _finalize(mpi, born)
 
 
 def _finalize(mpi: Any, born: int) -> None:
-    """Let go of MPI, once, in the process that has initialised it."""
+    """Finalize MPI once, in the process that initialised it and not in a fork of it."""
     if os.getpid() == born and not mpi.Is_finalized():
         _stop_watches()
         mpi.Finalize()
@@ -171,7 +176,7 @@ def _stop_watches() -> None:
 
 
 def _share_cores(ranks_here: int) -> None:
-    """Divide torch's threads among the ranks of a node, unless somebody has said how many each may have."""
+    """Divide the cores among torch's threads on the ranks of a node, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         bound = cores < (os.cpu_count() or cores)  # then these cores are this rank's own
@@ -179,12 +184,18 @@ def _share_cores(ranks_here: int) -> None:
 
 
 def _crowded() -> bool:
-    """Whether this node has more ranks than cores, as far as the launcher says."""
+    """Return whether this node has more ranks than cores, as far as the launcher tells."""
     return (launch().local_size or 1) > len(os.sched_getaffinity(0))
 
 
 class MpiCommunicator:
-    """One rank's end of a communicator; see `mpips.comm.Communicator`."""
+    """One rank's end of the communicator over MPI; see `mpips.comm.Communicator`.
+
+    Args:
+        comm: the MPI communicator of all ranks, used by nobody else.
+        bucket, cuda_aware, ranks_per_node: as in `connect`.
+        waits: a context that is entered for the time of each wait.
+    """
 
     def __init__(
         self, comm: MPI.Comm, bucket: int, cuda_aware: bool, ranks_per_node: int = 0, waits: Waits | None = None
@@ -198,10 +209,10 @@ class MpiCommunicator:
         self.name = _version(MPI).split(",")[0].strip()
         self.traffic: Counter[str] = Counter()
         self._bucket, self._cuda_aware, self._ranks_per_node = bucket, cuda_aware, ranks_per_node
-        self._staging, self._asked, self._answer = (Staging(cuda_aware) for _ in range(3))
+        self._staging, self._request_staging, self._answer_staging = (Staging(cuda_aware) for _ in range(3))
         self._rows = torch.empty(0)
         self._conversation = Conversation(MPI, comm, self._waits)
-        self._threads = MPI.Query_thread() >= MPI.THREAD_SERIALIZED  # a rank that asks makes no other call meanwhile
+        self._threads = MPI.Query_thread() >= MPI.THREAD_SERIALIZED  # a rank with a request under way makes no other call
         self._beside = ThreadPoolExecutor(1, "mpips-beside")  # has no thread until it is used
         self._asking = False
 
@@ -252,7 +263,7 @@ class MpiCommunicator:
         return whole if spec.sharded else multi_node.sizes(spec, ranks)
 
     def _staged(self, node: MPI.Comm, spec: BufferSpec, parts: list[Tensor], buffers: PeerBuffers) -> list[Tensor]:
-        """Where a leader sends from and receives what is on GPUs: on its own, if MPI takes device memory, else pinned."""
+        """Return the leader's window and outbox for messages on GPUs: device memory if MPI accepts it, else pinned memory."""
         if self._cuda_aware:
             on_device = [devices.opened(node, spec.device, len(part), [0]) for part in parts]
             if all(on_device):
@@ -262,7 +273,7 @@ class MpiCommunicator:
         return parts
 
     def _node(self) -> MPI.Comm:
-        """The ranks that share memory with this one, by rank."""
+        """Return the MPI communicator of the ranks that share memory with this one, in rank order."""
         node = self.comm.Split_type(self._mpi.COMM_TYPE_SHARED, self.rank)
         if not self._ranks_per_node:
             return node
@@ -271,7 +282,7 @@ class MpiCommunicator:
         return part
 
     def _nodes(self, node: MPI.Comm) -> list[list[int]]:
-        """The ranks of each node, each in order, by their first rank."""
+        """Return the ranks of each node in ascending order; the nodes are ordered by their first rank."""
         first, firsts = np.array([self.rank], dtype=np.int64), np.empty(self.size, dtype=np.int64)
         node.Bcast(first, root=0)
         self.comm.Allgather(first, firsts)
@@ -347,22 +358,22 @@ class MpiCommunicator:
         self._asking = True
         if not (overlap and self._threads):
             return partial(self._ask, request, answer, short)
-        given, room = self._asked.host(request, read=True), self._answer.host(answer, read=False)
-        converse = self._beside.submit(lambda: self._conversation.end(self._conversation.begin(given), room, short))
+        given, room = self._request_staging.host(request, read=True), self._answer_staging.host(answer, read=False)
+        pending = self._beside.submit(lambda: self._conversation.end(self._conversation.begin(given), room, short))
         self._count("request", request)
-        return lambda: self._answered(converse.result(), room, answer, short)
+        return lambda: self._answered(pending.result(), room, answer, short)
 
     def _ask(self, request: Tensor, answer: Tensor, short: int) -> bool:
-        sent = self._conversation.begin(self._asked.host(request, read=True) if request.is_cuda else request)
-        room = self._answer.host(answer, read=False) if answer.is_cuda else answer
-        self._count("request", request)  # not before, when the server waits for it
+        sent = self._conversation.begin(self._request_staging.host(request, read=True) if request.is_cuda else request)
+        room = self._answer_staging.host(answer, read=False) if answer.is_cuda else answer
+        self._count("request", request)  # after sending, as the server waits for it
         return self._answered(self._conversation.end(sent, room, short), room, answer, short)
 
     def _answered(self, whole: bool, room: Tensor, answer: Tensor, short: int) -> bool:
         self._asking = False
         if room is not answer:
             end = None if whole else short
-            self._answer.back(room[:end], answer[:end])
+            self._answer_staging.back(room[:end], answer[:end])
         return whole
 
     def run_async(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -374,7 +385,7 @@ class MpiCommunicator:
     clock = staticmethod(time.perf_counter)
 
     def at_finalize(self, call: Callable[[], None]) -> None:
-        """Call `call` at the beginning of `MPI_Finalize`, which the script may call itself; MPI can still be used in `call`."""
+        """Call `call` at the beginning of `MPI_Finalize`, which the script may call itself; `call` may still use MPI."""
         born = os.getpid()
 
         def finalizing(*_: Any) -> None:
@@ -383,7 +394,7 @@ class MpiCommunicator:
                 _stop_watches()
 
         keyval = self._mpi.Comm.Create_keyval(delete_fn=finalizing)
-        self._mpi.COMM_SELF.Set_attr(keyval, True)  # whose attributes MPI deletes first (MPI 5.0, section 11.2.4)
+        self._mpi.COMM_SELF.Set_attr(keyval, True)  # MPI_Finalize deletes these first (MPI 5.0, section 11.2.4)
 
     def finalize(self) -> None:
         """See `Communicator`."""
@@ -428,14 +439,14 @@ class MpiCommunicator:
                 with self._waits:
                     self.comm.Gather(memory_of(memory), None, root=SERVER)
                 continue
-            rows = self._room_for(self.size * memory.numel(), memory)
-            finish(rows)  # `apply` may still read what came last
+            rows = self._rows_buffer(self.size * memory.numel(), memory)
+            finish(rows)  # `apply` may still read the previous rows
             with self._waits:
                 self.comm.Gather(memory_of(memory), memory_of(rows), root=SERVER)
             apply(part, rows.view(self.size, -1).to(message.device))
 
-    def _room_for(self, numel: int, like: Tensor) -> Tensor:
-        """Where MPI puts so many elements."""
+    def _rows_buffer(self, numel: int, like: Tensor) -> Tensor:
+        """Return a buffer of `numel` elements for the result of a Gather."""
         if self._rows.dtype != like.dtype or self._rows.numel() < numel:
             self._rows = torch.empty(numel, dtype=like.dtype, device=like.device, pin_memory=like.is_pinned())
         return self._rows[:numel]

@@ -1,6 +1,6 @@
-"""A group of ranks on each of several nodes: the first ranks of the nodes, their leaders, speak for them.
+"""A node group on each of several nodes. The first rank of each node, its leader, communicates with the other nodes.
 
-Where every node serves some of the slices it is a `ReduceScatterGroup`, where the server serves all a `RootReduceGroup`.
+If every node serves slices, the group is a `ReduceScatterGroup`; if the server serves all slices, a `RootReduceGroup`.
 """
 
 from __future__ import annotations
@@ -15,47 +15,55 @@ from mpips.comm.node_group import Barrier, BufferSpec, NodeGroup, Op
 from mpips.comm.peer_buffers import PeerBuffers
 from mpips.model.layout import pieces, share
 
-Finish = Callable[[], None]  # waits until all is sent and there
-Begin = Callable[[], Finish]
-Sent = list[tuple[int, Tensor]]  # a node, and what goes there or comes from there
+Finish = Callable[[], None]  # waits until everything is sent and received
+Begin = Callable[[], Finish]  # starts a transfer
+Sent = list[tuple[int, Tensor]]  # for each node, the tensor to send to it or to receive from it
 
 
 class LeaderGroup(Protocol):
-    """The first ranks of all nodes; the server's is the first of them.
+    """The group of all nodes' leaders; the server's rank is the first leader.
 
     Attributes:
-        node: this one's number.
+        node: the index of this leader's node.
     """
 
     node: int
 
     def allreduce(self, values: Tensor) -> None:
-        """The sum of all leaders' `values` lands in everybody's."""
+        """Replace `values` by their sum over all leaders."""
 
     def reduce(self, values: Tensor, op: Op) -> None:
-        """The least, or the sum, of all leaders' `values` lands in the first one's; they may be on a device."""
+        """Replace the first leader's `values` by the minimum or the sum over all leaders; the tensor may lie on a device."""
 
     def broadcast(self, message: Tensor) -> None:
-        """The first one's `message`, bytes, lands in everybody's; it may be on a device."""
+        """Copy the first leader's `message`, of dtype uint8, to all leaders; the tensor may lie on a device."""
 
     def progress(self) -> None:
-        """Let what is under way get on: MPI moves data while it is called."""
+        """Let MPI progress the transfers under way; it moves data only during calls."""
 
     def persistent_sendrecv(self, sent: Sent, taken: Sent) -> Begin:
-        """What is to be sent to and received from others, again and again: the same memory, in this order."""
+        """Prepare a transfer that is repeated each round, from and to the same memory.
+
+        Args:
+            sent: the nodes to send to, and what to send to each.
+            taken: the nodes to receive from, and the buffer for each.
+
+        Returns:
+            A function that starts the transfer and returns a function that waits for its end.
+        """
 
 
 class MultiNodeGroup(NodeGroup):
-    """One rank's place in its node's group.
+    """One rank's end of its node's group.
 
     Args:
         nodes: the ranks of each node.
-        rank: this one.
-        board: the messages of this node's ranks.
-        parts: further memory of the node's, as `sizes` has it behind the messages.
-        meeting: how the ranks of this node wait for each other.
-        contents: what each group holds.
-        leaders: the others, if this is one.
+        rank: this rank.
+        buffers: the messages of this node's ranks.
+        parts: further shared memory of the node, as in the sizes of `sizes` after those of the messages.
+        barrier: the barrier of this node's ranks.
+        spec: the size and layout of each group's buffers.
+        leaders: the group of the leaders if this rank is one, else None.
     """
 
     def __init__(
@@ -74,20 +82,20 @@ class MultiNodeGroup(NodeGroup):
         self._leaders, self._progress = leaders, leaders.progress if leaders else None
         self.sample_weights = parts[2].view(torch.float64)
 
-    def _by_hand(self, span: slice) -> list[slice]:
-        """This rank's share of what its node adds up, in pieces that stay in a cache; a leader has to send and receive."""
+    def _own_share(self, span: slice) -> list[slice]:
+        """Return this rank's share of what its node sums, in pieces that fit a cache; none at a leader with other ranks."""
         others = len(self.members) - 1
         if not others:
             return pieces(span)
         return pieces(share(span, self.buffers.place - 1, others)) if self.buffers.place else []
 
-    def _tell(self, part: slice) -> None:
-        """Leaders: these bytes of the server's pull message land in every node's."""
+    def _broadcast_pull(self, part: slice) -> None:
+        """Broadcast these bytes of the server's pull message to all nodes, at the leaders."""
         if self._leaders:
             self._leaders.broadcast(self.buffers.pull[part])
             self.buffers.copy_to_peers(part)
 
 
 def sizes(spec: BufferSpec, ranks: int) -> list[int]:
-    """The bytes of the parts of every group of `ranks` ranks, the board's first; see `MultiNodeGroup`."""
+    """Return the sizes in bytes of the shared memory of a group of `ranks` ranks, the messages first; see `MultiNodeGroup`."""
     return [*spec.sizes(ranks), ranks * 8]

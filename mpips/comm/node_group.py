@@ -1,17 +1,19 @@
-"""A round in memory that the ranks of a node share: inside it nothing is sent.
+"""A round in memory that the ranks of a node share: within the node, nothing is sent.
 
-The push messages lie beside each other, row by row, and the pull message is there once: its weights are the parameters of every
-rank. What each rank may touch changes when all have arrived and the leader, the node's first rank, has let them go on:
+The push messages lie beside each other, one row for each rank. There is one pull message, whose weights are the parameters of
+every rank. A barrier separates the phases of a round: all ranks arrive at the leader, the node's first rank, which then
+releases them.
 
-| step    | arrive, release          | then                                                                                   |
-|---------|--------------------------|----------------------------------------------------------------------------------------|
-| reduce  | every push is written    | whoever serves slices combines theirs, in place, in the leader's row                   |
-| report  | arrive                   | every slice is combined; the leader judges                                             |
-| decide  | release                  | each rank steps its slices of the weights                                              |
-| broadcast|every slice is stepped   | the leader fills in the rest, releases; each rank computes on, and writes its push     |
+| call      | barrier                               | then                                                              |
+|-----------|---------------------------------------|-------------------------------------------------------------------|
+| reduce    | arrive, release: pushes are written   | each rank combines the slices it serves, in the leader's row      |
+| report    | arrive: all slices are combined       | the leader decides                                                |
+| decide    | release                               | each rank steps its slices of the weights                         |
+| broadcast | arrive: all slices are stepped        | the leader writes the rest of the pull message                    |
+|           | release                               | each rank computes on, and writes its next push message           |
 
-If the leader serves all slices it alone is waited for: `reduce` arrives, `broadcast` releases, nothing comes between.
-Several nodes have a group each: `mpips.comm.multi_node`.
+If the leader serves all slices, only it waits: `reduce` arrives, `broadcast` releases, and nothing comes between.
+On several nodes each node has a group of its own: `mpips.comm.multi_node`.
 """
 
 from __future__ import annotations
@@ -35,21 +37,21 @@ HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class BufferSpec:
-    """What a group's memory is to hold.
+    """The size and layout of a node group's shared buffers.
 
     Attributes:
-        numel, dtype: of a push message.
-        tail: where its tail begins; the body, left of it, is cut into slices.
-        pull: bytes of the pull message.
-        weights: where in these the weights are.
-        model: the weights' dtype.
-        lines: most numbers that a rank reports.
-        answer: numbers in the server's verdict.
-        together: whether other ranks than the server's serve slices, too.
-        between: whether there may be rooms on several nodes, each adding up its own push messages first.
+        numel, dtype: the push message's number of elements and dtype.
+        tail: the index of the first element of its tail; the body in front of it is cut into slices.
+        pull: the size of the pull message, in bytes.
+        weights: the pull message's bytes that hold the weights.
+        model: the dtype of the weights.
+        lines: the largest number of values that a rank reports.
+        answer: the number of values in the server's decision.
+        sharded: whether other ranks than the server's serve slices, too.
+        between: whether there may be groups on several nodes, each of which first sums its own push messages.
         codec: how weights and gradients are encoded between nodes.
-        overlap: whether slices travel between nodes before all gradients are there.
-        device: where the messages are.
+        overlap: whether slices travel between nodes before all gradients are computed.
+        device: where the messages lie.
     """
 
     numel: int
@@ -68,30 +70,30 @@ class BufferSpec:
 
     @property
     def gradients(self) -> int:
-        """How many elements of a push message are gradients, the first ones: as many as there are weights."""
+        """The number of gradients at the beginning of a push message, which is the number of weights."""
         return int(self.weights.stop - self.weights.start) // self.model.itemsize
 
     def bytes_of(self, part: slice) -> slice:
-        """Where in the pull message a slice of the weights is."""
+        """Return the bytes of the pull message that hold the slice `part` of the weights."""
         start, size = self.weights.start, self.model.itemsize
         return slice(start + part.start * size, start + part.stop * size)
 
     @property
     def row(self) -> int:
-        """Bytes of a push message, such that what lies behind it is aligned, too."""
+        """The size of a push message in bytes, rounded up so that the next row is aligned."""
         return -(-self.numel * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
     def messages(self, rows: Sequence[Tensor]) -> list[Tensor]:
-        """Push messages in rows of bytes."""
+        """Return the push messages in `rows`, uint8 tensors."""
         return [row.view(self.dtype)[: self.numel] for row in rows]
 
     def sizes(self, ranks: int) -> list[int]:
-        """The bytes of the parts that every group has, for so many ranks: push messages, pull message, reports, answer."""
+        """Return the sizes in bytes of a group's buffers: all push messages, the pull message, the reports, the decision."""
         return [ranks * self.row, self.pull, ranks * self.lines * 8, self.answer * 8]
 
 
 class Barrier(Protocol):
-    """How the ranks of a group wait for each other: always `arrive`, then `release`.
+    """The barrier of a group, in two halves: always `arrive`, then `release`.
 
     Attributes:
         leads: whether this rank is the leader.
@@ -100,72 +102,73 @@ class Barrier(Protocol):
     leads: bool
 
     def arrive(self, meanwhile: Callable[[], object] | None = None) -> None:
-        """This rank has come; the leader waits until all have, and calls `meanwhile` while it does."""
+        """Announce that this rank has arrived. The leader waits until all ranks have, and calls `meanwhile` while it waits."""
 
     def release(self) -> None:
-        """The leader lets the others go on, who wait for that."""
+        """Release the other ranks, at the leader; elsewhere, wait for the release."""
 
 
 class SliceReducer(Protocol):
-    """What is done with slices of the push messages.
+    """The reduction of slices, called by a group.
 
     Attributes:
-        faults: `(lines,)` float64, what is wrong with those that have been added: a number by rank, infinite where nothing is.
+        faults: `(lines,)` float64, by rank: the index of the first tensor in which a contribution is not finite; infinite if
+            there is none.
     """
 
     faults: Tensor
 
     def reduce_local(self, part: slice, rows: Rows) -> None:
-        """The group's pushes, times their weights, become one, in the memory of the first.
+        """Reduce one slice over the ranks of this group, each rank's row times its weight, in the memory of the first row.
 
         Args:
-            part: which slice of the body.
-            rows: each rank's, its own memory.
+            part: the slice of the push message's body.
+            rows: each rank's elements, in its own memory.
         """
 
     def reduce_remote(self, part: slice, sums: Sequence[Tensor]) -> None:
-        """What came of `reduce_local` in every group becomes one, in the memory of this group's.
+        """Reduce the results of `reduce_local` over all groups, in the memory of this group's result.
 
         Args:
-            part: which slice of the body.
-            sums: by node, to be left as they are; this group's first row is one of them.
+            part: the slice of the push message's body.
+            sums: the results by node; this group's is its first row. The others must not be changed.
         """
 
     def report_nonfinite(self, faults: Tensor) -> None:
-        """Write what is wrong on this node into this rank's tail, which is to speak for all of them."""
+        """Write the faults of this node's ranks into this rank's tail, which holds the sum of the node's tails."""
 
     def finalize(self, part: slice, total: Tensor) -> None:
-        """The sum becomes the mean; all tails have been heard."""
+        """Apply the rule to the sum of one slice; all tails have been summed by now."""
 
 
 class BucketReadiness(Protocol):
-    """Which gradients are there; see `NodeGroup.reduce`."""
+    """The gradients that are complete during backward; see `NodeGroup.reduce`."""
 
     def wait(self, step: int, meanwhile: Callable[[], object] | None) -> None:
-        """Until those that this step is about are; steps behind the last gradient wait for the tail."""
+        """Wait until the gradients of `step` are complete; for a step behind the last gradients, until the tail is written."""
 
 
 class NodeGroup:
-    """One rank's place in it.
+    """One rank's end of a node's group.
 
     Args:
-        members: the ranks that share it, in order.
-        rank: this one.
-        board: their messages.
-        parts: further memory that they share, as `BufferSpec.sizes` has it behind the messages.
-        meeting: how they wait for each other.
-        contents: what it holds.
+        members: the ranks that share the memory, in order.
+        rank: this rank.
+        buffers: their messages.
+        parts: further shared memory, as in the sizes of `BufferSpec.sizes` after those of the messages.
+        barrier: the barrier of the members.
+        spec: the size and layout of the buffers.
 
     Attributes:
-        weights: `(numel,)`, the model's, in the pull message.
+        weights: `(numel,)`, the model's weights, in the pull message.
         leads: whether this rank is the server's.
         nodes: the ranks of each node.
-        slices: what this rank serves of the weights, one of each bucket.
-        spans: what it serves of the push message's body, in pieces.
-        together: whether other ranks than the server's serve slices, too.
-        each: the most elements of a bucket that a node is to serve.
-        said: the weights of the group's ranks, where they are told before the tails.
-        rounded: whether the weights that are stepped are not the model's, but these are rounded from them.
+        slices: the slices of the weights that this rank serves, one of each bucket.
+        spans: the parts of the push message's body that this rank serves, in pieces.
+        sharded: whether other ranks than the server's serve slices, too.
+        max_elements: the largest number of elements of a bucket that a node serves.
+        sample_weights: the members' weights, which they share before the tails, on several nodes; else empty.
+        rounded: whether the step is taken on master weights, from which the model's weights are rounded.
     """
 
     def __init__(
@@ -189,16 +192,16 @@ class NodeGroup:
         self.spans: list[slice] = []
         self.sharded = spec.sharded
         self.rounded = spec.sharded and spec.model != spec.dtype
-        self._plain = not (self.rounded or buffers.staged)  # what is stepped is what all ranks see
+        self._plain = not (self.rounded or buffers.staged)  # the stepped memory is the one that all ranks see
         self.max_elements, self.sample_weights = spec.numel, torch.empty(0)
 
     @property
     def combined(self) -> Tensor:
-        """Where what is combined lies; see `PeerBuffers`."""
+        """The memory of the combined gradients; see `PeerBuffers`."""
         return self.buffers.combined
 
     def stepped(self, part: slice) -> Tensor:
-        """A slice, served by this rank, of the weights that are stepped."""
+        """Return the weights to be stepped, master weights if there are any, of a slice that this rank serves."""
         if not self.rounded:
             return self.weights[part]
         bucket = bisect_right([span.start for span in self.slices], part.start) - 1
@@ -206,11 +209,11 @@ class NodeGroup:
         return self._masters[bucket][part.start - first : part.stop - first]
 
     def serve(self, buckets: Sequence[Sequence[slice]], behind: slice) -> None:
-        """Deal out the slices.
+        """Assign the slices to the ranks.
 
         Args:
-            buckets: for each a slice of the weights and gradients for each rank, node by node.
-            behind: what of the body lies behind the gradients; it is the server's.
+            buckets: for each bucket, the slice of each rank, node by node; of the weights, and of the gradients.
+            behind: the part of the body behind the gradients, which the server serves.
         """
         place = [rank for node in self.nodes for rank in node].index(self.rank)
         self.slices = [bucket[place] for bucket in buckets]
@@ -222,31 +225,32 @@ class NodeGroup:
         self.buffers.assign(buckets)
 
     def barrier(self, meanwhile: Callable[[], object] | None = None) -> None:
-        """Wait until all of the group are here; see `Barrier`."""
+        """Wait until all members have called this; see `Barrier`."""
         self._arrive(meanwhile)
         self._release()
 
-    def reduce(self, weight: float, heard: Tensor, work: SliceReducer, ready: BucketReadiness | None = None) -> None:
-        """Every push message is written.
+    def reduce(self, weight: float, tail_sum: Tensor, work: SliceReducer, ready: BucketReadiness | None = None) -> None:
+        """Reduce the push messages, which every rank has written.
 
-        At the server, and where slices are served, the sum of all tails lands in `heard`. Then `work` is done: added, finished.
+        At the server, and on ranks that serve slices, the sum of all tails is written to `tail_sum`. Then `work` reduces and
+        finalizes the slices that this rank serves.
 
         Args:
-            weight: this rank's, if others need it before they have heard the tails.
-            heard: for the tail.
-            work: what is done with slices.
-            ready: says when, where slices travel before all is written.
+            weight: this rank's weight, which on several nodes is needed before the tails are summed.
+            tail_sum: receives the sum of the tails.
+            work: reduces the slices.
+            ready: tells when gradients are complete, if buckets travel during backward.
         """
         self._arrive()
         if self.sharded:
             self._release()
         if not self.spans and not self.leads:
             return
-        self.buffers.sum_tails(heard)
+        self.buffers.sum_tails(tail_sum)
         self.combine(work)
 
     def combine(self, work: SliceReducer) -> None:
-        """Let `work` combine the slices that this rank serves; after `reduce`, let it do so once more."""
+        """Let `work` reduce the slices that this rank serves. May be called once more after `reduce`."""
         for span in self.spans:
             rows = self.buffers.rows_of(span)
             work.reduce_local(span, rows)
@@ -254,7 +258,11 @@ class NodeGroup:
             self.buffers.store(span, rows[0])
 
     def report(self, values: Tensor, op: Op) -> Tensor:
-        """Every slice is combined: the least, or the sum, of every rank's numbers, `(lines,)` of float64, at the server."""
+        """Reduce every rank's `values`, `(lines,)` float64, by minimum or sum. All slices have been combined.
+
+        Returns:
+            The reduced values, at the server; elsewhere they mean nothing.
+        """
         if not self.sharded:
             return values
         self._reports[self.buffers.place].copy_(values)
@@ -262,7 +270,7 @@ class NodeGroup:
         return self._reports.amin(0) if op == "min" else self._reports.sum(0)
 
     def decide(self, answer: Tensor) -> None:
-        """After `report`: the server's numbers, float64 of always the same length, land in everybody's `answer`."""
+        """Copy the server's `answer`, float64 of constant length, to every rank's `answer`; called after `report`."""
         if not self.sharded:
             return
         if self._barrier.leads:
@@ -271,15 +279,15 @@ class NodeGroup:
         answer.copy_(self._answer)
 
     def broadcast(self, fill: Callable[[], None], moved: bool = True, whole: bool = False) -> None:
-        """Every rank has done with the pull message as it was, and stepped its slices.
+        """Complete the pull message for all ranks; each has stepped its slices and no longer reads the old message.
 
         Args:
-            fill: completes it, at the server.
+            fill: completes the pull message, at the server.
             moved: whether slices have been stepped.
             whole: whether `fill` writes weights, too.
         """
         for span in self.slices if moved and not self._plain else []:
-            self._show(span)
+            self._publish(span)
         if not self._arrived:
             self._arrive()
         if self.leads:
@@ -288,14 +296,14 @@ class NodeGroup:
                 self.buffers.copy_to_peers(part)
         self._release()
 
-    def _show(self, span: slice) -> None:
-        """What this rank has stepped is the model's from now on."""
+    def _publish(self, span: slice) -> None:
+        """Make the stepped weights of a slice the model's, on this node."""
         if self.rounded:
             self.weights[span].copy_(self.stepped(span))
         self.buffers.copy_to_peers(self.spec.bytes_of(span))
 
     def _around(self) -> list[slice]:
-        """The pull message but for the weights."""
+        """Return the parts of the pull message around the weights."""
         where = self.spec.weights
         return [slice(0, where.start), slice(where.stop, None)]
 

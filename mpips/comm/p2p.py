@@ -1,12 +1,11 @@
 """Requests and answers as MPI messages.
 
-    up to SMALL bytes   one message; its length says what it is
-    above, or empty     an empty message, its length in bytes, then the pieces
+    1 to SMALL bytes     one message; its length tells a whole one from a short one
+    more, or none        an empty message, then the length in bytes, then the data in pieces
 
-A large message moves only while both sides attend to MPI. So the empty one goes ahead, and whoever sends the rest knows that
-the other is there: a worker sends it when the server has taken the empty message (a synchronous send ends then); the server
-at once, since a worker that has asked waits for nothing else, asleep for a millisecond at most. So the server never waits
-for a worker that computes.
+MPI transfers a large message only while both sides are in MPI calls. So an empty message goes first: a rendezvous. A worker
+sends it synchronously, and sends the data when the server has received it. The server sends the data at once, as a worker that
+has sent a request polls for the answer at least every millisecond. So the server never waits for a worker that computes.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from mpips.comm.backoff import patiently
 
 SMALL = 1 << 16  # bytes; sent in one message
 LARGEST = 1 << 28  # bytes in one point-to-point call; far below the 2^31 that a C int counts to
-KNOWN = 8  # messages kept ready
-ASK, ANSWER, REST = 1, 2, 3  # tags; 0 is that of blobs
+KNOWN = 8  # the most mpi4py buffers that are cached
+ASK, ANSWER, REST = 1, 2, 3  # tags; 0 is the tag of `gather_bytes`
 
 
 class Conversation:
@@ -32,8 +31,8 @@ class Conversation:
 
     Args:
         mpi: the module mpi4py.MPI.
-        comm: the communicator.
-        waits: a context for the time of each wait.
+        comm: the MPI communicator.
+        waits: a context that is entered for the time of each wait.
     """
 
     def __init__(self, mpi: Any, comm: Any, waits: AbstractContextManager[None]) -> None:
@@ -41,11 +40,15 @@ class Conversation:
         self._status = mpi.Status()
         self._empty = mpi.buffer.allocate(0)
         self._buffer = mpi.buffer.fromaddress
-        self._known: dict[int, tuple[Tensor, int, Any]] = {}  # messages made ready for MPI: a microsecond each time
+        self._known: dict[int, tuple[Tensor, int, Any]] = {}  # mpi4py buffers, cached: making one takes a microsecond
         self._probe = partial(comm.Improbe, mpi.ANY_SOURCE, ASK, self._status)
 
     def receive(self, message: Tensor, tail: int) -> tuple[int, bool]:
-        """At the server: the next request, into `message` or `message[tail:]`; who sent it, and whether it is whole."""
+        """Receive the next request into `message`, or into `message[tail:]` if it is short, at the server.
+
+        Returns:
+            The rank, and whether the request is whole.
+        """
         data, start = self._memory(message), tail * message.element_size()
         whole, short = len(data), len(data) - start
         with self._waits:
@@ -63,7 +66,7 @@ class Conversation:
         return rank, length == whole
 
     def reply(self, rank: int, message: Tensor) -> None:
-        """At the server: answer that rank, which waits."""
+        """Send the answer to `rank`, which waits for it, at the server."""
         data = self._memory(message)
         if 0 < len(data) <= SMALL:
             self._comm.Send(data, rank, ANSWER)
@@ -72,7 +75,7 @@ class Conversation:
             self._give(rank, data)
 
     def begin(self, request: Tensor) -> Any:
-        """Elsewhere: send the request; what `end` is to be given."""
+        """Send the request to the server, and return the MPI request that `end` takes."""
         data = self._memory(request)
         if 0 < len(data) <= SMALL:
             return self._comm.Isend(data, SERVER, ASK)
@@ -83,10 +86,16 @@ class Conversation:
         return sent
 
     def end(self, sent: Any, answer: Tensor, short: int) -> bool:
-        """Elsewhere: wait for the answer; whether it is whole."""
+        """Wait for the answer, and return whether it is whole.
+
+        Args:
+            sent: what `begin` returned.
+            answer: the buffer for the answer.
+            short: the number of elements of a short answer.
+        """
         data, end = self._memory(answer), short * answer.element_size()
         coming = self._comm.Irecv(data if len(data) <= SMALL else data[:SMALL], SERVER, ANSWER)
-        gone = sent.Test()  # while there is time
+        gone = sent.Test()  # progresses the send while the answer is awaited
         with self._waits:
             patiently(partial(coming.Test, self._status))
         length = self._status.count
@@ -99,7 +108,7 @@ class Conversation:
         return whole
 
     def _memory(self, tensor: Tensor) -> Any:
-        """The bytes of a contiguous tensor, on the host or a device, as mpi4py takes them."""
+        """Return the bytes of a contiguous tensor, on the host or a device, as an mpi4py buffer."""
         address = tensor.data_ptr()
         known = self._known.get(id(tensor))
         if known is not None and known[0] is tensor and known[1] == address:

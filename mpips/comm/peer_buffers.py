@@ -1,6 +1,6 @@
-"""The messages of a node's ranks, as one of them sees them: the push messages beside each other, the pull message once.
+"""The messages of a node's ranks, as one rank sees them: all push messages, and the pull message that the ranks share.
 
-Here in the host's memory; `mpips.comm.cuda_ipc` has the same of GPUs.
+The classes here are for host memory; those for GPUs are in `mpips.comm.cuda_ipc`.
 """
 
 from __future__ import annotations
@@ -11,67 +11,67 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-FEW = 1 << 15  # elements that numpy, which begins in a tenth of torch's time, adds up as fast
+FEW = 1 << 15  # up to so many elements numpy is faster, as its calls start in a tenth of torch's time
 
 
 class Rows(list[Tensor]):
-    """A part of every push message.
+    """The same part of every push message, in rank order.
 
     Attributes:
-        arrays: the same memory for numpy, if it is few elements of the host's; else None.
+        arrays: the same memory as numpy arrays, if it is host memory and at most FEW elements; else None.
     """
 
     arrays: list[Any] | None = None
 
 
 class PeerBuffers:
-    """One rank's view.
+    """The messages of a node's ranks, as one rank sees them.
 
     Args:
-        rows: the push messages, `(numel,)` each, by place.
-        place: this rank's, from 0.
+        rows: the push messages, `(numel,)` each, in rank order.
+        place: the index of this rank's push message.
         pull: the pull message, as bytes.
 
     Attributes:
         rows, place, pull: see above.
         row: this rank's push message.
-        combined: where what is combined lies, as far as this rank sees it: the first push message.
-        fills: whether this rank is the first that has this pull message.
+        combined: the push message in whose memory this rank finds combined slices: the first one.
+        fills: whether this rank is the first of those that share this pull message.
     """
 
-    staged = False  # whether what leaves the node passes through other memory
+    staged = False  # whether messages to other nodes go through staging buffers
 
     def __init__(self, rows: Sequence[Tensor], place: int, pull: Tensor) -> None:
         self.rows, self.place, self.pull = rows, place, pull
         self.row, self.combined, self.fills = rows[place], rows[0], place == 0
-        self._cut: dict[tuple[int, int], Rows] = {}
-        self._heard: Tensor | None = None
-        self._total: Any = None  # its memory as an array, and those of the tails
+        self._parts: dict[tuple[int, int], Rows] = {}
+        self._tail_sum: Tensor | None = None
+        self._total: Any = None  # numpy views of that tensor and of the tails
         self._tails: list[Any] = []
 
     def rows_of(self, part: slice) -> Rows:
-        """A part of every row. Made once: for a small model it takes as long as to add them."""
+        """Return a part of every push message. It is cached, as slicing takes as long as adding up a small model."""
         key = part.start, part.stop
-        found = self._cut.get(key)
+        found = self._parts.get(key)
         if found is None:
-            found = self._cut[key] = Rows(row[part] for row in self.rows)
+            found = self._parts[key] = Rows(row[part] for row in self.rows)
             found.arrays = [row.numpy() for row in found] if part.stop - part.start <= FEW else None
         return found
 
     def store(self, part: slice, total: Tensor) -> None:
-        """What has been made of a part, in the first of what `near` gave, comes to where what is combined lies: it is there."""
+        """Copy a part's result, in the first row that `rows_of` returned, to `combined`. In host memory it is there already."""
 
     def assign(self, buckets: Sequence[Sequence[slice]]) -> None:
-        """Who serves what: for each bucket a slice for each place."""
+        """Note which rank serves what: for each bucket, a slice for each rank. In host memory this is not needed."""
 
     def gathered(self, part: slice) -> Tensor:
-        """What is combined, whoever serves it."""
+        """Return the combined part, whichever ranks serve it."""
         return self.combined[part]
 
     def sum_tails(self, out: Tensor) -> None:
-        """The sum of what lies behind in all rows, as much as `out` is long."""
-        if self._heard is not out:  # always the same
-            self._heard, self._total = out, out.numpy()  # for so few, faster than torch
+        """Write the sum of the last `len(out)` elements of all rows to `out`."""
+        if self._tail_sum is not out:  # the same tensor in every round
+            self._tail_sum, self._total = out, out.numpy()  # numpy is faster for few elements
             self._tails = [row[-len(out) :].numpy() for row in self.rows]
         first, second, *others = self._tails if len(self._tails) > 1 else [*self._tails, 0]
         np.add(first, second, out=self._total)
@@ -79,4 +79,4 @@ class PeerBuffers:
             np.add(self._total, tail, out=self._total)
 
     def copy_to_peers(self, part: slice) -> None:
-        """These bytes of the pull message have been written: let all ranks of the node have them. They do."""
+        """Copy a part of the pull message, in bytes, to the other copies on this node. In host memory there are none."""

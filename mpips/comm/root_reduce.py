@@ -1,15 +1,16 @@
-"""Node groups of several nodes where the server serves everything: leaders Reduce their nodes' sums to it, then it tells them.
+"""Node groups in which the server serves all slices: leaders Reduce their nodes' sums, the server broadcasts the weights.
 
 A round:
 
-| step    | on a node                                           | between the leaders                  |
-|---------|-----------------------------------------------------|--------------------------------------|
-| reduce  | bucket by bucket: gradients are added by all ranks  | Reduce, while the next is added      |
-|         | tails are added by the leader                       | Reduce                               |
-| broadcast|the server has stepped                              | Bcast of the pull message            |
+| call      | on a node                                             | between the leaders                 |
+|-----------|-------------------------------------------------------|-------------------------------------|
+| reduce    | bucket by bucket, all ranks sum the gradients         | Reduce, while the next bucket is    |
+|           |                                                       | summed                              |
+|           | the leader sums the tails                             | Reduce                              |
+| broadcast | the server has stepped                                | Bcast of the pull message           |
 
-A message that is a single bucket the leader adds up alone, with its tail, and it goes in one Reduce: no rank meets another but
-to hand in its push message and to take the pull message.
+If the message is a single bucket, the leader alone sums it, with the tails, and sends it in one Reduce. Then a rank waits for
+others only twice: to hand in its push message, and to take the pull message.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from mpips.model.layout import BUCKET, piece, pieces
 
 
 class RootReduceGroup(MultiNodeGroup):
-    """One rank's place in its node's group; see `MultiNodeGroup` for the other arguments.
+    """One rank's end of its node's group; see `MultiNodeGroup` for the other arguments.
 
     Args:
-        bucket: the most bytes that leaders reduce at a time.
+        bucket: the largest number of bytes that leaders reduce at a time.
     """
 
     def __init__(
@@ -45,56 +46,59 @@ class RootReduceGroup(MultiNodeGroup):
         super().__init__(nodes, rank, buffers, parts, barrier, spec, leaders)
         self._buckets = pieces(slice(0, spec.gradients), max(1, min(bucket, BUCKET) // spec.dtype.itemsize))
         self._behind = slice(spec.gradients, spec.numel)
-        self._alone = buffers.staged or len(self._buckets) == 1
+        self._leader_sums = buffers.staged or len(self._buckets) == 1
         self._in_round = False
 
-    def reduce(self, weight: float, heard: Tensor, work: SliceReducer, ready: BucketReadiness | None = None) -> None:
-        """See `NodeGroup`; only the server hears the tails."""
+    def reduce(self, weight: float, tail_sum: Tensor, work: SliceReducer, ready: BucketReadiness | None = None) -> None:
+        """Reduce bucket by bucket to the server, which alone gets the sum of the tails; see `NodeGroup`."""
         self.sample_weights[self.buffers.place], self._in_round = weight, True
-        if self._alone:
+        if self._leader_sums:
             self._arrive()
         else:
             self.barrier()
         for bucket in self._buckets:
-            self._add(bucket, work)
+            self._sum_bucket(bucket, work)
             if self._leaders and len(self._buckets) > 1:
                 self._leaders.reduce(self.combined[bucket], "sum")
         if self._leaders:
-            self._speak(work)
+            self._reduce_tails(work)
         if self.leads:
-            heard.copy_(self.buffers.row[self.spec.tail :])
+            tail_sum.copy_(self.buffers.row[self.spec.tail :])
             for span in self.spans:
                 work.finalize(span, self.combined[span])
 
-    def _add(self, bucket: slice, work: SliceReducer) -> None:
-        """This node's sum of a bucket, in its leader's push message."""
-        if self._alone:
+    def _sum_bucket(self, bucket: slice, work: SliceReducer) -> None:
+        """Sum a bucket over this node's ranks, in the leader's push message."""
+        if self._leader_sums:
             for part in pieces(bucket, piece(self.spec.device)) if self._leaders else []:
                 work.reduce_local(part, self.buffers.rows_of(part))
             return
-        for part in self._by_hand(bucket):
+        for part in self._own_share(bucket):
             work.reduce_local(part, self.buffers.rows_of(part))
         if bucket != self._buckets[-1]:
             self.barrier()
             return
         self._reports[self.buffers.place].copy_(work.faults)
-        self._arrive()  # to be released with the pull message
+        self._arrive()  # released in `broadcast`
 
-    def _speak(self, work: SliceReducer) -> None:
-        """A leader hands on its node's tails, with what is wrong there."""
+    def _reduce_tails(self, work: SliceReducer) -> None:
+        """Reduce this node's tails, with the faults of its ranks, to the server, at a leader."""
         whole = self.buffers.row
         self.buffers.sum_tails(whole[self._behind])
-        work.report_nonfinite(work.faults if self._alone else self._reports.amin(0))
+        work.report_nonfinite(work.faults if self._leader_sums else self._reports.amin(0))
         assert self._leaders
         self._leaders.reduce(whole if len(self._buckets) == 1 else whole[self._behind], "sum")
 
     def broadcast(self, fill: Callable[[], None], moved: bool = True, whole: bool = False) -> None:
-        """See `NodeGroup`; in a round all of the message is told, as only the server knows whether it has stepped."""
+        """Broadcast the pull message; see `NodeGroup`.
+
+        In a round the weights are sent, too, as only the server knows whether it has stepped.
+        """
         if not self._in_round:
             self._arrive()
         if self.leads:
             fill()
         for part in [slice(None)] if self._in_round else self._around():
-            self._tell(part)
+            self._broadcast_pull(part)
         self._in_round = False
         self._release()

@@ -1,6 +1,6 @@
-"""Ranks that take turns: one thread a rank, of which only one ever runs.
+"""Ranks that take turns: each is a thread, and only one runs at a time.
 
-A seeded scheduler chooses who runs next at every call, so one seed is one schedule, repeatable.
+A seeded scheduler chooses at every call which rank runs next, so that a seed gives the same schedule each time.
 """
 
 from __future__ import annotations
@@ -20,36 +20,38 @@ T = TypeVar("T")
 
 
 class Killed(BaseException):
-    """Raised in a rank that the test kills: not an Exception, so that no user code catches it."""
+    """Raised in a rank that a test kills. It is not an Exception, so no script catches it."""
 
 
 class Schedule(Generic[E]):
-    """Who runs, who waits for what, who is gone.
+    """The turns of the ranks: which run, which wait and for what, which have ended.
 
     Args:
-        ends: what the program of each rank is given.
-        seed: which schedule.
+        ends: by rank, what its program is called with.
+        seed: the seed of the schedule.
 
     Attributes:
-        choose: the seeded random choice.
-        broken: why nobody can go on any more; every call that waits raises it.
+        choose: the seeded random generator.
+        broken: why no rank can continue, raised by every call that waits; None while some can.
     """
 
     def __init__(self, ends: list[E], seed: int) -> None:
         self.ends = ends
         self.choose = random.Random(seed)
         self.broken: str | None = None
-        self._waits: dict[int, tuple[str, Callable[[], bool]]] = {}  # who waits in which call, and when it may go on
+        self._waits: dict[
+            int, tuple[str, Callable[[], bool]]
+        ] = {}  # rank -> the call in which it waits, and whether it may continue
         self._alive: set[int] = set()
         self.calls = [0] * len(ends)
         self._kill: dict[int, int] = {}
         self._turn, self._back = [_closed() for _ in ends], _closed()
         self._threaded = False
         self._threads: dict[int, threading.Thread] = {}
-        self._leaving: dict[int, list[Callable[[], None]]] = {}  # what ranks do when their program has ended
+        self._leaving: dict[int, list[Callable[[], None]]] = {}  # rank -> functions to call when its program has ended
 
     def kill(self, rank: int, call: int) -> None:
-        """Let `rank` die when it makes its call number `call` (from 0); to take an answer is a call, too."""
+        """Let `rank` die at its call number `call`, from 0. Taking an answer counts as a call."""
         self._kill[rank] = call
 
     def at_end(self, rank: int, leave: Callable[[], None]) -> None:
@@ -57,10 +59,13 @@ class Schedule(Generic[E]):
         self._leaving.setdefault(rank, []).append(leave)
 
     def run(self, program: Callable[[E], T]) -> list[T]:
-        """Run `program` on every rank and return what each returns, by rank; one that ends by SystemExit(0) returns nothing.
+        """Run `program` on every rank.
+
+        Returns:
+            What each rank's program returns, by rank, without ranks that end by SystemExit(0).
 
         Raises:
-            The first exception that a rank raised; the others are then ended with an CommunicatorError.
+            BaseException: the first exception that a rank raised; the others are then ended with a CommunicatorError.
         """
         results: dict[int, T] = {}
         errors: list[BaseException] = []
@@ -92,27 +97,27 @@ class Schedule(Generic[E]):
         return [results[rank] for rank in sorted(results)]
 
     def _take_turns(self) -> None:
-        """Let one rank after the other run, each until its next call, with its own random streams."""
+        """Let one rank run after the other, each until its next call, with random streams of its own."""
         state, last = rng.capture(), len(self.ends)
         streams = [state] * (last + 1)
         while self._alive:
             ready = [rank for rank in range(len(self.ends)) if self.can_run(rank)]
             if not ready:
-                self.broken = self._standstill()  # which lets everybody run, into an exception
+                self.broken = self._standstill()  # now every rank can run, and raises an exception
                 continue
             rank = self.choose.choice(ready)
             if rank != last:
-                streams[last] = rng.capture()  # of nobody, the first time
+                streams[last] = rng.capture()  # the first time, no rank's: stored in the extra entry
                 rng.restore(streams[rank])
                 last = rank
             self._turn[rank].release()
             self._back.acquire()
             if rank not in self._alive:
-                self._threads[rank].join()  # what it still holds goes before others run: collecting that may take locks
+                self._threads[rank].join()  # frees its objects before other ranks run, as their finalizers may take locks
         rng.restore(state)
 
     def can_run(self, rank: int) -> bool:
-        """Whether this rank neither waits nor has ended."""
+        """Return whether `rank` has not ended, and does not wait or may stop waiting."""
         return rank in self._alive and (bool(self.broken) or rank not in self._waits or self._waits[rank][1]())
 
     def _standstill(self) -> str:
@@ -122,7 +127,11 @@ class Schedule(Generic[E]):
         return f"{waiting}, {sorted(set(range(len(self.ends))) - self._alive)} have ended"
 
     def pause(self, rank: int) -> None:
-        """Let the scheduler choose again before a call."""
+        """Let the scheduler choose again before a call of `rank`.
+
+        Raises:
+            Killed: the rank is to die at this call.
+        """
         if self._kill.get(rank, -1) == self.calls[rank]:
             raise Killed(f"rank {rank} was killed")
         self.calls[rank] += 1
@@ -130,14 +139,18 @@ class Schedule(Generic[E]):
             self._yield(rank)
 
     def wait(self, rank: int, call: str, ready: Callable[[], bool]) -> None:
-        """Let others run until `ready`; raise CommunicatorError if that can never be."""
+        """Let other ranks run until `ready()` is true.
+
+        Raises:
+            CommunicatorError: it can never be.
+        """
         self._waits[rank] = (call, ready)
         self._yield(rank)
         del self._waits[rank]
         self.check()
 
     def check(self) -> None:
-        """Raise CommunicatorError if nobody can go on."""
+        """Raise CommunicatorError if no rank can continue."""
         if self.broken:
             raise CommunicatorError(self.broken)
 
@@ -147,7 +160,7 @@ class Schedule(Generic[E]):
 
 
 def _closed() -> threading.Lock:
-    """A gate that one passes when another has opened it: `acquire` waits for `release`."""
+    """Return a lock that is held, so that `acquire` waits until another thread calls `release`."""
     gate = threading.Lock()
     gate.acquire()
     return gate

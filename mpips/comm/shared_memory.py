@@ -1,6 +1,6 @@
-"""Memory that all ranks of a node map: one file in /dev/shm, unlinked as soon as all have it.
+"""Memory that all ranks of a node map: a file in /dev/shm, unlinked as soon as all ranks have opened it.
 
-Not `MPI.Win`: windows are outside what MPI promises after a failure. Nothing is left behind, however the ranks end.
+It is not an `MPI.Win`, as MPI promises nothing about windows after a failure. Nothing is left behind, however the ranks end.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ PAGE = mmap.PAGESIZE
 
 
 def mapped(node: Any, nbytes: int, own: list[slice]) -> mmap.mmap | None:
-    """Zeros that every rank of the communicator `node` maps; None, on all of them, where that cannot be.
+    """Map zeroed memory that all ranks of the MPI communicator `node` share.
 
     Args:
-        node: the ranks.
-        nbytes: how many.
-        own: bytes that this rank will work on: they are taken from the memory next to it. All ranks' together are all.
+        node: the MPI communicator of the node's ranks.
+        nbytes: the size in bytes.
+        own: the parts that this rank allocates, so that they lie in memory near its core. All ranks' parts together cover the
+            whole.
+
+    Returns:
+        The mapping; None, on all ranks, if any rank fails to open or allocate it.
     """
     path = f"{FOLDER}/mpips-{secrets.token_hex(8)}" if node.rank == 0 else ""
     file = _open(path, os.O_CREAT | os.O_EXCL) if path else -1
@@ -37,7 +41,7 @@ def mapped(node: Any, nbytes: int, own: list[slice]) -> mmap.mmap | None:
     opened = _all(node, file >= 0)
     if node.rank == 0 and file >= 0:
         os.unlink(path)
-    node.Barrier()  # taking the memory may take seconds: a rank killed meanwhile leaves nothing behind
+    node.Barrier()  # unlinked before the allocation, which may take seconds: a rank killed meanwhile leaves nothing behind
     if opened and _all(node, all(_allocate(file, part) for part in own)):
         memory = mmap.mmap(file, nbytes)
     if file >= 0:
@@ -46,7 +50,7 @@ def mapped(node: Any, nbytes: int, own: list[slice]) -> mmap.mmap | None:
 
 
 def _open(path: str, flags: int) -> int:
-    """Its descriptor; -1 if that fails."""
+    """Return the file descriptor; -1 if the file cannot be opened."""
     try:
         return os.open(path, os.O_RDWR | flags, 0o600)
     except OSError:
@@ -54,7 +58,7 @@ def _open(path: str, flags: int) -> int:
 
 
 def _allocate(file: int, part: slice) -> bool:
-    """Whether there is room; a full /dev/shm would else be a bus error at the first write."""
+    """Return whether the part could be allocated. Without this, a full /dev/shm would be a bus error at the first write."""
     try:
         if part.start < part.stop:
             os.posix_fallocate(file, part.start, part.stop - part.start)
@@ -64,14 +68,14 @@ def _allocate(file: int, part: slice) -> bool:
 
 
 def _all(node: Any, own: bool) -> bool:
-    """Whether all ranks say so."""
-    said = np.zeros(node.size, dtype=np.uint8)
-    node.Allgather(np.array([own], dtype=np.uint8), said)
-    return bool(said.all())
+    """Return whether `own` is true on all ranks."""
+    every = np.zeros(node.size, dtype=np.uint8)
+    node.Allgather(np.array([own], dtype=np.uint8), every)
+    return bool(every.all())
 
 
 def tensor(memory: mmap.mmap, offset: int, nbytes: int) -> Tensor:
-    """So many bytes of the memory."""
+    """Return `nbytes` bytes of the memory from `offset`, as a uint8 tensor."""
     return (
         torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=offset)
         if nbytes

@@ -1,8 +1,8 @@
-"""The communicator with all ranks in one process, in turns and in virtual time.
+"""The communicator with all ranks in one process, which take turns in virtual time.
 
-Each rank has a clock of its own, that `World.sleep` and what arrives set forward. The server receives a request only when no
-other rank can run, for then no request with an earlier arrival can still be made: the order is that of the virtual times,
-whatever the schedule; the seed decides between requests that arrive at the same time.
+Each rank has a clock of its own, advanced by `World.sleep` and by the arrival of messages. The server receives a request only
+when no other rank can run, as then no request with an earlier arrival can follow. So requests are received in the order of
+their virtual times, whatever the schedule. The seed decides between requests that arrive at the same time.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class World(Schedule["SimulatedCommunicator"]):
 
     Args:
         size: the number of ranks.
-        seed: which schedule.
-        latency: virtual seconds that each call takes.
-        bandwidth: virtual bytes a second.
-        bucket: largest slice, in bytes, that `combine` hands over as rows.
+        seed: the seed of the schedule.
+        latency: the virtual seconds of each call.
+        bandwidth: the virtual bytes per second.
+        bucket: the largest slice that `reduce` passes as rows, and the largest message between nodes, in bytes.
         shares: whether the ranks of a node share memory.
-        nodes: how many ranks each node has; all are on one, unless that is given.
-        devices: for each rank, which device it is on, if they share the memory of devices: each then has a pull message.
-            Ranks of two nodes are on different ones.
+        nodes: the number of ranks of each node; by default there is one node.
+        devices: by rank, the number of its device, if ranks share the memory of devices; each device then has a pull message.
+            Ranks of different nodes are on different devices.
     """
 
     def __init__(
@@ -56,11 +56,14 @@ class World(Schedule["SimulatedCommunicator"]):
         super().__init__([SimulatedCommunicator(self, rank, size) for rank in range(size)], seed)
         self.size, self.bucket, self.shares = size, bucket, shares
         self.nodes, self.devices = list(nodes) or [size], list(devices)
-        self.arrived_here, self.released = [0] * size, [0] * len(self.nodes)  # how often, in rooms
+        self.arrived_here, self.released = (
+            [0] * size,
+            [0] * len(self.nodes),
+        )  # the number of calls of `arrive` by rank, and of `release` by node
         self.latency, self.bandwidth = latency, bandwidth
         self.time = [0.0] * size
         self.mail = Mailbox()
-        self._here: dict[int, tuple[str, object]] = {}  # who has arrived at the collective call in progress, with what
+        self._here: dict[int, tuple[str, object]] = {}  # rank -> its collective call in progress, and its contribution
         self._result: object = None
 
     def sleep(self, rank: int, seconds: float) -> None:
@@ -76,7 +79,22 @@ class World(Schedule["SimulatedCommunicator"]):
         cost: int,
         count: int | None = None,
     ) -> object:
-        """Wait until every rank, or `count` of them, has made this call; the last computes the common result with `finish`."""
+        """Wait until every rank, or `count` of them, has made this call; the last computes their result.
+
+        Args:
+            rank: this rank.
+            call: the call with its arguments, which must be the same on all ranks.
+            given: what this rank contributes.
+            finish: computes the result from all contributions, by rank.
+            cost: the bytes that are sent.
+            count: the number of ranks; all by default.
+
+        Returns:
+            The result.
+
+        Raises:
+            CommunicatorError: another rank makes another call.
+        """
         self.begin(rank, call)
         others = {name for name, _ in self._here.values()}
         if others - {call}:
@@ -92,29 +110,33 @@ class World(Schedule["SimulatedCommunicator"]):
         return self._result
 
     def together(self, ranks: Iterable[int], cost: int) -> None:
-        """These ranks have waited for each other, and for so many bytes."""
+        """Set these ranks' clocks to the time at which all of them have waited for each other and for `cost` bytes."""
         now = max(self.time[rank] for rank in ranks) + self.latency + cost / self.bandwidth
         for rank in ranks:
             self.time[rank] = now
 
     def begin(self, rank: int, call: str) -> None:
-        """Every call begins so: ranks arrive at it in every order."""
+        """Begin a call of `rank`: let the scheduler choose again, so that ranks arrive at a call in any order.
+
+        Raises:
+            CommunicatorError: the rank has not taken the answer to its last request yet.
+        """
         if self.ends[rank].asking:
             raise CommunicatorError(f"rank {rank} calls {call} before it has taken the answer to its last request")
         self.pause(rank)
 
     def post(self, rank: int, message: Tensor) -> Letter:
-        """A message that `rank` sends now; its memory may be changed at once."""
+        """Return a message that `rank` sends now; its memory may be changed at once."""
         data = raw(message).clone()
         return Letter(data, self.time[rank] + self.latency + data.numel() / self.bandwidth)
 
     def arrived(self, rank: int, letter: Letter) -> Tensor:
-        """What a message brings to `rank`, which has waited for it."""
+        """Advance the clock of `rank` to the message's arrival, and return the message's bytes."""
         self.time[rank] = max(self.time[rank], letter.arrival)
         return letter.data
 
     def next_request(self) -> tuple[int, Letter]:
-        """Wait until no other rank can run, then take the request that has arrived first."""
+        """Wait until no other rank can run, then return the rank and the bytes of the request that has arrived first."""
         others = range(1, self.size)
         self.wait(SERVER, "next_request", lambda: bool(self.mail.requests) and not any(map(self.can_run, others)))
         return self.mail.take(self.choose)
@@ -165,7 +187,7 @@ class SimulatedCommunicator:
         return kind(nodes, self.rank, buffers, parts, barrier, spec, leaders, world.bucket)
 
     def _buffers(self, rows: Sequence[Tensor], pull: Tensor, members: Sequence[int]) -> PeerBuffers:
-        """On devices there is a pull message on each of a node's."""
+        """Return the messages as this rank sees them; with devices, there is a pull message on each of the node's."""
         place = members.index(self.rank)
         if not self.world.devices:
             return PeerBuffers(rows, place, pull)
@@ -244,7 +266,7 @@ class SimulatedCommunicator:
         self._count("respond", message)
 
     def request(self, request: Tensor, answer: Tensor, short: int, overlap: bool = False) -> Callable[[], bool]:
-        """See `Communicator`; the request always leaves at once."""
+        """Send the request at once, with or without `overlap`; see `Communicator`."""
         self._role("request", server=False)
         self.world.begin(self.rank, "request")
         self.asking = True
@@ -273,7 +295,7 @@ class SimulatedCommunicator:
         self.traffic[f"{call} bytes"] += message.numel() * message.element_size()
 
     def run_async(self, work: Callable[[], None]) -> Callable[[], None]:
-        """See `Communicator`; a simulated rank does one thing after another."""
+        """Return `work` itself, as a simulated rank does one thing after another; see `Communicator`."""
         return work
 
     def clock(self) -> float:
@@ -288,11 +310,11 @@ class SimulatedCommunicator:
         """See `Communicator`."""
 
     def abort(self, status: int) -> None:
-        """See `Communicator`."""
+        """Raise SystemExit in this rank, which ends the world; see `Communicator`."""
         raise SystemExit(status)
 
     def barrier(self, patience: float | None) -> None:
-        """See `Communicator`; where nobody runs beside, nobody can be late."""
+        """Wait for all ranks, without a deadline: real time does not pass for a rank that waits. See `Communicator`."""
         self._meet("barrier", "barrier", None, lambda given: None, 0)
 
     def _meet(self, kind: str, call: str, given: object, finish: Callable[[dict[int, object]], object], cost: int) -> object:

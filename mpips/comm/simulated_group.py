@@ -1,4 +1,4 @@
-"""Node groups of simulated ranks: how those of a node wait for each other, and what their leaders send."""
+"""Node groups of simulated ranks: their barriers, and the transfers between their leaders."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class SimulatedBarrier:
-    """How the `ranks` of a node wait for each other; see `Barrier`."""
+    """The barrier of a node's `ranks`; see `Barrier`."""
 
     def __init__(self, world: World, node: int, ranks: Sequence[int], rank: int) -> None:
         self.world, self.node, self.ranks, self.rank = world, node, ranks, rank
         self.leads = rank == ranks[0]
 
     def arrive(self, meanwhile: Callable[[], object] | None = None) -> None:
-        """See `Barrier`; nothing needs to be done meanwhile."""
+        """Announce that this rank has arrived; `meanwhile` is not called. See `Barrier`."""
         world, rank = self.world, self.rank
         world.begin(rank, "arrive")
         world.arrived_here[rank] += 1
@@ -47,12 +47,13 @@ class SimulatedBarrier:
 class SimulatedLeaderGroup:
     """One leader's end; see `mpips.comm.multi_node.LeaderGroup`.
 
-    What it is about to send is read, and written, at the last moment.
+    A message is read when its transfer is received, the last moment that MPI allows, so a test sees memory that is changed too
+    early.
 
     Args:
-        world: where they are.
-        ranks: theirs, node by node.
-        node: this one's.
+        world: the simulated world.
+        ranks: the leaders' ranks, node by node.
+        node: the index of this leader's node.
     """
 
     def __init__(self, world: World, ranks: Sequence[int], node: int) -> None:
@@ -82,14 +83,14 @@ class SimulatedLeaderGroup:
         return found
 
     def progress(self) -> None:
-        """See `LeaderGroup`; here what is sent comes by itself."""
+        """Do nothing: simulated messages arrive by themselves. See `LeaderGroup`."""
 
     def persistent_sendrecv(self, sent: Sent, taken: Sent) -> Begin:
         """See `LeaderGroup`."""
         return lambda: self.sendrecv(sent, taken)
 
     def sendrecv(self, sent: Sent, taken: Sent) -> Finish:
-        """Send to others and receive from them, in their order."""
+        """Start a transfer; return a function that waits for its end. Arguments as in `persistent_sendrecv`."""
         world, rank = self._world, self._ranks[self.node]
         world.begin(rank, "swap")
         letters = []
@@ -105,7 +106,7 @@ class SimulatedLeaderGroup:
                 world.begin(rank, "take")
                 world.wait(rank, "take", lambda box=box: bool(box))  # type: ignore[misc]
                 raw(room).copy_(world.arrived(rank, box.pop(0)))
-            for letter, box in letters:  # only then may its memory be changed
+            for letter, box in letters:  # until it is received, its memory must not be changed
                 world.wait(rank, "send", lambda one=letter, box=box: not any(one is other for other in box))  # type: ignore[misc]
 
         return finish

@@ -1,7 +1,7 @@
-"""The memory that MPI reads and writes: a tensor's own, or pinned host memory beside a CUDA tensor.
+"""The memory that MPI reads and writes: a tensor's own, or a pinned host buffer for a CUDA tensor.
 
-A message that travels in pieces goes through two pinned buffers in turn. Copies are queued on a stream of their own, which
-keeps their order; an event behind each says when its buffer may be used. So while MPI has one the other is put back and filled:
+A message in pieces goes through two pinned buffers in turn. Copies are queued on a CUDA stream of their own, in order. An event
+after each copy tells when its buffer may be used. So while MPI uses one buffer, the other is written back and filled again:
 
     stream   fetch 0  fetch 1  back 0   fetch 2  back 1   fetch 3  back 2 ...
     MPI              (0      ) (1              ) (2              ) ...
@@ -20,19 +20,19 @@ Key = tuple[torch.device, torch.dtype, int]
 
 
 class Copies(Protocol):
-    """Copies between a device and the host, each begun when those before it are done."""
+    """Copies between a device and the host, which are carried out in the order of the calls."""
 
     def pinned(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A buffer for them."""
+        """Return a host buffer for these copies."""
 
     def follow(self) -> None:
-        """The next ones begin when the device has done all that it was given to do."""
+        """Let the next copies begin when the device has done all work that it has been given so far."""
 
     def copy(self, target: Tensor, source: Tensor) -> Wait:
-        """Queue one; what is returned waits for its end."""
+        """Queue a copy; return a function that waits for its end."""
 
     def lead(self) -> None:
-        """What the device is given to do from now on begins when all copies are done."""
+        """Let the work that the device is given from now on begin when all copies are done."""
 
 
 class Stream:
@@ -66,11 +66,11 @@ class Stream:
 
 
 class Staging:
-    """Two pinned buffers for each device and dtype, as large as the largest tensor so far and used again and again.
+    """Two pinned buffers for each device and dtype, as large as the largest tensor so far, and reused.
 
     Args:
-        cuda_aware: MPI takes device memory itself, nothing is staged.
-        copies: makes what copies to and from a device.
+        cuda_aware: whether MPI accepts device memory, so that nothing is staged.
+        copies: makes the `Copies` of a device.
     """
 
     def __init__(self, cuda_aware: bool, copies: Callable[[torch.device], Copies] = Stream) -> None:
@@ -80,16 +80,16 @@ class Staging:
         self._free: dict[Key, Wait] = {}  # waits until a buffer's last copy is done
 
     def needed(self, tensor: Tensor) -> bool:
-        """Whether MPI cannot take this tensor's own memory."""
+        """Return whether this tensor must be staged: it is on a device, and MPI does not accept device memory."""
         return tensor.is_cuda and not self._cuda_aware
 
     def through(self, parts: Sequence[Tensor], read: bool, written: bool) -> Iterator[Tensor]:
-        """For each of the parts, in turn, the memory to give to MPI; to be taken to the end.
+        """Yield for each of the parts, in turn, the memory to pass to MPI. The iterator must be exhausted.
 
         Args:
-            parts: of one dtype, on one device.
-            read: whether MPI reads them.
-            written: whether it writes them.
+            parts: tensors of one dtype on one device.
+            read: whether MPI reads the parts.
+            written: whether MPI writes the parts.
         """
         if not parts or not self.needed(parts[0]):
             if parts:
@@ -109,7 +109,7 @@ class Staging:
         copies.lead()
 
     def host(self, message: Tensor, read: bool) -> Tensor:
-        """The memory to give to MPI for all of a message: its own, or a pinned buffer, filled if MPI is to read it."""
+        """Return the memory to pass to MPI for a whole message: its own, or a pinned buffer, filled if MPI is to read it."""
         if not self.needed(message):
             finish(message)
             return message
@@ -121,7 +121,7 @@ class Staging:
         return buffer
 
     def back(self, buffer: Tensor, message: Tensor) -> None:
-        """What MPI has written comes to the message."""
+        """Copy what MPI has written in `buffer`, which `host` returned, to the message."""
         if buffer is not message:
             self._copies[message.device].copy(message, buffer)()
 
@@ -139,21 +139,21 @@ class Staging:
     def _buffer(self, number: int, part: Tensor) -> tuple[Key, Tensor]:
         key = part.device, part.dtype, number % 2
         if key not in self._buffers or self._buffers[key].numel() < part.numel():
-            self._free.pop(key, _at_once)()  # nothing is on its way through the one that goes
+            self._free.pop(key, _at_once)()  # no copy uses the old buffer any more
             self._buffers[key] = self._copies[part.device].pinned(part.numel(), part.dtype)
         return key, self._buffers[key][: part.numel()]
 
 
 def finish(tensor: Tensor) -> None:
-    """Wait until the device, if it is on one, has done all that this thread has given it to do."""
+    """Wait until the tensor's device has done all work that this thread has given it; on the host, return at once."""
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
 
 
 def memory_of(tensor: Tensor) -> Any:
-    """What mpi4py takes as a buffer: the array of a host tensor, the device tensor itself."""
+    """Return what mpi4py accepts as a buffer: the numpy array of a host tensor, a device tensor itself."""
     return tensor if tensor.is_cuda else tensor.numpy()
 
 
 def _at_once() -> None:
-    """Nothing to wait for."""
+    """Return at once: there is nothing to wait for."""

@@ -1,7 +1,8 @@
-"""Who is waited for: no call of MPI says it, but a rank that waits knows that it does.
+"""The report of the rank for which all others wait: MPI does not tell, but a rank that waits knows that it does.
 
-A thread of each rank tells rank 0 and rank 1 once a second that the rank waits, on a communicator of its own. All others wait
-for whoever does not tell. Rank 0 says so; rank 1 does where rank 0 is waited for. A wait costs a reading of the clock.
+A thread on each rank that waits sends a message to ranks 0 and 1 every second, on a communicator of its own. The ranks that
+send no message are those that the others wait for. Rank 0 reports them; rank 1 does if rank 0 is one of them. A wait itself
+costs one reading of the clock.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ import numpy as np
 
 from mpips.process.lifecycle import emit
 
-PERIOD = 1.0  # seconds between two looks; who waits for less does not tell
-FRESH = 2.5 * PERIOD  # seconds for which it counts that a rank has told
-LATE, AGAIN = 10.0, 60.0  # seconds until it is said who is waited for, and again
-UNUSUAL = 3  # times the longest wait that is behind
-SAYS = (0, 1)  # the ranks that are told
+PERIOD = 1.0  # seconds between two messages; shorter waits are not reported
+FRESH = 2.5 * PERIOD  # seconds for which a message counts
+LATE, AGAIN = 10.0, 60.0  # seconds until the first report, and until the next one
+UNUSUAL = 3  # a wait is reported if it is so many times longer than the longest one so far
+SAYS = (0, 1)  # the ranks that receive the messages and report
 
 
 class Waits:
-    """This rank's waits: a context that it enters for the time of each."""
+    """This rank's waits: a context that the rank enters for the time of each wait."""
 
     def __init__(self) -> None:
-        self._begun = 0.0  # of the present wait; 0 while there is none
+        self._begun = 0.0  # when the present wait began; 0 if there is none
 
     def __enter__(self) -> None:
         self._begun = time.perf_counter()
@@ -34,16 +35,16 @@ class Waits:
         self._begun = 0.0
 
     def seconds(self) -> float:
-        """How long this rank has waited by now; 0 if it does not wait."""
+        """Return how long the present wait has lasted; 0 if this rank does not wait."""
         begun = self._begun
         return time.perf_counter() - begun if begun else 0.0
 
 
 class Told:
-    """What one of `SAYS` has been told, and the line that follows from it.
+    """The messages that a rank in `SAYS` has received, and the report that follows from them.
 
     Args:
-        rank, size: this rank, and how many there are.
+        rank, size: this rank, and the number of ranks.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -52,11 +53,11 @@ class Told:
         self._longest, self._stall, self._due = 0.0, 0.0, LATE
 
     def hear(self, rank: int, waited: float, now: float) -> None:
-        """A rank tells at `now` that it has waited for so many seconds."""
+        """Note that `rank` has waited for `waited` seconds at the time `now`."""
         self._told[rank] = waited, now
 
     def line(self, now: float) -> str:
-        """Whom all others have waited for, if that is unusually long and has not just been said; else an empty string."""
+        """Return the report of the ranks that all others wait for; an empty string if it is not due."""
         waiting = {rank: waited for rank, (waited, told) in self._told.items() if now - told < FRESH}
         missing = [rank for rank in range(self._size) if rank not in waiting]
         if not waiting or not missing:
@@ -74,12 +75,12 @@ class Told:
 
 
 class Watch:
-    """The thread that tells and says; from when it is made until `stop`.
+    """The thread that sends this rank's messages and prints the reports, from its creation until `stop`.
 
     Args:
-        mpi: the module mpi4py.MPI, in which several threads may call at a time.
-        comm: a communicator that nobody else uses.
-        waits: this rank's.
+        mpi: the module mpi4py.MPI, initialised for calls from several threads.
+        comm: an MPI communicator that nobody else uses.
+        waits: this rank's waits.
     """
 
     def __init__(self, mpi: Any, comm: Any, waits: Waits) -> None:
@@ -92,7 +93,7 @@ class Watch:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread: after this it makes no call of MPI."""
+        """End the thread, which makes no call of MPI after that."""
         self._ended.set()
         self._thread.join()
 
@@ -109,7 +110,9 @@ class Watch:
     def _tell(self, waited: float) -> None:
         if self._comm.rank in SAYS:
             self._told.hear(self._comm.rank, waited, time.perf_counter())
-        if all(sent is None or sent.Test() for sent in self._sent.values()):  # else whom it tells does not listen
+        if all(
+            sent is None or sent.Test() for sent in self._sent.values()
+        ):  # else the receiver has not taken the last message yet
             self._word[0] = waited
             self._sent = {rank: self._comm.Isend(self._word, rank) for rank in self._sent}
 

@@ -132,7 +132,7 @@ class Job:
 
     @property
     def hands(self) -> int:
-        """The ranks of a node that add and join, as in `MultiNodeGroup._by_hand`: all but the leader, unless it is alone."""
+        """The ranks of a node that add and join, as in `MultiNodeGroup._own_share`: all but the leader, unless it is alone."""
         return max(1, self.ranks - 1)
 
     @property

@@ -1,9 +1,9 @@
 """The seconds of a round, phase by phase.
 
-Between nodes the round is followed step by step as in `ReduceScatterGroup._travel`: while some steps travel, the ranks add the
-next one and join one that has arrived; whichever finishes first waits. A link carries steps one after another; only the last
-byte pays the latency. Within a node all ranks work at the same time, each with its share of the memory bandwidth. Data in a
-core's cache is free.
+Between nodes the round is followed step by step as in `ReduceScatterGroup._pipeline`: while some steps travel, the ranks add
+the next one and join one that has arrived; whichever finishes first waits. A link carries steps one after another; only the
+last byte pays the latency. Within a node all ranks work at the same time, each with its share of the memory bandwidth. Data in
+a core's cache is free.
 
 Not included: barriers within a node (some us each), the network card's memory traffic, other traffic on the links, late ranks.
 """
@@ -105,7 +105,7 @@ class Travel:
     def pipelined(self, latency: float, flight: int = FLIGHT) -> float:
         """Return the time until the last step is joined, with up to `flight` further steps under way while one is awaited.
 
-        This follows `ReduceScatterGroup._travel`.
+        This follows `ReduceScatterGroup._pipeline`.
         """
         now = free = 0.0
         there: list[float] = []

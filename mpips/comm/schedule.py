@@ -39,9 +39,7 @@ class Schedule(Generic[E]):
         self.ends = ends
         self.choose = random.Random(seed)
         self.broken: str | None = None
-        self._waits: dict[
-            int, tuple[str, Callable[[], bool]]
-        ] = {}  # rank -> the call in which it waits, and whether it may continue
+        self._waits: dict[int, tuple[str, Callable[[], bool]]] = {}  # rank -> its call, and whether it may continue
         self._alive: set[int] = set()
         self.calls = [0] * len(ends)
         self._kill: dict[int, int] = {}

@@ -56,10 +56,7 @@ class World(Schedule["SimulatedCommunicator"]):
         super().__init__([SimulatedCommunicator(self, rank, size) for rank in range(size)], seed)
         self.size, self.bucket, self.shares = size, bucket, shares
         self.nodes, self.devices = list(nodes) or [size], list(devices)
-        self.arrived_here, self.released = (
-            [0] * size,
-            [0] * len(self.nodes),
-        )  # the number of calls of `arrive` by rank, and of `release` by node
+        self.arrived_here, self.released = [0] * size, [0] * len(self.nodes)  # barriers passed, by rank and by node
         self.latency, self.bandwidth = latency, bandwidth
         self.time = [0.0] * size
         self.mail = Mailbox()

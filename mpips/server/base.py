@@ -1,6 +1,6 @@
-"""What both servers are: the model and its optimizer, validation, stopping, checkpoints, the report.
+"""The state and the decisions that both servers share: model, optimizer, validation, stopping, checkpoints, report.
 
-`Server` runs rounds on it, `ParameterServer` answers requests; neither knows of the other.
+`Server` runs rounds on it, `ParameterServer` answers requests. Neither knows of the other.
 """
 
 from __future__ import annotations
@@ -37,39 +37,40 @@ from mpips.server import contract
 from mpips.server.early_stopping import Patience
 from mpips.server.rank_state import RankState, pack_all, told_streams
 
-WAITING = 3.0  # seconds until it is said who waits for whom
+WAITING = 3.0  # seconds until a warning names the workers that wait for others
 
 
 class Service:
-    """The state of a server.
+    """The base class of both servers.
 
     Args:
         communicator: rank 0's end.
         model: the model to serve; its parameters are rank 0's copy of the weights.
-        optimizer: an optimizer of the model's parameters, or a function from a list of parameters to one. In modes with steps
-            of the workers' own it is theirs.
+        optimizer: an optimizer of the model's parameters, or a function from a list of parameters to one. In modes with local
+            steps it is the workers' optimizer.
         config: the settings.
-        folder: where checkpoints go; None writes none.
-        report: where metrics and events go.
+        folder: the folder for checkpoints; None writes none.
+        report: receives metrics and events.
         validation_data: makes the validation data, called on the server alone.
         validate: measures the model on the server at the end of each epoch; called as the `measure` of `validate` is.
-        follows: whether the workers tell their optimizer's hyperparameters with each push, and the server's takes them.
+        follows: whether the workers push their optimizer's hyperparameters, and the server's optimizer takes these over.
 
     Attributes:
         mode: the row of MODES that this run is.
         replica: the model's flat buffers and messages.
-        optimizer: the server's own step.
-        transport: how the messages of a round move, from `broadcast_initial_weights` on.
-        inner: the workers' optimizer, where they take steps of their own: for its learning rate, and for a worker here.
-        fault: why no rank can go on, to be said with the next message to all; else "".
-        control: what is said to all ranks next.
-        place: the place in the data of a worker on this rank, else the epoch alone.
+        optimizer: the optimizer of the server's own step.
+        transport: moves the messages of a round; set by `broadcast_initial_weights`.
+        inner: the workers' optimizer in modes with local steps: for its learning rate, and for a worker on this rank. Else
+            None.
+        fault: why no rank can continue, broadcast with the next message to all ranks; else "".
+        control: what is broadcast to all ranks next.
+        place: the place of this rank's worker in the data; without one, only its epoch has a meaning.
         signalled: set to write a checkpoint and end the run at the next round.
         stop_asked: set to end the run with the next message to all ranks.
-        states: the ranks' packed states of a resumed run, else empty.
-        worker_state: what a worker on this rank has to add to a checkpoint.
-        validation_data: what `load_validation_data` loaded.
-        performances: rank -> its messages and bytes, after `receive_performances_from_nodes`.
+        states: the ranks' packed states of a resumed run; else empty.
+        worker_state: returns the state of a worker on this rank, for a checkpoint; None without one.
+        validation_data: the data that `load_validation_data` has loaded.
+        performances: rank -> its numbers of messages and bytes, set by `receive_performances_from_nodes`.
     """
 
     def __init__(
@@ -94,8 +95,8 @@ class Service:
         self.first = 0 if self.trains else 1  # rank of the first worker
         self.workers = communicator.size - self.first
         self.control = Control()
-        self.patience: dict[str, Patience] = {}  # by the name of what is validated, the first one first
-        self.values: dict[str, float] = {}  # the last of each
+        self.patience: dict[str, Patience] = {}  # by the value's name, in the order of the first validations
+        self.values: dict[str, float] = {}  # name -> the last value
         self.place = Place()
         self.worker_state: Callable[[], RankState] | None = None
         self.validation_data: Any = None
@@ -103,9 +104,9 @@ class Service:
         self.last_checkpoint: Path | None = None
         self.signalled = self.stop_asked = False
         self._given, self._make_data, self._measure, self._follows = optimizer, validation_data, validate, follows
-        self._waiting: tuple[dict[int, Call], float] = {}, 0.0  # who waits in what, and since when
-        self.digest = ""  # of the contract
-        self._seen = b""  # of the hyperparameters that were followed last
+        self._waiting: tuple[dict[int, Call], float] = {}, 0.0  # rank -> the call that it waits in, and since when
+        self.digest = ""  # the contract's SHA-256
+        self._seen = b""  # the hyperparameters that were taken over last
         self.fault = ""
         self.states = b""
         self.kept: dict[str, Any] = {}
@@ -113,14 +114,14 @@ class Service:
         self.optimizer: FlatOptimizer
         self.transport: Transport
         self._columns = COLUMNS + self.config.metrics
-        self._averaged = [LOSS, *range(len(COLUMNS), len(self._columns))]  # over samples: loss and metrics
+        self._averaged = [LOSS, *range(len(COLUMNS), len(self._columns))]  # columns that are sums over samples
         self._last = communicator.clock()
 
     def create_model(self) -> None:
-        """Lay the model out flat and make the master weights, the optimizers and the scheduler."""
+        """Lay the model out flat; create the master weights and the optimizers."""
         given = made(self._given, self.model)
         rows = 1 if self.mode.requests else self.communicator.size
-        self._numbers = hyper.read(given)  # with which the run began
+        self._numbers = hyper.read(given)  # the hyperparameters at the start of the run
         numbers = len(self._numbers) if self._follows else 0
         self._terms = hyper.terms(given) if self._follows else []
         self.replica = replicate(self.model, self.config, rows, self.communicator.allocate, self.mode.vectors, numbers)
@@ -131,11 +132,11 @@ class Service:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the script's optimizer, as its workers said it last."""
+        """The learning rate of the script's optimizer, as the workers last pushed it."""
         return (self.inner or self.optimizer).lr
 
     def check_requires_grad(self) -> None:
-        """Take note of which parameters are trained: only these travel after the first Bcast."""
+        """Report which parameters are trained: only these travel after the initial broadcast."""
         flat = self.replica.flat
         trained = sum(slot.numel for slot in flat.slots)
         frozen = sum(p.numel() for p in flat.frozen.values())
@@ -147,7 +148,11 @@ class Service:
             self.validation_data = self._make_data()
 
     def broadcast_initial_weights(self) -> None:
-        """Agree with all ranks on the contract, then give them the weights and, if resumed, their own states."""
+        """Agree with all ranks on the contract, then broadcast the weights and, in a resumed run, the ranks' states.
+
+        Raises:
+            ContractError: the ranks do not agree.
+        """
         if not hasattr(self, "replica"):
             self.create_model()
         self.replica.pull.control = self.control
@@ -160,10 +165,10 @@ class Service:
         if not self.trains:
             told_streams(self.communicator, rng.capture())
         if self.communicator.size > 1 and not self.mode.requests:
-            self._say_plan()
+            self._report_plan()
         self._last = self.communicator.clock()
 
-    def _say_plan(self) -> None:
+    def _report_plan(self) -> None:
         plan, how = self.transport.plan, self.transport.how
         self.report.event("plan", plan=plan, communicator=how)
         self.report.line(f"plan: {plan}, by {how}", always=True)
@@ -173,7 +178,7 @@ class Service:
             )
 
     def take(self, decision: Decision) -> None:
-        """Take one server update with what is combined in the push message."""
+        """Take one server update with the combined contribution in the push message."""
         push, pull = self.replica.push, self.replica.pull
         if self.inner and self.optimizer.torch:
             for group in self.optimizer.torch.param_groups:
@@ -186,17 +191,19 @@ class Service:
         self.control.version += 1
 
     def combine_buffers(self) -> None:
-        """The model's buffers are what came of all workers'."""
+        """Replace the model's buffers by the combination of all workers' buffers."""
         push = self.replica.push
         self.replica.buffers.combine(push.floats, push.heard.limbs, self.replica.pull.buffers)
 
     def follow(self, rows: Sequence[Sequence[float]], limbs: Any, stepping: Sequence[int]) -> None:
-        """Take over the hyperparameters that the workers tell, where they are others than before.
+        """Take over the workers' hyperparameters if they have changed, and compare the workers' data.
+
+        Sets `fault` if the workers disagree.
 
         Args:
             rows: the workers' rows of the tail.
-            limbs: `(workers, width)`, an array: their numbers.
-            stepping: which of the workers contribute.
+            limbs: array of shape `(workers, width)`, their hyperparameters in limbs.
+            stepping: the indices of the workers that contribute.
         """
         if not stepping:
             return
@@ -204,20 +211,20 @@ class Service:
             self._compare_digests(digests)
         if not self._follows:
             return
-        told = limbs if len(stepping) == len(limbs) else limbs[stepping]
-        if self.mode.local:  # each worker's are its own
-            told = told[:1]
-        seen, self._seen = self._seen, told.tobytes()
+        pushed = limbs if len(stepping) == len(limbs) else limbs[stepping]
+        if self.mode.local:  # each worker has its own; the first one's are taken
+            pushed = pushed[:1]
+        seen, self._seen = self._seen, pushed.tobytes()
         if seen == self._seen:
             return
         optimizer = (self.inner or self.optimizer).torch
-        if (told != told[0]).any():
-            self._name_who_differs(optimizer, limbs, stepping)
+        if (pushed != pushed[0]).any():
+            self._report_difference(optimizer, limbs, stepping)
             return
-        hyper.write(optimizer, hyper.decode(told[0]))
+        hyper.write(optimizer, hyper.decode(pushed[0]))
 
     def _compare_digests(self, rows: Mapping[int, Sequence[float]]) -> None:
-        """Workers at the same batch of the same loop have the same data and order."""
+        """Compare the data digests of workers at the same batch of the same loop; set `fault` if they differ."""
         seen: dict[tuple[float, float], dict[int, float]] = {}
         for k, row in rows.items():
             seen.setdefault((row[BEGUN], row[DRAWN]), {})[k] = row[DIGEST]
@@ -225,7 +232,7 @@ class Service:
             if len(set(digests.values())) > 1:
                 self.fault = self._other_data(digests)
 
-    def _name_who_differs(self, optimizer: Optimizer, limbs: Any, stepping: Sequence[int]) -> None:
+    def _report_difference(self, optimizer: Optimizer, limbs: Any, stepping: Sequence[int]) -> None:
         one = stepping[0]
         other = next(k for k in stepping if (limbs[k] != limbs[one]).any())
         at = int((limbs[other] != limbs[one]).nonzero()[0][0]) // hyper.LIMBS
@@ -236,7 +243,11 @@ class Service:
         )
 
     def handle_nonfinite(self, bad: dict[int, int]) -> None:
-        """Updates that are not finite, rank -> slot: end the run, or only take note."""
+        """Report an update that is not finite, and end the run if `nonfinite` is "raise".
+
+        Args:
+            bad: rank -> the index of its first tensor that is not finite.
+        """
         rank, slot = next(iter(bad.items()))
         if self.config.nonfinite == "raise":
             self.control.culprit, self.control.slot = rank, slot
@@ -244,22 +255,26 @@ class Service:
         self.report.event("warning", message=f"rank {rank}: NaN or Inf in the gradient of {name}", round=self.control.round)
 
     def obey_ranks(self, rows: Mapping[int, Mapping[str, float]]) -> None:
-        """A rank that was told to end, has left, or asks to stop, ends the run for all in this round."""
+        """End the run for all ranks in this round if a rank was signalled to end, has left its loop or asks to stop.
+
+        Args:
+            rows: rank -> its row of the tail, by column.
+        """
         if self.control.stop == Stop.PREEMPTED:
             return
-        told = [rank for rank, row in rows.items() if row["signal"]] + [0] * self.signalled
+        signalled = [rank for rank, row in rows.items() if row["signal"]] + [0] * self.signalled
         left = [rank for rank, row in rows.items() if row["stop"] == 2]
         asked = [rank for rank, row in rows.items() if row["stop"] == 1] + [0] * self.stop_asked
         gone = Stop.ENDED if len(left) == self.workers else Stop.LEFT
         if gone == Stop.LEFT and not any(row["weight"] > 0 for row in rows.values()):
-            left = []  # the others do not train any more either: they may only be slower in coming to their end
-        for stop, ranks in ((Stop.PREEMPTED, told), (gone, left), (Stop.REQUESTED, asked)):
+            left = []  # no other worker trains any more: they may merely reach their end later
+        for stop, ranks in ((Stop.PREEMPTED, signalled), (gone, left), (Stop.REQUESTED, asked)):
             if ranks and (stop == Stop.PREEMPTED or not self.control.stop):
                 self.end(stop, ranks)
                 return
 
     def end(self, why: Stop, ranks: list[int]) -> None:
-        """End the run, as these ranks would have it."""
+        """End the run for the reason `why`, at the request of `ranks`."""
         self.control.stop = why
         self.report.stopped(why.name.lower(), int(self.control.round), ranks)
 
@@ -274,40 +289,54 @@ class Service:
         )
 
     def send_stop_signal(self) -> None:
-        """Tell all ranks, between rounds, what the control says: whether to stop."""
+        """Broadcast the control between rounds, with the request to stop if there is one."""
         if self.stop_asked and not self.control.stop:
             self.end(Stop.REQUESTED, [0])
         self.transport.tell(self.control)
 
     def agree_on_call(self, rows: Mapping[int, Mapping[str, float]]) -> Call:
-        """What all workers wait in, by rank, those apart that are at the end of their script; a fault if it differs."""
+        """Return the call that all workers wait in, apart from workers at the end of their script.
+
+        Sets `fault` and returns NONE if the workers wait in different calls.
+
+        Args:
+            rows: rank -> its row of the tail, by column.
+        """
         calls = {rank: Call(int(row["call"])) for rank, row in rows.items()}
         present = {call for call in calls.values() if call != Call.LEAVE}
-        if present == {Call.AVERAGE, Call.LOOP}:  # who has no batch left has no part in it
+        if present == {Call.AVERAGE, Call.LOOP}:  # a worker without batches has no part in the average
             return Call.AVERAGE
-        measures = calls.get(self.first) != Call.LEAVE or self._measure is not None  # whoever does, is there
+        measures = calls.get(self.first) != Call.LEAVE or self._measure is not None  # whether the rank that measures takes part
         if len(present) > 1 or (Call.VALIDATE in present and not measures):
-            self.fault = self._apart(calls)
+            self.fault = self._different_calls(calls)
             return Call.NONE
         return present.pop() if present else Call.LEAVE
 
     def find_apart(self, rows: Mapping[int, Mapping[str, float]]) -> None:
-        """A fault if a worker waits in a call while another has begun a later loop, and so has passed it."""
+        """Set `fault` if a worker waits in a call that another worker can no longer make.
+
+        Args:
+            rows: rank -> its row of the tail, by column.
+        """
         for row in rows.values():
             call = Call(int(row["call"]))
             if call in (Call.NONE, Call.LOOP, Call.LEAVE, Call.STATE):
                 continue
             if any(self._has_passed(call, row, other) for other in rows.values() if not other["call"]):
-                self.fault = self._apart({rank: Call(int(other["call"])) for rank, other in rows.items()})
+                self.fault = self._different_calls({rank: Call(int(other["call"])) for rank, other in rows.items()})
                 return
 
     @staticmethod
     def _has_passed(call: Call, row: Mapping[str, float], other: Mapping[str, float]) -> bool:
-        """Whether a worker that steps, with the row `other`, can no longer make the call that another waits in."""
+        """Return whether a worker that steps, with the row `other`, can no longer make the call that another waits in."""
         return other["begun"] > row["begun"] or (call == Call.AVERAGE and other["weight"] > 0)
 
     def name_waiting(self, rows: Mapping[int, Mapping[str, float]]) -> None:
-        """Say once who waits for whom; it is no fault where workers take different numbers of steps."""
+        """Warn once, after WAITING seconds, which workers wait for which; workers may take different numbers of steps.
+
+        Args:
+            rows: rank -> its row of the tail, by column.
+        """
         calls = {rank: Call(int(row["call"])) for rank, row in rows.items()}
         free = (Call.NONE, Call.LOOP, Call.LEAVE, Call.STATE)
         waiting: dict[int, Call] = {rank: call for rank, call in calls.items() if call not in free}
@@ -316,9 +345,9 @@ class Service:
             self._waiting = waiting, now
         elif waiting and now - self._waiting[1] > WAITING:
             self._waiting = waiting, math.inf
-            said = f"{self._where(calls)}; who waits goes on when all workers make that call"
-            self.report.event("warning", message=said)
-            self.report.line(said, always=True)
+            message = f"{self._where(calls)}; who waits goes on when all workers make that call"
+            self.report.event("warning", message=message)
+            self.report.line(message, always=True)
 
     def _where(self, calls: Mapping[int, Call]) -> str:
         where: dict[Call, list[str]] = {}
@@ -326,12 +355,12 @@ class Service:
             where.setdefault(call, []).append(f"{rank - self.first} (rank {rank})")
         return "; ".join(f"worker{'s' * (len(who) > 1)} {', '.join(who)} at {call.text}" for call, who in where.items())
 
-    def _apart(self, calls: Mapping[int, Call]) -> str:
+    def _different_calls(self, calls: Mapping[int, Call]) -> str:
         there = self._where(calls)
         return f"the workers do not make the same calls: {there}. Every worker must make each of these calls, in the same order"
 
     def complain(self) -> None:
-        """Say to all ranks, which listen, why none can go on.
+        """Broadcast `fault` to all ranks, which expect it.
 
         Raises:
             CallError: always.
@@ -339,7 +368,7 @@ class Service:
         raise CallError(broadcast_bytes(self.communicator, self.fault.encode()).decode())
 
     def take_part(self) -> bool:
-        """Do what all workers have called for; whether they have all left."""
+        """Carry out the call that all workers have made; return whether they have all left."""
         call = Call(int(self.control.call))
         if call == Call.AVERAGE:
             self.average()
@@ -348,26 +377,37 @@ class Service:
         return call == Call.LEAVE
 
     def average(self) -> None:
-        """Bring the workers' gradients together and give every rank what comes of it, without a step."""
+        """Combine the workers' gradients, without a step, and give every rank the result.
+
+        Raises:
+            CallError: this server has no rounds.
+        """
         raise CallError("gradients are averaged in modes with rounds only")
 
     def exchange_call(self, given: bytes) -> dict[str, Any]:
-        """Hear what every rank has to say to the call, and tell all what comes of it; `given` is what this rank says."""
+        """Gather the arguments of a call from all ranks, and broadcast the reply.
+
+        Args:
+            given: this rank's arguments, as JSON; empty if it has none.
+
+        Returns:
+            The reply.
+        """
         reply: dict[str, Any] = json.loads(
             broadcast_bytes(self.communicator, self.answer(self.communicator.gather_bytes(given)))
         )
         return reply
 
     def carry_out(self, reply: Mapping[str, Any]) -> None:
-        """Do what the reply to all ranks says."""
+        """Write the checkpoint and the results that the reply to a call demands."""
         if reply["save"]:
             self.save_model()
         if reply["finish"]:
             self.write_results(self.report.values)
-            broadcast_bytes(self.communicator, b"")  # no worker goes on before DONE is there
+            broadcast_bytes(self.communicator, b"")  # no worker continues before DONE is written
 
     def tell_state(self) -> dict[str, Any]:
-        """Put the optimizer's state together, and tell it to all ranks, one of which has asked.
+        """Put the optimizer's state together from all ranks' slices, and broadcast it.
 
         Returns:
             As `FlatOptimizer.state_dict`.
@@ -378,29 +418,33 @@ class Service:
         return tree
 
     def answer(self, blobs: Sequence[bytes]) -> bytes:
-        """What all workers called for has come, by rank: do the server's part of it, and say what comes of it."""
-        said = [json.loads(blob) for blob in blobs if blob]
+        """Do the server's part of the call that all workers have made, and return the reply as JSON.
+
+        Args:
+            blobs: each rank's arguments, as JSON, by rank.
+        """
+        arguments = [json.loads(blob) for blob in blobs if blob]
         call = Call(int(self.control.call))
         left = self.control.stop == Stop.LEFT
         reply: dict[str, Any] = {"save": call == Call.SAVE, "finish": call == Call.FINISH and not left}
-        if call == Call.LEAVE:  # what came after the last epoch, or without any, is neither saved nor told
-            reply["save"] = not all(words["ended"] for words in said)
+        if call == Call.LEAVE:  # steps after the last epoch, or without epochs, are not saved yet
+            reply["save"] = not all(one["ended"] for one in arguments)
             reply["finish"] = reply["save"] and not left
-            self._spare_weights(said, reply)
+            self._spare_weights(arguments, reply)
         if call in (Call.BEGIN, Call.MEET):
-            reply["told"] = next((words["told"] for words in said if words.get("told")), "")
+            reply["told"] = next((one["told"] for one in arguments if one.get("told")), "")
         if call == Call.VALIDATE:
-            name = next(words["name"] for words in said if words)
-            given = next((words["values"] for words in said if words.get("values")), None) or self.measure(name)
+            name = next(one["name"] for one in arguments if one)
+            given = next((one["values"] for one in arguments if one.get("values")), None) or self.measure(name)
             self.take_values(given)
             reply |= {"told": list(given), "several": list(given) != [name]}
         elif call == Call.EPOCH:
-            self._end_epoch(next(words for words in said if words), reply)
+            self._end_epoch(next(one for one in arguments if one), reply)
         return json.dumps(reply | {"values": self.values, "stop": int(self.control.stop)}).encode()
 
-    def _spare_weights(self, said: Sequence[Mapping[str, Any]], reply: dict[str, Any]) -> None:
-        """Save no weights that a script has put in the place of the trained ones after the last round, as the best before."""
-        moved = next((words["moved"] for words in said if words["moved"]), "")
+    def _spare_weights(self, arguments: Sequence[Mapping[str, Any]], reply: dict[str, Any]) -> None:
+        """Cancel the checkpoint at the end of the script if that has changed the weights in place after the last round."""
+        moved = next((one["moved"] for one in arguments if one["moved"]), "")
         if reply["save"] and moved and self.replica.push.shared:
             reply["save"] = False
             self.report.event(
@@ -409,20 +453,23 @@ class Service:
                 f"ps.save() before",
             )
 
-    def _end_epoch(self, words: Mapping[str, Any], reply: dict[str, Any]) -> None:
-        if not words["cut"]:
-            if not self.trains:  # else the place is the worker's here, who is there already
+    def _end_epoch(self, given: Mapping[str, Any], reply: dict[str, Any]) -> None:
+        if not given["cut"]:
+            if not self.trains:  # else it is the place of the worker on this rank, which has advanced it already
                 self.place.next_epoch()
             if self._measure:
                 self.take_values(self.measure("validation"), epoch=self.place.epoch - 1)
         every, done = self.config.checkpoint.epochs, self.place.epoch
-        reply["save"] = bool(self.control.stop or done >= words["count"] or (every and done % every == 0))
+        reply["save"] = bool(self.control.stop or done >= given["count"] or (every and done % every == 0))
 
     def measure(self, name: str) -> dict[str, float]:
-        """Measure the model here, with what `connect` was given for that.
+        """Measure the model on this rank, by the function that `connect` was given.
+
+        Returns:
+            The measured values by name; `name` is the name of a single one.
 
         Raises:
-            CallError: it was given nothing.
+            CallError: `connect` was given no function.
         """
         if self._measure is None:
             raise CallError(
@@ -433,7 +480,12 @@ class Service:
         return measured(self.model, self._measure, self.validation_data, name)
 
     def take_values(self, values: Mapping[str, float], epoch: int | None = None) -> None:
-        """Take note of validated values, of the epoch in progress if no other is said, and decide whether to stop."""
+        """Record validation values, and decide whether to stop.
+
+        Args:
+            values: the values by name.
+            epoch: the epoch that they belong to; by default the one in progress.
+        """
         epoch = self.place.epoch if epoch is None else epoch
         for name, value in values.items():
             self.values[name] = value
@@ -441,11 +493,14 @@ class Service:
             self.report.validated(epoch, int(self.control.round), value, self.patience[name].best, name)
 
     def validate(self, measure: Callable[..., Any], name: str = "validation") -> float:
-        """Measure the model on this rank and decide whether to stop.
+        """Measure the model on this rank, and decide whether to stop.
 
         Args:
-            measure: called with the validation data, if there are any, else without arguments; in eval mode, without grad.
-            name: what the value is, for people.
+            measure: called with the validation data if there are any, else without arguments; in eval mode and without grad.
+            name: the name of the value.
+
+        Returns:
+            The value; of several, the first.
         """
         self.load_validation_data()
         values = measured(self.model, measure, self.validation_data, name)
@@ -453,11 +508,16 @@ class Service:
         return next(iter(values.values()))
 
     def check_improvement(self, accuracy: float, name: str = "validation") -> bool:
-        """Take note of a validation's value.
+        """Record a validation value.
+
+        Args:
+            accuracy: the value.
+            name: the value's name.
 
         Returns:
             True to stop: the target is reached, or there was no gain for `early_stopping.patience` validations. False to
-            go on, and for a value of another name than that which `early_stopping.monitor` says, or which was validated first.
+                continue,
+            and for values other than the one that `early_stopping.monitor` names, by default the first one validated.
         """
         verdict = self.patience.setdefault(name, Patience()).judge(accuracy, self.config.early_stopping)
         if name != (self.config.early_stopping.monitor or next(iter(self.patience))):
@@ -467,18 +527,21 @@ class Service:
         return verdict != Stop.NO
 
     def get_queue(self) -> Communicator:
-        """Where the server receives: its communicator."""
+        """Return the communicator, from which the server receives."""
         return self.communicator
 
     def get_server_iterations(self) -> int:
-        """Rounds done so far."""
+        """Return the number of rounds done."""
         return int(self.control.round)
 
     def save_model(self, wandb_run: Any = None) -> Path | None:
-        """Write a checkpoint together with all ranks, which give their own states.
+        """Write a checkpoint; all ranks take part and send their states.
 
         Args:
-            wandb_run: anything with `save(path)`, such as a Weights & Biases run; it is given the file.
+            wandb_run: an object with `save(path)`, such as a Weights & Biases run; it is passed the file's path.
+
+        Returns:
+            The file's path; None without a folder.
         """
         begun = time.perf_counter()
         own = self.worker_state() if self.worker_state else RankState(-1, self.place, rng.capture())
@@ -486,7 +549,7 @@ class Service:
         if self.folder is None:
             return None
         states = [RankState.unpack(blob) for blob in blobs]
-        self.report.flush(lasting=True)  # the checkpoint counts its rows
+        self.report.flush(lasting=True)  # the checkpoint holds the number of its rows
         self.folder.mkdir(parents=True, exist_ok=True)
         path = checkpoint.save(self.folder, int(self.control.round), self.state_dict(states), self.config.checkpoint.keep)
         self.last_checkpoint = path
@@ -497,7 +560,11 @@ class Service:
         return path
 
     def state_dict(self, states: list[RankState]) -> dict[str, Any]:
-        """Everything a run needs to go on, as nested dicts."""
+        """Return everything that a run needs to continue, as nested dicts.
+
+        Args:
+            states: the ranks' states, by rank.
+        """
         return self._tree(self.transport.optimizer_state([state.slices for state in states]), states)
 
     def _tree(self, optimizer: dict[str, Any], states: list[RankState]) -> dict[str, Any]:
@@ -530,12 +597,17 @@ class Service:
         }
 
     def own_tree(self) -> dict[str, Any]:
-        """What this kind of server has to add to a checkpoint: what travels back beside the weights."""
+        """Return what this kind of server adds to a checkpoint."""
         second = self.replica.pull.second
         return {} if second is None else {"second": dict(self.replica.flat.named(second))}
 
     def put_own(self, tree: dict[str, Any], states: Sequence[RankState]) -> None:
-        """Take back what `own_tree` gave, when the ranks had these states."""
+        """Restore what `own_tree` returned.
+
+        Args:
+            tree: what it returned.
+            states: the ranks' states in the same checkpoint.
+        """
         if (second := self.replica.pull.second) is not None:
             ours = dict(self.replica.flat.named(second))
             snapshot.check_same("seconds", ours, tree["second"])
@@ -543,13 +615,11 @@ class Service:
                 view.copy_(tree["second"][name])
 
     def resume(self, path: Path, count: int = 1) -> None:
-        """Go on from a checkpoint, before the initial weights are broadcast.
-
-        The model has been created.
+        """Restore a checkpoint; called after `create_model` and before `broadcast_initial_weights`.
 
         Args:
             path: the checkpoint.
-            count: this run's number among those of its script, from 1.
+            count: this run's number among the runs of its script, from 1.
 
         Raises:
             CheckpointError: the file is damaged or not a checkpoint.
@@ -573,9 +643,9 @@ class Service:
         self.last_checkpoint = path
 
     def _put(self, tree: dict[str, Any], path: Path) -> None:
-        """Take up what `state_dict` gave, which was saved at `path`."""
+        """Restore what `state_dict` returned, which was saved at `path`."""
         for name in self._tree(self.optimizer.state_dict(), []):
-            tree[name]  # also those that are there for people
+            tree[name]  # KeyError for each missing entry, even for those that are not read
         saved = tree["mode"]["name"]
         if saved != self.config.mode and (self.mode.local or tree["inner"]):
             raise snapshot.SnapshotError(
@@ -584,7 +654,7 @@ class Service:
         states = [RankState.from_tree(tree["ranks"][str(rank)]) for rank in range(tree["world"]["size"])]
         snapshot.put_model(tree, self.replica)
         self.optimizer.load_state_dict(tree)
-        self._say_what_changed(tree["given"].tolist())
+        self._warn_of_changes(tree["given"].tolist())
         if self.inner:
             self.inner.load_state_dict(tree["inner"])
         if tree["rule"]["name"] == self.config.rule:
@@ -597,7 +667,7 @@ class Service:
             self.values[name], self.patience[name] = value, Patience(best, waited)
         self.kept = tree["kept"]
         self.states = pack_all(states)
-        first, taken = states[-1].place, max(state.place.taken for state in states)  # the last is a worker's
+        first, taken = states[-1].place, max(state.place.taken for state in states)  # the last rank is always a worker
         self.place = Place(first.epoch, first.loop, taken, first.over, validations=first.validations, inside=first.inside)
         rng.restore(states[0].streams)
         self.control = Control(int(tree["round"]), int(tree["version"]), active=self.workers, lr=self.lr)
@@ -605,7 +675,7 @@ class Service:
         self.report.restore(metrics, validations, path.parent.parent)
 
     def _check_run(self, path: Path, run: str, count: int) -> None:
-        """The checkpoint is of the same one of its script's runs, and in the run's own folder of that run itself."""
+        """Raise SnapshotError if the checkpoint is of another run of its script, or of another run in this run's folder."""
         if number(run) != count:
             raise snapshot.SnapshotError(
                 f"of its script's run number {number(run)}, this is number {count}; expected --mpips.resume auto, by which "
@@ -620,8 +690,8 @@ class Service:
                 f"new folder for what goes on from it"
             )
 
-    def _say_what_changed(self, before: list[float]) -> None:
-        """Say where the script gives its optimizer other numbers than the run began with: those of the checkpoint count."""
+    def _warn_of_changes(self, before: list[float]) -> None:
+        """Warn of hyperparameters that the script now gives other values than at the start: the checkpoint's are used."""
         optimizer = (self.inner or self.optimizer).torch
         for name, old, new in zip(hyper.names(optimizer), before, self._numbers, strict=False):
             if old != new and old == old:
@@ -631,10 +701,10 @@ class Service:
         self._numbers = before
 
     def receive_performances_from_nodes(self) -> tuple[int, int]:
-        """Every rank's traffic, once, at the end of the run.
+        """Gather every rank's traffic into `performances`, once, at the end of the run.
 
         Returns:
-            Calls made and bytes handed over, summed over the ranks; `performances` has them by rank.
+            The number of calls and the number of bytes, summed over the ranks.
         """
         blobs = self.communicator.gather_bytes(json.dumps(self.communicator.traffic).encode())
         self.performances = {rank: json.loads(blob) for rank, blob in enumerate(blobs)}
@@ -645,7 +715,11 @@ class Service:
         return totals[0], totals[1]
 
     def write_results(self, accuracy_validation: list[float]) -> None:
-        """Write the results of the run, the validations' values among them, into DONE."""
+        """Write the results of the run to the file DONE.
+
+        Args:
+            accuracy_validation: the validations' values.
+        """
         messages, moved = self.receive_performances_from_nodes()
         value = accuracy_validation[-1] if accuracy_validation else None
         self.report.done(
@@ -666,27 +740,27 @@ class Service:
         )
 
     def summary(self) -> dict[str, Any]:
-        """What this kind of server has to say of the run at its end."""
+        """Return what this kind of server adds to the results of the run."""
         return {}
 
 
 def measured(model: nn.Module, measure: Callable[..., Any], data: Any, name: str) -> dict[str, float]:
-    """What `measure` says of the model, in eval mode and without grad: numbers by name.
+    """Return what `measure` returns for the model, in eval mode and without grad, as numbers by name.
 
     Args:
-        model: the model; each module is in its own mode again afterwards.
+        model: the model; each module's mode is restored afterwards.
         measure: called with `data`, or without arguments if that is None.
         data: the validation data.
-        name: of a single number; several come in a dict, by names of their own.
+        name: the name of a single number; several are returned as a dict by names of their own.
 
     Raises:
-        TypeError: it returned something else.
+        TypeError: `measure` returns something else than numbers.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     with torch.no_grad():
         value = measure() if data is None else measure(data)
-    for module, training in modes.items():  # one by one: a script may keep a frozen part in eval mode
+    for module, training in modes.items():  # one by one, as a script may keep a frozen module in eval mode
         module.training = training
     return {k: _number(v, k) for k, v in value.items()} if isinstance(value, Mapping) else {name: _number(value, name)}
 

@@ -1,6 +1,7 @@
-"""What all ranks must agree on before any gradient moves: MPI itself adds mismatched tensors without a word.
+"""The contract: what all ranks must agree on before any gradient moves, as MPI adds mismatched tensors without an error.
 
-Each rank writes the contract down, a line a tensor or setting. The digests are compared; only if they differ, the lines.
+Each rank writes the contract as text, one line for each tensor or setting. The ranks compare their digests, and the lines only
+if the digests differ.
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ from mpips.config import Config, cut
 from mpips.model.message import Replica
 
 PROTOCOL = 1
-MOST_RANKS = 4  # that a line names
+MOST_RANKS = 4  # the most ranks that an error names
 LOCAL = ("run_dir", "resume")  # settings that only the server acts on
 
 
 class ContractError(RuntimeError):
-    """Ranks that would corrupt each other's sums: names the rank and the first tensor or setting that differs."""
+    """Ranks that would corrupt each other's sums. The message names the rank and the first line that differs."""
 
 
 def write(config: Config, replica: Replica, optimizer: Sequence[str] = ()) -> list[str]:
-    """The contract of this rank.
+    """Return the lines of this rank's contract.
 
     Args:
-        config, replica: the settings, and the model.
-        optimizer: the lines about it, where its numbers travel; see `hyper.terms`.
+        config: the settings.
+        replica: the model.
+        optimizer: the lines about the optimizer, if its hyperparameters travel; see `hyper.terms`.
     """
     versions = {"mpips": mpips.__version__, "torch": torch.__version__, "numpy": np.__version__}
     versions |= {"python": ".".join(platform.python_version_tuple()[:2]), "byte order": sys.byteorder}
@@ -49,19 +51,19 @@ def write(config: Config, replica: Replica, optimizer: Sequence[str] = ()) -> li
 
 
 def shared_settings(config: Config) -> dict[str, str]:
-    """What must be alike on all ranks, as text."""
+    """Return the settings that must be equal on all ranks, as text by key."""
     return {key: repr(value) for key, value in config.settings().items() if key not in LOCAL}
 
 
 def agree_on_settings(communicator: Communicator, settings: Config | str) -> str:
-    """Compare the settings with all other ranks', before anything else is said on this communicator.
+    """Compare the settings of all ranks, in the first collective calls on this communicator.
 
     Args:
         communicator: this rank's end.
-        settings: this rank's, or the line in which it refuses them.
+        settings: this rank's settings, or the line by which it refuses them.
 
     Returns:
-        Why the run is refused, the same line on every rank; nothing if it is not.
+        Why the run is refused, the same line on every rank; an empty string if the settings agree.
     """
     given = settings if isinstance(settings, str) else shared_settings(settings)
     text = json.dumps(given).encode()
@@ -72,7 +74,7 @@ def agree_on_settings(communicator: Communicator, settings: Config | str) -> str
 
 
 def _refusal(given: list[str | dict[str, str]]) -> str:
-    """The first refusal, or the first setting that differs, and on which ranks."""
+    """Return the first refusal, or the first setting that differs, with the ranks."""
     for line in given:
         if isinstance(line, str):
             return f"{line}, {_ranks([rank for rank, other in enumerate(given) if other == line])}"
@@ -91,13 +93,19 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def begin(communicator: Communicator, replica: Replica, config: Config, optimizer: Sequence[str] = ()) -> str:
-    """Agree, then let every rank have the server's weights, trained and frozen, and buffers.
+    """Agree on the contract, then broadcast the server's weights, trained and frozen, and buffers.
+
+    Args:
+        communicator: this rank's end.
+        replica: the model, which receives the weights.
+        config: the settings.
+        optimizer: the contract's lines about the optimizer.
 
     Returns:
         The contract's SHA-256.
 
     Raises:
-        ContractError: on every rank, before anything has moved.
+        ContractError: on every rank, before any weights move.
     """
     digest = agree(communicator, write(config, replica, optimizer))
     for tensor in replica.everything:
@@ -108,10 +116,14 @@ def begin(communicator: Communicator, replica: Replica, config: Config, optimize
 
 
 def agree(communicator: Communicator, lines: list[str]) -> str:
-    """Compare the contract with all other ranks'.
+    """Compare the contracts of all ranks.
+
+    Args:
+        communicator: this rank's end.
+        lines: this rank's contract.
 
     Returns:
-        Its SHA-256.
+        The contract's SHA-256.
 
     Raises:
         ContractError: on every rank, with the same text.
@@ -126,7 +138,7 @@ def agree(communicator: Communicator, lines: list[str]) -> str:
 
 
 def _difference(contracts: list[list[str]]) -> str:
-    """The first line of rank 0 that another rank does not have, or the other way round."""
+    """Return an error that names the first line in which a rank differs from rank 0."""
     ours = contracts[SERVER]
     for rank, theirs in enumerate(contracts):
         for number in range(max(len(ours), len(theirs))):

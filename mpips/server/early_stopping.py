@@ -1,4 +1,4 @@
-"""When to stop early, judged by the server alone; its state is in the checkpoint."""
+"""Early stopping, decided by the server alone; its state is part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from mpips.model.message import Stop
 
 @dataclass
 class Patience:
-    """What the validations so far say.
+    """The best validation value so far, and the validations since.
 
     Attributes:
         best: the best value so far; NaN before the first.
-        waited: validations since the last gain.
+        waited: the number of validations since the last gain.
     """
 
     best: float = math.nan
     waited: int = 0
 
     def judge(self, value: float, rule: EarlyStopping) -> Stop:
-        """Take note of a validation; a NaN is no gain.
+        """Record a validation value; a NaN is no gain.
+
+        Args:
+            value: the value.
+            rule: the settings of early stopping.
 
         Returns:
-            Stop.NO to go on, else why to stop.
+            Stop.NO to continue, else the reason to stop.
         """
         sign = 1 if rule.mode == "max" else -1
         if (math.isnan(self.best) and not math.isnan(value)) or sign * (value - self.best) > rule.min_delta:

@@ -1,6 +1,6 @@
-"""What a rank alone knows and a checkpoint must hold: its random streams, its place in the data, its own buffers.
+"""The state that one rank alone has and a checkpoint must hold: its random streams, its place in the data, its own buffers.
 
-It travels as one blob of plain arrays; nothing is pickled.
+A state is sent as one blob of plain arrays, without pickle.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class RankState:
     """One rank's own state.
 
     Attributes:
-        index: the worker's number, -1 for a server that does not train.
+        index: the worker's number; -1 for a server that does not train.
         place: its place in the data.
         streams: its random streams.
-        buffers: its own buffers by name, where the policy is `local`.
-        gradients: gradients by name that it has accumulated and not yet pushed.
-        own: what else the mode's update remembers: the worker's optimizer, clients' states.
+        buffers: its own buffers by name, if the setting `buffers` is "local".
+        gradients: the gradients by name that it has accumulated and not yet pushed.
+        own: the state of the mode's update, such as the worker's optimizer or its clients' states.
         orders: the random streams that orders of data are drawn from.
-        frozen: parameters that are not trained, by name, where the script has changed them itself; of worker 0.
-        kept: what the script keeps in the checkpoint by `ps.keep`, of worker 0.
-        slices: the server's optimizer's state of the slices that it serves, on its way to the server, which puts it together.
+        frozen: of worker 0, the frozen parameters by name that the script has changed itself.
+        kept: of worker 0, what the script keeps in the checkpoint by `ps.keep`.
+        slices: the server's optimizer's state for the slices that this rank serves; the server puts all ranks' slices together.
     """
 
     index: int
@@ -55,12 +55,12 @@ class RankState:
 
     @property
     def ahead(self) -> dict[str, Any]:
-        """What this worker had computed beside its last push; see `Client.state`."""
+        """The part of `own` that this worker has computed since its last push; see `Client.state`."""
         found: dict[str, Any] = self.own.get("ahead", {})
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """As nested dicts of scalars, lists and tensors, for a checkpoint."""
+        """Return the state as nested dicts of scalars, lists and tensors, for a checkpoint."""
         return {
             "index": self.index,
             "place": {**vars(self.place), "cuts": list(self.place.cuts)},
@@ -73,7 +73,7 @@ class RankState:
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> RankState:
-        """What `tree` gave."""
+        """Return the state that `state_dict` returned as `tree`."""
         place = _place(tree["place"])
         named = {key: tree[key] for key in ("streams", "orders", "buffers", "gradients", "own")}
         return cls(
@@ -86,14 +86,14 @@ class RankState:
         )
 
     def without_ahead(self) -> RankState:
-        """As it was when this worker's last push left, if it has computed something beside that."""
+        """Return the state at this worker's last push, without what it has computed since."""
         if not self.ahead:
             return self
         own = {key: kept for key, kept in self.own.items() if key != "ahead"}
         return dataclasses.replace(self, place=_place(self.ahead["sent"]), gradients={}, own=own)
 
     def pack(self) -> bytes:
-        """As bytes for the wire."""
+        """Return the state as bytes, to be sent."""
         arrays: Arrays = {}
         tree = self.state_dict() | {"slices": self.slices, "kept": self.kept, "frozen": self.frozen}
         for kind in STREAMS:
@@ -103,7 +103,7 @@ class RankState:
 
     @classmethod
     def unpack(cls, blob: bytes | memoryview) -> RankState:
-        """What `pack` gave."""
+        """Return the state that `pack` returned as `blob`."""
         arrays = _split(blob)
         tree = _dress(json.loads(arrays["words"].tobytes()), arrays)
         for kind in STREAMS:
@@ -113,12 +113,12 @@ class RankState:
 
 
 def _place(tree: dict[str, Any]) -> Place:
-    """Every field is there: none has its default for being lost."""
+    """Return the place saved in `tree`. A missing field is an error, not the default."""
     return Place(**{name: tree[name] for name in Place.__dataclass_fields__})
 
 
 def _strip(value: Any, arrays: Arrays) -> Any:
-    """Nested dicts without their tensors, which go into `arrays`; in their place where, of which dtype and shape."""
+    """Return nested dicts in which each tensor, moved to `arrays`, is replaced by its array's name, its dtype and its shape."""
     if isinstance(value, Tensor):
         name = f"tensor {len(arrays)}"
         arrays[name] = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -127,7 +127,7 @@ def _strip(value: Any, arrays: Arrays) -> Any:
 
 
 def _dress(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    """What `_strip` was given."""
+    """Return the value that `_strip` was given."""
     if not isinstance(value, dict):
         return value
     if "*tensor" in value:
@@ -143,19 +143,19 @@ def _tensor(raw: np.ndarray, dtype: torch.dtype, shape: list[int]) -> Tensor:
 
 
 def pack_all(states: list[RankState]) -> bytes:
-    """Several ranks' states as one blob."""
+    """Return several ranks' states as one blob."""
     return _join({str(i): np.frombuffer(state.pack(), dtype=np.uint8) for i, state in enumerate(states)})
 
 
 def unpack_all(blob: bytes) -> list[RankState]:
-    """What `pack_all` gave."""
+    """Return the states that `pack_all` was given."""
     return [RankState.unpack(array.data) for array in _split(blob).values()]
 
 
 def _join(arrays: Arrays) -> bytes:
-    """Arrays as one blob: a line of their names, dtypes and shapes, then their bytes.
+    """Return arrays as one blob: a line of their names, dtypes and shapes, then their bytes.
 
-    Reading numpy's own format leaves cyclic garbage of four functions an array, for as long as Python thinks fit.
+    numpy's own format is not used: reading it leaves cyclic garbage of four functions for each array.
     """
     if objects := [name for name, array in arrays.items() if array.dtype.hasobject]:
         raise TypeError(f"{objects[0]}: an array of Python objects, expected one of numbers")
@@ -164,8 +164,8 @@ def _join(arrays: Arrays) -> bytes:
 
 
 def _split(blob: bytes | memoryview) -> Arrays:
-    """What `_join` was given."""
-    content = bytearray(blob)  # which arrays can be written to
+    """Return the arrays that `_join` was given; they are writable."""
+    content = bytearray(blob)  # mutable, so that the arrays are writable
     at = content.index(b"\n") + 1
     arrays = {}
     for name, dtype, shape in json.loads(content[: at - 1]):
@@ -176,10 +176,15 @@ def _split(blob: bytes | memoryview) -> Arrays:
 
 
 def for_worker(states: list[RankState], index: int, workers: int) -> RankState | None:
-    """The saved state with which worker `index` of `workers` goes on (-1: the server).
+    """Return the saved state from which worker `index` of `workers` continues; index -1 is the server.
 
-    With the same number of workers it is the worker's own. With another number all workers begin together at the items that
-    nobody had taken, dealt out anew, and a worker that did not exist has no streams to go on with.
+    With as many workers as before, it is the worker's own. With another number, all workers begin at the items that no worker
+    had taken, newly sharded. A worker that did not exist before has no random streams of its own to continue.
+
+    Args:
+        states: the saved states of all ranks.
+        index: the worker's number.
+        workers: the number of workers now.
     """
     saved = {s.index: s for s in states}
     old = sorted(i for i in saved if i >= 0)
@@ -192,18 +197,23 @@ def for_worker(states: list[RankState], index: int, workers: int) -> RankState |
     cuts = first.cuts if first.over else [*first.cuts, [p.taken for p in places]]
     place = Place(first.epoch, first.loop, 0, first.over, cuts, mine.place.samples if mine else 0, first.validations)
     clients = _clients(states, index, workers)
-    if mine is None:  # begins with another's optimizer, whose scheduler has come as far; not with its elastic weights
+    if mine is None:  # takes the first worker's optimizer, with its scheduler's progress, but not its elastic weights
         known = {key: kept for key, kept in saved[old[0]].own.items() if key == "inner"}
         return RankState(index, place, {}, own=known | clients, orders=saved[old[0]].orders)
     return RankState(index, place, mine.streams, mine.buffers, mine.gradients, mine.own | clients, orders=saved[old[0]].orders)
 
 
 def _clients(states: list[RankState], index: int, workers: int) -> dict[str, Any]:
-    """The states of those clients that worker `index` of `workers` hosts from now on."""
+    """Return the states of the clients that worker `index` of `workers` hosts from now on."""
     saved = {k: state for s in states for k, state in s.own.get("clients", {}).items()}
     return {"clients": {k: state for k, state in saved.items() if int(k) % workers == index}} if saved else {}
 
 
 def told_streams(communicator: Communicator, own: rng.State) -> rng.State:
-    """The server's random streams, at every rank."""
+    """Return the server's random streams on every rank.
+
+    Args:
+        communicator: this rank's end.
+        own: this rank's streams; only the server's matter.
+    """
     return RankState.unpack(broadcast_bytes(communicator, RankState(-1, Place(), own).pack())).streams

@@ -1,10 +1,10 @@
-"""The server's half of a round, and all that it alone decides.
+"""The server's half of a round, and the decisions that it alone makes.
 
-    collect_updates  combine, rule            the contributions become one
-    update_weights   clip, the server's step  the weights become the next version
-    send_updates     communicator.broadcast         every rank has them
+    collect_updates  transport.push, reduce   the contributions are combined by the rule
+    update_weights   transport.decide         the server's step: the next version of the weights
+    send_updates     transport.pull           every rank has the new weights
 
-Rank 0 is the server. It may train as well; then its own contribution is already in the push message.
+Rank 0 is the server. If it trains, too, its own contribution is already in the push message.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from mpips.server.base import Service
 
 
 class Updates:
-    """What a round brought.
+    """The contributions of a round, except for the gradients.
 
     Args:
         rows: the workers' rows of the tail, by rank.
-        columns: their names.
+        columns: the names of the columns.
         first: the rank of the first worker.
 
     Attributes:
         rows: see above.
-        totals: their sums, column by column.
-        epsilons: the privacy spent by each rank; empty, as no rank trains with differential privacy.
+        totals: the sum of the rows.
+        epsilons: each rank's privacy loss; empty, as no rank trains with differential privacy.
     """
 
     def __init__(self, rows: list[list[float]], columns: tuple[str, ...], first: int) -> None:
@@ -64,7 +64,7 @@ class Updates:
 
     @property
     def samples(self) -> dict[int, float]:
-        """Rank -> samples behind its contribution."""
+        """Rank -> the number of samples behind its contribution."""
         return {rank: row[SAMPLES] for rank, row in enumerate(self.rows, self._first)}
 
     @property
@@ -74,13 +74,13 @@ class Updates:
 
     @property
     def bad(self) -> dict[int, int]:
-        """Rank -> its first tensor that is not finite, of those who say that they have one."""
+        """Rank -> the index of its first tensor that is not finite, for the ranks that report one."""
         if not self.totals[BAD]:
             return {}
         return {rank: int(row[BAD]) - 1 for rank, row in enumerate(self.rows, self._first) if row[BAD]}
 
     def leave_out(self, ranks: Iterable[int]) -> None:
-        """Samples, loss and metrics of these count for nothing."""
+        """Set the samples, the loss and the metrics of these ranks to zero."""
         for row in [self.rows[rank - self._first] for rank in ranks if rank >= self._first]:
             for column in (SAMPLES, LOSS, *range(len(COLUMNS), len(row))):
                 row[column] = 0.0
@@ -94,7 +94,7 @@ class Server(Service):
     """The synchronous server; see `Service` for its arguments."""
 
     def serve(self) -> None:
-        """Serve until every worker has left: rounds, and between them what all workers call for."""
+        """Serve rounds, and between them the calls that all workers make, until every worker has left."""
         while True:
             self.start_server()
             if self.control.stop == Stop.PREEMPTED or (not self.control.active and self.take_part()):
@@ -108,17 +108,21 @@ class Server(Service):
                 return
 
     def stop_server(self) -> None:
-        """End the run for all ranks, with the next message to them."""
+        """End the run for all ranks with the next message to them."""
         self.stop_asked = True
 
     def round(self, contributed: bool = True) -> Control:
-        """One whole round: collect, combine, step, send, and a checkpoint if one is due.
+        """Run one whole round: collect, combine, step, send, and write a checkpoint if one is due.
 
         Args:
-            contributed: whether a worker on this rank had an update; without one its buffers stay, unless the weights move.
+            contributed: whether the worker on this rank has contributed. If not, its buffers stay, unless the weights change.
+
+        Returns:
+            The control that was sent.
 
         Raises:
-            NonFiniteError: on all ranks, when a rank's update is not finite and `nonfinite` is "raise".
+            NonFiniteError: on all ranks, if a rank's update is not finite and `nonfinite` is "raise".
+            CallError: on all ranks, if the workers disagree.
         """
         version = self.control.version
         updates = self.collect_updates()
@@ -132,12 +136,12 @@ class Server(Service):
             self.told_state = self.tell_state()
         if contributed or self.control.version > version:
             self.replica.buffers.load(self.replica.pull.buffers)
-        if self.control.checkpoint and self.worker_state is None:  # else the worker here says when
+        if self.control.checkpoint and self.worker_state is None:  # else the worker on this rank calls save_model
             self.save_model()
         return self.control
 
     def collect_updates(self) -> Updates:
-        """Take every worker's contribution of this round; their combination is left in the push message.
+        """Collect every worker's contribution to this round; their combination is left in the push message.
 
         Raises:
             CommunicatorError: a rank is in another round.
@@ -156,9 +160,9 @@ class Server(Service):
         return Updates(rows, self._columns, self.first)
 
     def update_weights(self, updates: Updates) -> None:
-        """One server update with the combined gradient, unless there is none or it is not to be taken."""
+        """Take one server update with the combined gradient, unless there is none or it must not be taken."""
         if self.combined.faulty or self.combined.refused:
-            self._say_what_was_left_out()
+            self._report_left_out()
         bad, found, skipped = updates.bad, self.combined.nonfinite, bool(updates.totals[OVERFLOW])
         self.control.skipped = skipped
         if skipped:
@@ -174,11 +178,11 @@ class Server(Service):
         take = updates.totals[WEIGHT] and not (self.combined.refused or found or self.fault or skipped)
         if take and not (bad and self.config.nonfinite != "drop"):
             scale = updates.totals[STEPS] / updates.totals[WEIGHT] if self.mode.normalised else 1.0
-            times = updates.totals[WEIGHT] if self.config.reduction == "sum" else 1.0  # the mean of so many, each of weight 1
+            times = updates.totals[WEIGHT] if self.config.reduction == "sum" else 1.0  # makes a sum of the mean
             self.take(Decision("adopt" if True in adopting else "step", scale, times))
         else:
             self.transport.decide(Decision("skip"))
-        if skipped:  # without a step, but forward has been through BatchNorm
+        if skipped:  # no step is taken, but forward has updated BatchNorm's statistics
             self.combine_buffers()
         if bad:
             self.handle_nonfinite(bad)
@@ -186,7 +190,7 @@ class Server(Service):
             self.replica.buffers.store(self.replica.pull.buffers)
 
     def _choose(self, joint: Joint, stepping: set[int]) -> None:
-        """Which of several optimizers this round is about."""
+        """Choose the optimizer that this round steps, of several."""
         if len(stepping) > 1:
             self.fault = (
                 f"the workers do not step alike: some with the optimizer number {min(stepping)}, some with number "
@@ -195,7 +199,7 @@ class Server(Service):
         elif stepping:
             (joint.which,) = stepping
 
-    def _say_what_was_left_out(self) -> None:
+    def _report_left_out(self) -> None:
         whose = "client" if judges_clients(self.mode, self.config) else "rank"
         for number in self.combined.faulty:
             self.report.event("warning", message=f"{whose} {number}: left out by the rule", round=self.control.round)
@@ -203,13 +207,13 @@ class Server(Service):
             self.report.event("warning", message=f"no update: {self.combined.refused}", round=self.control.round)
 
     def average(self) -> None:
-        """See `Service`."""
+        """Combine the gradients of all workers by the transport; see `Service`."""
         if not self.trains:
             self.replica.push.message.zero_()
         self.transport.average()
 
     def note(self, updates: Updates) -> None:
-        """What this round means for the next: the control, and the report."""
+        """Update the control and the report after a round."""
         totals, control = updates.totals, self.control
         samples = totals[SAMPLES]
         means = [totals[column] / samples if samples else math.nan for column in self._averaged]
@@ -218,7 +222,7 @@ class Server(Service):
         control.active = len(updates.rows) - totals[DONE]
         control.call = Call.NONE
         if totals[CALL]:
-            self._hear_calls(updates)
+            self._check_calls(updates)
         control.lr = self.lr
         if counts:
             control.loss = means[0]
@@ -236,8 +240,8 @@ class Server(Service):
         row = (control.round, self.place.epoch, control.version, samples, means[0], control.lr, *means[1:])
         self.report.round(row, speed, lambda: rank_states(updates.results, self.trains))
 
-    def _hear_calls(self, updates: Updates) -> None:
-        """Some worker waits: see whether all do, for the same."""
+    def _check_calls(self, updates: Updates) -> None:
+        """Set the control's call if all workers wait in the same one; else look for workers that can never meet."""
         rows = updates.results
         if Call.STATE in {row["call"] for row in rows.values()}:
             self.control.call = Call.STATE
@@ -249,5 +253,9 @@ class Server(Service):
         self.report.epochs = int(max(row[EPOCHS] for row in updates.rows)) or None
 
     def send_updates(self, weights: Tensor | None = None) -> None:
-        """Send the weights, or these `(numel,)` ones, and the control to all ranks; call `note` before."""
+        """Send the control and the weights to all ranks; called after `note`.
+
+        Args:
+            weights: `(numel,)`, sent instead of the server's weights.
+        """
         self.transport.pull(self.control, weights)

@@ -1,4 +1,4 @@
-"""The batches of a loop, dealt out by number to whoever is free."""
+"""The batches of a loop, handed out by number to whichever worker is free."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 class BatchQueue:
-    """Which batches each worker has been given and has not used up.
+    """The batches that each worker has been given and has not used yet.
 
-    Nobody here knows how many there are: a worker that is given a number beyond the last is at its end.
+    The queue does not know how many batches there are. A worker that is given a number beyond the last has reached the end.
 
     Args:
         ranks: the workers' ranks.
@@ -23,7 +23,7 @@ class BatchQueue:
         self._returned: list[int] = []  # a heap
 
     def deal(self, rank: int) -> int:
-        """The next batch, for this worker; first those that others gave back."""
+        """Return the number of the next batch for `rank`; returned batches come first."""
         if self._returned:
             ticket = heapq.heappop(self._returned)
         else:
@@ -32,17 +32,21 @@ class BatchQueue:
         return ticket
 
     def used(self, rank: int, count: int) -> None:
-        """This worker has used up its first `count`."""
+        """Remove the first `count` batches of `rank`, which it has used."""
         for _ in range(min(count, len(self._dealt[rank]))):
             self._dealt[rank].popleft()
 
     def give_back(self, rank: int) -> None:
-        """This worker ends: what it was given and has not used is for others."""
+        """Return the unused batches of `rank`, which ends, to the queue."""
         while self._dealt[rank]:
             heapq.heappush(self._returned, self._dealt[rank].popleft())
 
     def end_loop(self, over: bool) -> None:
-        """Nobody has any batch. If the loop is not over but stopped, it may be gone on with: then what is left stays."""
+        """Take back all unused batches.
+
+        Args:
+            over: whether the loop is over, so that the next one begins with batch 0; else it was only stopped and may continue.
+        """
         for rank in self._dealt:
             self.give_back(rank)
         if over:
@@ -56,16 +60,16 @@ class BatchQueue:
         self._returned.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: the next batch, and those dealt out and not used up."""
+        """Return the next batch's number and the unused batches, for a checkpoint."""
         dealt = {str(rank): list(tickets) for rank, tickets in self._dealt.items() if tickets}
         return {"next": self._next, "waiting": sorted(self._returned), "dealt": dealt}
 
     def load_state_dict(self, tree: dict[str, Any], ahead: Mapping[int, int]) -> None:
-        """Take back what `state_dict` gave; what was dealt out will be again.
+        """Restore what `state_dict` returned; batches that were handed out are handed out again.
 
         Args:
-            tree: see above.
-            ahead: rank -> how many of its batches it has used up for a contribution that it goes on with.
+            tree: what it returned.
+            ahead: rank -> the number of its batches that it has used for a contribution that it still holds.
         """
         self.clear()
         self._next, self._returned = int(tree["next"]), [int(ticket) for ticket in tree["waiting"]]

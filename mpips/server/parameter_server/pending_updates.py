@@ -1,4 +1,4 @@
-"""What becomes of a contribution: taken, scaled, compensated, kept for later, or rejected."""
+"""The handling of a contribution by its staleness: applied, scaled, compensated, buffered or rejected."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from mpips.server.parameter_server.worker_table import WorkerStatus
 
 
 class PendingUpdates:
-    """The contributions on their way into the weights.
+    """The contributions that have arrived, up to the update of the weights.
 
     Args:
-        service: whose optimizer steps; its model has been created.
+        service: the server, whose model has been created and whose optimizer steps.
 
     Attributes:
-        staleness: staleness -> contributions taken with it.
-        rejected: contributions that were not taken.
+        staleness: staleness -> the number of contributions accepted with it.
+        rejected: the number of contributions that were rejected.
         sent: the weights that contributions were computed at.
-        in_round: with backup workers: whose push of this version has come.
+        in_round: with backup workers, the ranks whose push for the present version has arrived.
     """
 
     def __init__(self, service: Service) -> None:
@@ -33,16 +33,16 @@ class PendingUpdates:
         self._backup = service.config.backup_workers
         self._policy = config.policy or service.mode.policy
         enough = service.workers - self._backup if self._backup else config.buffer or service.mode.buffer
-        self._needed = max(1, enough)  # contributions of one update
+        self._needed = max(1, enough)  # the number of contributions to an update
         self._kept = UpdateBuffer(service.replica.push)
         self.sent = SentWeights(self._policy, config, service.config.overlap)
-        self._look_up_or_down()
+        self._orient_compensation()
         self.staleness: Counter[int] = Counter()
         self.rejected = 0
         self.in_round: set[int] = set()
 
-    def _look_up_or_down(self) -> None:
-        """The square of a gradient stands for the curvature of what is minimised; of what is maximised, for minus that."""
+    def _orient_compensation(self) -> None:
+        """Negate the compensation's strength if the optimizer maximizes, as the curvature then has the other sign."""
         compensation, optimizer = self.sent.compensation, self._service.optimizer
         if compensation is None:
             return
@@ -54,7 +54,7 @@ class PendingUpdates:
             compensation.strength = -compensation.strength
 
     def take(self, rank: int, row: WorkerStatus) -> bool:
-        """Take what lies in the push message as the mode and the policy will have it; whether it was taken."""
+        """Handle the contribution in the push message by the mode and the policy; return whether it was accepted."""
         service, push = self._service, self._service.replica.push
         version = int(service.control.version)
         late = int(version - row["round"]) % ROUNDS
@@ -76,7 +76,13 @@ class PendingUpdates:
         return taken
 
     def step_if_enough(self, training: set[int]) -> None:
-        """One update with the mean of what is kept, once it is enough; with backup workers, once enough of them have pushed."""
+        """Take one update with the mean of the buffered contributions if there are enough of them.
+
+        With backup workers, take it once enough of them have pushed for this version.
+
+        Args:
+            training: the ranks that are still training.
+        """
         if self._backup:
             if not self.in_round or len(self.in_round) < min(self._needed, len(training | self.in_round)):
                 return
@@ -88,7 +94,7 @@ class PendingUpdates:
             self._step()
 
     def _step(self, scale: float = 1.0) -> None:
-        """One update with what is in the push message, unless it is finite on every rank but not here."""
+        """Take one update with the push message, unless it has become infinite or NaN only on the server."""
         replica = self._service.replica
         changed = self._needed > 1 or self.sent.compensation
         overflow = replica.flat.first_nonfinite(replica.push.gradients) if changed else None
@@ -98,16 +104,21 @@ class PendingUpdates:
             self._service.handle_nonfinite({self._service.communicator.rank: overflow})
 
     def summary(self) -> dict[str, Any]:
-        """What there is to say of the run at its end."""
+        """Return the counts for the results of the run."""
         return {"staleness": {str(late): n for late, n in sorted(self.staleness.items())}, "rejected": self.rejected}
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the counts and the buffered contributions, for a checkpoint."""
         own = {"kept": self._kept.state_dict(), "in_round": sorted(self.in_round), "compensation": self.sent.state_dict()}
         return self.summary() | own
 
     def load_state_dict(self, tree: dict[str, Any], same_ranks: bool) -> None:
-        """Take back what `state_dict` gave, on the same ranks or on others."""
+        """Restore what `state_dict` returned.
+
+        Args:
+            tree: what it returned.
+            same_ranks: whether the workers are on the same ranks as then.
+        """
         self.staleness = Counter({int(late): count for late, count in tree["staleness"].items()})
         self.rejected = tree["rejected"]
         self._kept.load_state_dict(tree["kept"])

@@ -1,8 +1,8 @@
-"""What a request says in its row besides what every row says."""
+"""The values of a request's columns `want` and `stop`."""
 
-# `want` is a sum of these
-WEIGHTS = 1  # the answer is to bring the weights, if they are others than the worker has
-BATCH = 2  # and the number of a batch
-BUSY = 4  # the worker is in the middle of something: it cannot end or give its state before its next push
+# `want` is the sum of some of these
+WEIGHTS = 1  # the worker wants the weights if it has another version
+BATCH = 2  # the worker wants the number of a batch
+BUSY = 4  # the worker has used batches that it has not pushed: it cannot end or give its state before its next push
 
-BYE = 3  # as `stop`: the worker has closed and asks no more
+BYE = 3  # a value of `stop`: the worker closes and sends no more requests

@@ -1,4 +1,4 @@
-"""Which weights each worker computes its gradients at, for delay compensation."""
+"""The weights at which each worker computes its gradients, for delay compensation."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 
 
 class SentWeights:
-    """The weights sent to each worker last; nothing where the policy corrects nothing.
+    """The weights last sent to each worker; nothing if the policy needs no compensation.
 
-    A worker that overlaps computes at the weights before the last: two copies are kept of it.
+    A worker that overlaps computes at the weights before the last ones, so two copies are kept for each worker.
 
     Attributes:
-        compensation: what corrects gradients, if anything does.
+        compensation: corrects gradients; None if the policy needs none.
     """
 
     def __init__(self, policy: str, settings: Staleness, overlap: bool) -> None:
         self.compensation = compensation(policy, settings)
         self._copies = 1 + overlap
-        self._keys: dict[int, dict[int, int]] = {}  # rank -> version -> the copy's number
+        self._keys: dict[int, dict[int, int]] = {}  # rank -> version -> the index of the copy
 
     def remember(self, rank: int, version: int, weights: Tensor) -> None:
-        """These weights are sent to `rank`; they are copied."""
+        """Copy the weights of this version, which are sent to `rank`."""
         keys = self._keys.setdefault(rank, {})
         if self.compensation is None or version in keys:
             return
@@ -37,15 +37,15 @@ class SentWeights:
         self.compensation.remember(keys[version], weights)
 
     def correct(self, rank: int, version: int, gradient: Tensor, weights: Tensor) -> None:
-        """Correct, in place, a gradient that `rank` computed at its weights of that version."""
+        """Correct in place a gradient that `rank` computed at its weights of that version."""
         if self.compensation:
             keys = self._keys[rank]
             self.compensation.correct(keys.get(version, keys[max(keys)]), gradient, weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: what the adaptive compensation follows, and at which weights workers compute that are ahead.
+        """Return the compensation's state, for a checkpoint, and with overlap the weights at which workers compute.
 
-        Others are sent the weights anew after it.
+        Without overlap a worker is sent the weights anew after a checkpoint.
         """
         compensation = self.compensation
         if compensation is None:
@@ -55,7 +55,12 @@ class SentWeights:
         return compensation.state_dict() | {"ahead": ahead}
 
     def load_state_dict(self, tree: dict[str, Any], same_ranks: bool) -> None:
-        """Take back what `state_dict` gave, on the same ranks or on others."""
+        """Restore what `state_dict` returned.
+
+        Args:
+            tree: what it returned.
+            same_ranks: whether the workers are on the same ranks as then.
+        """
         if self.compensation:
             self.compensation.load_state_dict(tree)
             self._keys.clear()

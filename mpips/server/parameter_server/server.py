@@ -1,15 +1,15 @@
-"""One request at a time: what comes is taken, then whoever may go on is answered.
+"""The server that answers requests, one at a time: it handles the request, then answers every worker that may continue.
 
-    action_listener    communicator.next_request   one request: a pull, or a push that carries the version it was computed from
-    update_parameters  clip, any step     the contribution is taken, scaled, compensated, kept for later, or rejected
-    get_parameters     communicator.respond     what is new since the worker's version; that is also the push's acknowledgement
+    action_listener    communicator.next_request   a request: a pull, or a push with the version it was computed at
+    update_parameters  the server's step           the contribution is applied, scaled, compensated, buffered or rejected
+    get_parameters     communicator.respond        what is new since the worker's version; acknowledges a push
 
-So no update is lost and no answer is torn. A worker that may not go on yet is simply not answered. All ranks act together on
+So no update is lost, and no answer mixes two versions. A worker that must wait is not answered yet. All ranks act together on
 
-- the end of a loop (the data, a stop, a NaN), once every rank is there and waits for an answer;
-- a checkpoint: a rank that is told gives its state, asks again, and gets no other answer before the checkpoint is written.
+- the end of a loop (no more data, a stop, a NaN), once every rank waits for an answer;
+- a checkpoint: the server asks each worker for its state; the worker then waits until the checkpoint is written.
 
-A worker in the middle of something, with batches used and not pushed, is told neither before its next push.
+A worker with used batches that are not pushed yet is asked for neither before its next push.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class ParameterServer(Service):
     """The asynchronous server; see `Service` for its arguments.
 
     Attributes:
-        intake: what becomes of contributions.
-        roll: the workers.
+        intake: handles contributions.
+        roll: the workers and their requests.
         dealing: the batches.
     """
 
@@ -44,25 +44,25 @@ class ParameterServer(Service):
         backup = self.config.backup_workers
         if self.workers > 1 and backup >= self.workers:
             raise ConfigError(f"backup_workers: given {backup} with {self.workers} workers, allowed: fewer than the workers")
-        self.ahead = self.config.staleness.bound - self.config.overlap  # while a push travels its worker is one clock further
+        self.ahead = self.config.staleness.bound - self.config.overlap  # a worker that overlaps is one step ahead
         ranks = range(self.first, self.first + self.workers)
         self.roll, self.dealing = WorkerTable(ranks), BatchQueue(ranks)
         self._here = Control()  # the answer to a worker on this rank
-        self._owed = False  # a checkpoint, which that worker says when to write
+        self._owed = False  # a checkpoint is due that the worker on this rank must trigger
         self._started = False
         self._turn = Turn()
 
     def create_model(self) -> None:
-        """See `Service`."""
+        """Create the model, and the handling of contributions; see `Service`."""
         super().create_model()
         self.intake = PendingUpdates(self)
 
     def start(self) -> None:
-        """Agree with the workers and give them the weights; a server that runs is stopped before, and starts again."""
+        """Agree with the workers and broadcast the weights; a running server is stopped first and starts again."""
         if self._started:
             if not self.control.stop:
                 self.stop()
-            self.states = b""  # of a resumed run; what they hold is past
+            self.states = b""  # the states of a resumed run are outdated by now
             self.dealing.clear()
             self.intake.in_round.clear()
         self.control.stop, self.control.culprit, self.control.checkpoint, self.stop_asked = Stop.NO, -1, 0, False
@@ -70,17 +70,18 @@ class ParameterServer(Service):
         self.broadcast_initial_weights()
 
     def broadcast_initial_weights(self) -> None:
-        """See `Service`."""
+        """Broadcast the weights, and remember them for delay compensation; see `Service`."""
         super().broadcast_initial_weights()
         self._started = True
         for rank in self.roll.clocks:
             self.intake.sent.remember(rank, int(self.control.version), self.replica.pull.weights)
 
     def run(self) -> None:
-        """Serve a loop: until every worker has been told that all are done or that the run is to stop, or has closed.
+        """Serve a loop, until every worker has been told that the loop ends or the run is to stop, or has closed.
 
         Raises:
-            NonFiniteError: on all ranks, when a rank's update is not finite and `nonfinite` is "raise".
+            NonFiniteError: on all ranks, if a rank's update is not finite and `nonfinite` is "raise".
+            CallError: on all ranks, if the workers disagree.
         """
         self.roll.open = self.roll.present
         self._serve()
@@ -88,7 +89,7 @@ class ParameterServer(Service):
     start_server = run
 
     def serve(self) -> None:
-        """Serve until every worker has left: loop after loop, and between them what all workers call for."""
+        """Serve loop after loop, and between them the calls that all workers make, until every worker has left."""
         while True:
             self.run()
             if self.control.stop == Stop.PREEMPTED or (self.control.call and self.take_part()):
@@ -106,12 +107,12 @@ class ParameterServer(Service):
         self.replica.check_finite(self.control)
 
     def stop(self) -> int:
-        """End the run: every worker is told with its next answer, and what it had sent before is taken.
+        """End the run: tell every worker with its next answer, after accepting what it has sent before.
 
-        It waits until all are told; a call from within a validation or a step of this server only notes the wish.
+        The call waits until all workers have been told. Within a validation or a step of this server it only notes the request.
 
         Returns:
-            The version.
+            The version of the weights.
         """
         self.stop_asked = True
         if self._turn.free:
@@ -124,21 +125,28 @@ class ParameterServer(Service):
             return
         self.roll.open = self.roll.open or self.roll.present
         self._obey({})
-        if self.roll.held:  # of a loop that an exception ended
+        if self.roll.held:  # these wait since an exception ended a loop
             self._answer()
         self._serve()
 
     def stop_server(self) -> None:
-        """Only note the wish to end the run for all ranks."""
+        """Note the request to end the run for all ranks, and return at once."""
         self.stop_asked = True
 
     def validate(self, measure: Callable[..., Any], name: str = "validation") -> float:
-        """See `Service`."""
+        """Measure the model, while `stop` on another thread waits; see `Service`."""
         with self._turn:
             return super().validate(measure, name)
 
     def round(self, contributed: bool = True) -> Control:
-        """A request of the worker on this rank, in one process: its push message as it stands."""
+        """Handle a request of the worker on this rank, in a run of one process, given its push message.
+
+        Args:
+            contributed: whether the push message holds a contribution.
+
+        Returns:
+            The answer.
+        """
         rank, version = self.communicator.rank, self.control.version
         self.roll.open = {rank}
         if self.config.buffers == "server":
@@ -156,7 +164,12 @@ class ParameterServer(Service):
         return self._here
 
     def action_listener(self, rank: int, whole: bool) -> None:
-        """Deal with the request that lies in the push message: a push if it is whole, else a pull."""
+        """Handle the request in the push message: a push if it is whole, else a pull.
+
+        Args:
+            rank: the rank that has sent it.
+            whole: whether it is whole.
+        """
         row = dict(zip(self._columns, self.replica.push.rows[0].tolist(), strict=True))
         if rank == self.communicator.rank:
             row["round"] = self.control.version % ROUNDS
@@ -172,10 +185,14 @@ class ParameterServer(Service):
         self._answer()
 
     def update_parameters(self, rank: int, row: WorkerStatus) -> bool:
-        """Take a worker's contribution as the mode and the policy will have it.
+        """Handle a worker's contribution by the mode and the policy.
+
+        Args:
+            rank: the worker's rank.
+            row: its row.
 
         Returns:
-            Whether it was taken, now or for an update to come.
+            Whether the contribution was accepted, for this update or a later one.
         """
         self.roll.clocks[rank] += 1
         taken = self.intake.take(rank, row)
@@ -183,7 +200,7 @@ class ParameterServer(Service):
         return taken
 
     def _note(self, row: WorkerStatus) -> None:
-        """One push in the report, and whether a checkpoint is due."""
+        """Report one push, and decide whether a checkpoint is due."""
         control, samples = self.control, row["samples"]
         means = [row[name] / samples if samples else math.nan for name in ("loss", *self.config.metrics)]
         control.round += 1
@@ -197,7 +214,7 @@ class ParameterServer(Service):
         self.report.round(line, speed, lambda: rank_states(dict(sorted(self.roll.rows.items())), self.trains))
 
     def _obey(self, rows: Mapping[int, WorkerStatus]) -> None:
-        """End the run if a rank asks for it; who has left its loop only waits for the loop's end."""
+        """End the run if a rank asks for it. A rank that has left its loop only waits for the loop's end."""
         if self.control.stop or self.control.culprit >= 0:
             return
         self.obey_ranks({rank: {**row, "stop": float(row["stop"] == 1)} for rank, row in rows.items()})
@@ -206,43 +223,43 @@ class ParameterServer(Service):
 
     @property
     def _can_save(self) -> bool:
-        return bool(self.folder) and not self.roll.gone  # a rank that has closed can give no state
+        return bool(self.folder) and not self.roll.gone  # a rank that has closed cannot give its state
 
     @property
     def _ending(self) -> bool:
         return bool(self.control.stop or not self.control.active or self.control.culprit >= 0 or self.fault)
 
     def _answer(self) -> None:
-        """Answer every rank that waits and may go on; write a checkpoint when all have been told to."""
+        """Answer every rank that waits and may continue; write a checkpoint once all ranks have been asked for their states."""
         while True:
             training = self.roll.training
             self.control.active = len(training)
-            self.control.call = self._called(training)
+            self.control.call = self._common_call(training)
             self.control.fault = bool(self.fault)
             self.intake.step_if_enough(training)
             self._conclude()
-            going = [rank for rank in sorted(self.roll.held) if self._may_go(rank)]
+            going = [rank for rank in sorted(self.roll.held) if self._may_answer(rank)]
             for rank in going:
                 self.roll.held.discard(rank)
                 self.get_parameters(rank)
             if not self._saved():
                 return
 
-    def _called(self, training: set[int]) -> Call:
-        """What all workers wait in, if they all do."""
+    def _common_call(self, training: set[int]) -> Call:
+        """Return the call that all workers wait in; NONE if they do not."""
         rows = {rank: self.roll.row(rank) for rank in sorted(self.roll.present)}
         if training or not rows or not all("call" in row for row in rows.values()):
             return Call.NONE
         return self.agree_on_call(rows)
 
     def _conclude(self) -> None:
-        """The loop ends and ranks have left it: they can take part in nothing further, so that the run ends, too."""
+        """End the run if the loop ends and ranks have left it, since these take part in nothing further."""
         left = self.roll.left
         last_word = self.control.stop in (Stop.NO, Stop.REQUESTED) and self.control.culprit < 0
         if left and last_word and self._ending and not self.control.checkpoint and self.roll.all_here():
             self.end(Stop.ENDED if len(left) == self.workers else Stop.LEFT, left)
 
-    def _may_go(self, rank: int) -> bool:
+    def _may_answer(self, rank: int) -> bool:
         roll = self.roll
         if rank in roll.told:
             return False
@@ -255,7 +272,7 @@ class ParameterServer(Service):
         return not self.mode.bounded or roll.clocks[rank] - roll.slowest <= self.ahead
 
     def get_parameters(self, rank: int) -> None:
-        """Answer a worker: the control, and the weights if it wants them and has others."""
+        """Answer a worker: the control, and the weights if it wants them and has another version."""
         row, control, pull = self.roll.row(rank), Control(**vars(self.control)), self.replica.pull
         settled, want = self.roll.settled(rank), int(row["want"])
         told = bool(control.checkpoint) and settled
@@ -281,7 +298,7 @@ class ParameterServer(Service):
             self.communicator.respond(rank, pull.message if whole else pull.control_message)
 
     def _saved(self) -> bool:
-        """Write the checkpoint that is due, if every rank has been told; whether one was written."""
+        """Write the checkpoint if one is due and every rank has been asked for its state; return whether it was written."""
         if not self.control.checkpoint or self.roll.told != self.roll.present:
             return False
         if self.worker_state is None:
@@ -299,16 +316,16 @@ class ParameterServer(Service):
         self.dealing.end_loop(over=not self.control.stop)
 
     def summary(self) -> dict[str, Any]:
-        """The staleness of all contributions; see `Service`."""
+        """Return the staleness of all contributions; see `Service`."""
         return self.intake.summary()
 
     def own_tree(self) -> dict[str, Any]:
-        """Clocks, staleness so far, what is kept for the next update and by whom, and the batches not used up."""
+        """Return the clocks, the staleness counts, the buffered contributions and the unused batches; see `Service`."""
         clocks = {str(rank): clock for rank, clock in self.roll.clocks.items()}
         return super().own_tree() | self.intake.state_dict() | {"clocks": clocks, "dealing": self.dealing.state_dict()}
 
     def put_own(self, tree: dict[str, Any], states: Sequence[RankState]) -> None:
-        """See `Service`."""
+        """Restore what `own_tree` returned; a worker that is new starts at the slowest clock. See `Service`."""
         super().put_own(tree, states)
         saved, ours = {int(rank): clock for rank, clock in tree["clocks"].items()}, self.roll.clocks
         self.roll.clocks = {rank: saved.get(rank, min(saved.values(), default=0)) for rank in ours}

@@ -1,4 +1,4 @@
-"""Which thread the server's work is done by at the moment, for those that want to wait until it is done."""
+"""The latch by which other threads wait until the server is idle."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 
 
 class Turn:
-    """Entered, also more than once, by the thread that works."""
+    """A latch, entered by the thread that works; that thread may enter it again."""
 
     def __init__(self) -> None:
         self._threads: list[int] = []
@@ -24,10 +24,10 @@ class Turn:
 
     @property
     def free(self) -> bool:
-        """Whether nobody works."""
+        """Whether no thread works."""
         return not self._threads
 
     def wait(self) -> None:
-        """Until nobody works; at once in the thread that does, which would wait for itself."""
+        """Wait until no thread works. In the working thread return at once, as it would wait for itself."""
         if threading.get_ident() not in self._threads:
             self._over.wait()

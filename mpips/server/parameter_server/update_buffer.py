@@ -1,4 +1,4 @@
-"""Contributions that are kept until there are enough of them for one update."""
+"""The buffer of contributions that wait until there are enough for one update."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mpips.model.message import Push
 
 
 class UpdateBuffer:
-    """Their sum, each multiplied by its share.
+    """The sum of the buffered contributions, each multiplied by its share.
 
     Attributes:
-        count: how many they are.
+        count: the number of buffered contributions.
     """
 
     def __init__(self, push: Push) -> None:
@@ -24,7 +24,7 @@ class UpdateBuffer:
         self._sum = torch.zeros_like(push.message[: self._limbs + len(push.presence)])
 
     def add(self, share: float) -> None:
-        """The contribution in the push message, whose integers replace those before."""
+        """Add the contribution in the push message, times `share`; its integer buffers replace earlier ones."""
         if not self.count:
             self._sum.zero_()
         self._sum.add_(self._push.message[: len(self._sum)], alpha=share)
@@ -32,11 +32,12 @@ class UpdateBuffer:
         self.count, self._share = self.count + 1, self._share + share
 
     def take(self, by_share: bool) -> None:
-        """Leave their mean in the push message, and keep none.
+        """Write the mean to the push message, and empty the buffer.
 
         Args:
-            by_share: divide by the sum of their shares, which are their weights. Else by their number, and a small share makes
-                a small step; buffers, which are no steps, are always averaged by share.
+            by_share: whether to divide gradients by the sum of the shares, which are then weights. Else they are divided by the
+                number of contributions, so that a small share makes a small step. Buffers are always divided by the sum of the
+                shares.
         """
         push = self._push
         push.message[: len(self._sum)].copy_(self._sum)
@@ -45,11 +46,11 @@ class UpdateBuffer:
         self.count, self._share = 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the sum and the counts, for a checkpoint."""
         return {"count": self.count, "share": self._share} | ({"sum": self._sum} if self.count else {})
 
     def load_state_dict(self, tree: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.count, self._share = int(tree["count"]), float(tree["share"])
         if self.count:
             self._sum.copy_(tree["sum"])

@@ -1,9 +1,9 @@
-"""A worker of the server that answers requests: it pulls when it likes and pushes when it is ready.
+"""A worker of the server that answers requests: it pulls and pushes whenever it is ready.
 
-    push  update.write, communicator.request    on its way at once; with `overlap` the next update is computed meanwhile
-    pull  the answer                    what is new, or that nothing is; also the acknowledgement of the push
+    push  update.write, communicator.request    with `overlap`, the next update is computed while the push is under way
+    pull  the answer                            the new weights, if there are any; acknowledges the push
 
-Everything else is `Worker`.
+Everything else is inherited from `Worker`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mpips.worker.round_worker import Worker
 class Client(Worker):
     """One worker of a `ParameterServer`; see `Worker` for its arguments.
 
-    Once the server has told it to stop, nobody listens: what it would still send is dropped, and every call returns at once.
+    Once the server has told it to stop, the server listens no more: further pushes are dropped, and every call returns at once.
 
     Attributes:
         version: the version of the weights in the model.
@@ -38,39 +38,39 @@ class Client(Worker):
         self.version = 0
         push, pull = self.replica.push, self.replica.pull
         self._elastic = self.update if isinstance(self.update, EASGD) else None
-        self._pull = self._elastic.centre if self._elastic else pull  # where answers land
-        self._request = push.message[push.tail_at :].clone()  # of a pull: the push message is never touched by one
+        self._pull = self._elastic.centre if self._elastic else pull  # receives the answers
+        self._request = push.message[push.tail_at :].clone()  # the message of a pull, which leaves the push message alone
         self._outgoing = self._incoming = push.message[:0]
         if self.config.overlap:
             self._outgoing, self._incoming = push.message.clone(), pull.message.clone()
         self._waiting: Callable[[], bool] | None = None
-        self._pushed = False  # whether what it waits for is the answer to a push
-        self._beside = False  # whether what it waits for is the answer to a push, while the next update is computed
-        self._sent = replace(self.place)  # where it was when the last push left
-        self._composed = False  # whether the push message is written and waits for the answer to the one before it
-        self._unsent: Tensor | None = None  # such a message, of a run that is resumed
-        self._ahead = 0  # batches used up for what is to be pushed, of a run that is resumed
+        self._pushed = False  # whether it waits for the answer to a push
+        self._overlapping = False  # whether it computes the next update while it waits for that answer
+        self._sent = replace(self.place)  # its place at the last push
+        self._composed = False  # whether the push message is written, but the last push is not answered yet
+        self._unsent: Tensor | None = None  # in a resumed run, such a message
+        self._ahead = 0  # in a resumed run, the batches used for the next push
         self._granted: deque[int] = deque()
         self._begin_anew()
 
     def _begin_anew(self) -> None:
         self._granted.clear()
-        self._draws = False  # whether batches are dealt out to it
-        self.used = self._reported = 0  # batches used since the last push, and those of them that the server knows of
+        self._draws = False  # whether it gets its batches from the server
+        self.used = self._reported = 0  # batches used since the last push, and how many of them the server knows
 
     def receive_initial_weights(self) -> None:
-        """See `Worker`; also how a worker begins again when the server does."""
+        """Receive the initial weights, also when the server starts again; see `Worker`."""
         self.done, self.stop = False, 0
         super().receive_initial_weights()
         self.version = int(self.control.version)
         if self._elastic:
             self._pull.control = self.control
-        if self._unsent is None and not self._ahead:  # else as the checkpoint has it
+        if self._unsent is None and not self._ahead:  # else it is the checkpoint's
             self._sent = replace(self.place)
         self._begin_anew()
 
     def step(self, loss: float, samples: float, metrics: Sequence[float] = (), taken: int = 0) -> Control:
-        """See `Worker`."""
+        """Push and pull after a step of the script; see `Worker`."""
         self.pay()
         if self.control.stop:
             self.replica.flat.clear()
@@ -79,7 +79,7 @@ class Client(Worker):
         return super().step(loss, samples, metrics, taken)
 
     def push(self, loss: float, samples: float, metrics: Sequence[float] = (), taken: int = 0) -> None:
-        """See `Worker`; `pull` takes the answer. Without `overlap` nothing may be computed before that."""
+        """Push a contribution; without `overlap`, `pull` must be called before anything is computed. See `Worker`."""
         self.pay()
         if self.control.stop:
             self.replica.flat.clear()
@@ -88,85 +88,88 @@ class Client(Worker):
         super().push(loss, samples, metrics, taken)
 
     def _ask_for_centre(self) -> None:
-        """Where the step at hand gives way to the spring: from the centre as it is now."""
+        """Pull the centre before an EASGD step that pushes, so that the spring pulls to the newest one."""
         if self._elastic and self._elastic.about_to_push():
             self._before_push(self.ask)
 
     def _before_push(self, call: Callable[[], object]) -> None:
-        """What is said now does not say yet that the shard is exhausted."""
+        """Make a request by `call` that does not report the shard as exhausted, since another push follows."""
         done, self.done = self.done, False
         call()
         self.done = done
 
     def ask(self, weights: bool = True) -> Control:
-        """Pull: the newest weights, if they are not here already and nothing has been computed that is to be pushed.
+        """Pull the newest weights, unless the model has them, or something has been computed that is not pushed yet.
 
         Args:
-            weights: False if they are not needed.
+            weights: False to pull the control alone.
+
+        Returns:
+            The control.
         """
         self.pay()
-        if self._waiting:  # the answer to the last push is on its way
-            self._hear()
+        if self._waiting:  # for the answer to the last push
+            self._receive_answer()
         if not self.control.stop or self.call:
             self._post_request(weights, busy=not self.done)
-            self._hear()
+            self._receive_answer()
         return self.control
 
     def next_ticket(self) -> int | None:
-        """The number of the next batch for this worker; None when the run is to stop."""
+        """Return the number of this worker's next batch; None if the run is to stop."""
         self.pay()
         self._draws = True
         if self._waiting and not self._granted:
-            self._hear()
+            self._receive_answer()
         while len(self._granted) < 1 + (self.config.overlap and not self._waiting) and not self.control.stop:
             self.ask(weights=not self._elastic)
         return None if self.control.stop else self._granted.popleft()
 
     def begin(self) -> None:
-        """See `Worker`."""
+        """Begin a new loop over the shard; a resumed one with the batches that it has used before. See `Worker`."""
         super().begin()
         self._begin_anew()
         self.used, self._ahead = self._ahead, 0
 
     def settle(self) -> None:
-        """See `Worker`; a resumed run sends what was written and not sent before anything new is computed."""
+        """Settle; in a resumed run, push first what was written and not sent. See `Worker`."""
         super().settle()
         if self._unsent is not None:
             message, self._unsent = self._unsent, None
             self._send_message(message)
 
     def pay(self) -> None:
-        """See `Worker`; then this worker asks again, for it may not go on before the checkpoint is written."""
-        if self._owes:
+        """Take part in the checkpoint that was due, then wait until it is written, by another request; see `Worker`."""
+        if self._checkpoint_due:
             super().pay()
             self._post_request(not self._elastic, busy=False)
-            self._hear()
+            self._receive_answer()
 
     def barrier(self, call: Call) -> None:
-        """See `Worker`."""
+        """Wait until all workers make this call; see `Worker`."""
         self.pay()
         if self._waiting:
-            self._before_push(self._hear)  # the request that says it is the end is still to come
+            self._before_push(self._receive_answer)  # a later request reports the end
         if call != Call.LOOP or not self.control.stop:
             super().barrier(call)
 
     def close(self) -> None:
-        """Say good-bye: the server waits for this worker no more. What local steps have led to is pushed first."""
+        """Tell the server that this worker sends no more requests; local steps are pushed first."""
         self.pay()
         if self._waiting:
-            self._hear()
+            self._receive_answer()
         if self.control.stop or self.stop == BYE:
             return
         self.done, self.stop = True, BYE
         self.idle()
 
     def idle(self) -> Control:
-        """See `Worker`; without anything to push it is a pull."""
+        """Push local steps that are not pushed yet; without any, pull. See `Worker`."""
         self.pay()
         if self.update.pending and not self.control.stop:
             self._push()
             return self.pull()
-        self._begun, self._told = self.communicator.clock(), self.done
+        self._begun = self.communicator.clock()
         self.ask()
         self._left = self.communicator.clock()
         return self.control
@@ -185,7 +188,12 @@ class Client(Worker):
         return self.update.pending or self.replica.flat.pending or self._unsent is not None
 
     def _post_request(self, weights: bool, busy: bool) -> None:
-        """A pull; new weights would spoil what has been computed at those that are here."""
+        """Send a pull.
+
+        Args:
+            weights: whether to ask for weights; not done if new ones would replace those at which something has been computed.
+            busy: whether this worker may hold used batches that it has not pushed.
+        """
         busy = busy and bool(self.used or self._reported or self._working)
         weights = weights and (bool(self._elastic) or not self._working)
         row = self._row()
@@ -195,25 +203,25 @@ class Client(Worker):
         self._waiting = self.communicator.request(self._request, self._landing, CONTROL_BYTES)
 
     def _push(self) -> None:
-        if self._waiting and not self._beside:
-            self._hear()
+        if self._waiting and not self._overlapping:
+            self._receive_answer()
         super()._push()
 
     def _send(self) -> None:
-        self._begun, self._told = self.communicator.clock(), self.done
+        self._begun = self.communicator.clock()
         if self._waiting:
             self._composed = True
-            self._before_push(self._hear)
+            self._before_push(self._receive_answer)
             self._composed = False
         if not self.control.stop:
             self._send_message(self.replica.push.message)
 
     def _send_message(self, message: Tensor) -> None:
-        self._beside = self.config.overlap
-        if self._beside:
+        self._overlapping = self.config.overlap
+        if self._overlapping:
             message = self._outgoing.copy_(message)
         self._sent, self._reported, self._pushed = replace(self.place), 0, True
-        self._waiting = self.communicator.request(message, self._landing, CONTROL_BYTES, self._beside)
+        self._waiting = self.communicator.request(message, self._landing, CONTROL_BYTES, self._overlapping)
 
     @property
     def _landing(self) -> Tensor:
@@ -221,31 +229,31 @@ class Client(Worker):
 
     def _receive(self, contributed: bool) -> None:
         if self._waiting and (not self.config.overlap or self.done):
-            self._hear(later=not (self.config.overlap or self.call))  # in a step, of which the script has not done all
+            self._receive_answer(later=not (self.config.overlap or self.call))  # not within a step
         self._left = self.communicator.clock()
 
-    def _hear(self, later: bool = False) -> None:
-        """Take the answer. A checkpoint is written if it says so; then this worker asks again, for it may not go on yet.
+    def _receive_answer(self, later: bool = False) -> None:
+        """Receive the answer, and take part in a checkpoint if it demands one; then ask again, to wait for the checkpoint.
 
         Args:
-            later: give its part of the checkpoint when the script has done what follows a step.
+            later: whether to take part only when the script has finished its step.
         """
         while self._waiting:
             waiting, self._waiting = self._waiting, None
             self._take(waiting())
             if self.control.checkpoint and later:
-                self._owes = True
+                self._checkpoint_due = True
             elif self.control.checkpoint:
                 self.save()
             if self.control.fault:
                 raise CallError(broadcast_bytes(self.communicator, b"").decode())
             self.replica.check_finite(self.control)
-            if self.control.again and not self._owes:
+            if self.control.again and not self._checkpoint_due:
                 self._post_request(not self._elastic, busy=False)
-        if self._beside and self.control.stop:  # what has been computed beside will be again
+        if self._overlapping and self.control.stop:  # what has been computed meanwhile will be computed again
             self.place.taken, self.place.samples = self._sent.taken, self._sent.samples
             self.replica.flat.clear()
-        self._beside = False
+        self._overlapping = False
 
     def _take(self, whole: bool) -> None:
         pull, pushed = self._pull, self._pushed
@@ -259,7 +267,7 @@ class Client(Worker):
             if not self._elastic:
                 self.update.received()
             self.replica.flat.note_weights(moved=not self.update.apart, others=not self.update.apart)
-        if (whole or pushed) and not self._elastic:  # what a contribution that is kept has made of the statistics is in it
+        if (whole or pushed) and not self._elastic:  # the answer holds the statistics of buffered contributions, too
             self.replica.buffers.load(pull.buffers)
         if control.ticket >= 0:
             self._granted.append(int(control.ticket))
@@ -271,14 +279,14 @@ class Client(Worker):
             self._sent = Place(**mine.ahead["sent"])
 
     def state(self) -> RankState:
-        """See `Worker`; with what has been computed beside the last push, and where this worker was when that left."""
+        """Return this worker's state, with what it has computed since its last push; see `Worker`."""
         state, message = super().state(), self.replica.push.message if self._composed else self._unsent
         if message is not None:
             message = message.clone()
             row = message[-len(self.replica.push.columns) :]
-            row[SIGNAL] = row[STOP] = 0  # which end this run, not the one that goes on
+            row[SIGNAL] = row[STOP] = 0  # these end this run, not the resumed one
             state.own["ahead"] = {"tickets": int(row[TICKETS]), "used": 0, "sent": asdict(self._sent), "message": message}
-        elif self._ahead or (self._beside and (self.used or self._working)):
+        elif self._ahead or (self._overlapping and (self.used or self._working)):
             used = self._ahead or self.used
             state.own["ahead"] = {"tickets": used, "used": used, "sent": asdict(self._sent)}
         return state

@@ -1,4 +1,4 @@
-"""The server on another rank, as a worker calls it: each method takes this rank's part in what the server does with all."""
+"""The server on another rank, as a worker calls it: a method does this rank's part of what the server does."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class RemoteServer:
         communicator: this rank's end.
         replica: this rank's copy of the model.
         config, mode: the settings, and the row of MODES.
-        inner: the optimizer of this worker's own steps.
-        optimizer: what the server steps with, for the slices that this rank serves; None where it serves none.
+        inner: the optimizer of this worker's local steps; None in modes without.
+        optimizer: the server's optimizer, for the slices that this rank serves; None if this rank was given none.
         terms: the contract's lines about the optimizer.
 
     Attributes:
-        transport: how the messages of a round move, from `begin` on.
-        control: what the server said last.
-        states: the ranks' packed states of a resumed run, else empty.
-        place, worker_state, told_state: as in `Service`.
+        transport: moves the messages of a round; set by `begin`.
+        control: the server's latest control.
+        states: the ranks' packed states of a resumed run; else empty.
+        place, worker_state, told_state: as in `Serving`.
     """
 
     transport: Transport
@@ -58,18 +58,22 @@ class RemoteServer:
         self.told_state: dict[str, Any] = {}
 
     def begin(self) -> None:
-        """Agree with all ranks, and take the server's weights."""
+        """Agree with all ranks on the contract, receive the server's weights, and choose the transport.
+
+        Raises:
+            ContractError: the ranks do not agree.
+        """
         contract.begin(self.communicator, self.replica, self.config, self._terms)
         self.states = broadcast_bytes(self.communicator, b"")
         given = self.replica, self.config, self.mode, self.optimizer, *choose(self.config)
         self.transport = choose_transport(self.communicator, *given, serves=False)
-        self.optimizer = None  # the transport has it, if anything steps here
+        self.optimizer = None  # the transport has taken it over
         if self.inner:
             self.inner.rebind()
         self.control = self.replica.pull.control
 
     def round(self, contributed: bool = True) -> Control:
-        """See `Server.round`."""
+        """Do this rank's part of a round; see `Server.round`."""
         version = self.control.version
         self.transport.push()
         self.transport.reduce(self.control.round)
@@ -82,44 +86,44 @@ class RemoteServer:
         if contributed or control.version > version:
             self.replica.buffers.load(self.replica.pull.buffers)
         if control.call == Call.STATE:
-            self.told_state = self._hear_state()
+            self.told_state = self._receive_state()
         return control
 
-    def _hear_state(self) -> dict[str, Any]:
-        """Take part in `Service.tell_state`."""
+    def _receive_state(self) -> dict[str, Any]:
+        """Do this rank's part of `Service.tell_state`, and return the optimizer's state."""
         self.communicator.gather_bytes(RankState(-1, Place(), {}, slices=self.transport.optimizer_shard()).pack())
         return RankState.unpack(broadcast_bytes(self.communicator, b"")).own
 
     def average(self) -> None:
-        """See `Server.average`."""
+        """Do this rank's part of `Server.average`."""
         self.transport.average()
 
     def exchange_call(self, given: bytes) -> dict[str, Any]:
-        """See `Service.exchange_call`."""
+        """Send this worker's arguments to a call, and return the server's reply; see `Service.exchange_call`."""
         self.communicator.gather_bytes(given)
         reply: dict[str, Any] = json.loads(broadcast_bytes(self.communicator, b""))
         self.control.stop = reply["stop"]
         return reply
 
     def carry_out(self, reply: Mapping[str, Any]) -> None:
-        """See `Service.carry_out`."""
+        """Do this rank's part of the checkpoint, and wait for the results; see `Service.carry_out`."""
         if reply["save"]:
             self.save_model()
         if reply["finish"]:
             self.give_performance()
-            broadcast_bytes(self.communicator, b"")  # DONE is there
+            broadcast_bytes(self.communicator, b"")  # DONE is written
 
     def save_model(self) -> None:
-        """See `Service.save_model`."""
+        """Send this rank's state for a checkpoint; see `Service.save_model`."""
         assert self.worker_state
         self.communicator.gather_bytes(self.worker_state().pack())
 
     def give_performance(self) -> None:
-        """Give the server this rank's traffic, at the end of the run."""
+        """Send this rank's traffic to the server, at the end of the run."""
         self.communicator.gather_bytes(json.dumps(self.communicator.traffic).encode())
 
     def receive_control(self) -> Control:
-        """Return what the server says between rounds; see `Service.send_stop_signal`."""
+        """Receive and return the control that the server sends between rounds; see `Service.send_stop_signal`."""
         self.transport.tell()
         self.control = self.replica.pull.control
         return self.control

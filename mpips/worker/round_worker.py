@@ -1,9 +1,9 @@
-"""A training rank's half of a round: push its contribution, pull the new weights.
+"""A worker's half of a round: push a contribution, pull the new weights.
 
-    push  update.write: the body and this rank's row   communicator.reduce
-    pull  communicator.broadcast: control, weights, buffers  read
+    push  update.write          the gradients, or what the mode pushes instead, and this rank's row
+    pull  RemoteServer.round    the transport's push, reduce, decide and pull
 
-The weights land where the model's parameters are; there is nothing to copy.
+The new weights arrive where the model's parameters are, so there is nothing to copy.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from mpips.worker.remote_server import RemoteServer
 
 @dataclass
 class Tally:
-    """What has been reported of the steps since the last push: sums over samples."""
+    """The steps since the last push, as sums over samples."""
 
     samples: float = 0
     loss: float = 0
     metrics: list[float] = field(default_factory=list)
 
     def add(self, loss: float, samples: float, metrics: Sequence[float]) -> None:
-        """Take note of a step's means."""
+        """Add a step, given its mean loss and its mean metrics."""
         self.samples += samples
         self.loss += loss * samples if samples else 0.0
         sums = [m * samples if samples else 0.0 for m in metrics]
@@ -47,11 +47,12 @@ class Tally:
 
 
 class Serving(Protocol):
-    """What a worker needs of the server, be it on the same rank or, by `RemoteServer`, on another.
+    """The part of a server that a worker calls: a `Server` on this rank, or a `RemoteServer`.
 
     Attributes:
-        replica, inner, optimizer, transport, states, worker_state, told_state: as in `Service`.
+        replica, inner, optimizer, transport, states, worker_state: as in `Service`.
         place: the place of this rank's worker in its data.
+        told_state: the optimizer's state, after a round that was asked for it.
     """
 
     replica: Replica
@@ -64,59 +65,60 @@ class Serving(Protocol):
     told_state: dict[str, Any]
 
     def round(self, contributed: bool = True) -> Control:
-        """Take part in one whole round, with this rank's push message as it stands.
+        """Take part in one whole round, with this rank's push message as it is.
 
         Args:
             contributed: whether the push message holds a contribution.
         """
 
     def save_model(self) -> object:
-        """Write a checkpoint together with all other ranks."""
+        """Take part in a checkpoint with all other ranks."""
 
     def exchange_call(self, given: bytes) -> dict[str, Any]:
-        """Say `given` to a call, and return the server's reply to all ranks."""
+        """Send `given`, this worker's arguments to a call as JSON, and return the server's reply to all ranks."""
 
     def carry_out(self, reply: Mapping[str, Any]) -> None:
-        """Do what the reply to all ranks says."""
+        """Take part in the checkpoint and the results that the reply to a call demands."""
 
     def average(self) -> None:
-        """Combine all gradients without a step; the push message then holds the combination."""
+        """Combine the gradients of all workers without a step; the push message then holds the combination."""
 
 
 def place_of(communicator: Communicator, config: Config) -> tuple[int, int]:
-    """This rank's worker number, -1 if it only serves, and the number of workers."""
+    """Return the number of this rank's worker, -1 if the rank only serves, and the number of workers."""
     dedicated = communicator.size > 1 and not config.server_trains
     return communicator.rank - dedicated, communicator.size - dedicated
 
 
 class Worker:
-    """One worker.
+    """One worker in a run with rounds.
 
     Args:
         communicator: this rank's end.
         model: the model to train.
         config: the settings.
-        server: the server on the same rank, if any, which has begun; it then does the rounds.
-        optimizer: as the server's; used in modes where a worker takes steps of its own, and where it serves slices.
-        tells: whether the optimizer's hyperparameters go to the server with each push.
+        server: the server on the same rank, which has begun and then runs the rounds; None if it is on another rank.
+        optimizer: the same optimizer as the server's. It steps in modes with local steps, and on the slices that this rank
+            serves.
+        tells: whether the optimizer's hyperparameters are pushed with each contribution.
 
     Attributes:
         replica: the model's flat buffers and messages.
         update: what this worker computes between pull and push.
         place: where the worker is in its data.
-        index, workers: its number, from 0, and how many there are.
-        done: whether its shard is exhausted; the server is told with the next round.
-        used: batches used up since the last push.
-        control: what the server said last.
-        call: what this worker waits in, if it does.
-        begun: loops over data that it has begun.
-        drawn: batches drawn in the loop in progress.
-        digest: of the data that all workers must have alike; 0 if there is nothing to compare.
-        epochs: how many epochs the script's loop has; 0 if it has not said.
-        which: the optimizer that steps, of several.
-        overflow: whether the script's GradScaler has found an Inf or NaN; then no rank steps.
-        common: the random streams that orders of data are drawn from, alike on all workers.
-        kept: gives what the script keeps in the checkpoint.
+        index, workers: its number, from 0, and the number of workers.
+        done: whether its shard is exhausted, which the server learns in the next round.
+        used: the number of batches used since the last push.
+        control: the server's latest control.
+        call: the call that this worker waits in; NONE while it steps.
+        begun: the number of loops over data that it has begun.
+        drawn: the number of batches drawn in the loop in progress.
+        digest: a digest of the data that all workers must agree on; 0 if there is nothing to compare.
+        epochs: the number of epochs of the script's loop; 0 if it is unknown.
+        which: the index of the optimizer that steps, if the script has several.
+        overflow: whether the script's GradScaler has found an Inf or NaN, so that no rank steps.
+        common: the random streams that orders of data are drawn from, the same on all workers.
+        kept: returns what the script keeps in the checkpoint.
         signalled: set to have the server write a checkpoint and end the run at the next round.
         stop: 1 to ask the server to end the run, 2 when the script has left its loop.
     """
@@ -151,24 +153,24 @@ class Worker:
         self.place = Place()
         self.signalled = False
         self.stop = self.used = 0
-        self.done = self._told = self._parked = False
+        self.done = self._parked = False
         self.call, self.begun, self.digest, self.drawn, self.epochs = Call.NONE, 0, 0, 0, 0
         self.kept: Callable[[], dict[str, Any]] = dict
         self.overflow, self.which = False, 0
         self._averaging = (0.0, 0.0)
-        self._weight = 0.0  # of the last contribution
-        self._leads = True  # whether, of what all workers have alike, it is this one's that counts
+        self._weight = 0.0  # the last contribution's weight
+        self._contributes_common = True  # whether this worker contributes what all workers have in common
         self.control = Control()
-        self._kept: Tensor | None = None  # gradients that an idle round must not push
-        self._rest: Callable[[], None] | None = None  # of a round that goes on beside the script
-        self._owes = False  # its part of a checkpoint
+        self._kept: Tensor | None = None  # the gradients, saved during an idle round
+        self._background: Callable[[], None] | None = None  # waits for a round in the background
+        self._checkpoint_due = False  # whether its part of a checkpoint is due
         self._streams: rng.State | None = None
         if self.config.overlap and mode.gradients:
-            model.register_forward_pre_hook(lambda *_: self.settle())  # no function that deepcopy would follow
+            model.register_forward_pre_hook(lambda *_: self.settle())  # deepcopy of the model does not follow it
         self._begun = self._left = communicator.clock()
 
     def _remote_server(self, given: Optimizer | None) -> RemoteServer:
-        """Make what this worker calls in the place of a server on another rank."""
+        """Return the server on another rank, with the optimizers that this rank needs."""
         inner = optimizer = None
         if self.mode.local:
             if given is None:
@@ -179,8 +181,8 @@ class Worker:
         return RemoteServer(self.communicator, self.replica, self.config, self.mode, inner, optimizer, self._terms)
 
     def receive_initial_weights(self) -> None:
-        """Agree with all ranks, take the server's weights and, if the run is resumed, this worker's own state."""
-        if isinstance(self.server, RemoteServer):  # one on this rank has begun before
+        """Agree with all ranks, receive the server's weights and, in a resumed run, restore this worker's own state."""
+        if isinstance(self.server, RemoteServer):  # a server on this rank has begun before
             self.server.begin()
         states = self.server.states
         self.common = _common(self.communicator, self.workers)
@@ -197,9 +199,9 @@ class Worker:
         if mine is not None:
             self.replica.flat.resume(mine.gradients)
             self.update.load_state_dict(mine.own)
-            if tally := mine.own.get("tally"):  # of local steps that are not pushed
+            if tally := mine.own.get("tally"):  # the local steps that are not pushed
                 self.tally = Tally(float(tally["samples"]), float(tally["loss"]), [float(m) for m in tally["metrics"]])
-            self._park()  # until the loop goes on
+            self._park()  # until the loop continues
         self.server.place, self.server.worker_state = self.place, self.state
 
     def _restore(self, mine: RankState) -> None:
@@ -212,7 +214,14 @@ class Worker:
             self.replica.buffers.named[name].copy_(tensor)
 
     def backward(self, loss: Tensor, samples: float) -> None:
-        """Backward, the last before a step; slices may leave as soon as their gradients are there."""
+        """Compute the gradients, in the last backward before a step.
+
+        With `overlap`, each bucket is reduced as soon as its gradients are complete.
+
+        Args:
+            loss: the loss.
+            samples: the number of samples behind the gradient.
+        """
         self.settle()
         transport, ready, flat = self.server.transport, self.server.transport.ready, self.replica.flat
         if ready is None:
@@ -234,12 +243,24 @@ class Worker:
             there(number)
 
     def step(self, loss: float, samples: float, metrics: Sequence[float] = (), taken: int = 0) -> Control:
-        """The script has taken a step: push and pull, see both, if the update says that it is time.
+        """Push and pull after a step of the script, if it is time for both by the update.
 
-        With `overlap` in rounds that goes on while the script does, until `settle`.
+        With `overlap`, in modes with rounds, this goes on while the script continues, until `settle`.
+
+        Args:
+            loss: the mean loss over the samples.
+            samples: the number of samples behind the gradient.
+            metrics: the mean of each of the script's metrics, in the order of the setting `metrics`.
+            taken: the number of items of the shard that this step has used.
+
+        Returns:
+            The server's latest control.
+
+        Raises:
+            NonFiniteError: see `pull`.
         """
         self.settle()
-        self._unpark()  # a step outside of loops is taken from this worker's own weights, as any
+        self._unpark()  # a step outside of loops starts from this worker's own weights, too
         self.look_at_hyper()
         self._look_at_weights()
         flat, others = self.replica.flat, {}
@@ -250,9 +271,9 @@ class Worker:
             return self.control
         if self.server.transport.ready:
             self._write()
-            self.replica.flat.clear()  # of what is on its way nothing is left to the script
-            self._streams = rng.capture()  # what it draws from now on belongs to the next round
-            self._rest = self.communicator.run_async(self._send_and_receive)
+            self.replica.flat.clear()  # the script must not see gradients that are under way
+            self._streams = rng.capture()  # later draws belong to the next round
+            self._background = self.communicator.run_async(self._send_and_receive)
             return self.control
         self._push()
         self.pull()
@@ -261,10 +282,10 @@ class Worker:
         return self.control
 
     def look_at_hyper(self) -> None:
-        """Take what the script has set in its optimizer's groups since the last step.
+        """Take over the hyperparameters that the script has set in its optimizer's groups since the last step.
 
         Raises:
-            RuntimeError: it has other groups than at `connect`.
+            RuntimeError: the optimizer has other groups than at `connect`.
         """
         told = self.told
         if told is None or not told.changed():
@@ -278,10 +299,10 @@ class Worker:
             hyper.write(self.inner.torch, told.numbers)
 
     def _look_at_weights(self) -> None:
-        """Take over what the script has written into the weights itself, where that can be exact.
+        """Take over the weights that the script has changed itself, where that is exact.
 
         Raises:
-            RuntimeError: it cannot: other ranks have other copies, or the same memory.
+            RuntimeError: other ranks have their own copies of these weights, or share their memory.
         """
         flat = self.replica.flat
         changed = flat.changed_weights()
@@ -289,7 +310,7 @@ class Worker:
             return
         own = self.inner if self.update.apart else self.server.optimizer if self.communicator.size == 1 else None
         if own is None:
-            changed = [number for number in changed if number not in flat.renormalised]  # whatever that led to: ours is pulled
+            changed = [number for number in changed if number not in flat.renormalised]  # the pull overwrites those
             if not changed:
                 return
             self._refuse(
@@ -298,7 +319,7 @@ class Worker:
         own.refresh(changed)
 
     def changed_in_place(self) -> str:
-        """A parameter that the script has changed since the last round where that is not taken over; else nothing."""
+        """Return the name of a parameter that the script has changed since the last round and no rank takes over; else ""."""
         self.settle()
         flat = self.replica.flat
         changed = [n for n in flat.changed_weights() if n not in flat.renormalised] if self._elsewhere else []
@@ -312,15 +333,15 @@ class Worker:
 
     @property
     def _elsewhere(self) -> bool:
-        """Whether the weights are stepped elsewhere, or are those of others, too."""
+        """Whether the weights are stepped on other ranks or shared with them."""
         return self.communicator.size > 1 and not self.update.apart
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """In here the script may put other weights in the place of the model's, as an average's, if it puts those back.
+        """Allow the script to replace the model's weights within the context, such as by their average, if it restores them.
 
         Raises:
-            RuntimeError: it has not.
+            RuntimeError: it has not restored them.
         """
         flat = self.replica.flat
         before = flat.sums() if self._elsewhere else []
@@ -336,32 +357,32 @@ class Worker:
         self._receive(contributed=True)
 
     def settle(self) -> None:
-        """Wait for the end of a round that goes on beside, if one does; the model then has the new weights.
+        """Wait for the end of a round that goes on in the background, if there is one; the model then has the new weights.
 
         Raises:
-            See `pull`.
+            NonFiniteError: see `pull`.
         """
-        rest, self._rest = self._rest, None
+        rest, self._background = self._background, None
         if rest:
             rest()
-        if self._owes:
+        if self._checkpoint_due:
             self.pay()
         self._streams = None
 
     def pay(self) -> None:
-        """Take part in the checkpoint that came due with the last round, now that the script has done what follows a step."""
-        if self._owes:
-            self._owes = False
+        """Take part in the checkpoint that was due in the last round, now that the script has finished its step."""
+        if self._checkpoint_due:
+            self._checkpoint_due = False
             self.save()
 
     def push(self, loss: float, samples: float, metrics: Sequence[float] = (), taken: int = 0) -> None:
-        """Send the gradient that backward left, or what the mode pushes in its place, and this rank's row.
+        """Push the gradient that backward has computed, or what the mode pushes instead, and this rank's row.
 
         Args:
             loss: the mean loss over the samples.
-            samples: how many samples the gradient is the mean of.
-            metrics: the mean of each of the script's own metrics, in the order of the `metrics` setting.
-            taken: items of the shard that this step has used up.
+            samples: the number of samples behind the gradient.
+            metrics: the mean of each of the script's metrics, in the order of the setting `metrics`.
+            taken: the number of items of the shard that this step has used.
         """
         self.settle()
         self._note(loss, samples, metrics, taken)
@@ -377,25 +398,29 @@ class Worker:
         self._send()
 
     def _write(self) -> None:
-        """Fill the push message with what has been noted since the last one."""
+        """Write the push message: the contribution, and the row with the steps since the last push."""
         tally, self.tally = self.tally, Tally()
         row = self._row(samples=tally.samples, loss=tally.loss)
-        self.update.lead = self._leads if self.replica.flat.averaged and self.config.rule == "mean" else None
+        self.update.lead = self._contributes_common if self.replica.flat.averaged and self.config.rule == "mean" else None
         self.update.write(row, tally.metrics or [0.0] * len(self.config.metrics))
         self._weight = row.weight
         self.replica.flat.pushed()
         self.replica.flat.averaged, self.update.lead = False, None
 
     def pull(self) -> Control:
-        """Take the new weights and what the server says; gradients are then None.
+        """Receive the new weights and the control. Gradients are then None, unless they are still what backward has computed.
+
+        Returns:
+            The control.
 
         Raises:
-            NonFiniteError: on all ranks, when a rank's update is not finite and `nonfinite` is "raise".
+            NonFiniteError: on all ranks, if a rank's update is not finite and `nonfinite` is "raise".
+            CallError: on all ranks, if the workers disagree.
         """
         self._receive(contributed=True)
         if self._keeps_gradients:
             if self._weight != 1 and not self.replica.push.shared and not self.replica.push.raw and self.replica.wire_is_grad:
-                self.replica.flat.grad.div_(self._weight)  # which it was multiplied by on its way
+                self.replica.flat.grad.div_(self._weight)  # undoes the weighting
             self.replica.flat.pushed()
         else:
             self.replica.flat.clear()
@@ -403,7 +428,7 @@ class Worker:
 
     @property
     def _keeps_gradients(self) -> bool:
-        """Whether the gradients of a step are still what backward left: in no memory that was multiplied or added to."""
+        """Whether the gradients are still what backward has computed, apart from a known factor."""
         push = self.replica.push
         if self.update.apart or self.communicator.size == 1 or not self.replica.wire_is_grad:
             return not self.update.apart
@@ -412,7 +437,11 @@ class Worker:
         return push.raw and self.replica.keeps_push
 
     def idle(self) -> Control:
-        """Take part in a round without a new step: with what has not been pushed yet, gradients apart, or with nothing."""
+        """Take part in a round without a new step. Local steps that are not pushed yet are pushed; gradients are kept.
+
+        Returns:
+            The control.
+        """
         self.settle()
         if self.update.pending:
             self._push()
@@ -430,25 +459,25 @@ class Worker:
         return self.control
 
     def begin(self) -> None:
-        """A new loop over the shard begins."""
+        """Begin a new loop over the shard."""
         self._unpark()
         self.begun, self.drawn = self.begun + 1, 0
-        self.done = self._told = False
+        self.done = False
 
     def finish(self) -> None:
-        """The shard is exhausted: take part until every worker's is. The model then has the server's weights."""
+        """Take part in rounds until every worker's shard is exhausted. The model then has the server's weights."""
         self.barrier(Call.LOOP)
 
-    def call_for(self, call: Call, said: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None) -> dict[str, Any]:
-        """Call for something together with all workers, and do what the server makes of it.
+    def call_for(self, call: Call, given: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None) -> dict[str, Any]:
+        """Make a call together with all workers, and carry out the server's reply.
 
         Args:
-            call: what for.
-            said: what this worker has to say to it; a function is called when all are there, with the server's weights in
-                the model.
+            call: the call.
+            given: this worker's arguments, or a function that returns them. It is called when all workers have made the call,
+                with the server's weights in the model.
 
         Returns:
-            The server's reply.
+            The server's reply; empty if the run is preempted.
 
         Raises:
             CallError: the other workers do not make this call.
@@ -457,21 +486,21 @@ class Worker:
         self.barrier(call)
         reply: dict[str, Any] = {}
         if self.control.stop != Stop.PREEMPTED:
-            reply = self._take_part(said() if callable(said) else said or {})
+            reply = self._take_part(given() if callable(given) else given or {})
         if not parked and not self.control.stop:
             self._unpark()
         return reply
 
     def barrier(self, call: Call) -> None:
-        """Wait until all workers make this call: take part in the rounds of those that do not yet.
+        """Wait until all workers make this call; meanwhile take part in the rounds of the others.
 
         Raises:
-            CallError: they never will.
+            CallError: the other workers do not make this call.
         """
         self.settle()
-        if call not in (Call.AVERAGE, Call.LEAVE, Call.MEET):  # a step that evaluates the loss several times moves weights
+        if call not in (Call.AVERAGE, Call.LEAVE, Call.MEET):  # an optimizer with a closure changes weights in between
             self._look_at_weights()
-        self.call, self.done, self._told = call, True, False
+        self.call, self.done = call, True
         while True:
             self.idle()
             stop = self.control.stop
@@ -482,7 +511,7 @@ class Worker:
         self._park()
 
     def _met(self) -> bool:
-        """Whether all wait for what this worker does; in another call it takes part where it is at the script's end."""
+        """Return whether all workers wait in this worker's call. At the end of the script, take part in other calls."""
         if self.control.active or self.control.call in (Call.NONE, Call.STATE):
             return False
         if self.control.call == Call.AVERAGE:
@@ -491,23 +520,23 @@ class Worker:
             self._take_part({})
         return self.control.call == self.call
 
-    def _take_part(self, said: Mapping[str, Any]) -> dict[str, Any]:
-        reply = self.server.exchange_call(json.dumps(said).encode() if said else b"")
+    def _take_part(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        reply = self.server.exchange_call(json.dumps(given).encode() if given else b"")
         self.control.stop = reply["stop"]
         self.server.carry_out(reply)
         return reply
 
     def average(self, loss: float = 0.0, samples: float = 1) -> float:
-        """Let every worker's gradients be those of all workers together, without a step.
+        """Replace every worker's gradients by their combination over all workers, without a step.
 
-        Nothing is to be done where there is one worker, or where each takes steps of its own.
+        With one worker, or in modes with local steps, nothing is done.
 
         Args:
             loss: the mean loss over the samples.
-            samples: how many samples the gradient is the mean of.
+            samples: the number of samples behind the gradient.
 
         Returns:
-            The mean loss over all workers' samples, or with `reduction` sum their sum.
+            The mean loss over all workers' samples; with `reduction` "sum", the sum of the losses.
         """
         if self.workers == 1 or not self.mode.gradients or self.replica.flat.averaged:
             return loss
@@ -518,7 +547,11 @@ class Worker:
         return self._averaging[0] if adds else self._averaging[0] / self._averaging[1]
 
     def _take_average(self, counts: bool) -> None:
-        """This rank's part in bringing gradients together; where its own do not count, it only hears."""
+        """Take part in the combination of gradients.
+
+        Args:
+            counts: whether this worker contributes; if not, its gradients stay.
+        """
         replica, push = self.replica, self.replica.push
         loss, samples = self._averaging if counts else (0.0, 0.0)
         row, metrics = self._row(samples=samples, loss=loss), [0.0] * len(self.config.metrics)
@@ -537,16 +570,26 @@ class Worker:
         replica.flat.take_average(push.gradients, push.present())
         if self.config.buffers == "mean":
             replica.buffers.combine(push.floats, push.limbs, [buffer.data for buffer in replica.buffers.tensors])
-        self._leads = next(rank for rank, row in enumerate(rows) if row[WEIGHT]) == self.communicator.rank
+        self._contributes_common = next(rank for rank, row in enumerate(rows) if row[WEIGHT]) == self.communicator.rank
 
     def adopt(self, weights: Tensor, loss: float, samples: float, taken: int = 0) -> Control:
-        """A round in which the server takes `weights`, `(numel,)`, which all workers have alike, as they are."""
+        """Take part in a round in which the server adopts new weights, which are the same on all workers.
+
+        Args:
+            weights: `(numel,)`, the new weights.
+            loss: the mean loss over the samples.
+            samples: the number of samples behind the new weights.
+            taken: the number of items of the shard that were used.
+
+        Returns:
+            The control.
+        """
         self.settle()
         self.look_at_hyper()
         self._note(loss, samples, (), taken)
         tally, self.tally = self.tally, Tally()
         row, push, replica = self._row(samples=tally.samples, loss=tally.loss), self.replica.push, self.replica
-        row.adopt, row.weight = 1.0, float(self._leads)
+        row.adopt, row.weight = 1.0, float(self._contributes_common)
         row.steps = row.weight
         push.clear_behind()
         replica.buffers.write(push.floats, push.limbs, row.weight, self.update.first)
@@ -562,7 +605,7 @@ class Worker:
         return self.control
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The whole state of the server's optimizer, as `FlatOptimizer.state_dict` gives it; the other workers need not ask."""
+        """Return the state of the server's optimizer, as `FlatOptimizer.state_dict` does; other workers need not call this."""
         self.settle()
         self.call = Call.STATE
         self._state: dict[str, Any] = {}
@@ -581,17 +624,17 @@ class Worker:
             self.update.unpark()
 
     def receive_control(self) -> None:
-        """Take what the server says between rounds."""
+        """Receive the control that the server sends between rounds."""
         if isinstance(self.server, RemoteServer):
             self.control = self.server.receive_control()
 
     def give_performance(self) -> None:
-        """Give the server this rank's traffic, at the end of the run."""
+        """Send this rank's traffic to the server, at the end of the run."""
         if isinstance(self.server, RemoteServer):
             self.server.give_performance()
 
     def state(self) -> RankState:
-        """What only this rank knows."""
+        """Return the state that only this rank has."""
         own = self.replica.buffers.named if self.config.buffers == "local" else {}
         flat = self.replica.flat
         if flat.pending and self._kept is None:
@@ -614,9 +657,9 @@ class Worker:
         )
 
     def save(self) -> None:
-        """This rank's part of a checkpoint, together with all other ranks."""
+        """Take part in a checkpoint with all other ranks."""
         if self.update.here:
-            self.update.park()  # what the server writes are the weights in the model
+            self.update.park()  # the server writes the weights in the model
         self.server.save_model()
         if self.update.here and not self._parked:
             self.update.unpark()
@@ -632,15 +675,14 @@ class Worker:
         return row
 
     def _send(self) -> None:
-        """Note that the push message is on its way; it leaves in the round, see `_receive`."""
+        """Note the time at which the push message is handed over; it is sent in the round, see `_receive`."""
         self._begun = self.communicator.clock()
-        self._told = self.done
 
     def _receive(self, contributed: bool) -> None:
         self.control = self.server.round(contributed)
-        if self.call == Call.LOOP:  # a checkpoint of this round is one of the loop's end
+        if self.call == Call.LOOP:  # a checkpoint of this round is of the loop's end
             self.place.over = not self.control.active
-        self._owes = bool(self.control.checkpoint)
+        self._checkpoint_due = bool(self.control.checkpoint)
         if self.control.call == Call.STATE:
             self._state = self.server.told_state
         self.update.received()
@@ -652,7 +694,7 @@ class Worker:
 
 
 def _common(communicator: Communicator, workers: int) -> Common:
-    """The streams that orders are drawn from: as the server's are now, whatever this worker has drawn before."""
+    """Return the random streams of data orders, seeded by the server's, whatever this worker has drawn before."""
     own = rng.capture()
     if communicator.size > 1:
         rng.restore({name: value for name, value in told_streams(communicator, own).items() if name != "cuda"})

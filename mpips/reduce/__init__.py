@@ -1,1 +1,1 @@
-"""How a round's contributions are reduced and stepped on, at the server or slice by slice on every rank."""
+"""The reduction of a round's contributions and the step, at the server or slice by slice on every rank."""

@@ -1,14 +1,14 @@
 """The aggregation of a round by messages; every rank makes the same calls.
 
-    needs "sum"    reduce (Reduce)                                         the rule, on the sum
-    needs "rows"   reduce (Gather, slice by slice)                         the rule, slice by slice
-    needs "gram"   reduce (Gather, slice by slice)                         inner products, the rule's coefficients
-                   broadcast (Bcast) the coefficients
-                   reduce the bodies (Reduce of what each rank has multiplied; Gather in deterministic mode, or if the rule
-                   is then to be called with the rows that it has chosen)
+    needs "sum"    reduce (Reduce)                    the rule is called with the sum
+    needs "rows"   reduce (Gather, slice by slice)    the rule is called with the rows of each slice
+    needs "gram"   reduce (Gather, slice by slice)    inner products are summed; the rule returns coefficients
+                   broadcast (Bcast)                  every rank multiplies its contribution by its coefficient
+                   reduce (Reduce)                    the sum is the result; a Gather in deterministic mode, or if the rule
+                                                      is then called with the rows that it has chosen
 
-The server holds one slice of each rank, never a second whole contribution. What lies behind the gradients in the body
-(BatchNorm's statistics) goes the same way, but has no say in the inner products.
+The server holds one slice of each rank, never a second whole contribution. The part of the body behind the gradients
+(BatchNorm's statistics) is aggregated in the same way, but does not count in the inner products.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mpips.rules import Needs, Rule
 
 
 class Collectives(Protocol):
-    """What is needed here of a communicator; one whose rows are clients is in `reduce/client_rows.py`."""
+    """The calls of a communicator that are used here. `reduce/client_rows.py` has one whose rows are clients."""
 
     rank: int
     size: int
@@ -38,14 +38,14 @@ class Collectives(Protocol):
 
 
 class AggregationResult(NamedTuple):
-    """What came of it.
+    """The result of an aggregation, except for the combined contribution itself.
 
     Attributes:
-        faulty: ranks whose contribution was left out for a NaN or Inf that they had not reported; by a rule that looks at one
-            coordinate at a time, left out where it had one. The plain mean looks for none.
-        refused: why the rule could not combine what came; the body is then zero and no update is to be taken. Else "".
-        nonfinite: rank -> the index of a tensor, where the combined gradient is not finite: of the rank whose contribution was
-            not, or the server's, if no rank's was.
+        faulty: the ranks whose contribution was left out for a NaN or Inf that they had not reported. A rule that combines each
+            coordinate by itself leaves out only the affected coordinates. The plain mean does not check.
+        refused: why the rule could not combine the contributions; else "". The body is then zero and no update must be taken.
+        nonfinite: rank -> the index of the first tensor in which the combined gradient is not finite. It is the rank whose
+            contribution is not finite, or the server if there is no such rank.
     """
 
     faulty: list[int]
@@ -56,24 +56,25 @@ class AggregationResult(NamedTuple):
 def aggregate(communicator: Collectives, push: Push, rule: Rule, last: Needs, first: int) -> AggregationResult:
     """Combine the contributions of all ranks by the rule; every rank calls this.
 
-    At the server the combination is left in the body of its push message, and the sum of all tails behind it. The body of every
-    other rank is changed.
+    At the server, the combination replaces the body of its push message, and the sum of all tails follows it. The bodies of
+    other ranks are overwritten.
 
     Args:
         communicator: this rank's end.
         push: this rank's contribution and row; all zero if it has none.
-        rule, last: what `choose` gives.
+        rule: the rule, from `mpips.rules.choose`.
+        last: what the last collective delivers, from `mpips.rules.choose`.
         first: the rank of the first worker.
 
     Returns:
-        What came of it, at the server; elsewhere it means nothing.
+        The result, at the server; elsewhere it means nothing.
     """
     prepare(communicator.rank, push, rule)
     return bring_together(communicator, push, rule, last, first)
 
 
 def bring_together(communicator: Collectives, push: Push, rule: Rule, last: Needs, first: int) -> AggregationResult:
-    """`aggregate`, of contributions that the rule has prepared."""
+    """Combine contributions that the rule has prepared; else as `aggregate`."""
     if rule.needs == "gram":
         return _by_gram(communicator, push, rule, last, first)
     combiner = Combiner(push, rule, first, rounded=True)
@@ -84,7 +85,7 @@ def bring_together(communicator: Collectives, push: Push, rule: Rule, last: Need
 
 
 class _Slices:
-    """Hands slices, as they come, to a combiner: of gradients, of statistics, or of both."""
+    """The `apply` of a reduce that passes each slice, of gradients or of statistics, to a combiner."""
 
     def __init__(self, push: Push, combiner: Combiner, size: int) -> None:
         self._push, self._combiner, self._size = push, combiner, size
@@ -101,7 +102,7 @@ class _Slices:
 
 
 class _Products:
-    """Hands slices, as they come, to a Gram matrix."""
+    """The `apply` of a reduce that adds each slice, of gradients or of statistics, to a Gram matrix."""
 
     def __init__(self, push: Push, gram: Gram) -> None:
         self._push, self._gram = push, gram
@@ -136,7 +137,7 @@ def _by_gram(communicator: Collectives, push: Push, rule: Rule, last: Needs, fir
 
 
 def _multiply_own(rank: int, push: Push, factors: Tensor) -> None:
-    """Multiply this rank's contributions by their coefficients; those of a Reduce are added up as they are."""
+    """Multiply this rank's contributions by their coefficients, before a Reduce adds them up."""
     whole = float(factors.sum())
     for row, body in push.own(rank):
         factor, weight = float(factors[row]), float(push.rows[row, WEIGHT])
@@ -153,7 +154,7 @@ def _multiply(part: Tensor, factor: float) -> None:
 
 
 def _move(gradients: Tensor, origin: Tensor, share: float) -> None:
-    """Add the origin's share to the sum, and make the result the next origin, unless it overflowed."""
+    """Add the origin's share to the combined gradients, which become the next origin unless they overflowed."""
     if share:
         gradients.add_(origin, alpha=share)
     if torch.isfinite(torch.dot(gradients, gradients)):

@@ -1,4 +1,4 @@
-"""Which transport a run has: the ranks agree on it, move their messages into shared memory, and deal out the slices."""
+"""The choice of a run's transport: ranks agree on it, move their messages to shared memory, and assign the slices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mpips.reduce.shared_memory_transport import SETTINGS, SharedMemoryTransport
 from mpips.reduce.transport import Transport
 from mpips.rules import Needs, Rule
 
-KINDS = ["", "cpu", "cuda"]  # of memory that ranks can share
+KINDS = ["", "cpu", "cuda"]  # the kinds of memory that ranks can share; "" is none
 
 
 def choose_transport(
@@ -38,15 +38,19 @@ def choose_transport(
 
     Args:
         communicator: this rank's end.
-        replica: has the server's weights on every rank.
+        replica: this rank's copy of the model, which has the server's weights.
         config: the settings.
         mode: the row of MODES.
-        optimizer: what the server steps with, on every rank; None if this rank was given none.
-        rule, last: what `mpips.rules.choose` gives.
+        optimizer: the server's optimizer, on every rank; None if this rank was given none.
+        rule: the rule, from `mpips.rules.choose`.
+        last: what the last collective delivers, from `mpips.rules.choose`.
         serves: whether the server is on this rank.
+
+    Returns:
+        The transport.
     """
     first = int(communicator.size > 1 and not config.server_trains)
-    clip = None if mode.local else config.clip  # there each worker clips its own steps
+    clip = None if mode.local else config.clip  # with local steps each worker clips its own
     trains = config.server_trains or not serves
     shared = _share_memory(communicator, replica, config, mode, optimizer, rule, trains)
     if shared:
@@ -68,10 +72,10 @@ def _share_memory(
     rule: Rule,
     trains: bool,
 ) -> tuple[NodeGroup, ShardedOptimizer | FlatOptimizer | None] | None:
-    """Move the messages into memory that the ranks of a node share, and deal out the slices.
+    """Move the messages to memory that the ranks of a node share, and assign the slices.
 
     Returns:
-        The group, and what steps this rank's slices, None where it serves none; or None where messages must be sent.
+        The group, and the optimizer of this rank's slices, None if it serves none. None if messages must be sent instead.
     """
     update = summed(mode, config)
     if communicator.size == 1 or update is None or not config.shared_memory:
@@ -86,11 +90,11 @@ def _share_memory(
     if group is None:
         return None
     prepares = type(rule).prepare is not Rule.prepare
-    raw = update.raw and not (config.deterministic and prepares)  # what the rule prepares is then the same as by messages
+    raw = update.raw and not (config.deterministic and prepares)  # then the rule prepares what it does by messages
     replica.move(group.buffers.row, group.buffers.pull, fill=group.buffers.fills, apart=apart, raw=raw)
     replica.keeps_push = group.buffers.place > 0 and not prepares
     if optimizer:
-        optimizer.rebind()  # nothing is to hold the messages' former memory
+        optimizer.rebind()  # releases the messages' former memory
     group.barrier()
     deal(group, replica, cut)
     if not group.sharded and not (update.apart and replica.wire_is_grad):
@@ -102,22 +106,22 @@ def _share_memory(
 
 
 def _agreed(communicator: Communicator, replica: Replica, shares: bool, optimizer: FlatOptimizer | None) -> Granularity | None:
-    """Where all ranks may cut the optimizer's parameters; None if some rank does not share memory, or not of that kind."""
+    """Return how finely all ranks may cut the optimizer's parameters; None if they do not all share memory of one kind."""
     cut = where(optimizer.torch) if optimizer else Granularity.NOWHERE
     kind = type(optimizer.torch).__qualname__ if optimizer else ""
     memory = KINDS.index(replica.flat.device.type) if shares else 0
-    said = communicator.allgather_digests(bytes([memory, cut]) + hashlib.sha256(kind.encode()).digest()[:30])
-    if not memory or any(word[0] != memory for word in said):
+    answers = communicator.allgather_digests(bytes([memory, cut]) + hashlib.sha256(kind.encode()).digest()[:30])
+    if not memory or any(word[0] != memory for word in answers):
         return None
-    return Granularity(min(word[1] for word in said)) if len({word[2:] for word in said}) == 1 else Granularity.NOWHERE
+    return Granularity(min(word[1] for word in answers)) if len({word[2:] for word in answers}) == 1 else Granularity.NOWHERE
 
 
 def _buffer_spec(ranks: int, replica: Replica, config: Config, cut: Granularity, answer: int, rule: Rule) -> BufferSpec:
-    """What the ranks' rooms are to hold."""
+    """Return the size and layout of the node groups' buffers."""
     push, flat = replica.push.message, replica.flat
     large = flat.numel * flat.weights.element_size() > SMALL
     sharded = cut > Granularity.NOWHERE and (config.plan == "sharded" or (config.plan == "auto" and large))
-    products = ranks * (ranks + 1) if rule.needs == "gram" else 0  # of pairs of ranks, and a flag for each
+    products = ranks * (ranks + 1) if rule.needs == "gram" else 0  # one for each pair of ranks, and a flag for each rank
     return BufferSpec(
         numel=push.numel(),
         dtype=push.dtype,
@@ -125,12 +129,12 @@ def _buffer_spec(ranks: int, replica: Replica, config: Config, cut: Granularity,
         pull=replica.pull.message.numel(),
         weights=replica.pull.place,
         model=flat.dtype,
-        lines=max(ranks + (rule.needs != "sum"), products, len(flat.slots)),  # numbers by rank, by pair of ranks, or by tensor
+        lines=max(ranks + (rule.needs != "sum"), products, len(flat.slots)),  # values by rank, by pair of ranks, or by tensor
         answer=max(answer, products),
         sharded=sharded,
         between=rule.needs == "sum"
         and not config.deterministic
-        and len(replica.fragments) == 1,  # a fragment alone is to travel
+        and len(replica.fragments) == 1,  # with fragments, only a fragment is to be sent
         codec=codec_of(config.comm_dtype if sharded else "full", push.dtype),
         overlap=config.overlap,
         device=flat.device,
@@ -138,7 +142,13 @@ def _buffer_spec(ranks: int, replica: Replica, config: Config, cut: Granularity,
 
 
 def deal(group: NodeGroup, replica: Replica, cut: Granularity) -> None:
-    """Deal out the slices of the body."""
+    """Assign the slices of the body to the ranks.
+
+    Args:
+        group: this rank's group.
+        replica: this rank's copy of the model.
+        cut: how finely the optimizer's parameters may be cut.
+    """
     numel, counts = replica.flat.numel, [len(node) for node in group.nodes]
     dealt = [[slice(0, numel)] + [slice(numel, numel)] * (sum(counts) - 1)]
     if group.sharded:
@@ -147,11 +157,11 @@ def deal(group: NodeGroup, replica: Replica, cut: Granularity) -> None:
 
 
 def _takes_slices(rule: Rule, config: Config) -> bool:
-    """Whether ranks may each combine their slices by this rule.
+    """Return whether each rank may combine its own slices by this rule.
 
-    A rule that needs inner products does not if they are measured from a point of the rule's own, which has the whole model's
-    length; in deterministic mode, as the order in which parts of the products are added up would depend on who has computed
-    them; and with fragments, which need not end where slices do.
+    All rules may, except some that need inner products: those that measure from an origin of their own, which has the whole
+    model's length; in deterministic mode, as the sum of products would depend on which rank serves which slice; and with
+    fragments, whose ends need not be those of slices.
     """
     if rule.needs != "gram":
         return True
@@ -159,7 +169,7 @@ def _takes_slices(rule: Rule, config: Config) -> bool:
 
 
 def _shareable(replica: Replica, apart: bool) -> bool:
-    """Whether the weights may be shared: nothing but the server's step changes them, and memory like theirs can be."""
+    """Return whether the ranks may share the weights: such memory exists, and only the server's step changes the weights."""
     renormalises = any(getattr(m, "max_norm", None) is not None for m in replica.flat.model.modules() if _embeds(m))
     return replica.flat.device.type in KINDS and (apart or not renormalises)
 

@@ -1,12 +1,12 @@
-"""Clients as the rows of a rule: a worker hosts several of them, and a rule other than the mean judges each by itself.
+"""Aggregation with clients as the rule's rows: a worker hosts several clients, and a rule other than the mean judges each.
 
-    table  collect, publish (Bcast)    who is hosted where and weighs what: every rank has it, in the order of the clients
-    tail   combine (Reduce)            one row for each rank, as ever
-    body   `reduce/aggregate.py`, on `ClientRows`    a communicator whose rows are the clients
+    table  gather_bytes, broadcast_bytes         each client's rank, samples and weight, on every rank, in the order of the
+    clients tail   reduce (Reduce)                       one row for each rank, as in any round
+    body   `reduce/aggregate.py` on `ClientRows` a communicator whose rows are the clients
 
-A rank keeps its clients' contributions apart, each in a lane. Of a slice it sends all lanes in one message, as many as the rank
-that hosts most has, zero where it has fewer; the slice is so much shorter. So the server holds a bucket of each rank, as ever.
-Where no rank hosts two, and their order is that of the ranks, each rank contributes its client as it would its own.
+A rank keeps the contributions of its clients separate. A message holds a slice of each of them, padded with zeros to the
+largest number of clients on any rank. The slices are shorter by that factor, so the server receives no more than a bucket of
+each rank. If no rank hosts two clients, and the clients are in rank order, each rank contributes its client's body as its own.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ def aggregate_clients(
 ) -> AggregationResult:
     """Combine the contributions of all clients by the rule; every rank calls this.
 
-    At the server the combination is left in the body of its push message, and the ranks' rows in the tail.
+    At the server, the combination replaces the body of its push message, and the tail holds the ranks' rows.
 
     Args:
         communicator: this rank's end.
-        push: this rank's row, and its clients' contributions in `push.clients`, which are changed and then given up.
-        rule, last: what `choose` gives.
+        push: this rank's row, and its clients' contributions in `push.clients`, which are overwritten and removed.
+        rule: the rule, from `mpips.rules.choose`.
+        last: what the last collective delivers, from `mpips.rules.choose`.
         first: the rank of the first worker.
-        bucket_cap_mb: largest message, in MB; the same on every rank.
+        bucket_cap_mb: the largest message, in MB; the same on every rank.
 
     Returns:
-        What came of it, at the server; the faulty are clients by number, those among them that were reported as not finite.
+        The result, at the server. `faulty` holds clients' numbers, with those that were reported as not finite.
     """
-    table, way, seen = _begin(communicator, push, rule, bucket_cap_mb)
-    found = bring_together(way, seen, rule, last, first if seen is push else 0)
+    table, collectives, view = _begin(communicator, push, rule, bucket_cap_mb)
+    found = bring_together(collectives, view, rule, last, first if view is push else 0)
     push.clients.clear()
-    reported = (seen.rows[:, BAD] > 0).nonzero().flatten().tolist()
-    numbers = dict(zip(table.ranks if seen is push else range(table.size), table.numbers, strict=True))
+    reported = (view.rows[:, BAD] > 0).nonzero().flatten().tolist()
+    numbers = dict(zip(table.ranks if view is push else range(table.size), table.numbers, strict=True))
     return AggregationResult(sorted(numbers[row] for row in {*found.faulty, *reported} if row in numbers), found.refused)
 
 
 def _begin(communicator: Communicator, push: Push, rule: Rule, bucket_cap_mb: float) -> tuple[ClientRows, Collectives, Push]:
-    """The table, and what to call `reduce/aggregate.py` with."""
-    counts = bool(push.rows[communicator.rank, WEIGHT])  # else none of this rank's does
+    """Return the clients' table, and the communicator and the push message with which to aggregate."""
+    counts = bool(push.rows[communicator.rank, WEIGHT])  # if not, none of this rank's clients counts
     for client in push.clients:
         if client.weight > 0 and not (counts and rule.prepare(client.body[: push.gradients.numel()], client.weight)):
             client.body.zero_()
@@ -63,20 +64,20 @@ def _begin(communicator: Communicator, push: Push, rule: Rule, bucket_cap_mb: fl
 
 
 class ClientRows:
-    """A communicator whose rows are the clients of a round; as much of one as `reduce/aggregate.py` needs.
+    """A communicator whose rows are the clients of a round, with the calls that `reduce/aggregate.py` needs.
 
     Args:
         communicator: this rank's end of the ranks' communicator.
         own: this rank's contributions.
-        bucket: largest message, in bytes.
+        bucket: the largest message, in bytes.
 
     Attributes:
         rank: this rank.
-        size: how many clients contribute, on all ranks.
-        numbers: theirs, in ascending order, which is that of the rows.
+        size: the number of clients that contribute, on all ranks.
+        numbers: the clients' numbers in ascending order, which is the order of the rows.
         ranks, positions: for each client, the rank that hosts it, and its position among the clients of that rank.
-        status: `(size, 3)` float64, the samples, weight and bad of each.
-        own: the bodies of this rank's, by lane.
+        status: `(size, 3)` float64, the samples, weight and bad of each client.
+        own: the bodies of this rank's clients, by position.
     """
 
     def __init__(self, communicator: Communicator, own: list[Contribution], bucket: int) -> None:
@@ -90,7 +91,7 @@ class ClientRows:
         self.numbers, self.ranks, self.positions = table[:, :3].astype(int).T.tolist()
 
     def reduce(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
-        """See `Communicator`; what is brought together are the clients' bodies, and `message[:tail]` is room for their sum."""
+        """Reduce the clients' bodies; `message[:tail]` is a buffer for their sum. See `Communicator`."""
         if needs == "sum":
             self.add(message[:tail])
             self._communicator.reduce(message[:tail], tail, "sum", apply)
@@ -107,7 +108,7 @@ class ClientRows:
         self._communicator.broadcast(message)
 
     def add(self, body: Tensor) -> None:
-        """The sum of this rank's own into `body`."""
+        """Write the sum of this rank's bodies to `body`."""
         if not self.own:
             body.zero_()
             return
@@ -117,7 +118,7 @@ class ClientRows:
 
 
 class _InOrder:
-    """Takes a slice of all lanes from all ranks, and hands it on when it is whole: a row for each client, in their order."""
+    """The `apply` of a reduce that collects a slice from all ranks, and passes it on with a row for each client."""
 
     def __init__(self, clients: ClientRows, part: slice, width: int, apply: Apply) -> None:
         self._clients, self._part, self._width, self._apply = clients, part, width, apply
@@ -136,7 +137,7 @@ class _InOrder:
 
 
 class ClientView(Push):
-    """A push message as `reduce/aggregate.py` sees it on `ClientRows`: the same memory, and a row for each client."""
+    """A push message as `reduce/aggregate.py` sees it on `ClientRows`: the same memory, with a row for each client."""
 
     def __init__(self, push: Push, clients: ClientRows) -> None:
         self.columns, self.span, self.clients, self.ranks = push.columns, push.span, push.clients, push.ranks
@@ -147,6 +148,6 @@ class ClientView(Push):
         self._clients = clients
 
     def own(self, rank: int) -> list[tuple[int, Tensor]]:
-        """See `Push`."""
+        """Return the contributions of this rank's clients; see `Push`."""
         places = zip(self._clients.ranks, self._clients.positions, strict=True)
         return [(row, self._clients.own[position]) for row, (host, position) in enumerate(places) if host == rank]

@@ -1,7 +1,7 @@
-"""The combination of contributions, slice by slice: the one place where a rule is called.
+"""The combination of contributions slice by slice: the one place where a rule is called.
 
-Slices come from messages or from shared memory, as a row for each rank or as one sum. A rule sees none of that: it is called
-with the contributions themselves, or with their weighted sum.
+Slices come from messages or from shared memory, as a row for each rank or as one sum. The rule does not see the difference: it
+is called with the contributions themselves, or with their weighted sum.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from mpips.model.message import BAD, SAMPLES, WEIGHT, Push
 from mpips.reduce.kernels import Terms, Total, add_up, is_finite
 from mpips.rules import Rule, RuleError
 
-HUGE = 1e300  # a larger square is as good as infinite: sums of a few of them would be
-STRIP = 1 << 14  # elements that a rule is given at a time on a CPU: what it makes of them stays in the cache
+HUGE = 1e300  # larger squares count as infinite, as the sum of a few would be
+STRIP = 1 << 14  # elements with which a rule is called on a CPU, so that its intermediate results stay in the cache
 
 
 class Combiner:
-    """Combines the contributions of one round after another.
+    """Combines the contributions of a round, slice by slice; used for one round after another.
 
     Args:
-        push: a push message; the sum of all tails is in `push.heard` before the first slice of a round is combined.
+        push: a push message; `push.heard` holds the sum of all tails before the first slice of a round is combined.
         rule: the rule.
         first: the rank of the first worker.
-        rounded: whether each product of a contribution and its weight is rounded before it is added. A rank that multiplies
-            its own contribution does that; so the bits are the same.
+        rounded: whether the product of a contribution and its weight is rounded before it is added. A rank that multiplies its
+            own contribution rounds it, so this gives the same bits.
 
     Attributes:
-        faulty: the rows, by number, in which a rule that needs rows has met a NaN or Inf.
+        faulty: the indices of the rows in which a rule that needs rows has met a NaN or Inf.
         refused: why the rule cannot combine the contributions of this round; else "".
     """
 
@@ -39,23 +39,23 @@ class Combiner:
         self._push, self._rule, self._first, self._rounded = push, rule, first, rounded
         self._statistics = rule.statistics()
         self._behind_from = push.gradients.numel()
-        self._seen: list[float] | None = None  # the weights that the terms were made of, if they may be used again
+        self._seen: list[float] | None = None  # the weights of the present terms, if these may be reused
         self.begin()
 
     def begin(self, coefficients: Tensor | None = None, weights: Callable[[], list[float]] | None = None) -> None:
-        """Begin a round, or the second half of one.
+        """Begin a round, or the second pass of one.
 
         Args:
-            coefficients: `(rows,)` float64, what the rule multiplies each contribution by; None where it has not said so.
-            weights: gives the weight of each row, if these are not the rows of all ranks, when the first slice comes; None if
-                they are.
+            coefficients: `(rows,)` float64, the factors that the rule has chosen for the contributions; None if it chooses
+                none.
+            weights: returns the weight of each row, called at the first slice; None if the rows are those of all ranks.
         """
         self.faulty: set[int] = set()
         self.refused = ""
         self._begun, self._coefficients, self._given = False, coefficients, weights
 
     def _begin(self) -> None:
-        """Choose the factor of each row, when the first slice of a round comes."""
+        """Compute the factor of each row, at the first slice of a round."""
         self._begun = True
         weights = self._given() if self._given else self._push.heard.weights()
         if weights == self._seen:
@@ -77,22 +77,22 @@ class Combiner:
         self._behind = [(k, c / whole / weights[k]) for k, c in chosen]
 
     def terms(self, part: slice) -> Terms:
-        """Return which rows count in one slice of gradients, or of statistics, and their factors."""
+        """Return the rows that count in one slice, of gradients or of statistics, with their factors."""
         return self._behind if part.start >= self._behind_from else self._terms
 
     def add(self, part: slice, rows: Sequence[Tensor]) -> Total:
-        """Return the weighted sum of the rows of one slice, in the memory of the first row."""
+        """Return the weighted sum of one slice's rows, in the memory of the first row."""
         if not self._begun:
             self._begin()
         return add_up(rows, self.terms(part), self._rounded)
 
     def sum(self, part: slice, total: Tensor, out: Tensor) -> None:
-        """Combine one slice of gradients, or one of statistics, given the weighted sum of all contributions.
+        """Combine one slice, of gradients or of statistics, given the weighted sum of all contributions.
 
         Args:
             part: the slice of the push message's body.
             total: `(len,)`, the sum.
-            out: `(len,)`; may be `total`.
+            out: `(len,)`, the result; may be `total`.
         """
         if not self._begun:
             self._begin()
@@ -101,18 +101,18 @@ class Combiner:
                 out.copy_(total)
             return
         behind = part.start >= self._behind_from
-        if self._whole is None:  # added up as a Reduce of rows does: weights may be no whole numbers
+        if self._whole is None:  # summed in the order of a Reduce of rows, as weights need not be integers
             self._whole = float(self._push.heard.rows[self._first :, WEIGHT].sum())
         if divisor := self._whole if behind or self._divisor is None else self._divisor:
             (self._statistics if behind else self._rule)((total,), (divisor,), out)
 
     def rows(self, part: slice, rows: Sequence[Tensor], out: Tensor) -> None:
-        """Combine one slice of gradients, or one of statistics, given a row for each rank.
+        """Combine one slice, of gradients or of statistics, given a row for each rank.
 
         Args:
             part: the slice of the push message's body.
-            rows: `(len,)` each, in rank order; those of weight 0 may hold anything.
-            out: `(len,)`; may be one of the rows.
+            rows: `(len,)` each, in rank order; rows of weight 0 may hold anything.
+            out: `(len,)`, the result; may be one of the rows.
         """
         if not self._begun:
             self._begin()
@@ -144,25 +144,25 @@ class Combiner:
             self.refused = str(error)
 
     def ask(self) -> None:
-        """Find out whether the rule refuses this round's contributions, on a rank that combines no slice of them."""
+        """Set `refused`, on a rank that combines no slice of this round."""
         self.rows(slice(0, 0), [self._push.message[:0]] * len(self._push.heard.rows), self._push.message[:0])
 
 
 class Gram:
-    """The inner products of all contributions, in float64, slice by slice.
+    """The inner products of all contributions, in float64, summed slice by slice.
 
-    They are measured from the rule's origin. Without one, those of a slice are measured from its contribution of medium length.
-    That is an honest one, or as short as one, so the products stay as small as the differences that matter.
+    The contributions are measured from the rule's origin. Without one, those of a slice are measured from the contribution of
+    median norm. That one is honest, or as short as an honest one, so the products stay as small as the differences that matter.
 
     Args:
-        push, rule: as `Combiner` has them.
+        push, rule: as in `Combiner`.
         size: the number of rows.
 
     Attributes:
-        matrix: `(size, size)` float64; of rows that do not count, zero.
-        faulty: `(size,)`, the rows whose statistics hold a NaN or Inf.
-        origin: the rule's; None where it has none, or no slice has come.
-        called: whether a slice has come.
+        matrix: `(size, size)` float64; zero for rows that do not count.
+        faulty: `(size,)`, whether the row's statistics hold a NaN or Inf.
+        origin: the rule's origin; None if it has none, or before the first slice.
+        called: whether a slice has been added.
     """
 
     def __init__(self, push: Push, rule: Rule, size: int) -> None:
@@ -171,10 +171,10 @@ class Gram:
         self.faulty = torch.zeros(size, dtype=torch.bool)
         self.origin: Tensor | None = None
         self.called = False
-        self._room = self.matrix[:0]  # for a strip in float64
+        self._strip = self.matrix[:0]  # a buffer for a strip in float64
 
     def add(self, part: slice, rows: Sequence[Tensor]) -> None:
-        """Add the products of one slice of gradients; or look whether one of statistics is finite."""
+        """Add the products of one slice of gradients; of a slice of statistics, only check that it is finite."""
         push = self._push
         if not self.called:
             self.called, self.origin = True, self._rule.origin(push.gradients)
@@ -191,25 +191,25 @@ class Gram:
         products = torch.zeros_like(self.matrix[: len(far), : len(far)])
         for strip in strips(rows[0]):
             point = self._plain(rows[here[centre]][strip], weights[here[centre]]) if origin is None else origin[strip]
-            values = self._room_for(len(far), len(point))
+            values = self._strip_buffer(len(far), len(point))
             for value, k in zip(values, far, strict=True):
                 torch.sub(self._plain(rows[k][strip], weights[k]), point, out=value)
             products.addmm_(values, values.T)
         index = torch.tensor(far, device=self.matrix.device, dtype=torch.int64)
         self.matrix[index.unsqueeze(1), index] += products
 
-    def _room_for(self, rows: int, length: int) -> Tensor:
-        """`(rows, length)` float64, to be overwritten."""
-        if self._room.shape[0] < rows or self._room.shape[1] < length:
-            self._room = self.matrix.new_empty((rows, length))
-        return self._room[:rows, :length]
+    def _strip_buffer(self, rows: int, length: int) -> Tensor:
+        """Return a float64 buffer of shape `(rows, length)`."""
+        if self._strip.shape[0] < rows or self._strip.shape[1] < length:
+            self._strip = self.matrix.new_empty((rows, length))
+        return self._strip[:rows, :length]
 
     def _plain(self, row: Tensor, weight: float) -> Tensor:
-        """The contribution in a row."""
+        """Return the contribution in a row, without its weight."""
         return row if self._push.raw else row.double() / weight
 
     def _medium(self, rows: Sequence[Tensor], here: list[int], weights: list[float]) -> int:
-        """Which of the contributions that count is of medium length among those that are finite."""
+        """Return the index in `here` of the finite contribution of median norm."""
         lengths = [_square(rows[k]) / (1.0 if self._push.raw else weights[k] ** 2) for k in here]
         finite = sorted((length, number) for number, length in enumerate(lengths) if length < HUGE)
         if not finite:
@@ -217,7 +217,7 @@ class Gram:
         return finite[(len(finite) - 1) // 2][1] if finite else 0
 
     def usable(self) -> Tensor:
-        """`(size,)`, which contributions are finite; call once all slices have come."""
+        """Return which contributions are finite, of shape `(size,)`; called after the last slice."""
         return ~self.faulty & (self.matrix.diagonal().cpu() <= HUGE)  # False for NaN
 
 
@@ -225,12 +225,14 @@ def coefficients(push: Push, rule: Rule, matrix: Tensor, usable: Tensor) -> tupl
     """Let a rule that needs inner products choose the coefficients.
 
     Args:
-        push, rule: as `Combiner` has them.
-        matrix: `(rows, rows)` float64 on the CPU.
+        push: as in `Combiner`.
+        rule: the rule.
+        matrix: `(rows, rows)` float64 on the CPU, the Gram matrix.
         usable: `(rows,)`, which contributions are finite.
 
     Returns:
-        `(rows,)` float64, all 0 where the rule refuses; the rows that are not finite; and why it refuses, else "".
+        The coefficients, `(rows,)` float64, all 0 if the rule refuses; the rows that are not finite; and why the rule refuses,
+        else "".
     """
     weights = push.heard.rows[:, WEIGHT].double().cpu()
     good, faulty = usable & (weights > 0), (~usable & (weights > 0)).nonzero().flatten().tolist()
@@ -246,7 +248,7 @@ def coefficients(push: Push, rule: Rule, matrix: Tensor, usable: Tensor) -> tupl
 
 
 def prepare(rank: int, push: Push, rule: Rule) -> None:
-    """Let the rule see this rank's contribution before it is brought together with others."""
+    """Let the rule prepare this rank's contribution before it is combined with others; drop it if the rule rejects it."""
     weight = float(push.rows[rank, WEIGHT])
     if weight > 0 and not rule.prepare(push.gradients, 1.0 if push.raw else weight):
         push.body.zero_()
@@ -254,19 +256,19 @@ def prepare(rank: int, push: Push, rule: Rule) -> None:
 
 
 def left_out(rows: Tensor, rule: Rule) -> set[int]:
-    """Return the ranks, by the summed rows of the tail, that the rule made leave themselves out when it prepared theirs."""
+    """Return the ranks whose contribution the rule has rejected in `prepare`, given the summed rows of the tail."""
     if type(rule).prepare is Rule.prepare:
         return set()
     return set(((rows[:, SAMPLES] > 0) & (rows[:, WEIGHT] == 0)).nonzero().flatten().tolist())
 
 
 def reported(push: Push) -> int:
-    """Return how many ranks have left themselves out because their contribution is not finite."""
+    """Return how many ranks have reported that their contribution is not finite."""
     return int((push.heard.rows[:, BAD] > 0).sum())
 
 
 def _square(row: Tensor) -> float:
-    """The square of a row's norm."""
+    """Return the squared norm of a row."""
     square = float(torch.dot(row, row))
     return square if math.isfinite(square) else float(torch.linalg.vector_norm(row, dtype=torch.float64)) ** 2
 
@@ -277,6 +279,6 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def strips(like: Tensor) -> Iterator[slice]:
-    """Yield the slices of `(len,)` in which a rule is given rows."""
+    """Yield the slices of `(len,)` by which a rule is called."""
     width = STRIP if like.device.type == "cpu" else max(1, len(like))
     return (slice(start, start + width) for start in range(0, max(1, len(like)), width))

@@ -1,4 +1,4 @@
-"""What is computed on one slice of a node group's rows: of few elements by numpy, of more by torch. The bits are the same."""
+"""The sums over the rows of one slice: by numpy for few elements, else by torch, with the same bits."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from mpips.comm.peer_buffers import Rows
 
-Terms = list[tuple[int, float]]  # a row, and what it is multiplied by; others may hold anything
-Total = Any  # a tensor, or the array of its memory
-ONE_THREAD = 1 << 13  # elements of which BLAS makes the inner product by itself, whatever the number of its threads
-warnings.filterwarnings("ignore", category=RuntimeWarning, module=__name__.replace(".", r"\."))  # sums are looked at here
+Terms = list[tuple[int, float]]  # the index and the factor of each row that counts
+Total = Any  # a tensor, or a numpy array of its memory
+ONE_THREAD = 1 << 13  # up to so many elements BLAS computes an inner product on one thread
+warnings.filterwarnings("ignore", category=RuntimeWarning, module=__name__.replace(".", r"\."))  # overflows are checked here
 
 
 def add_up(rows: Sequence[Tensor], terms: Terms, rounded: bool = False) -> Total:
@@ -24,8 +24,8 @@ def add_up(rows: Sequence[Tensor], terms: Terms, rounded: bool = False) -> Total
 
     Args:
         rows: `(len,)` each.
-        terms: which rows count.
-        rounded: whether a product is rounded before it is added; else the two may be one operation.
+        terms: the rows that count, with their factors.
+        rounded: whether a product is rounded before it is added; else both may be one operation.
     """
     arrays = rows.arrays if isinstance(rows, Rows) else None
     if arrays is not None and len(terms) == len(rows) > 1 and all(factor == 1 for _, factor in terms):
@@ -50,7 +50,7 @@ def add_up(rows: Sequence[Tensor], terms: Terms, rounded: bool = False) -> Total
 
 
 def is_finite(total: Total) -> bool:
-    """Whether all of it is, unless it is so large that its square, or its sum, is not."""
+    """Return whether all elements are finite; False also for finite elements so large that their squares or sum overflow."""
     if isinstance(total, Tensor):
         return math.isfinite(torch.dot(total, total).item())
     return math.isfinite(total.dot(total) if len(total) <= ONE_THREAD else total.sum())

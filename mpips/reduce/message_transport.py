@@ -1,4 +1,4 @@
-"""The transport that sends the messages of a round by a communicator; see `mpips.reduce.transport`."""
+"""The transport that sends the messages of a round through a communicator; see `mpips.reduce.transport`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from mpips.rules import Needs, Rule
 
 
 class MessageTransport:
-    """A Reduce or a Gather of push messages, the step at rank 0, a Bcast of the pull message.
+    """The transport by a Reduce or Gather of the push messages, a step at rank 0, and a Bcast of the pull message.
 
     Args:
         communicator: this rank's end.
         replica: this rank's copy of the model.
-        rule, last: what `mpips.rules.choose` gives.
+        rule, last: the rule and what the last collective delivers, from `mpips.rules.choose`.
         first: the rank of the first worker.
-        optimizer: steps at the server; None elsewhere.
-        clip: the largest norm of the combined gradient.
+        optimizer: the server's optimizer; None on other ranks.
+        clip: the largest norm of the combined gradient; None does not clip.
     """
 
     plan, how, encodes, steps_whole = "root", "messages", False, True
@@ -47,13 +47,13 @@ class MessageTransport:
         self._round = 0.0
 
     def begin(self, weight: float) -> None:
-        """See `Transport`; `ready` is None, so nobody calls this."""
+        """Do nothing; as `ready` is None, nobody calls this. See `Transport`."""
 
     def push(self) -> None:
-        """See `Transport`."""
+        """Do nothing: the push message is sent by `reduce`. See `Transport`."""
 
     def reduce(self, round: float) -> AggregationResult:
-        """See `Transport`."""
+        """Aggregate by messages; see `Transport`."""
         self._round = round
         push = self.replica.push_for(round)
         found = self._aggregate(push)
@@ -67,7 +67,7 @@ class MessageTransport:
         return aggregate(self.communicator, push, self._rule, self._last, self._first)
 
     def decide(self, decision: Decision | None = None) -> None:
-        """See `Transport`."""
+        """Step at the server; other ranks have nothing to do. See `Transport`."""
         if decision is None or decision.action == "skip":
             return
         assert self._optimizer
@@ -77,7 +77,7 @@ class MessageTransport:
             self._optimizer.step(self.replica.push.present(), self._clip, decision.scale, decision.times)
 
     def pull(self, control: Control | None = None, weights: Tensor | None = None) -> None:
-        """See `Transport`; with `local.fragments` the round's fragment of the weights alone is sent."""
+        """Broadcast the pull message, with `local.fragments` only the round's fragment of the weights. See `Transport`."""
         pull = self.replica.pull
         if weights is not None:
             pull.weights.copy_(weights)
@@ -87,21 +87,21 @@ class MessageTransport:
             self.communicator.broadcast(part)
 
     def tell(self, control: Control | None = None) -> None:
-        """See `Transport`."""
+        """Broadcast the control; see `Transport`."""
         if control is not None:
             self.replica.pull.control = control
         self.communicator.broadcast(self.replica.pull.control_message)
 
     def average(self) -> None:
-        """See `Transport`."""
+        """Average by messages; see `Transport`."""
         average_by_messages(self.communicator, self.replica, self._rule, self._last, self._first)
 
     def optimizer_shard(self) -> dict[str, Any]:
-        """See `Transport`; the server has the whole state."""
+        """Return nothing, as the server has the whole state; see `Transport`."""
         return {}
 
     def optimizer_state(self, others: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        """See `Transport`."""
+        """Return the server's state; see `Transport`."""
         assert self._optimizer
         return self._optimizer.state_dict()
 
@@ -110,7 +110,7 @@ class ClientMessageTransport(MessageTransport):
     """A `MessageTransport` whose rule combines the contributions of clients, of which a rank hosts several.
 
     Args:
-        bucket_cap_mb: largest message, in MB.
+        bucket_cap_mb: the largest message, in MB.
         given: the arguments of `MessageTransport`.
     """
 

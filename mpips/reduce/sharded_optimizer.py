@@ -1,6 +1,7 @@
-"""An optimizer that steps on pieces of the flat buffer: those slices of the weights that this rank serves.
+"""The sharded optimizer: steps the slices of the flat buffer that this rank serves.
 
-Elementwise optimizers give the same bits on pieces of a tensor as on all of it; others are cut between tensors, or not at all.
+Elementwise optimizers give the same bits on pieces of a tensor as on the whole. Others are sharded between tensors, or not at
+all.
 """
 
 from __future__ import annotations
@@ -25,37 +26,37 @@ ELEMENTWISE = {
     *(optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad, optim.Adadelta),
     *(optim.RMSprop, optim.Rprop, optim.ASGD, SetWeights, FedAdam, FedYogi, FedAdagrad, SlowMo),
 }
-MASTER = "master"  # beside an optimizer's own state of a piece: its weights, where they are not the model's
+MASTER = "master"  # the key of a piece's master weights, beside the optimizer's own state
 BY_TENSOR = {getattr(optim, name) for name in ("Adafactor", "Muon") if hasattr(optim, name)}
 
 
 class Granularity(IntEnum):
-    """Where an optimizer's parameters may be cut."""
+    """How finely an optimizer's parameters may be cut."""
 
-    NOWHERE = 0  # it may look at all of them at once
-    TENSORS = 1  # it treats each tensor by itself
-    ELEMENTS = 2  # and each element
+    NOWHERE = 0  # the optimizer may use all tensors at once
+    TENSORS = 1  # the optimizer steps each tensor by itself
+    ELEMENTS = 2  # the optimizer steps each element by itself
 
 
 def where(optimizer: Optimizer) -> Granularity:
-    """What is known of this optimizer: of its class itself, as a class derived from it may do anything."""
+    """Return how finely this optimizer's parameters may be cut, by its exact class, as a derived class may do anything."""
     if kind(optimizer) in ELEMENTWISE:
         return Granularity.ELEMENTS
     return Granularity.TENSORS if kind(optimizer) in BY_TENSOR else Granularity.NOWHERE
 
 
 class ShardedOptimizer:
-    """A `FlatOptimizer`, taken to pieces.
+    """A `FlatOptimizer`, reduced to the slices of one rank.
 
     Args:
-        whole: the optimizer; it is given up.
+        whole: the optimizer, which must not be used any more.
         spans: the slices of the flat buffer to step.
-        gradients: `(numel,)`, where its gradients will be.
-        weights: gives a slice of the weights to step.
-        masters: whether these are not the model's, but of higher precision.
+        gradients: `(numel,)`, the buffer of the combined gradients.
+        weights: returns the weights to step of a slice; by default the flat optimizer's.
+        masters: whether these are float32 master weights instead of the model's.
 
     Attributes:
-        torch: the script's optimizer; its parameters are the pieces.
+        torch: the script's optimizer; its parameters are the pieces of tensors that this rank steps.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class ShardedOptimizer:
         self._groups = [[number[p] for p in group["params"]] for group in self.torch.param_groups]
         self._kept = {number[p]: state for p, state in self.torch.state.items()}
         self.torch.state.clear()
-        self.torch.state = defaultdict(dict)  # no longer the script's optimizer's, whose parameters are whole
+        self.torch.state = defaultdict(dict)  # a new dict: the script's optimizer keeps its own, for whole parameters
         if masters:
             for n, slot in enumerate(self._slots):
                 if slot.name in whole.saved:
@@ -87,7 +88,7 @@ class ShardedOptimizer:
         whole.give_up()
 
     def _cut(self, slot: Slot) -> Iterator[tuple[nn.Parameter, Tensor, slice]]:
-        """The pieces of one tensor: parameter, gradient, and which of its elements."""
+        """Yield this rank's pieces of one tensor, each as a parameter, its gradient, and its slice of the tensor's elements."""
         for span in self._spans:
             yield from self._cut_by(slot, max(span.start, slot.offset), min(span.stop, slot.offset + slot.numel))
 
@@ -104,16 +105,16 @@ class ShardedOptimizer:
 
     @property
     def lr(self) -> float:
-        """The first group's learning rate."""
+        """The learning rate of the first group."""
         return float(self.torch.param_groups[0]["lr"])
 
     def step(self, present: Sequence[float], factor: float, scale: float) -> None:
-        """One step.
+        """Take one step.
 
         Args:
-            present: for each tensor how many workers have a gradient; without any it is passed over.
-            factor: what the gradients are multiplied by first.
-            scale: what the learning rates are multiplied by, in this step alone.
+            present: for each tensor, the number of workers with a gradient; a tensor with 0 is skipped.
+            factor: the factor of the gradients.
+            scale: the factor of the learning rates, in this step alone.
         """
         for n, cut in self._pieces.items():
             for p, gradient, _ in cut:
@@ -121,13 +122,18 @@ class ShardedOptimizer:
         self._whole.move(scale)
 
     def adopt(self) -> None:
-        """Take what is combined for the new weights."""
+        """Take the combined contribution as the new weights."""
         for cut in self._pieces.values():
             for p, gradient, _ in cut:
                 p.data.copy_(gradient)
 
     def spread(self, communicator: Communicator, leads: bool) -> None:
-        """Every rank takes its pieces of the state that the optimizer of the one that `leads` had as a whole."""
+        """Scatter the state of the leader's whole optimizer; each rank keeps its own pieces.
+
+        Args:
+            communicator: this rank's end.
+            leads: whether this rank has the whole state.
+        """
         kinds = {str(n): {k: _kind(v) for k, v in state.items()} for n, state in self._kept.items()}
         told = snapshot.from_json(broadcast_bytes(communicator, snapshot.to_json(kinds).encode()).decode())
         for n, entries in told.items():
@@ -159,7 +165,7 @@ class ShardedOptimizer:
                 self.torch.state[p][key] = mine
 
     def own(self) -> dict[str, Any]:
-        """The state of this rank's pieces, for the server: tensor -> first element -> the state's tensors and numbers."""
+        """Return the state of this rank's pieces: a tensor's index -> a piece's first element -> its tensors and numbers."""
         return {
             str(n): {str(part.start): self._state(p) for p, _, part in cut}
             for n, cut in self._pieces.items()
@@ -171,10 +177,10 @@ class ShardedOptimizer:
         return {k: v for k, v in state.items() if v is not None} | ({MASTER: p.data} if self._masters else {})
 
     def state_dict(self, elsewhere: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        """As `FlatOptimizer.state_dict`: the same, whoever served what.
+        """Return the whole optimizer's state, as `FlatOptimizer.state_dict`; it does not depend on which rank serves what.
 
         Args:
-            elsewhere: what `own` gave on the other ranks.
+            elsewhere: what `own` returned on the other ranks.
         """
         members = [[self._slots[n].name for n in numbers] for numbers in self._groups]
         state: dict[str, Any] = {}
@@ -199,19 +205,19 @@ def _kind(value: Any) -> list[Any]:
 
 
 def _in_order(tensor: Tensor) -> Tensor:
-    """`(numel,)`, the elements as they lie in memory."""
+    """Return the tensor's elements in the order of memory, of shape `(numel,)`."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _joined(slot: Slot, parts: list[Any]) -> Any:
-    """The state of a whole tensor from that of its pieces; a number, which they have alike, from the first."""
+    """Return the state of a whole tensor, given that of its pieces; a number, which all pieces share, is the first piece's."""
     first = parts[0]
     if not isinstance(first, Tensor) or not first.dim():
         return first
     if len(parts) == 1 and first.shape != slot.shape:
-        return first  # not of the tensor's shape: Adafactor's rows and columns
+        return first  # of another shape than the tensor, such as Adafactor's rows and columns
     whole = torch.empty_strided(slot.shape, slot.stride, dtype=first.dtype)
     if len(parts) == 1:
-        return whole.copy_(first)  # in whichever order it lies: from another rank it comes row by row
+        return whole.copy_(first)  # in any memory order: from another rank it comes row by row
     torch.cat([part.cpu() for part in parts], out=_in_order(whole))
     return whole

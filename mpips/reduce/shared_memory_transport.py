@@ -1,6 +1,6 @@
 """The transport in memory that the ranks of a node share: each rank combines and steps the slices that it serves.
 
-Where rank 0 serves all slices (plan "root") the other ranks only hand in their push messages. See `mpips.reduce.transport`.
+If rank 0 serves all slices (plan "root"), the other ranks only hand in their push messages. See `mpips.reduce.transport`.
 """
 
 from __future__ import annotations
@@ -29,24 +29,26 @@ from mpips.reduce.sharded_optimizer import ShardedOptimizer
 from mpips.reduce.transport import Decision, average_by_messages
 from mpips.rules import Needs, Rule
 
-TAKE, FACTOR, SCALE, SETTINGS = range(4)  # places of the decision as numbers; behind them the optimizer's hyperparameters
-SKIPPED, STEPPED, ADOPTED = 0.0, 1.0, 2.0  # at TAKE
+TAKE, FACTOR, SCALE, SETTINGS = range(4)  # indices in the decision; the hyperparameters follow
+SKIPPED, STEPPED, ADOPTED = 0.0, 1.0, 2.0  # the values at TAKE
 
 
 class SharedMemoryTransport:
     """One rank's end; see `Transport`.
 
     Args:
-        group: where the messages lie.
-        replica: the model in them.
-        rule, last: what `mpips.rules.choose` gives.
+        group: the node group that holds the messages.
+        replica: the model, which lies in these messages.
+        rule, last: the rule and what the last collective delivers, from `mpips.rules.choose`.
         first: the rank of the first worker.
-        optimizer: steps this rank's slices; None where it serves none.
-        clip: the largest norm of the combined gradient.
+        optimizer: steps this rank's slices; None if it serves none.
+        clip: the largest norm of the combined gradient; None does not clip.
         communicator: this rank's end.
+        rounded: as in `Combiner`.
 
     Attributes:
-        faults: see `SliceReducer`; the index of the first tensor of each rank's that is not finite.
+        faults: `(lines,)` float64, by rank: the index of the first tensor in which its contribution is not finite; else
+            infinite.
     """
 
     def __init__(
@@ -72,17 +74,17 @@ class SharedMemoryTransport:
         self.steps_whole = not isinstance(optimizer, ShardedOptimizer)
         self._combiner = Combiner(replica.push, rule, first, rounded)
         self._sums = rule.needs == "sum"
-        self._gram: Gram | None = None  # in the first half of a round of a rule that needs inner products
-        self._unusable: list[int] = []  # the ranks that such a rule has left out, at the server
+        self._gram: Gram | None = None  # set in the first pass of a rule that needs inner products
+        self._unusable: list[int] = []  # the ranks that such a rule has left out
         self._refused = ""
         self._communicator = communicator
         self.ready: BucketReadiness | None = None
         if isinstance(group, ReduceScatterGroup) and group.spec.overlap:
             self.ready = BucketReadiness(group.push_steps, replica.flat.slots)
-        self._watches = not (self._alone or group.sharded)  # whether it alone sees the sum over all nodes
+        self._watches = not (self._alone or group.sharded)  # whether the server alone checks the sum over all nodes
         self._begun: tuple[float, Callable[[], None]] | None = None
         self._moved = False
-        self._active: slice | None = None  # what of the body a round is about, if that is not all of it
+        self._active: slice | None = None  # the fragment of this round; None for the whole body
         self._faulty = False
         self.faults = torch.full((group.spec.lines,), math.inf, dtype=torch.float64)
         own = hyper.read(optimizer.torch) if isinstance(optimizer, ShardedOptimizer) else []
@@ -90,7 +92,7 @@ class SharedMemoryTransport:
         self._decision = torch.zeros(group.spec.answer, dtype=torch.float64)
 
     def begin(self, weight: float) -> None:
-        """See `Transport`."""
+        """Reduce on another thread, bucket by bucket; see `Transport`."""
         assert self.ready
         if self._begun:
             raise RuntimeError(
@@ -101,7 +103,7 @@ class SharedMemoryTransport:
         self._begun = weight, self._communicator.run_async(partial(self._combine, weight, self.ready))
 
     def push(self) -> None:
-        """See `Transport`."""
+        """Check the weight and let the last buckets go, if `begin` has been called; see `Transport`."""
         if not self._begun:
             return
         weight = self._push.weight(self.group.rank)
@@ -114,7 +116,7 @@ class SharedMemoryTransport:
         self.ready.end()
 
     def reduce(self, round: float) -> AggregationResult:
-        """See `Transport`."""
+        """Combine this rank's slices, or wait until the thread of `begin` has; see `Transport`."""
         self.replica.push_for(round)
         begun, self._begun = self._begun, None
         if begun:
@@ -127,7 +129,7 @@ class SharedMemoryTransport:
         return self._result(reported) if self.group.leads else AggregationResult([])
 
     def _result(self, reported: Tensor | None) -> AggregationResult:
-        """What came of the round, at the server."""
+        """Return the result of the round, at the server."""
         named = {} if reported is None else {n: int(slot) for n, slot in enumerate(reported.tolist()) if slot < math.inf}
         left = left_out(self._push.heard.rows, self._rule)
         if self._sums:
@@ -154,9 +156,9 @@ class SharedMemoryTransport:
             self._choose(self._gram)
 
     def _choose(self, gram: Gram) -> None:
-        """Let the rule choose the coefficients, from the inner products of all slices, and combine with them.
+        """Let the rule choose coefficients by the inner products of all slices, and combine the slices by them.
 
-        Each rank asks its own rule, which may remember more than the coefficients; the products are the same on all.
+        The products are summed over all ranks. Each rank calls its own rule, which may remember more than the coefficients.
         """
         size, self._gram = self._communicator.size, None
         products, faulty = slice(0, size * size), slice(size * size, size * (size + 1))
@@ -174,7 +176,7 @@ class SharedMemoryTransport:
         self.group.combine(self)
 
     def reduce_local(self, part: slice, rows: Rows) -> None:
-        """Combine one slice of this group's rows: to their sum, or by a rule that needs rows."""
+        """Combine one slice of this group's rows, to their sum or by a rule that needs rows; see `SliceReducer`."""
         if self._active and self._passes(part):
             return
         if self._gram:
@@ -184,55 +186,55 @@ class SharedMemoryTransport:
         else:
             self._combiner.rows(part, rows, rows[0])
             if part.start < self._gradients and not is_finite(rows[0]):
-                self._blame(self._communicator.size, part, rows[0])
+                self._record_fault(self._communicator.size, part, rows[0])
 
     def _add(self, part: slice, rows: Rows) -> None:
         total = self._combiner.add(part, rows)
         if part.start < self._gradients and not is_finite(total):
             products = {k: rows[k] * factor for k, factor in self._combiner.terms(part) if k}
             guilty = {k: product for k, product in products.items() if not all_finite(product)}
-            for k, values in (guilty or {0: rows[0]}).items():  # the first row holds the sum by now
-                self._blame(self.group.members[k], part, values)
+            for k, values in (guilty or {0: rows[0]}).items():  # row 0 holds the sum: at fault if no other row is
+                self._record_fault(self.group.members[k], part, values)
 
     def reduce_remote(self, part: slice, sums: Sequence[Tensor]) -> None:
-        """Add up the sums of one slice over all nodes."""
+        """Add up the sums of one slice over all nodes; see `SliceReducer`."""
         total = sums[0].to(self._push.message.dtype, copy=True)
         for one in sums[1:]:
             total.add_(one)
         if part.start < self._gradients and not is_finite(total) and (self.encodes or all(map(all_finite, sums))):
-            self._blame(0, part, total)  # nobody's alone; or it became infinite when it was rounded
-        self.group.combined[part].copy_(total)  # which is one of those
+            self._record_fault(0, part, total)  # no rank's alone, or overflowed in the encoding
+        self.group.combined[part].copy_(total)  # one of `sums`
 
     def finalize(self, part: slice, total: Tensor) -> None:
-        """Let the rule make its result of the sum of one slice, now that all tails have been heard."""
+        """Let the rule turn the sum of one slice into its result, by the sum of the tails; see `SliceReducer`."""
         if not self._sums or (self._active and self._passes(part)):
             return
         if self._watches and part.start < self._gradients and not is_finite(total):
-            self._judge(part, total)
+            self._name_nonfinite(part, total)
         self._combiner.sum(part, total, total)
 
     def report_nonfinite(self, faults: Tensor) -> None:
-        """Which ranks of this group are to blame, in their rows of this rank's tail, which is the sum of theirs."""
+        """Write the faults to the column BAD of the ranks' rows in this rank's tail; see `SliceReducer`."""
         for rank, slot in enumerate(faults.tolist()):
             if slot < math.inf:
                 self._push.rows[rank, BAD] = 1 + slot
 
-    def _judge(self, part: slice, total: Tensor) -> None:
-        """The sum over all nodes is not finite: to blame is whom a node has named, or nobody alone."""
+    def _name_nonfinite(self, part: slice, total: Tensor) -> None:
+        """Note the ranks whose nodes have reported them for a sum that is not finite; without any, name the server."""
         named = [(rank, row[BAD]) for rank, row in enumerate(self._push.heard.table()) if row[BAD] and row[WEIGHT]]
         for rank, bad in named:
             self._faulty, self.faults[rank] = True, bad - 1
         if not named:
-            self._blame(0, part, total)
+            self._record_fault(0, part, total)
 
     def _passes(self, part: slice) -> bool:
-        """Whether a part of the gradients is not what the round is about."""
+        """Return whether a part of the gradients is outside of this round's fragment."""
         assert self._active
         inside = both(part, self._active)
         return bool(part.start < self._gradients and inside.start >= inside.stop)
 
-    def _blame(self, rank: int, part: slice, values: Tensor) -> None:
-        """What a rank has in this slice is not finite: note in which tensor, unless it is large and no more."""
+    def _record_fault(self, rank: int, part: slice, values: Tensor) -> None:
+        """Note the first tensor in which a rank's values are not finite; none if only their squares overflow."""
         self._faulty = True
         bad = (~values.isfinite()).nonzero()
         if len(bad):
@@ -241,7 +243,7 @@ class SharedMemoryTransport:
             self.faults[rank] = min(float(self.faults[rank]), slot)
 
     def decide(self, decision: Decision | None = None) -> None:
-        """See `Transport`."""
+        """Carry out the decision; every rank steps its slices. See `Transport`."""
         if decision is None:
             self._follow()
         elif decision.action == "step":
@@ -253,7 +255,7 @@ class SharedMemoryTransport:
             self._tell(SKIPPED)
 
     def _step(self, scale: float, times: float) -> None:
-        """At the server: step, and have the others step."""
+        """Step this rank's slices and let the other ranks step theirs, at the server."""
         self._moved, present = True, self._push.heard.present()
         if not isinstance(self._optimizer, ShardedOptimizer):
             assert self._optimizer
@@ -275,12 +277,12 @@ class SharedMemoryTransport:
 
     def _tell(self, take: float, scale: float = 1.0, factor: float = 1.0) -> None:
         if isinstance(self._optimizer, ShardedOptimizer):
-            said = [take, factor, scale, *hyper.read(self._optimizer.torch)]
-            self._decision[: len(said)] = torch.tensor(said, dtype=torch.float64)
+            decision = [take, factor, scale, *hyper.read(self._optimizer.torch)]
+            self._decision[: len(decision)] = torch.tensor(decision, dtype=torch.float64)
             self.group.decide(self._decision)
 
     def _follow(self) -> None:
-        """On the other ranks: do as the server has decided."""
+        """Carry out the server's decision on another rank."""
         if not isinstance(self._optimizer, ShardedOptimizer):
             return
         self.group.decide(self._decision)
@@ -293,16 +295,17 @@ class SharedMemoryTransport:
         if self._clip is not None:
             self.group.report(self._measure(present), "sum")
             self.group.decide(self._decision)
-        said = self._decision.tolist()
-        factor, scale = said[FACTOR], said[SCALE]
-        hyper.write(self._optimizer.torch, said[self._numbers])
+        decision = self._decision.tolist()
+        factor, scale = decision[FACTOR], decision[SCALE]
+        hyper.write(self._optimizer.torch, decision[self._numbers])
         self._optimizer.step(present, factor, scale)
         self._moved = True
 
     def _measure(self, present: Sequence[float]) -> Tensor:
-        """The norms of those combined gradients that this rank measures, whole tensors, as `clip_grad_norm_` measures them.
+        """Return the norms of the combined gradients that this rank measures, tensor by tensor, as `clip_grad_norm_` does.
 
-        If there are several nodes, which have parts of a tensor, it is the squares of the norms of these parts.
+        On one node a rank measures whole tensors. On several nodes it measures its parts of them, and returns the squared
+        norms.
         """
         norms = torch.zeros_like(self.faults)
         for n, slot in enumerate(self.replica.flat.slots):
@@ -315,11 +318,11 @@ class SharedMemoryTransport:
         return norms
 
     def _norms(self, measured: list[float]) -> list[float]:
-        """Of whole tensors, from the sum of all that was measured."""
+        """Return the norms of whole tensors, given the sum of what all ranks have measured."""
         return [math.sqrt(square) for square in measured] if not self._alone else measured
 
     def pull(self, control: Control | None = None, weights: Tensor | None = None) -> None:
-        """See `Transport`."""
+        """Complete the pull message in place; between nodes it is sent. See `Transport`."""
         pull = self.replica.pull
 
         def fill() -> None:
@@ -332,19 +335,19 @@ class SharedMemoryTransport:
         self._moved = False
 
     def tell(self, control: Control | None = None) -> None:
-        """See `Transport`."""
+        """Send the control as `pull` does; see `Transport`."""
         self.pull(control)
 
     def average(self) -> None:
-        """See `Transport`."""
+        """Average by messages; see `Transport`."""
         average_by_messages(self._communicator, self.replica, self._rule, self._last, self._first)
 
     def optimizer_shard(self) -> dict[str, Any]:
-        """See `Transport`."""
+        """Return the state of this rank's slices if the optimizer is sharded; see `Transport`."""
         return self._optimizer.own() if isinstance(self._optimizer, ShardedOptimizer) else {}
 
     def optimizer_state(self, others: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        """See `Transport`."""
+        """Put the state together from all ranks' slices if the optimizer is sharded; see `Transport`."""
         assert self._optimizer
         if isinstance(self._optimizer, ShardedOptimizer):
             return self._optimizer.state_dict(others)
@@ -352,7 +355,7 @@ class SharedMemoryTransport:
 
 
 def _how(group: NodeGroup) -> str:
-    """How contributions come together, for people."""
+    """Return how contributions are brought together, as a text for people."""
     memory = "memory of GPUs, by CUDA IPC" if group.spec.device.type == "cuda" else "shared memory"
     if len(group.nodes) == 1:
         return memory
@@ -360,11 +363,11 @@ def _how(group: NodeGroup) -> str:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    """Of a gradient, with the kernel that `clip_grad_norm_` takes on its device."""
+    """Return a gradient's norm, by the kernel that `clip_grad_norm_` uses on its device."""
     return torch._foreach_norm([tensor])[0] if tensor.is_cuda else torch.linalg.vector_norm(tensor)
 
 
 def _factor(norms: list[float], clip: float, like: Tensor) -> float:
-    """What `clip_grad_norm_` multiplies by, computed as it does."""
+    """Return the factor by which `clip_grad_norm_` multiplies the gradients, computed as there."""
     total = torch.linalg.vector_norm(torch.tensor(norms, dtype=like.dtype, device=like.device))
     return float(torch.clamp(clip / (total + 1e-6), max=1.0))

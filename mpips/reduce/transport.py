@@ -1,16 +1,16 @@
-"""The transport of a round: how contributions come together, and how the new weights come back.
+"""The transport of a round: how contributions are combined, and how the new weights reach every rank.
 
-Worker and server know this one object, which `reduce/choice.py` makes at `connect`. Every rank makes the same four calls:
+Worker and server know this one object, made by `reduce/choice.py` at `connect`. Every rank makes the same four calls:
 
 | call   | the server                                        | every other rank                               |
 |--------|---------------------------------------------------|------------------------------------------------|
-| push   | its push message is written                       | its push message is written                    |
-| reduce | gets what the rule makes of all contributions     | hands in its contribution, combines its slices |
-| decide | says whether the step is taken; steps its slices  | steps its slices as the server says            |
-| pull   | hands out the control, weights and buffers        | gets them                                      |
+| push   | has written its push message                      | has written its push message                   |
+| reduce | gets the combination of all contributions         | contributes, and combines its slices           |
+| decide | decides whether to step, and steps its slices     | steps its slices as the server decides         |
+| pull   | sends the control, weights and buffers            | receives them                                  |
 
-`MessageTransport` sends messages by a communicator. `SharedMemoryTransport` has the messages in memory that the ranks of a node
-share, and sends between nodes only what must travel.
+`MessageTransport` sends the messages through a communicator. With `SharedMemoryTransport` they lie in memory that the ranks of
+a node share, and only between nodes is anything sent.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class Decision:
 
 
 class Transport(Protocol):
-    """One rank's end of the rounds.
+    """One rank's end of the transport.
 
     Attributes:
         plan: "root" if rank 0 steps the whole model, "sharded" if every rank steps its slices.
-        how: how contributions come together, for people.
-        encodes: whether what travels is encoded by a codec that is not exact.
-        ready: which buckets are complete during backward, where these travel before backward ends; else None.
-        steps_whole: whether rank 0 steps the whole model with the optimizer that it was given.
+        how: how contributions are brought together, as a text for people.
+        encodes: whether messages are encoded by a codec that is not exact.
+        ready: the buckets that are complete during backward, if buckets travel before its end; else None.
+        steps_whole: whether rank 0 steps the whole model by the optimizer that it was given.
     """
 
     plan: str
@@ -72,7 +72,7 @@ class Transport(Protocol):
         """
 
     def push(self) -> None:
-        """Declare this rank's push message written.
+        """Declare this rank's push message complete.
 
         Raises:
             ValueError: its weight differs from the weight that `begin` was given.
@@ -81,43 +81,54 @@ class Transport(Protocol):
     def reduce(self, round: float) -> AggregationResult:
         """Combine the contributions of all ranks by the rule.
 
-        At the server the sum of all tails is then in `push.heard`, and the combination in the body of the push message, or in
-        slices of it on the ranks that serve these.
+        At the server, `push.heard` then holds the sum of all tails. The combination lies in the body of the push message, or in
+        slices on the ranks that serve these.
+
+        Args:
+            round: the number of the round, which selects its fragment.
 
         Returns:
-            What came of it, at the server; an empty result elsewhere.
+            The result, at the server; an empty result elsewhere.
         """
 
     def decide(self, decision: Decision | None = None) -> None:
-        """Carry out what the server decides about the combined gradient; other ranks than the server's give no decision."""
-
-    def pull(self, control: Control | None = None, weights: Tensor | None = None) -> None:
-        """Let the pull message land on every rank.
+        """Carry out the server's decision about the combined gradient.
 
         Args:
-            control: what the server says; None elsewhere.
-            weights: `(numel,)`, what the server sends in place of the stepped weights.
+            decision: the decision, at the server; None on other ranks.
+        """
+
+    def pull(self, control: Control | None = None, weights: Tensor | None = None) -> None:
+        """Send the pull message to every rank.
+
+        Args:
+            control: the control, at the server; None on other ranks.
+            weights: `(numel,)`, sent instead of the stepped weights.
         """
 
     def tell(self, control: Control | None = None) -> None:
-        """Let the server's control land on every rank, between rounds; other ranks give none."""
+        """Send the server's control to every rank, between rounds.
+
+        Args:
+            control: the control, at the server; None on other ranks.
+        """
 
     def average(self) -> None:
-        """Combine the contributions in the push messages, and give every rank the whole combined message; no step is taken."""
+        """Combine the contributions in the push messages, without a step; every rank gets the whole combined message."""
 
     def optimizer_shard(self) -> dict[str, Any]:
-        """Return the state of the optimizer's slices on this rank, for the server's checkpoint."""
+        """Return the optimizer's state for this rank's slices, for a checkpoint."""
 
     def optimizer_state(self, others: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         """Return the state of the whole optimizer, at the server.
 
         Args:
-            others: what `optimizer_shard` gave on the other ranks.
+            others: what `optimizer_shard` returned on the other ranks.
         """
 
 
 def average_by_messages(communicator: Communicator, replica: Replica, rule: Rule, last: Needs, first: int) -> None:
-    """Do what `Transport.average` says; any transport does it by messages."""
+    """Carry out `Transport.average` by messages, as every transport does."""
     push, rank = replica.push, communicator.rank
     prepare(rank, push, rule)
     if unscaled := push.raw and rule.needs == "sum":

@@ -148,7 +148,7 @@ class ReduceScatterGroup(MultiNodeGroup):
                 after(done, plan[done])
 
     def _remote_share(self, span: slice) -> list[slice]:
-        """Return this rank's share of a slice that another node serves; leaders share in the work only on GPUs."""
+        """Return this rank's share of a slice that another node serves; on GPUs the leader has one, too."""
         if not self.buffers.staged:
             return self._own_share(span)
         return pieces(share(span, self.buffers.place, len(self.members)), piece(self.spec.device))

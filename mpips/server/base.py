@@ -516,8 +516,7 @@ class Service:
 
         Returns:
             True to stop: the target is reached, or there was no gain for `early_stopping.patience` validations. False to
-                continue,
-            and for values other than the one that `early_stopping.monitor` names, by default the first one validated.
+            continue. False also for values other than `early_stopping.monitor`, by default the first one validated.
         """
         verdict = self.patience.setdefault(name, Patience()).judge(accuracy, self.config.early_stopping)
         if name != (self.config.early_stopping.monitor or next(iter(self.patience))):

@@ -131,10 +131,10 @@ def average_by_messages(communicator: Communicator, replica: Replica, rule: Rule
     """Carry out `Transport.average` by messages, as every transport does."""
     push, rank = replica.push, communicator.rank
     prepare(rank, push, rule)
-    if unscaled := push.raw and rule.needs == "sum":
-        push.raw = False
-        if (weight := push.weight(rank)) not in (0, 1):
-            push.gradients.mul_(weight)
-    bring_together(communicator, push, rule, last, first)
-    push.raw |= unscaled
+    with push.as_sent():
+        if push.raw and rule.needs == "sum":
+            push.raw = False
+            if (weight := push.weight(rank)) not in (0, 1):
+                push.gradients.mul_(weight)
+        bring_together(communicator, push, rule, last, first)
     communicator.broadcast(push.message)

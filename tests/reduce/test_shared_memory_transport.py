@@ -841,3 +841,31 @@ def test_large_counts_of_samples_keep_a_float64_model_s_precision() -> None:
         return [p.detach().clone() for p in net.parameters()]
 
     assert_alike(sharing(3).run(lambda e: program(e, plan="sharded")), World(3).run(program))
+
+
+@PLANS
+def test_gradients_are_averaged_as_by_messages(chosen: str) -> None:
+    """In torch's clipping, and where a loss is evaluated again; with other numbers of samples on each worker."""
+
+    def program(e: Communicator, **settings: Any) -> list[Tensor]:
+        model = mlp()
+        made = OPTIMIZERS["momentum"](model.parameters())
+        ps = mpips.connect(model, made, communicator=e, **settings)
+        x, y = data(60)
+        for step in range(4):
+            size = 4 + 3 * ps.worker + step
+            made.zero_grad()
+            F.cross_entropy(model(x[step : step + size]), y[step : step + size]).backward()
+            if step == 2:
+                ps.average()
+            else:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            ps.step(0.0, samples=size)
+        assert is_shared(ps) == ("plan" in settings)
+        return [p.detach().clone() for p in model.parameters()]
+
+    expected = World(4).run(lambda e: program(e, run_dir="mpi"))
+    ours = sharing(4).run(lambda e: program(e, plan=chosen, run_dir="shared"))
+    for mine, theirs in zip(ours, expected, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,15 @@ class Push:
         self._lay_out(memory, self.lengths)
         self.heard = ReducedTail(torch.zeros_like(memory[self.tail_at :]), self.lengths[3:], self.ranks, len(self.columns))
         self.shared, self.raw = True, raw
+
+    @contextmanager
+    def as_sent(self) -> Iterator[None]:
+        """Treat the message, also where ranks share memory, as one that is sent: the sum of the tails arrives in its own tail."""
+        reduced, raw, self.heard = self.heard, self.raw, self
+        try:
+            yield
+        finally:
+            self.heard, self.raw = reduced, raw
 
     def forget(self) -> None:
         """Empty the contribution. In shared memory the gradients stay, as nobody reads them at weight 0."""

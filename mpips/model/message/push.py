@@ -113,7 +113,7 @@ class Push:
 
     @contextmanager
     def as_sent(self) -> Iterator[None]:
-        """Treat the message, also where ranks share memory, as one that is sent: the sum of the tails arrives in its own tail."""
+        """Treat the message as one that is sent, also where ranks share memory: its own tail receives the sum of the tails."""
         reduced, raw, self.heard = self.heard, self.raw, self
         try:
             yield

@@ -1,4 +1,4 @@
-"""What `mpips plan` predicts: the schedule is what rooms post, the memory what they ask for, the seconds what follows."""
+"""What `mpips plan` predicts: the schedule is what node groups post, the memory what they ask for, the seconds what follows."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ Made = dict[str, int]
 
 
 def really(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[Posted, Made, list[bool]]:
-    """What each node posts in a round of simulated rooms, the bytes of what is in a room, and which ranks add something up."""
+    """What each node posts in a round of simulated node groups, the bytes of what is in one, and which ranks add something up."""
     posted: Posted = {node: [] for node in range(job.nodes)}
     made: Made = {}
     swap = SimulatedLeaderGroup.sendrecv
@@ -149,7 +149,7 @@ def really(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[Posted, Made, lis
 @SHAPES
 @WIRES
 @pytest.mark.usefixtures("small_steps")
-def test_it_is_what_rooms_post(nodes: int, ranks: int, wire: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_what_node_groups_post(nodes: int, ranks: int, wire: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     job = odd(nodes, ranks, comm_dtype=wire)
     found = schedule(job)
     posted, made, worked = really(job, monkeypatch)
@@ -296,11 +296,11 @@ def test_on_one_node_nothing_is_sent() -> None:
 
 
 def test_the_server_serves_small_models_and_plan_root() -> None:
-    assert Job.of(4, 2, SMALL).how == "rooms, root"
-    assert Job.of(4, 2, SMALL + 64).how == "rooms, sharded"
+    assert Job.of(4, 2, SMALL).how == "between nodes, root"
+    assert Job.of(4, 2, SMALL + 64).how == "between nodes, sharded"
     job = Job.of(4, 2, 1e9, plan="root")
     found = predict(job, Machine())
-    assert job.how == "rooms, root"
+    assert job.how == "between nodes, root"
     assert found.seconds > 2 * predict(Job.of(4, 2, 1e9), Machine()).seconds
     assert found.reduce == pytest.approx(2 * found.bound, rel=1e-3)
     assert memory(job)["optimizer"].rank == 2 * job.model
@@ -336,7 +336,7 @@ def test_the_verb_prints_what_is_predicted(capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     job, machine = Job.of(64, 8, 1e8), Machine()
     assert text == plan.table(job, machine, predict(job, machine)) + "\n"
-    for words in ("64 nodes of 8 ranks, rooms", "push messages", "window", "allgather", "bottleneck", "one server"):
+    for words in ("64 nodes of 8 ranks, between nodes", "push messages", "window", "allgather", "bottleneck", "one server"):
         assert words in text
     assert "504 ms" not in text  # eight workers a node send more than one
     assert max(map(len, text.splitlines())) < 140
@@ -362,7 +362,7 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["seconds"] == pytest.approx(found.seconds)
     assert facts["ratio"] == pytest.approx(found.seconds / found.bound)
     assert facts["memory"]["masters"]["node"] == memory(job)["masters"].node
-    assert (facts["wire"], facts["how"], facts["bottleneck"]) == ("bfloat16", "rooms, sharded", found.bottleneck)
+    assert (facts["wire"], facts["how"], facts["bottleneck"]) == ("bfloat16", "between nodes, sharded", found.bottleneck)
 
 
 @pytest.mark.parametrize("size", ["1", "0.00001", "1000"])

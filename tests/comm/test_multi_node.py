@@ -91,7 +91,7 @@ class Log:
     """What all ranks see of a round: how often each element was added, on each node, joined, and finished."""
 
     def __init__(self, nodes: int) -> None:
-        self.rooms: dict[int, ReduceScatterGroup] = {}
+        self.groups: dict[int, ReduceScatterGroup] = {}
         self.added, self.joined, self.finished = torch.zeros(nodes, TAIL), torch.zeros(TAIL), torch.zeros(TAIL)
 
     def check(self, done: float) -> None:
@@ -101,7 +101,7 @@ class Log:
         once[BEHIND] = 0  # that travels with the tails
         assert torch.equal(self.added, once.expand_as(self.added)), "each node's share of each gradient, once"
         assert torch.equal(self.joined, once), "each gradient once"
-        for group in self.rooms.values():
+        for group in self.groups.values():
             for span in group.spans:
                 assert (group.combined[span] == done).all(), "a slice that is not combined"
 
@@ -115,7 +115,7 @@ def rounds(group: ReduceScatterGroup, buckets: list[list[slice]], log: Log | Non
     nodes, overlap = group.nodes, group.spec.overlap
     size, node = sum(map(len, nodes)), group.nodes.index(list(group.members))
     if log:
-        log.rooms[group.rank] = group
+        log.groups[group.rank] = group
     group.serve(buckets, BEHIND)
     heard, answer = torch.zeros(LENGTH - TAIL), torch.zeros(2, dtype=torch.float64)
     first, behind = (part.view(torch.float32) for part in (group.buffers.pull[:8], group.buffers.pull[8 + 4 * WEIGHTS :]))
@@ -941,7 +941,7 @@ def test_a_rank_that_dies_anywhere_ends_the_others_and_the_run_resumes() -> None
     [{"plan": "sharded", "deterministic": True}, {"plan": "sharded", "shared_memory": False}],
     ids=["deterministic", "not to share"],
 )
-def test_by_messages_where_rooms_are_not_for_it(settings: dict[str, Any]) -> None:
+def test_by_messages_where_node_groups_are_not_for_it(settings: dict[str, Any]) -> None:
     """With the bits of any run by messages."""
 
     def program(e: Communicator, **given: Any) -> tuple[str, bool]:

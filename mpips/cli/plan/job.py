@@ -19,7 +19,7 @@ from mpips.optim.hyperparameters import LIMBS
 from mpips.reduce.shared_memory_transport import SETTINGS
 
 MODEL = torch.float32
-How = Literal["one process", "shared memory, root", "shared memory, sharded", "rooms, root", "rooms, sharded"]
+How = Literal["one process", "shared memory, root", "shared memory, sharded", "between nodes, root", "between nodes, sharded"]
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ class Job:
             return "one process"
         if self.nodes == 1:
             return "shared memory, sharded" if self.sharded else "shared memory, root"
-        return "rooms, sharded" if self.sharded else "rooms, root"
+        return "between nodes, sharded" if self.sharded else "between nodes, root"
 
     @property
     def codec(self) -> Codec:
         """How gradients and weights are encoded between nodes."""
-        return codec_of(self.comm_dtype if self.how == "rooms, sharded" else "full", MODEL)
+        return codec_of(self.comm_dtype if self.how == "between nodes, sharded" else "full", MODEL)
 
     @property
     def spec(self) -> BufferSpec:

@@ -130,9 +130,9 @@ class Travel:
 
 def predict(job: Job, machine: Machine) -> Round:
     """Return the prediction for a round of the job on the machine."""
-    if job.how == "rooms, sharded":
+    if job.how == "between nodes, sharded":
         return _sharded(job, machine, schedule(job))
-    return _root(job, machine) if job.how == "rooms, root" else _one_node(job, machine)
+    return _root(job, machine) if job.how == "between nodes, root" else _one_node(job, machine)
 
 
 def _one_node(job: Job, machine: Machine) -> Round:

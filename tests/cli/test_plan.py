@@ -113,7 +113,7 @@ Made = dict[str, int]
 
 
 def really(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[Posted, Made, list[bool]]:
-    """What each node posts in a round of simulated node groups, the bytes of what is in one, and which ranks add something up."""
+    """What each node posts in a round of simulated node groups, the bytes of what is in one, and which ranks add."""
     posted: Posted = {node: [] for node in range(job.nodes)}
     made: Made = {}
     swap = SimulatedLeaderGroup.sendrecv

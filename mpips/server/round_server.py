@@ -149,7 +149,7 @@ class Server(Service):
         push = self.replica.push
         if not self.trains:
             push.forget()
-        self.transport.push()
+            self.transport.push()
         self.combined = self.transport.reduce(self.control.round)
         rows, expected = push.heard.table()[self.first :], self.control.round % ROUNDS
         for rank, row in enumerate(rows, self.first):

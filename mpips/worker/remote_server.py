@@ -75,7 +75,6 @@ class RemoteServer:
     def round(self, contributed: bool = True) -> Control:
         """Do this rank's part of a round; see `Server.round`."""
         version = self.control.version
-        self.transport.push()
         self.transport.reduce(self.control.round)
         self.transport.decide()
         self.transport.pull()

@@ -406,6 +406,7 @@ class Worker:
         self._weight = row.weight
         self.replica.flat.pushed()
         self.replica.flat.averaged, self.update.lead = False, None
+        self.server.transport.push()  # here, not in the round, which with `overlap` waits on a thread for what travels already
 
     def pull(self) -> Control:
         """Receive the new weights and the control. Gradients are then None, unless they are still what backward has computed.
@@ -451,6 +452,7 @@ class Worker:
             flat.collect()
         self._kept = flat.grad.clone() if flat.pending else None
         self.update.write_nothing(self._row(), len(self.config.metrics))
+        self.server.transport.push()
         self._send()
         self._receive(contributed=False)
         if self.replica.wire_is_grad:
@@ -599,6 +601,7 @@ class Worker:
         elif not push.shared:
             push.body.zero_()
         push.write(self.communicator.rank, row, [0.0] * len(self.config.metrics))
+        self.server.transport.push()
         self._send()
         self._receive(contributed=True)
         replica.flat.clear()

@@ -32,6 +32,20 @@ LAUNCHER = (
     "JSM_",
     "MPI_LOCAL",
 )  # variables that a nested mpiexec must not inherit
+LONGEST = [
+    "under_mpi",
+    "federated",
+    "failure",
+    "frameworks",
+    "shared_memory_transport",
+    "local",
+    "asynchronous",
+    "resume",
+    "lifecycle",
+    "bench",
+    "examples",
+    "documents",
+]  # test files that take longest: they come first, so that the two processes of `make test` end together
 LOGS = os.environ.get("PYTEST_RANK_LOGS")  # where test_under_mpi.py looks for what each rank did
 
 
@@ -161,12 +175,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     rest = [item for item in items if not item.get_closest_marker("mpi")]
     if not config.getoption("--with-mpi") and not config.getoption("--only-mpi"):
         config.hook.pytest_deselected(items=collective)
-        items[:] = sorted(rest, key=lambda item: item.path.stem != "test_under_mpi")  # the longest file comes first
+        items[:] = sorted(rest, key=_place)
         return
     for item in rest:
         if {"mpirun", "mpich"} & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("slurm"):
             item.add_marker(pytest.mark.mpi_skip(reason="starts its own MPI"))
     items[:] = collective + ([] if RANK or config.getoption("--only-mpi") else rest)
+
+
+def _place(item: pytest.Item) -> int:
+    """The place of a test's file in LONGEST; the others come behind, in the order in which they were found."""
+    name = item.path.stem.removeprefix("test_")
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
 class _Progress:

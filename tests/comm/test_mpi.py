@@ -4,13 +4,15 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
 from mpips.comm import SERVER
 from tests.helpers.contract_communicator import CommunicatorContract, Program, RequestsContract
+
+T = TypeVar("T")
 
 
 def on_mpi(program: Program, bucket: int = 100_000) -> list[Any]:
@@ -24,6 +26,15 @@ def on_mpi(program: Program, bucket: int = 100_000) -> list[Any]:
     results: list[Any] = comm.allgather(result)
     comm.Free()
     return results
+
+
+def on_one(compute: Callable[[], T]) -> T:
+    """Compute what a collective test expects on one rank and give it to all: the others would need the same cores for it."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    found: T = comm.bcast(compute() if comm.rank == 0 else None)
+    return found
 
 
 def as_simulated(program: Program) -> Program:

@@ -31,7 +31,7 @@ from mpips.model import layout
 from mpips.model.layout import share
 from mpips.model.message import NonFiniteError
 from mpips.reduce.shared_memory_transport import SharedMemoryTransport
-from tests.comm.test_mpi import as_simulated
+from tests.comm.test_mpi import as_simulated, on_one
 from tests.helpers.programs import OPTIMIZERS, cnn, data, metrics, mlp, sha, train
 from tests.promises.test_resume import assert_same, last
 from tests.reduce.test_shared_memory_transport import (
@@ -1128,10 +1128,9 @@ def trained(e: Any, **settings: Any) -> tuple[str, list[list[int]], str]:
 def test_over_mpi_the_bits_are_those_of_the_simulated_run(ranks_per_node: int, wire: str, server_trains: bool) -> None:
     from mpi4py import MPI
 
-    size, rank = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
-    shape = shape_of(size, ranks_per_node)
+    shape = shape_of(MPI.COMM_WORLD.size, ranks_per_node)
     settings: dict[str, Any] = {"server_trains": server_trains, "comm_dtype": wire}
-    expected = on_nodes(shape).run(lambda e: trained(e, run_dir=f"simulated-{rank}", **settings))
+    expected = on_one(lambda: on_nodes(shape).run(lambda e: trained(e, run_dir="simulated", **settings)))
     assert on_mpi(lambda e: trained(e, run_dir="mpi", **settings), ranks_per_node) == expected
     assert [len(node) for node in expected[0][1]] == shape
     assert len(shape) == 1 or f"{'float32' if wire == 'full' else wire} between {len(shape)} nodes" in expected[0][2]

@@ -29,7 +29,7 @@ from mpips.comm.simulated import SimulatedCommunicator, World
 from mpips.comm.simulated_group import SimulatedBarrier
 from mpips.model.flat import ALIGNMENT
 from mpips.reduce.shared_memory_transport import SharedMemoryTransport
-from tests.comm.test_mpi import as_simulated, on_mpi
+from tests.comm.test_mpi import as_simulated, on_mpi, on_one
 from tests.conftest import ROOT
 from tests.helpers.programs import OPTIMIZERS, cnn, data, sha, train
 
@@ -361,9 +361,9 @@ def workers(**settings: Any) -> list[tuple[str, bool, dict[str, int]]]:
 def test_over_mpi_the_bits_are_those_of_the_simulated_run(plan: str, server_trains: bool) -> None:
     from mpi4py import MPI
 
-    size, rank = MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank
-    settings: dict[str, Any] = {"server_trains": server_trains}
-    expected = [weights for weights, *_ in World(size).run(lambda e: trained(e, run_dir=f"simulated-{rank}", **settings))]
+    size, settings = MPI.COMM_WORLD.size, {"server_trains": server_trains}
+    simulated = on_one(lambda: World(size).run(lambda e: trained(e, run_dir="simulated", **settings)))
+    expected = [weights for weights, *_ in simulated]
     results = workers(run_dir="mpi", plan=plan, **settings)
     assert [weights for weights, *_ in results] == expected
     assert all(shared for _, shared, _ in results)
@@ -380,8 +380,8 @@ def test_over_mpi_the_bits_are_those_of_the_simulated_run(plan: str, server_trai
 def test_without_room_a_run_goes_on_over_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
     from mpi4py import MPI
 
-    rank = MPI.COMM_WORLD.rank
-    expected = [weights for weights, *_ in World(MPI.COMM_WORLD.size).run(lambda e: trained(e, run_dir=f"simulated-{rank}"))]
+    rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+    expected = [weights for weights, *_ in on_one(lambda: World(size).run(lambda e: trained(e, run_dir="simulated")))]
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mpips.rules.protocol import Rule
 
+FEW = 1 << 15  # elements that numpy, which begins in a tenth of torch's time, divides as fast; the bits are the same
 STEP = 1 << 20  # elements that are converted to float64 at a time
 
 
@@ -25,7 +27,12 @@ class Mean(Rule):
         (total,), (weight,) = rows, weights
         if out.data_ptr() != total.data_ptr():
             out.copy_(total)
-        if weight != 1:
+        if weight == 1:
+            return
+        if len(out) <= FEW and not out.is_cuda:
+            array = out.numpy()
+            np.divide(array, weight, out=array)
+        else:
             out.div_(weight)
 
 

@@ -106,28 +106,32 @@ class Combiner:
         if divisor := self._whole if behind or self._divisor is None else self._divisor:
             (self._statistics if behind else self._rule)((total,), (divisor,), out)
 
-    def rows(self, part: slice, rows: Sequence[Tensor], out: Tensor) -> None:
+    def rows(self, part: slice, rows: Sequence[Tensor], out: Tensor) -> bool:
         """Combine one slice, of gradients or of statistics, given a row for each rank.
 
         Args:
             part: the slice of the push message's body.
             rows: `(len,)` each, in rank order; rows of weight 0 may hold anything.
             out: `(len,)`, the result; may be one of the rows.
+
+        Returns:
+            Whether `out` has been written: not if no row counts, or the rule refuses.
         """
         if not self._begun:
             self._begin()
             self._rule.faulty = reported(self._push)
         if self.refused:
-            return
+            return False
         behind = part.start >= self._behind_from
         terms = self.terms(part)
         if not terms:
-            return
+            return False
         if self._rule.needs == "sum" or (self._coefficients is not None and self._rule.then == "sum"):
             self.add(part, rows)
             self.sum(part, rows[0], out)
         else:
             self._by_rows(rows, [k for k, _ in terms], out, behind)
+        return not self.refused
 
     def _by_rows(self, rows: Sequence[Tensor], numbers: list[int], out: Tensor, behind: bool) -> None:
         rule, scaled = self._statistics if behind else self._rule, behind or not self._push.raw

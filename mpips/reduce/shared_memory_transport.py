@@ -130,6 +130,8 @@ class SharedMemoryTransport:
 
     def _result(self, reported: Tensor | None) -> AggregationResult:
         """Return the result of the round, at the server."""
+        if reported is None and self._sums and not self._prepares:  # in most rounds
+            return AggregationResult([])
         named = {} if reported is None else {n: int(slot) for n, slot in enumerate(reported.tolist()) if slot < math.inf}
         left = left_out(self._push.heard.rows, self._rule)
         if self._sums:
@@ -184,8 +186,8 @@ class SharedMemoryTransport:
         elif self._sums:
             self._add(part, rows)
         else:
-            self._combiner.rows(part, rows, rows[0])
-            if part.start < self._gradients and not is_finite(rows[0]):
+            written = self._combiner.rows(part, rows, rows[0])
+            if written and part.start < self._gradients and not is_finite(rows[0]):
                 self._record_fault(self._communicator.size, part, rows[0])
 
     def _add(self, part: slice, rows: Rows) -> None:

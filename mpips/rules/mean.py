@@ -25,7 +25,7 @@ class Mean(Rule):
     def __call__(self, rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
         """Write the sum, divided by the sum of the weights, to `out`; see `Rule`."""
         (total,), (weight,) = rows, weights
-        if out.data_ptr() != total.data_ptr():
+        if out is not total and out.data_ptr() != total.data_ptr():
             out.copy_(total)
         if weight == 1:
             return

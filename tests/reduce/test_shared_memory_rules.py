@@ -129,3 +129,30 @@ def refused(e: Communicator, rule: str, plan: str) -> list[bool]:
     F.cross_entropy(net(x), y).backward()
     ps.step(0.0, samples=8 * (ps.worker > 0))
     return [is_shared(ps), all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))]
+
+
+@PLANS
+@pytest.mark.parametrize("nonfinite", ["raise", "drop"])
+def test_what_an_idle_rank_has_in_its_memory_is_no_contribution(nonfinite: str, plan: str) -> None:
+    """A script computes a gradient with a NaN and does not step with it; then workers wait for each other."""
+
+    def program(e: Communicator, **settings: Any) -> tuple[list[Tensor], float]:
+        net = Net()
+        made = torch.optim.SGD(net.parameters(), lr=0.05)
+        ps = mpips.connect(
+            net, made, communicator=e, rule="median", server_trains=True, nonfinite=nonfinite, buffers="mean", **settings
+        )
+        x, y = data(60)
+        for step in range(3):
+            F.cross_entropy(net(x[step : step + 8]), y[step : step + 8]).backward()
+            ps.step(0.0, samples=8)
+        (net(x[:8]).sum() * math.nan).backward()
+        ps.validate(lambda: 1.0)
+        return [p.detach().clone() for p in net.parameters()], ps._control.version
+
+    ours = sharing(3).run(lambda e: program(e, plan=plan, run_dir="shared"))
+    expected = World(3).run(lambda e: program(e, run_dir="messages"))
+    for (mine, version), (theirs, other) in zip(ours, expected, strict=True):
+        assert version == other == 3
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert "NaN" not in Path("shared/events.jsonl").read_text()

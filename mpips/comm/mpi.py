@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -402,9 +401,7 @@ class MpiCommunicator:
 
     def abort(self, status: int) -> None:
         """See `Communicator`."""
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(Exception):  # closed, or on a full disk
-                stream.flush()
+        process.drain()
         self._mpi.COMM_WORLD.Abort(status)
 
     def barrier(self, patience: float | None) -> None:

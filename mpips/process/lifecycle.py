@@ -12,12 +12,16 @@ from __future__ import annotations
 import atexit
 import ctypes
 import faulthandler
+import fcntl
 import json
 import os
 import select
 import signal
 import socket
+import stat as stat_mode
+import struct
 import sys
+import termios
 import threading
 import time
 import traceback
@@ -34,6 +38,8 @@ from mpips.process.environment import launch
 MARKS = ("PMIX_NAMESPACE", "PMIX_RANK", "PMI_RANK", "PMI_FD", "PMI_PORT", "SLURM_STEP_ID", "SLURM_PROCID")
 LOOK_EVERY = 1.0  # seconds between two checks that the launcher lives
 PATIENCE = 10.0  # seconds to wait for the rank that has left to end this one
+DRAIN = 2.0  # seconds at most for the launcher to read what this rank has written
+RELAY = 0.1  # seconds for a launcher's daemon to send on what it has read
 ANSWER = 30.0  # seconds after MPI's initialisation for all ranks to say whether they have joined; some may not run mpips
 
 closed: set[int] = set()  # descriptors among 0 to 2 that were closed when mpips was imported
@@ -90,6 +96,28 @@ def emit(stream: int, text: str | bytes) -> None:
             select.select([], [stream], [])
         except OSError:
             return
+
+
+def drain() -> None:
+    """Wait until the launcher has read what this rank has written to its standard streams, where they are pipes.
+
+    MPICH's mpiexec drops what it has not read when a rank aborts (5.0.2).
+    """
+    until = time.monotonic() + DRAIN
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # closed, or on a full disk
+            stream.flush()
+    with suppress(OSError):
+        while max(_unread(1), _unread(2)) and time.monotonic() < until:
+            time.sleep(0.001)
+    time.sleep(RELAY)
+
+
+def _unread(number: int) -> int:
+    """Return how many bytes of a pipe its reader has not read; 0 for a descriptor that is not a pipe."""
+    if not stat_mode.S_ISFIFO(os.fstat(number).st_mode):
+        return 0
+    return int(struct.unpack("i", fcntl.ioctl(number, termios.FIONREAD, bytes(4)))[0])
 
 
 def _preempt(number: int, frame: FrameType | None) -> None:
@@ -215,6 +243,7 @@ def leave(born: int) -> None:
         say(MPI.COMM_WORLD.rank, text + _text(missing[0], socket.gethostname()))
     else:
         time.sleep(PATIENCE)
+    drain()
     MPI.COMM_WORLD.Abort(_status or 1)
 
 

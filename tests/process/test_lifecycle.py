@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -43,6 +44,18 @@ def test_emit_drops_what_cannot_be_written_and_goes_on() -> None:
     full = "import os, mpips\nfrom mpips.process.lifecycle import emit\nos.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
     done = python(full + "emit(1, 'x' * 99999)\nemit(2, 'l\\udce4ufe')\n")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "l\udce4ufe")
+
+
+def test_drain_waits_until_the_pipe_is_read() -> None:
+    """MPICH's mpiexec drops what it has not read when a rank aborts."""
+    program = "import mpips, sys\nfrom mpips.process.lifecycle import drain\nsys.stderr.write('last words')\ndrain()"
+    child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    select.select([child.stderr], [], [], 60)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.5)
+    assert child.stderr.read() == "last words"
+    assert child.wait(60) == 0
 
 
 @pytest.mark.parametrize("moment", ["import", "connect"])

@@ -78,7 +78,8 @@ class Gradient:
         metrics = self._check_finite(row, metrics)
         row.weight = row.steps = self.weigh(row.samples)
         push.clear_behind()
-        self.replica.buffers.write(push.floats, push.limbs, row.weight, self.first)
+        if self.replica.buffers.names:
+            self.replica.buffers.write(push.floats, push.limbs, row.weight, self.first)
         if row.weight:
             push.write_presence(present)
             if row.weight != 1 and not push.raw:

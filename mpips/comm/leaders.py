@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mpips.comm import pieces
 from mpips.comm.backoff import patiently
+from mpips.comm.barrier import AWAKE, PAUSE
 from mpips.comm.multi_node import Begin, Finish, Sent
 from mpips.comm.node_group import Op
 from mpips.comm.p2p import LARGEST
-from mpips.comm.semaphore import AWAKE, PAUSE
 from mpips.comm.staging import Staging, memory_of
 
 

@@ -24,14 +24,13 @@ from torch import Tensor
 from mpips.comm import SERVER, Apply, CommunicatorError, multi_node, pieces, reduce_scatter
 from mpips.comm import cuda_ipc as devices
 from mpips.comm.backoff import patiently
-from mpips.comm.barrier import mapped
+from mpips.comm.barrier import AWAKE, mapped
 from mpips.comm.leaders import MpiLeaderGroup
 from mpips.comm.node_group import Barrier, BufferSpec, NodeGroup
 from mpips.comm.p2p import LARGEST, Conversation
 from mpips.comm.peer_buffers import PeerBuffers
 from mpips.comm.reduce_scatter import ReduceScatterGroup
 from mpips.comm.root_reduce import RootReduceGroup
-from mpips.comm.semaphore import AWAKE
 from mpips.comm.staging import Staging, finish, memory_of
 from mpips.comm.waits import Waits, Watch
 from mpips.process import lifecycle as process

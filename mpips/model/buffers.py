@@ -62,8 +62,6 @@ class Buffers:
 
     def combine(self, floats: Tensor, limbs: Tensor, pull: list[Tensor]) -> None:
         """Copy the combined buffers of the push message to the pull message's buffers."""
-        if not self.names:
-            return
         targets = dict(zip(self.names, pull, strict=True))
         for slot in self._slots:
             targets[slot.name].copy_(slot.view(floats))
@@ -75,8 +73,6 @@ class Buffers:
 
     def load(self, tensors: list[Tensor]) -> None:
         """Copy travelling buffers from `tensors` to the model."""
-        if not self.names:
-            return
         for buffer, tensor in zip(self.tensors, tensors, strict=True):
             buffer.data.copy_(tensor)  # through .data: autograd does not see BatchNorm's own updates either
 

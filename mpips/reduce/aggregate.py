@@ -53,6 +53,9 @@ class AggregationResult(NamedTuple):
     nonfinite: dict[int, int] = {}
 
 
+NOTHING = AggregationResult([])  # the result of a round that has none of these
+
+
 def aggregate(communicator: Collectives, push: Push, rule: Rule, last: Needs, first: int) -> AggregationResult:
     """Combine the contributions of all ranks by the rule; every rank calls this.
 

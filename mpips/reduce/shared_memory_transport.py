@@ -22,9 +22,8 @@ from mpips.model.layout import both
 from mpips.model.message import BAD, WEIGHT, Control, Replica
 from mpips.optim import hyperparameters as hyper
 from mpips.optim.flat_optimizer import FlatOptimizer
-from mpips.reduce.aggregate import AggregationResult
-from mpips.reduce.combine import HUGE, Combiner, Gram, all_finite, coefficients, left_out, prepare
-from mpips.reduce.kernels import is_finite
+from mpips.reduce.aggregate import NOTHING, AggregationResult
+from mpips.reduce.combine import HUGE, Combiner, Gram, all_finite, coefficients, is_finite, left_out, prepare
 from mpips.reduce.sharded_optimizer import ShardedOptimizer
 from mpips.reduce.transport import Decision, average_by_messages
 from mpips.rules import Needs, Rule
@@ -126,12 +125,12 @@ class SharedMemoryTransport:
         for rank in self._combiner.faulty:
             self._faulty, self.faults[rank] = True, 0.0
         reported = self.group.report(self.faults, "min") if self.group.sharded or self._faulty else None
-        return self._result(reported) if self.group.leads else AggregationResult([])
+        return self._result(reported) if self.group.leads else NOTHING
 
     def _result(self, reported: Tensor | None) -> AggregationResult:
         """Return the result of the round, at the server."""
         if reported is None and self._sums and not self._prepares:  # in most rounds
-            return AggregationResult([])
+            return NOTHING
         named = {} if reported is None else {n: int(slot) for n, slot in enumerate(reported.tolist()) if slot < math.inf}
         left = left_out(self._push.heard.rows, self._rule)
         if self._sums:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ class Mean(Rule):
     """
 
     needs = "sum"
+    _out: Tensor | None = None  # the same in every round
+    _array: Any = None  # the same memory, if it is so small that numpy is faster
 
     def __call__(self, rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
         """Write the sum, divided by the sum of the weights, to `out`; see `Rule`."""
@@ -29,11 +32,12 @@ class Mean(Rule):
             out.copy_(total)
         if weight == 1:
             return
-        if len(out) <= FEW and not out.is_cuda:
-            array = out.numpy()
-            np.divide(array, weight, out=array)
-        else:
+        if out is not self._out:
+            self._out, self._array = out, None if out.is_cuda or out.numel() > FEW else out.numpy()
+        if self._array is None:
             out.div_(weight)
+        else:
+            np.divide(self._array, weight, out=self._array)
 
 
 class NormClip(Mean):

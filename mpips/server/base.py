@@ -192,8 +192,9 @@ class Service:
 
     def combine_buffers(self) -> None:
         """Replace the model's buffers by the combination of all workers' buffers."""
-        push = self.replica.push
-        self.replica.buffers.combine(push.floats, push.heard.limbs, self.replica.pull.buffers)
+        push, buffers = self.replica.push, self.replica.buffers
+        if buffers.names:
+            buffers.combine(push.floats, push.heard.limbs, self.replica.pull.buffers)
 
     def follow(self, rows: Sequence[Sequence[float]], limbs: Any, stepping: Sequence[int]) -> None:
         """Take over the workers' hyperparameters if they have changed, and compare the workers' data.

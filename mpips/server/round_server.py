@@ -134,7 +134,7 @@ class Server(Service):
         self.replica.check_finite(self.control)
         if self.control.call == Call.STATE:
             self.told_state = self.tell_state()
-        if contributed or self.control.version > version:
+        if self.replica.buffers.names and (contributed or self.control.version > version):
             self.replica.buffers.load(self.replica.pull.buffers)
         if self.control.checkpoint and self.worker_state is None:  # else the worker on this rank calls save_model
             self.save_model()

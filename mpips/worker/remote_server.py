@@ -82,7 +82,7 @@ class RemoteServer:
         if control.fault:
             raise CallError(broadcast_bytes(self.communicator, b"").decode())
         self.replica.check_finite(control)
-        if contributed or control.version > version:
+        if self.replica.buffers.names and (contributed or control.version > version):
             self.replica.buffers.load(self.replica.pull.buffers)
         if control.call == Call.STATE:
             self.told_state = self._receive_state()

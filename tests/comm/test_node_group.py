@@ -21,10 +21,10 @@ from torch import Tensor
 from mpips.comm import CommunicatorError, simulated
 from mpips.comm import barrier as node
 from mpips.comm import shared_memory as memory
+from mpips.comm.barrier import SIZE, Semaphore
 from mpips.comm.codecs import Codec
 from mpips.comm.node_group import BufferSpec, NodeGroup
 from mpips.comm.peer_buffers import PeerBuffers
-from mpips.comm.semaphore import SIZE, Semaphore
 from mpips.comm.simulated import SimulatedCommunicator, World
 from mpips.comm.simulated_group import SimulatedBarrier
 from mpips.model.flat import ALIGNMENT

@@ -24,6 +24,7 @@ from mpips.report.run_report import LOG, stop_copying
 from mpips.server.contract import ContractError
 
 FAILED, PREEMPTED = 1, 75  # exit statuses; 75 is EX_TEMPFAIL: resume with --mpips.resume auto
+TOGETHER_WITHIN = 3  # seconds within which all ranks end together
 PATIENCE = 0.5  # seconds that a rank gives rank 0 to print the same refusal first
 TOGETHER = (CallError, ContractError, NonFiniteError)  # raised on all ranks with the same text
 SAYS_ALL = (*TOGETHER, CheckpointError, SnapshotError)  # printed without a traceback, which would add nothing
@@ -72,7 +73,7 @@ def _tell(
     if issubclass(kind, SAYS_ALL):
         text = f"{kind.__name__}: {error}\n"
     if issubclass(kind, TOGETHER) and communicator.rank != SERVER:
-        communicator.barrier(patience=3)  # rank 0 prints and ends all
+        communicator.barrier(TOGETHER_WITHIN)  # rank 0 prints and ends all
     with suppress(Exception):
         process.tell_launcher(communicator.rank, text, status)
     if communicator.size > 1 and not issubclass(kind, ConfigError):

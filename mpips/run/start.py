@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -166,9 +165,9 @@ def _settle(communicator: Communicator, settings: Config | str) -> None:
     if line := agree_on_settings(communicator, settings):
         if communicator.rank == 0:
             print(f"mpips: {line}", file=sys.stderr, flush=True)
+            process.drain()  # when a rank ends, mpiexec may drop what it has not read
+        communicator.barrier(failure.TOGETHER_WITHIN)
         communicator.finalize()
-        if communicator.rank != 0:  # when another rank ends, mpiexec may drop rank 0's line
-            time.sleep(failure.PATIENCE)
         raise SystemExit(BAD_CONFIGURATION)
 
 

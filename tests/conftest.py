@@ -118,10 +118,7 @@ def solo(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _imports_frozen() -> None:
-    """What all imports and the collected tests have left is exempt from garbage collection.
-
-    `connect`, epochs and checkpoints look for schedulers by `gc.get_referrers`: among all that, 30 ms each time.
-    """
+    """What all imports and the collected tests have left is exempt from garbage collection, as `connect` looks at the rest."""
     gc.collect()
     gc.freeze()
 

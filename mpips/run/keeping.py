@@ -10,6 +10,7 @@ import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from mpips.optim.flat_optimizer import nested
 
 Tree = dict[str, Any]
 OWN, GROUPS = "optimizer ", "param_groups"
+_schedulers: WeakSet[LRScheduler] = WeakSet()
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -75,12 +77,30 @@ def _from_plain(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return value
 
 
+def find_schedulers() -> None:
+    """Find all schedulers of this process, and note each one that is made from now on.
+
+    An optimizer does not know its schedulers, and some of torch's do not call the constructor of `LRScheduler`, so the new ones
+    are noted by `LRScheduler.__new__`.
+    """
+
+    def noted(kind: type[LRScheduler], *_: Any, **__: Any) -> LRScheduler:
+        scheduler = object.__new__(kind)
+        _schedulers.add(scheduler)
+        return scheduler
+
+    if LRScheduler.__new__ is not object.__new__:  # done already
+        return
+    LRScheduler.__new__ = noted  # type: ignore[method-assign, assignment]
+    kinds: list[type] = [LRScheduler]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    _schedulers.update(thing for thing in gc.get_referrers(*kinds) if issubclass(type(thing), LRScheduler))
+
+
 def schedulers(optimizer: Optimizer) -> list[LRScheduler]:
     """Return torch's schedulers of this optimizer, except those that are parts of another scheduler."""
-    holders = gc.get_referrers(optimizer)
-    attributes = [holder for holder in holders if type(holder) is dict and "_last_lr" in holder]
-    owners = gc.get_referrers(*attributes) if attributes else []  # contains `holders` itself: keep the lists separate
-    found = [o for o in (*holders, *owners) if issubclass(type(o), LRScheduler) and vars(o).get("optimizer") is optimizer]
+    found = [scheduler for scheduler in _schedulers if vars(scheduler).get("optimizer") is optimizer]
     parts = {id(part) for o in found for part in vars(o).get("_schedulers", ())}
     return [o for o in found if id(o) not in parts]
 
@@ -127,6 +147,7 @@ class Keeping:
     def __init__(
         self, saved: Mapping[str, Tree], optimizers: Sequence[Optimizer], tell: Callable[[str], object] = print
     ) -> None:
+        find_schedulers()
         self._saved, self._optimizers, self._tell = dict(saved), optimizers, tell
         self._objects: dict[str, Any] = {}
         self._groups = unpack(self._saved.pop(GROUPS)) if saved else []

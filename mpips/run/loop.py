@@ -135,6 +135,7 @@ class Loop:
             self._draw(count, samples)
             worker.digest, worker.drawn = shard.digest if isinstance(shard, Share) else 0, worker.drawn + 1
             worker.used += 1
+            worker.more = worker.mode.gradients
             try:
                 yield batch
             except GeneratorExit:
@@ -143,6 +144,8 @@ class Loop:
                     self._where = Where.BROKE
                 raise
             worker.pay()
+            if worker.control.preempting and worker.more:
+                worker.barrier(Call.PAUSE)
             if worker.control.stop:
                 self._obey()
                 return
@@ -179,7 +182,7 @@ class Loop:
     def _exhausted(self) -> None:
         """Wait until every worker's shard is exhausted."""
         place = self.worker.place
-        place.taken, self.worker.digest = place.taken + self._taken, 0
+        place.taken, self.worker.digest, self.worker.more = place.taken + self._taken, 0, False
         self._taken, place.samples = 0, self._samples or 0
         self._where = Where.OUTSIDE
         if self.worker.index == 0:

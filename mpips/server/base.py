@@ -264,6 +264,8 @@ class Service:
         if self.control.stop == Stop.PREEMPTED:
             return
         signalled = [rank for rank, row in rows.items() if row["signal"]] + [0] * self.signalled
+        if signalled and any(row["more"] and row["call"] not in (Call.PAUSE, Call.LEAVE) for row in rows.values()):
+            self.control.preempting, signalled = True, []  # a resumed run could not take the rest of a batch's steps
         left = [rank for rank, row in rows.items() if row["stop"] == 2]
         asked = [rank for rank, row in rows.items() if row["stop"] == 1] + [0] * self.stop_asked
         gone = Stop.ENDED if len(left) == self.workers else Stop.LEFT

@@ -119,6 +119,7 @@ class Worker:
         overflow: whether the script's GradScaler has found an Inf or NaN, so that no rank steps.
         common: the random streams that orders of data are drawn from, the same on all workers.
         kept: returns what the script keeps in the checkpoint.
+        more: whether the script may take further steps on the present batch.
         signalled: set to have the server write a checkpoint and end the run at the next round.
         stop: 1 to ask the server to end the run, 2 when the script has left its loop.
     """
@@ -151,7 +152,7 @@ class Worker:
         self.update.here = server is not None
         self.tally = Tally()
         self.place = Place()
-        self.signalled = False
+        self.signalled = self.more = False
         self.stop = self.used = 0
         self.done = self._parked = False
         self.call, self.begun, self.digest, self.drawn, self.epochs = Call.NONE, 0, 0, 0, 0
@@ -502,7 +503,7 @@ class Worker:
         self.settle()
         if call not in (Call.AVERAGE, Call.LEAVE, Call.MEET):  # an optimizer with a closure changes weights in between
             self._look_at_weights()
-        self.call, self.done = call, True
+        self.call, self.done = call, call != Call.PAUSE  # after a pause there may be more batches
         while True:
             self.idle()
             stop = self.control.stop
@@ -674,7 +675,7 @@ class Worker:
         row.train, row.wait = now - self._left, self._left - self._begun
         row.overflow, row.which = self.overflow, self.which
         row.call, row.begun, row.epochs = self.call, self.begun, self.epochs
-        row.digest, row.drawn = self.digest, self.drawn
+        row.digest, row.drawn, row.more = self.digest, self.drawn, self.more
         return row
 
     def _send(self) -> None:

@@ -35,6 +35,7 @@ class WorkerStatus:
         which: the index of the optimizer that steps, if the script has several.
         adopt: 1 if the contribution is new weights, which the server takes as they are.
         overflow: 1 if the script's GradScaler has found an Inf or NaN: no rank is to step.
+        more: 1 if the script may take further steps on this worker's present batch.
     """
 
     samples: float = 0
@@ -58,11 +59,12 @@ class WorkerStatus:
     which: float = 0
     adopt: float = 0
     overflow: float = 0
+    more: float = 0
 
 
 COLUMNS = tuple(vars(WorkerStatus()))
 SAMPLES, WEIGHT, LOSS, BAD, DONE, STOP, SIGNAL, ROUND, TRAIN, WAIT, STEPS, TICKETS, WANT = range(13)  # indices of the columns
-CALL, BEGUN, DIGEST, DRAWN, EPOCHS, WHICH, ADOPT, OVERFLOW = range(13, len(COLUMNS))
+CALL, BEGUN, DIGEST, DRAWN, EPOCHS, WHICH, ADOPT, OVERFLOW, MORE = range(13, len(COLUMNS))
 
 
 class Call(IntEnum):
@@ -79,6 +81,7 @@ class Call(IntEnum):
     AVERAGE = 8  # the average of all workers' gradients, without a step
     BEGIN = 9  # the beginning of a loop over sharded data
     MEET = 10  # a barrier that also broadcasts a text from worker 0
+    PAUSE = 11  # the end of a batch, in a run that is preempted there
 
     @property
     def text(self) -> str:
@@ -95,6 +98,7 @@ class Call(IntEnum):
             Call.AVERAGE: "ps.average() or the clipping of gradients",
             Call.BEGIN: "the beginning of a loop over its shard",
             Call.MEET: "a barrier",
+            Call.PAUSE: "the end of a batch",
         }[self]
 
 
@@ -128,6 +132,7 @@ class Control:
         fault: 1 if the server is about to tell all ranks why no rank can continue.
         skipped: 1 if no step was taken in this round because a GradScaler has found an Inf or NaN.
         ticket: the index of the batch dealt to this worker; -1 if there is none left.
+        preempting: 1 if the run is preempted once all workers have taken the steps of their batches.
         again: 1 if this worker has given its state for the checkpoint and is to repeat its request.
     """
 
@@ -144,6 +149,7 @@ class Control:
     fault: float = 0
     skipped: float = 0
     ticket: float = -1
+    preempting: float = 0
     again: float = 0
 
 

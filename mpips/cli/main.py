@@ -34,7 +34,7 @@ exit statuses:
   1   the run or the verb failed
   2   bad usage or configuration
   75  preempted: checkpoint written, start again with --mpips.resume auto"""
-TAKES_VALUE = ("-n", "-np", "--mpi-args", "--timeout", "--set")
+TAKES_VALUE = ("-n", "-np", "--mpi-args", "--timeout", "--retries", "--set")
 MOST_RANKS = 1_000_000  # that `mpips plan` accepts
 LONGEST_VALUE = 60  # characters of an attribute shown by inspect
 
@@ -131,6 +131,8 @@ def _parser() -> Parser:
     run.add_argument("--dry-run", action="store_true", help="print the command and do nothing")
     run.add_argument("--mpi-args", type=_words, default=[], metavar='"..."', help="further flags for mpiexec")
     run.add_argument("--timeout", type=_seconds, metavar="S", help="end the run after S seconds")
+    run.add_argument("--retries", type=_count, default=0, metavar="K",
+                     help="after a rank has died start again from the last checkpoint, at most K times (0)")  # fmt: skip
     run.add_argument("--set", type=_setting, action="append", default=[], metavar="KEY=VALUE",
                      help="a setting of mpips, e.g. clip=1.0, whatever the script's line says; may be repeated")  # fmt: skip
     run.add_argument("--print_config", action="store_true", help="print all settings and where each comes from, and end")
@@ -195,6 +197,13 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    """Return the text as a whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected a whole number of at least 0")
+    return int(text)
+
+
 def _seconds(text: str) -> int:
     """Return a text as whole seconds, rounded up."""
     try:
@@ -246,7 +255,7 @@ def _target(text: str) -> Path:
 
 def run_verb(options: argparse.Namespace) -> int:
     """Start a script on N ranks."""
-    from mpips.cli.launch import foresee, launch_command, run
+    from mpips.cli.launch import LaunchCommand, foresee, launch_command, run_again
     from mpips.cli.screen import view
 
     if options.size is None:
@@ -256,10 +265,12 @@ def run_verb(options: argparse.Namespace) -> int:
         raise UsageError(f"script: {given} given, expected a Python file that exists, after the flags of run")
     settings = dict(options.set) | ({"print_config": "true"} if options.print_config else {})
     foresee(settings, options.script, options.mpi_args)
+
+    def command(given: Mapping[str, str], timeout: int | None) -> LaunchCommand:
+        return launch_command(options.size, options.script, mpi_args=options.mpi_args, timeout=timeout, settings=given)
+
     try:
-        launch = launch_command(
-            options.size, options.script, mpi_args=options.mpi_args, timeout=options.timeout, settings=settings
-        )
+        launch = command(settings, options.timeout)
     except FileNotFoundError as error:
         raise UsageError(str(error)) from error
     if options.dry_run:
@@ -268,7 +279,7 @@ def run_verb(options: argparse.Namespace) -> int:
     emit(2, f"{launch}\n")
     for warning in launch.warnings:
         emit(2, f"mpips: warning: {warning}\n")
-    outcome = run(launch, view(json_wanted=options.json), timeout=options.timeout)
+    outcome = run_again(command, settings, view(json_wanted=options.json), retries=options.retries, timeout=options.timeout)
     if options.json:
         stdout.write(json.dumps(asdict(outcome)))
     return outcome.exit

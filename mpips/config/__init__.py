@@ -11,6 +11,7 @@ Other words on the command line are never read.
 from mpips.config.config import GROUPS, TAKEN, Config
 from mpips.config.error import BAD_CONFIGURATION, ConfigError, check, cut, shown
 from mpips.config.field import allowed, fields
+from mpips.config.file import settings_of
 from mpips.config.flags import add_arguments
 from mpips.config.groups import Checkpointing, Clients, EarlyStopping, Local, Outer, Robust, Staleness
 from mpips.config.line import SET, take_flags, whole_line
@@ -49,6 +50,7 @@ __all__ = [
     "foreseen",
     "no_folder",
     "resolve",
+    "settings_of",
     "show",
     "shown",
     "take_flags",

@@ -356,7 +356,7 @@ def test_mpich_says_on_stdout_that_a_rank_was_killed():
     stderr = Stderr()
     for i in range(0, len(BY_SIGNAL), 7):
         stderr.hear(BY_SIGNAL[i : i + 7])
-    assert first_failure([], stderr) == Failure(None, "ended by signal 9: Killed")
+    assert first_failure([], stderr) == Failure(None, "ended by signal 9: Killed", died=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS])
@@ -402,12 +402,12 @@ def test_how_a_rank_fell_is_its_status_else_what_mpiexec_says_of_one():
     heard.hear(BY_SIGNAL)
     assert first_failure([], heard, None, fell(-15)).text == "ended by signal 15: Terminated"
     assert first_failure([], heard, None, fell(3)).text == "ended with status 3"
-    assert first_failure([], heard, None, fell(None)) == Failure(2, "ended by signal 9: Killed")
+    assert first_failure([], heard, None, fell(None)) == Failure(2, "ended by signal 9: Killed", died=True)
     heard.feed(b"Traceback (most recent call last):\nValueError: early\n")
     assert first_failure([], heard, None, fell(None)).text.endswith("ValueError: early")
     before, after = ({"rank": 0, "time": time, "traceback": "failed"} for time in (4.0, 6.0))
     assert first_failure([before], heard, None, fell(None)).text == "failed"
-    assert first_failure([after], heard, None, fell(None)) == Failure(2, "ended by signal 9: Killed", 1)
+    assert first_failure([after], heard, None, fell(None)) == Failure(2, "ended by signal 9: Killed", 1, died=True)
 
 
 def test_a_rank_that_came_to_its_end_has_not_fallen(tmp_path):

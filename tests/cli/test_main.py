@@ -121,7 +121,17 @@ def test_run_prints_the_command_first_and_json_last(script, capfd):
     assert err.splitlines()[0].endswith("train.py --lr 1")
     assert out.splitlines()[0] == "['--lr', '1']"
     outcome = json.loads(out.splitlines()[-1])
-    assert list(outcome) == ["exit", "run_dir", "seconds", "rounds", "value", "checkpoint", "failed_rank", "command"]
+    assert list(outcome) == [
+        "exit",
+        "run_dir",
+        "seconds",
+        "rounds",
+        "value",
+        "checkpoint",
+        "failed_rank",
+        "command",
+        "attempts",
+    ]
     assert outcome["exit"] == 0
     assert outcome["command"][-3:] == ["train.py", "--lr", "1"]
 

@@ -1,11 +1,12 @@
 """A script for the resume tests: trains on the digits of nothing, slowly enough to be killed, and prints its weights' SHA-256.
 
-resumable.py --optimizer adam --epochs 3 [--die-at ROUND] [mpips flags]
+resumable.py --optimizer adam --epochs 3 [--die-at ROUND [--die-once]] [mpips flags]
 """
 
 import argparse
 import os
 import signal
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ parser.add_argument("--epochs", type=int, default=3)
 parser.add_argument("--samples", type=int, default=330)
 parser.add_argument("--die-at", type=int, default=-1, help="SIGKILL to this rank after so many rounds")
 parser.add_argument("--die-rank", type=int, default=0)
+parser.add_argument("--die-once", action="store_true", help="not if a file says that this rank has died")
 parser.add_argument("--preempt-at", type=int, default=-1, help="SIGUSR1 to this rank after so many rounds or soon after")
 mpips.add_arguments(parser)
 args = parser.parse_args()
@@ -37,7 +39,8 @@ for _ in ps.epochs(args.epochs):
         loss.backward()
         ps.step(loss)
         scheduler.step()
-        if ps.round == args.die_at and rank == args.die_rank:
+        if ps.round == args.die_at and rank == args.die_rank and not (args.die_once and Path("died").exists()):
+            Path("died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if 0 <= args.preempt_at <= ps.round and rank == args.die_rank:
             os.kill(os.getpid(), signal.SIGUSR1)

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -23,7 +23,7 @@ from mpips.cli.launch.command import LaunchCommand
 from mpips.cli.launch.keeper import AFTER_TERM, FOLDER, end_all, kept
 from mpips.cli.launch.ranks import Ranks
 from mpips.cli.launch.watch import Failure, Stderr, Watch, first_failure
-from mpips.cli.screen import Progress, View
+from mpips.cli.screen import Progress, Tail, View
 from mpips.config import BAD_CONFIGURATION
 from mpips.process import lifecycle as process
 
@@ -54,6 +54,32 @@ class Outcome:
     checkpoint: object
     failed_rank: int | None
     command: tuple[str, ...]
+    attempts: int
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one attempt to run ended, and what a decision on another attempt needs to know.
+
+    Attributes:
+        outcome: the result.
+        failure: the first failure; without a rank and a text if there was none.
+        why: the lines that explain a failure; none for success, a preemption and a bad setting.
+        begun: whether the run had begun, so that its settings are in its folder.
+        saved: whether this attempt has written a checkpoint.
+        done: whether the run is complete.
+        asked: whether the launcher ended the run, by a signal to it or by the time limit, or was asked for a preemption.
+        tail: the reader of the run's events, which has read them all.
+    """
+
+    outcome: Outcome
+    failure: Failure
+    why: tuple[str, ...]
+    begun: bool
+    saved: bool
+    done: bool
+    asked: bool
+    tail: Tail | None
 
 
 @dataclass
@@ -65,6 +91,7 @@ class Job:
     limit: float  # when --timeout expires; mpiexec enforces it, and the launcher if mpiexec does not
     asked: deque[int] = field(default_factory=deque)  # signals received and not yet forwarded
     preempted: bool = False  # whether a SIGUSR1 waits for the run to begin
+    asked_to_end: bool = False  # whether a signal, or the time limit, has asked for the end of the run
     ended_by: str = ""  # why the launcher ended the run; "" if it has not
     ended_at: float = float("inf")  # wall clock, as in the ranks' failure reports
     kill_at: float = float("inf")
@@ -99,7 +126,7 @@ class Job:
             return False
         self.exited_at = min(self.exited_at, time.monotonic())
         if self.exited_at > self.limit:  # whatever mpiexec's status, which may be 0 with MPICH
-            self.ended_by = self.ended_by or TIMEOUT
+            self.ended_by, self.asked_to_end = self.ended_by or TIMEOUT, True
         return not self.selector.get_map() or time.monotonic() > self.exited_at + AFTER_EXIT
 
     def forward(self, view: View, begun: bool) -> None:
@@ -108,7 +135,7 @@ class Job:
         `begun` says whether all ranks are so far that SIGUSR1 ends them with a checkpoint instead of killing them.
         """
         while self.asked:
-            number = signal.Signals(self.asked.popleft())
+            number, self.asked_to_end = signal.Signals(self.asked.popleft()), True
             if number not in GRACE:
                 self.preempted = True
                 if not begun:
@@ -131,6 +158,7 @@ class Job:
         if not self.ended_by and now > self.done_at + AFTER_DONE:
             self._end(AFTER_END)
         if not self.ended_by and now > self.limit + AFTER_TERM:
+            self.asked_to_end = True
             self._end(TIMEOUT)
         if now > self.kill_at:
             end_all(self.folder, patience=0.0)
@@ -149,32 +177,55 @@ class Job:
 
 
 def run(launch: LaunchCommand, view: View, *, timeout: float | None = None) -> Outcome:
-    """Run the command to its end. Whatever happens to the run or to the launcher, no process of the run is left."""
+    """Run the command to its end, and explain a failure. No process of the run is left; see `attempt`."""
+    ending = attempt(launch, view, timeout=timeout)
+    for text in ending.why:
+        view.tell(text)
+    return ending.outcome
+
+
+def attempt(launch: LaunchCommand, view: View, *, timeout: float | None = None, before: Tail | None = None) -> Ending:
+    """Run the command to its end. Whatever happens to the run or to the launcher, no process of the run is left.
+
+    `before` is the reader of an earlier attempt's events, which are not this one's.
+    """
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mpips-") as name:
         folder = Path(name)
-        watch, progress, stderr = Watch(folder, launch.ranks), Progress(), Stderr()
+        watch, progress, stderr = Watch(folder, launch.ranks, before), Progress(), Stderr()
         with kept(folder), started(launch, folder, timeout) as job:
             follow(job, watch, view, progress, stderr)
         reports = watch.failures(until=job.ended_at)
         failure = first_failure(reports, stderr, watch.fault(), job.ranks.first(until=job.ended_at))
         status = exit_status(job, watch, reports, died=stderr.signal is not None)
-        if status not in (0, PREEMPTED, BAD_CONFIGURATION):  # a bad setting's line has been printed
-            explain(view, job, watch.run_dir(), failure)
         if status == 0 and watch.run_dir():
             view.tell(f"run folder {watch.run_dir()}")
             if checkpoint := progress.result()["checkpoint"]:
                 view.tell(f"checkpoint {checkpoint}")
         if status == PREEMPTED:
             view.tell("preempted: the checkpoint is written; start again with --mpips.resume auto")
-        run_dir = watch.run_dir()
-    return Outcome(
+        run_dir, done = watch.run_dir(), watch.done()
+    outcome = Outcome(
         exit=status,
         run_dir=str(run_dir) if run_dir else None,
         seconds=round(time.monotonic() - began, 3),
         **progress.result(),
         failed_rank=failure.rank if status not in (0, PREEMPTED) else None,
         command=launch.command,
+        attempts=1,
+    )
+    if job.process.returncode < 0:
+        failure = replace(failure, died=True)  # mpiexec was killed, and its ranks ended after it
+    failed = status not in (0, PREEMPTED, BAD_CONFIGURATION)  # a bad setting's line has been printed
+    return Ending(
+        outcome,
+        failure,
+        why=tuple(explain(job, run_dir, failure)) if failed else (),
+        begun="start" in progress.latest,
+        saved="checkpoint" in progress.latest,
+        done=done,
+        asked=job.asked_to_end,
+        tail=watch.tail,
     )
 
 
@@ -258,17 +309,17 @@ def exit_status(job: Job, watch: Watch, reports: list[dict[str, object]], *, die
     return 0 if code == 0 and watch.run_dir() is None and not job.ended_by else 1
 
 
-def explain(view: View, job: Job, run_dir: Path | None, failure: Failure) -> None:
-    """Print why a run failed, with the first failing rank's traceback at the end."""
+def explain(job: Job, run_dir: Path | None, failure: Failure) -> Iterator[str]:
+    """Yield lines that say why a run failed, the first failing rank's traceback at the end."""
     code = job.process.returncode
     if job.ended_by:
-        view.tell(f"the run was ended {job.ended_by}")
+        yield f"the run was ended {job.ended_by}"
     elif code == 0 and not failure.text:
-        view.tell(f"mpiexec ended with 0, but {run_dir}/DONE is missing: the run did not come to its end")
+        yield f"mpiexec ended with 0, but {run_dir}/DONE is missing: the run did not come to its end"
     if failure.rank is not None or failure.text:
-        view.tell(blame(run_dir, failure))
+        yield blame(run_dir, failure)
     elif code and not job.ended_by:
-        view.tell(f"mpiexec ended with status {code}")
+        yield f"mpiexec ended with status {code}"
 
 
 def blame(run_dir: Path | None, failure: Failure) -> str:

@@ -30,15 +30,24 @@ BLAME = (
 # MPICH's message on stdout: it has a signal, but names a process that mpiexec itself has ended.
 HYDRA = re.compile(rb"TERMINATED WITH THE EXIT STRING: [^\n]*\(signal (?P<signal>\d+)\)")
 LONGEST = 200  # bytes of that message
+BY_SIGNAL = "ended by signal"  # how the text of such a failure begins
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The first failure: the rank, and its traceback if there is one."""
+    """The first failure.
+
+    Attributes:
+        rank: the rank; None if unknown.
+        text: how the rank ended: its traceback, if there is one.
+        others: the number of ranks that failed after it.
+        died: whether the rank was ended by a signal, or with its node, and not by an exception or a status of its own.
+    """
 
     rank: int | None
     text: str
-    others: int = 0  # ranks that failed after it
+    others: int = 0
+    died: bool = False
 
 
 class Stderr:
@@ -99,10 +108,16 @@ class Stderr:
 
 
 class Watch:
-    """The files that rank 0 and failing ranks leave in the launcher's folder and in the run folder."""
+    """The files that rank 0 and failing ranks leave in the launcher's folder and in the run folder.
 
-    def __init__(self, folder: Path, ranks: int) -> None:
-        self.folder, self.ranks = folder, ranks
+    Args:
+        folder: the launcher's folder.
+        ranks: the number of ranks.
+        before: the reader of an earlier attempt's events, which has read them all; None for the first attempt.
+    """
+
+    def __init__(self, folder: Path, ranks: int, before: Tail | None = None) -> None:
+        self.folder, self.ranks, self._before = folder, ranks, before
         self.since = time.time() - CLOCKS
         self.tail: Tail | None = None
 
@@ -110,7 +125,8 @@ class Watch:
         """Return the run folder, once rank 0 has written it down."""
         if self.tail is None:
             with suppress(OSError):
-                self.tail = Tail(Path(os.fsdecode((self.folder / "run_dir").read_bytes())) / "events.jsonl")
+                path = Path(os.fsdecode((self.folder / "run_dir").read_bytes())) / "events.jsonl"
+                self.tail = self._before if self._before and self._before.path == path else Tail(path)
         return self.tail.path.parent if self.tail else None
 
     def events(self) -> list[dict[str, object]]:
@@ -138,7 +154,7 @@ class Watch:
             return None
         first = min(found, key=lambda path: path.stat().st_mtime)
         text = first.read_text(errors="replace").partition("\nExtension modules:")[0]
-        return Failure(int(first.name.removeprefix("fault_")), text.rstrip())
+        return Failure(int(first.name.removeprefix("fault_")), text.rstrip(), died=True)
 
     def failures(self, until: float) -> list[dict[str, object]]:
         """Return the ranks' failure reports up to the time `until`, earliest first."""
@@ -161,16 +177,18 @@ def first_failure(
     ranks = [report["rank"] for report in reports]
     if stderr.rank is None:  # MPICH's mpiexec names nobody
         if fault is not None:
-            return Failure(fault.rank, fault.text, len(set(ranks) - {fault.rank}))
+            return Failure(fault.rank, fault.text, len(set(ranks) - {fault.rank}), died=True)
         noticed = fallen is not None and all(float(str(report["time"])) > fallen.time for report in reports)
         if fallen and noticed and fallen.rank not in ranks:
             traceback = "" if reports else "\n".join(stderr.block)
-            return Failure(fallen.rank, _ended(fallen.status, stderr.signal, traceback), len(ranks))
+            text = _ended(fallen.status, stderr.signal, traceback)
+            return Failure(fallen.rank, text, len(ranks), died=text.startswith(BY_SIGNAL))
     if stderr.signal is not None and stderr.rank not in ranks and not (stderr.rank is None and reports):
-        return Failure(stderr.rank, _ended(-stderr.signal, None, ""), len(ranks))
+        return Failure(stderr.rank, _ended(-stderr.signal, None, ""), len(ranks), died=True)
     if reports:
         return Failure(int(str(ranks[0])), str(reports[0].get("traceback", "")), len(ranks) - 1)
-    return Failure(stderr.rank, "\n".join(stderr.block))
+    # A rank that has ended with a status of its own is named. Nobody is where mpiexec, or a node, is gone.
+    return Failure(stderr.rank, "\n".join(stderr.block), died=stderr.rank is None and not stderr.block)
 
 
 def _ended(status: int | None, reported: int | None, traceback: str) -> str:
@@ -178,5 +196,5 @@ def _ended(status: int | None, reported: int | None, traceback: str) -> str:
     if status is None and not traceback and reported is not None:
         status = -reported
     if status is not None and status < 0:
-        return f"ended by signal {-status}: {signal.strsignal(-status)}"
+        return f"{BY_SIGNAL} {-status}: {signal.strsignal(-status)}"
     return traceback or ("" if status is None else f"ended with status {status}")

@@ -30,14 +30,16 @@ if [[ $layout == server ]]; then
   # shellcheck disable=SC2016 # for the rank's own shell
   train=(bash -c '[[ $FLUX_TASK_RANK != 0 ]] || export CUDA_VISIBLE_DEVICES=; exec "$@"' rank "${train[@]}")
 fi
-flux run --nodes="$nodes" --tasks-per-node="$per_node" --exclusive -o pmi=pmix -o cpu-affinity=off -o gpu-affinity=off \
-  -o exit-timeout=60s "${train[@]}" &
+start() {
+  flux run --nodes="$nodes" --tasks-per-node="$per_node" --exclusive -o pmi=pmix -o cpu-affinity=off -o gpu-affinity=off \
+    -o exit-timeout=60s "${train[@]}" &
+}
 after() { read -rt "$1" <> <(:) || "${@:2}"; }  # no `sleep`, which would stay when the shell that waits is ended
 pass_on() { flux job kill --signal=USR1 "$(flux job last)"; }
 again() { flux --parent batch "$0"; }          # with run_dir and args from the environment
 
 # ---- from here on all files of pbs/, lsf/ and flux/ are the same; tests/test_schedulers.py compares them ----
-step=$! timer=
+retries=3 timer=                               # so often the ranks start again when one was killed
 # Preempted ranks write a checkpoint and exit with status 75. Should they not end, say for a hung disk, they are killed.
 preempted() {
   [[ $timer ]] && return
@@ -46,9 +48,14 @@ preempted() {
   timer=$!
 }
 trap preempted USR1 TERM
-while kill -0 "$step" 2>/dev/null; do wait "$step"; done # the signal ends `wait`, not the step
-wait "$step"
-status=$?
+while start; step=$!; do
+  while kill -0 "$step" 2>/dev/null; do wait "$step"; done # the signal ends `wait`, not the step
+  wait "$step"
+  status=$?
+  # Above 128: a rank, or the step, was killed. Whatever ends by itself is left to its user.
+  ((status > 128 && retries-- > 0)) && [[ ! $timer ]] || break
+  echo "mpips: a rank was killed (status $status): the ranks start again from the newest checkpoint in $run_dir"
+done
 [[ $timer ]] && kill "$timer" 2>/dev/null
 [[ ${alarm-} ]] && kill "$alarm" 2>/dev/null
 # 75: the checkpoint is written. After the signal any other failure also means: unfinished, for example because it came

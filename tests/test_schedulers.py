@@ -52,6 +52,11 @@ touch started
 [[ -e ends ]] && exit "$(cat ends)"
 while true; do sleep 0.05; done
 """
+KILLED = """#!/bin/bash
+left=$(cat deaths)
+echo $((left - 1)) >deaths
+((left <= 0)) || kill -KILL $$
+"""
 DEAF = RANK.replace("exit 75", ":")
 
 
@@ -215,6 +220,21 @@ def test_a_failing_job_is_not_started_again(file: Path, tmp_path: Path) -> None:
     assert "preempted" not in cluster.end(job)
     assert job.returncode == 3
     assert len(cluster.asked()) == 1
+
+
+@each()
+@pytest.mark.parametrize(("deaths", "status", "starts"), [(1, 0, 2), (9, 137, 4)])
+def test_when_a_rank_is_killed_the_ranks_start_again_a_few_times(
+    file: Path, deaths: int, status: int, starts: int, tmp_path: Path
+) -> None:
+    cluster = Cluster(tmp_path, file, KILLED)
+    (tmp_path / "deaths").write_text(f"{deaths}\n")
+    job = cluster.start()
+    said = cluster.end(job)
+    assert (job.returncode, "preempted" in said) == (status, False)
+    line = "mpips: a rank was killed (status 137): the ranks start again from the newest checkpoint in runs/mpips-7"
+    assert said.count(line) == starts - 1
+    assert len([asked for asked in cluster.asked() if not asked.startswith("qsub")]) == starts
 
 
 @pytest.mark.parametrize("file", FILES[:2], ids=lambda file: file.stem)

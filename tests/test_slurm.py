@@ -63,6 +63,14 @@ time.sleep(0 if "SLURM_RESTART_COUNT" in os.environ else 60)
 """
     + SCRIPT
 )
+KILLED_ONCE = SCRIPT.replace(
+    "        time.sleep(args.nap)\n",
+    """
+        if ps.worker == 1 and ps.round == 15 and not pathlib.Path("died").exists():
+            pathlib.Path("died").touch()
+            os.kill(os.getpid(), 9)
+""",
+).replace("import argparse", "import os, pathlib, argparse")
 NOTES_ITS_PLACE = (  # before connect, in which the server stays
     """
 import os
@@ -296,6 +304,32 @@ def test_a_step_that_does_not_end_from_the_signal_is_killed_and_the_job_requeued
     finally:
         shell.kill()
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize(("deaths", "status", "starts"), [(1, 0, 2), (9, 137, 4)])
+def test_when_a_rank_is_killed_the_ranks_start_again_a_few_times(tmp_path: Path, deaths: int, status: int, starts: int) -> None:
+    srun = f"#!/bin/bash\necho >>starts\n(($(wc -l <starts) > {deaths})) || kill -KILL $$\n"
+    (tmp_path / "srun").write_text(srun)
+    (tmp_path / "srun").chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NAME": "mpips", "SLURM_JOB_ID": "7"}
+    bash = ["bash", str(ROOT / "slurm" / "cpu.sbatch")]
+    done = subprocess.run(bash, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=30)
+    assert done.returncode == status
+    line = "mpips: a rank was killed (status 137): the ranks start again from the newest checkpoint in runs/mpips-7"
+    assert done.stdout.count(line) == starts - 1
+    assert (tmp_path / "starts").read_text().count("\n") == starts
+    assert "requeue" not in done.stderr
+
+
+@pytest.mark.slurm
+def test_a_killed_rank_costs_no_job(slurm: Slurm, tmp_path: Path) -> None:
+    job = Job(slurm, tmp_path, "cpu.sbatch", options=("--ntasks-per-node=3",), text=KILLED_ONCE)
+    job.succeed()
+    assert "mpips: a rank was killed (status 137)" in job.says()
+    (resumed,) = job.events("resume")
+    assert resumed["round"] == 12
+    assert job.rounds() == list(range(1, 6 * EPOCHS + 1))
+    assert slurm.field(job.id, "Restarts") == "0"
 
 
 @pytest.mark.parametrize(("status", "says"), [(75, True), (1, False), (0, False)])

@@ -3,7 +3,7 @@
 A checkpoint appears under its name only after its bytes and its SHA-256 are on the disk. libhdf5 writes checkpoints but never
 reads them. `load` returns what `save` was given, bit for bit.
 
-    folder   save, newest, set_newer_aside: names, the order of the durable steps, pruning
+    folder   save, listed, newest, set_newer_aside: names, the order of the durable steps, pruning
     sidecar  the SHA-256 beside each checkpoint, in sha256sum's format
     latch    the file object that libhdf5 writes through; without it a full disk would crash libhdf5
     writer   tree -> HDF5
@@ -16,9 +16,9 @@ A folder allows one save at a time, and any number of readers.
 """
 
 from mpips.checkpoint.error import CheckpointError
-from mpips.checkpoint.folder import newest, save, set_newer_aside
+from mpips.checkpoint.folder import listed, newest, save, set_newer_aside
 from mpips.checkpoint.layout import Leaf, Tree
 from mpips.checkpoint.reader import load
 from mpips.checkpoint.saved import Saved
 
-__all__ = ["CheckpointError", "Leaf", "Saved", "Tree", "load", "newest", "save", "set_newer_aside"]
+__all__ = ["CheckpointError", "Leaf", "Saved", "Tree", "listed", "load", "newest", "save", "set_newer_aside"]

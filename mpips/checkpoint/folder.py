@@ -58,7 +58,7 @@ def set_newer_aside(path: Path) -> Path | None:
     Raises:
         CheckpointError: the operating system failed.
     """
-    found = _checkpoints(path.parent)
+    found = listed(path.parent)
     newer = found[: found.index(path)]
     if not newer:
         return None
@@ -80,7 +80,7 @@ def set_newer_aside(path: Path) -> Path | None:
 
 def newest(folder: Path) -> Path | None:
     """Return the newest checkpoint whose SHA-256 is right, with a warning for each newer one whose SHA-256 is wrong."""
-    for path in _checkpoints(Path(folder)):
+    for path in listed(Path(folder)):
         try:
             with sidecar.verified(path):
                 return path
@@ -89,8 +89,8 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in the folder, newest first; an empty list if the folder does not exist yet."""
+def listed(folder: Path) -> list[Path]:
+    """Return the checkpoints in the folder, whole or not, newest first; an empty list if the folder does not exist yet."""
     try:
         names = os.listdir(folder)
     except FileNotFoundError:

@@ -144,6 +144,9 @@ def _parser() -> Parser:
     export.add_argument("file", type=Path, metavar="FILE", help="a checkpoint, or a run folder (its newest one)")
     export.add_argument("--to", type=_target, required=True, metavar="PATH", help="x.pt or x.safetensors")
 
+    verify = _verb(verbs, "verify", verify_verb, "say which checkpoints of a run are whole, and what a resume would take")
+    verify.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a checkpoint")
+
     _verb(verbs, "env", env_verb, "describe this machine, for a bug report")
 
     text = "measure mpips beside the hardware's limit, raw MPI and DDP, interleaved in one run"
@@ -298,6 +301,27 @@ def inspect_verb(options: argparse.Namespace) -> int:
     lines = [f"{name:11}{value:,}" if isinstance(value, int) else f"{name:11}{value}" for name, value in facts.items()]
     stdout.write("\n".join([*lines, *_outline(tree)]))
     return 0
+
+
+def verify_verb(options: argparse.Namespace) -> int:
+    """Say which checkpoints are whole; return 0 if there is one and all are."""
+    from mpips.cli import verify
+
+    given: Path = options.run
+    if not given.exists():
+        raise UsageError(f"RUN: {str(given)!r} given, expected a run folder or a checkpoint that exists")
+    found = []
+    for one in verify.verdicts(given):  # a large one takes a while: each line as soon as it is known
+        found.append(one)
+        if not options.json:
+            of = f"round {one.round:,}, {one.bytes:,} bytes" if one.round is not None else f"{one.bytes:,} bytes"
+            stdout.write(f"{one.path.name}  {'not to be used: ' + one.why if one.why else 'whole'}  ({of})")
+    resume = verify.resumed_from(given, found)
+    if options.json:
+        stdout.write(json.dumps({"checkpoints": [asdict(one) for one in found], "resume": resume}, default=str))
+    else:
+        stdout.write(resume)
+    return 0 if found and not any(one.why for one in found) else 1
 
 
 def _described(tree: Mapping[str, Any]) -> dict[str, Any]:

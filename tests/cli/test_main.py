@@ -1,5 +1,6 @@
 """The verbs as a user types them: what they print, what they refuse, how they end."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -70,7 +71,8 @@ def script(tmp_path, monkeypatch):
         (["export", "train.py"], ["--to"]),
         (["inspect", "missing.h5"], ["FILE", "'missing.h5'", "exists"]),
         (["inspect"], ["FILE"]),
-        (["fly"], ["VERB", "'fly'", "'run', 'inspect', 'export', 'env'"]),
+        (["verify", "missing"], ["RUN", "'missing'", "exists"]),
+        (["fly"], ["VERB", "'fly'", "'run', 'inspect', 'export', 'verify', 'env'"]),
         ([], ["VERB"]),
     ],
 )
@@ -238,6 +240,63 @@ def test_a_run_folder_gives_its_newest_whole_checkpoint(run_folder, capsys):
     out, err = capsys.readouterr()
     assert json.loads(out)["round"] == 110
     assert err.startswith("mpips: warning: passing over")
+
+
+def test_verify_says_of_each_checkpoint_whether_it_is_whole(run_folder, capsys):
+    folder = run_folder / "checkpoints"
+    sizes = [path.stat().st_size for path in sorted(folder.glob("*.h5"))]
+    assert cli.main(["verify", str(run_folder)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"round_00000110.h5  whole  (round 110, {sizes[0]:,} bytes)",
+        f"round_00000120.h5  whole  (round 120, {sizes[1]:,} bytes)",
+        "resume takes round_00000120.h5",
+    ]
+    damage(folder / "round_00000120.h5")
+    assert cli.main(["verify", str(folder)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("round_00000120.h5  not to be used: damaged: SHA-256 ")
+    assert lines[2] == "resume takes round_00000110.h5"
+    (folder / "round_00000110.h5.sha256").unlink()
+    assert cli.main(["verify", "--json", str(run_folder)]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert [one["round"] for one in told["checkpoints"]] == [None, None]
+    assert "no SHA-256 for it" in told["checkpoints"][0]["why"]
+    assert told["resume"] == "resume refuses the folder: every checkpoint is damaged"
+
+
+def test_verify_knows_what_resume_refuses_though_its_digest_is_right(run_folder, capsys):
+    folder = run_folder / "checkpoints"
+    newest = folder / "round_00000130.h5"
+    newest.write_bytes(b"no HDF5 file, but with a digest of its own" * 9)
+    digest = hashlib.sha256(newest.read_bytes()).hexdigest()
+    (folder / "round_00000130.h5.sha256").write_text(f"{digest}  {newest.name}\n")
+    assert cli.main(["verify", str(run_folder)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("round_00000130.h5  not to be used: does not begin as an HDF5 file")
+    assert lines[3] == "resume would take round_00000130.h5, and refuse it; name round_00000120.h5 instead"
+    newest.unlink()
+    (run_folder / "env.json").write_text('{"run": "ours"}')
+    checkpoint.save(folder, 140, {"round": 140, "run": "theirs"})
+    assert cli.main(["verify", str(run_folder)]) == 1
+    assert "it is of run theirs, its folder of run ours" in capsys.readouterr().out
+
+
+def test_verify_takes_one_checkpoint_and_an_empty_folder(run_folder, tmp_path, capsys):
+    file = run_folder / "checkpoints" / "round_00000110.h5"
+    assert cli.main(["verify", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "resume takes round_00000110.h5"
+    damage(file)
+    assert cli.main(["verify", str(file)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "resume refuses round_00000110.h5"
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["verify", str(tmp_path / "empty")]) == 1
+    assert capsys.readouterr().out == "there is no checkpoint: a resume begins anew\n"
+
+
+def test_verify_is_quiet_on_a_closed_pipe(run_folder):
+    words = f"{sys.executable} -m mpips.cli.main verify {run_folder} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("141\n", "")
 
 
 def test_a_folder_without_checkpoints_is_a_failure(tmp_path, capsys):

@@ -69,7 +69,7 @@ def set_newer_aside(path: Path) -> Path | None:
         for old in newer:  # the newest first: after a crash the rest is consistent, each checkpoint with its hash
             beside = sidecar.beside(old)
             if beside.exists():
-                shutil.copyfile(beside, aside / beside.name)
+                shutil.copy(beside, aside / beside.name)  # with its mode
             os.replace(old, aside / old.name)
             beside.unlink(missing_ok=True)
         _sync(path.parent)
@@ -106,7 +106,7 @@ def _publish(path: Path, file: BinaryIO) -> None:
     new = sidecar.digest(file)
     old = sidecar.digests(path) if path.exists() else []
     _write_sidecar(path, [new, *old])
-    mode = stat.S_IMODE(os.stat(sidecar.beside(path)).st_mode)  # reads the umask without changing it
+    mode = stat.S_IMODE(os.stat(sidecar.beside(path)).st_mode)  # the owner's alone, and what the umask leaves of it
     _if_supported(os.fchmod, file.fileno(), mode)
     _if_supported(os.fsync, file.fileno())
     _sync(path.parent)  # the hash must be durable before the checkpoint is visible
@@ -120,7 +120,7 @@ def _publish(path: Path, file: BinaryIO) -> None:
 def _write_sidecar(path: Path, digests: list[str]) -> None:
     """Replace the sidecar of `path` by one that lists these hashes."""
     target = sidecar.beside(path)
-    with _temporary(target, 0o666) as file:
+    with _temporary(target, 0o600) as file:
         pwrite_all(file.fileno(), memoryview(sidecar.lines(path, digests)), 0)
         _if_supported(os.fsync, file.fileno())
         os.replace(_temporary_name(target), target)

@@ -279,7 +279,7 @@ def run_verb(options: argparse.Namespace) -> int:
     if options.dry_run:
         stdout.write(json.dumps(asdict(launch)) if options.json else str(launch))
         return 0
-    emit(2, f"{launch}\n")
+    emit(2, f"{launch.shown()}\n")
     for warning in launch.warnings:
         emit(2, f"mpips: warning: {warning}\n")
     outcome = run_again(command, settings, view(json_wanted=options.json), retries=options.retries, timeout=options.timeout)

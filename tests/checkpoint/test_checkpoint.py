@@ -276,7 +276,7 @@ def test_sha256sum_agrees(tmp_path):
     assert run.stdout == "round_00000007.h5: OK\n" and run.returncode == 0
 
 
-def test_mode_is_private_while_writing_and_then_what_the_umask_allows(tmp_path, monkeypatch):
+def test_mode_is_private_while_writing_and_after_it(tmp_path, monkeypatch):
     seen, pwrite = set(), os.pwrite
 
     def spy(fd, data, offset):
@@ -285,13 +285,14 @@ def test_mode_is_private_while_writing_and_then_what_the_umask_allows(tmp_path, 
         return pwrite(fd, data[:100], offset)  # a disk may always take less than asked
 
     monkeypatch.setattr(latch_module.os, "pwrite", spy)
-    before = os.umask(0o027)
+    before = os.umask(0o022)
     try:
         path = save(tmp_path, 1, {"w": torch.arange(1000.0)})
     finally:
         os.umask(before)
     assert seen == {0o600}
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.with_name(f"{path.name}.sha256").stat().st_mode) == 0o600
     assert exact(load(path)) == exact({"w": torch.arange(1000.0)})
 
 

@@ -59,6 +59,7 @@ def test_shows_only_listed_variables_and_hides_secrets(monkeypatch):
     monkeypatch.setenv("MPIPS_MODE", "sync")
     monkeypatch.setenv("SLURM_API_Token", "t0p")
     monkeypatch.setenv("MPIPS_PASSPHRASE", "t0p")
+    monkeypatch.setenv("OMPI_ARGV", "train.py --api_key t0p")  # which Open MPI sets
     monkeypatch.setenv("AWS_REGION", "private")
     shown = environment.variables()
     assert shown["MPIPS_MODE"] == "sync"

@@ -1,6 +1,7 @@
 """The command that starts the ranks with the MPI that belongs to this Python.
 
-Invariant: a variable is set only if the user has not set it, and the printed command is the command that runs.
+Invariant: a variable is set only if the user has not set it, and the printed command is the command that runs, but for secrets
+in it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpips.config import SET
-from mpips.process.environment import Mpiexec, cores, find_mpiexec, home, physical_cores
+from mpips.process.environment import Mpiexec, cores, find_mpiexec, home, physical_cores, without_secrets
 
 HOST_FLAGS = {
     "--host",
@@ -49,7 +50,14 @@ class LaunchCommand:
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return " ".join([f"{name}={shlex.quote(value)}" for name, value in self.variables.items()] + [shlex.join(self.command)])
+        return self._line(self.command)
+
+    def shown(self) -> str:
+        """Return the line as it may be printed into a log: the values of the script's secrets are hidden."""
+        return self._line(without_secrets(self.command))
+
+    def _line(self, command: Sequence[str]) -> str:
+        return " ".join([f"{name}={shlex.quote(value)}" for name, value in self.variables.items()] + [shlex.join(command)])
 
 
 def launch_command(

@@ -26,6 +26,7 @@ from mpips.cli.launch.watch import Failure, Stderr, Watch, first_failure
 from mpips.cli.screen import Progress, Tail, View
 from mpips.config import BAD_CONFIGURATION
 from mpips.process import lifecycle as process
+from mpips.process.environment import without_secrets
 
 TICK = 0.1  # seconds between two checks of the run
 AFTER_DONE = 10.0  # seconds for mpiexec to end after all programs have; Open MPI sometimes never does (ULFM)
@@ -211,7 +212,7 @@ def attempt(launch: LaunchCommand, view: View, *, timeout: float | None = None, 
         seconds=round(time.monotonic() - began, 3),
         **progress.result(),
         failed_rank=failure.rank if status not in (0, PREEMPTED) else None,
-        command=launch.command,
+        command=tuple(without_secrets(launch.command)),
         attempts=1,
     )
     if job.process.returncode < 0:

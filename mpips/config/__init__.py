@@ -8,6 +8,7 @@ parser has the flag from `add_arguments`. If a setting is given in several of th
 Other words on the command line are never read.
 """
 
+from mpips.config.chaos import check_chaos
 from mpips.config.config import GROUPS, TAKEN, Config
 from mpips.config.error import BAD_CONFIGURATION, ConfigError, check, cut, shown
 from mpips.config.field import allowed, fields
@@ -39,6 +40,7 @@ __all__ = [
     "add_arguments",
     "allowed",
     "check",
+    "check_chaos",
     "check_codec",
     "check_mode",
     "check_names",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from mpips.config.chaos import faults
 from mpips.config.error import check
 from mpips.config.groups import Checkpointing, Clients, EarlyStopping, Local, Outer, Robust, Staleness
 
@@ -71,6 +72,12 @@ class Config:
             "help": "no, auto (the newest checkpoint, if any), aside (no, and rename what is in run_dir), or a file or folder"
         },
     )
+    chaos: str | None = field(
+        default=None,
+        metadata={
+            "help": "faults made on purpose: kill:rank=2@round=50, stop:rank=1@30:20s, delay:rank=3:200ms, enospc@ckpt:2"
+        },
+    )
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     staleness: Staleness = field(default_factory=Staleness)
@@ -89,6 +96,8 @@ class Config:
         check("bucket_cap_mb", self.bucket_cap_mb, "a number from 0.001 to 1000", 0.001 <= self.bucket_cap_mb <= 1000)
         check("ranks_per_node", self.ranks_per_node, "a whole number, 0 or more", self.ranks_per_node >= 0)
         check("resume", self.resume, "no, auto, aside, or a path", self.resume != "" and "\0" not in self.resume)
+        if self.chaos is not None:
+            faults(self.chaos)
         check(
             "run_dir",
             self.run_dir,

@@ -35,7 +35,16 @@ from mpips.run import run_folder as folder
 from mpips.run import wrapped_optimizer as wrapped
 from mpips.run.keeping import GROUPS, Keeping
 from mpips.run.loop import Batches, Loop
-from mpips.run.start import check_optimizer, check_rule, choose_trainable, configure, join, one_module, one_optimizer
+from mpips.run.start import (
+    check_faults,
+    check_optimizer,
+    check_rule,
+    choose_trainable,
+    configure,
+    join,
+    one_module,
+    one_optimizer,
+)
 from mpips.server.base import measured
 from mpips.server.parameter_server import ParameterServer
 from mpips.server.rank_state import RankState
@@ -290,6 +299,7 @@ class Start:
         index, self.workers = place_of(communicator, config)
         check_rule(config, self.workers)
         check_optimizer(optimizer, self.workers)
+        check_faults(config, communicator.size)
         self._requests = choose_mode(config).requests
         self.server: Server | ParameterServer | None = None
         self.worker: Worker | None = None
@@ -306,6 +316,10 @@ class Start:
         )
         self.kept: dict[str, Any] = self._share_kept() if resume else {}
         self.streams = rng.capture() if resume else None
+        if config.chaos:
+            from mpips.run import chaos
+
+            chaos.install(config.chaos, self.folder, communicator.rank, self.server, self.worker)
 
     def _past(self) -> dict[str, Any]:
         """Return what the server remembers of the resumed run."""

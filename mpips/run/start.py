@@ -16,7 +16,18 @@ from mpips.algorithms.modes import choose_mode
 from mpips.comm import Communicator, mpi
 from mpips.comm import cuda_probe as proof
 from mpips.comm.local import LocalCommunicator
-from mpips.config import BAD_CONFIGURATION, Config, ConfigError, Resolved, check_resume, check_run_dir, show, trace, whence
+from mpips.config import (
+    BAD_CONFIGURATION,
+    Config,
+    ConfigError,
+    Resolved,
+    check_chaos,
+    check_resume,
+    check_run_dir,
+    show,
+    trace,
+    whence,
+)
 from mpips.model.trainable import Trainable, freeze
 from mpips.optim.flat_optimizer import MakeOptimizer, made, step_once
 from mpips.optim.joint import Joint
@@ -91,6 +102,19 @@ def check_rule(config: Config, workers: int) -> None:
             choose(config)[0].check(workers)
         except RuleError as error:
             raise refused(ConfigError(f"rule: {error}")) from None
+
+
+def check_faults(config: Config, size: int) -> None:
+    """Check that the run has the ranks that are to make faults on purpose.
+
+    Raises:
+        SystemExit: with status 2 and one line on the screen, if it has not.
+    """
+    if config.chaos:
+        try:
+            check_chaos(config.chaos, size)
+        except ConfigError as error:
+            raise refused(error) from None
 
 
 def one_module(model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]) -> nn.Module:

@@ -22,7 +22,7 @@ from mpips.model.message import Replica
 
 PROTOCOL = 1
 MOST_RANKS = 4  # the most ranks that an error names
-LOCAL = ("run_dir", "resume")  # settings that only the server acts on
+LOCAL = ("run_dir", "resume", "chaos")  # settings that change no number: where the server writes, and who makes faults
 
 
 class ContractError(RuntimeError):

@@ -49,7 +49,7 @@ def launched(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """A run under `mpips run`, by a user whose umask hides nothing, with secrets all around."""
     (folder / "train.py").write_text(SCRIPT)
     words = [sys.executable, "-m", "mpips.cli.main", "run", "-n", "3", "--json", "train.py", *FLAGS, *flags]
-    words += ["--mpips.run_dir", "run"]
+    words += ["--mpips.run_dir", "run", "--mpips.chaos", "delay:rank=1@3:1ms"]
     before = os.umask(0)
     try:
         return run(words, folder, 90, launch_environment() | SECRETS)
@@ -63,7 +63,7 @@ def test_a_run_leaves_files_of_its_owner_without_secrets(fails: bool, tmp_path: 
     assert ended.returncode == fails, ended.stderr
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     names = {path.name for path in files}
-    assert names > {"config.yaml", "env.json", "events.jsonl", "metrics.csv", "rank_0000.log", "rank_0002.log"}
+    assert names > {"config.yaml", "env.json", "events.jsonl", "metrics.csv", "rank_0000.log", "rank_0002.log", "chaos.log"}
     assert ("DONE" in names) != fails
     assert sum(name.endswith((".h5", ".sha256")) for name in names) >= 4
     assert {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in files} == dict.fromkeys(names, "0o600")

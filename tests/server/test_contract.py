@@ -26,7 +26,7 @@ def test_it_names_every_tensor_setting_and_version() -> None:
     text = "\n".join(lines(model))
     for name in model.state_dict():
         assert re.search(rf"^(parameter|frozen|buffer) {re.escape(name)} = ", text, re.MULTILINE), name
-    for key in Config().settings().keys() - {"run_dir", "resume"}:
+    for key in Config().settings().keys() - {"run_dir", "resume", "chaos"}:
         assert f"setting {key} = " in text
     assert "version of torch = " in text
 

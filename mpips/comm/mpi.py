@@ -25,6 +25,7 @@ from mpips.comm import SERVER, Apply, CommunicatorError, multi_node, pieces, red
 from mpips.comm import cuda_ipc as devices
 from mpips.comm.backoff import patiently
 from mpips.comm.barrier import AWAKE, mapped
+from mpips.comm.flight_recorder import FlightRecorder
 from mpips.comm.leaders import MpiLeaderGroup
 from mpips.comm.node_group import Barrier, BufferSpec, NodeGroup
 from mpips.comm.p2p import LARGEST, Conversation
@@ -393,6 +394,12 @@ class MpiCommunicator:
 
         keyval = self._mpi.Comm.Create_keyval(delete_fn=finalizing)
         self._mpi.COMM_SELF.Set_attr(keyval, True)  # MPI_Finalize deletes these first (MPI 5.0, section 11.2.4)
+
+    def keep_stalls(self, recorder: FlightRecorder, deadline: float) -> bool:
+        """Record stalls by `recorder`, and end the run after `deadline` seconds of one; return whether stalls are noticed."""
+        for watch in _watches:
+            watch.keep(recorder, deadline)
+        return bool(_watches)
 
     def finalize(self) -> None:
         """See `Communicator`."""

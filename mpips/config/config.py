@@ -72,6 +72,10 @@ class Config:
             "help": "no, auto (the newest checkpoint, if any), aside (no, and rename what is in run_dir), or a file or folder"
         },
     )
+    deadline: float = field(
+        default=0.0,
+        metadata={"help": "seconds to wait for a rank that all others wait for, before the run ends; 0: for ever"},
+    )
     chaos: str | None = field(
         default=None,
         metadata={
@@ -96,6 +100,7 @@ class Config:
         check("bucket_cap_mb", self.bucket_cap_mb, "a number from 0.001 to 1000", 0.001 <= self.bucket_cap_mb <= 1000)
         check("ranks_per_node", self.ranks_per_node, "a whole number, 0 or more", self.ranks_per_node >= 0)
         check("resume", self.resume, "no, auto, aside, or a path", self.resume != "" and "\0" not in self.resume)
+        check("deadline", self.deadline, "0, or a number from 1", self.deadline == 0 or 1 <= self.deadline < math.inf)
         if self.chaos is not None:
             faults(self.chaos)
         check(

@@ -259,10 +259,18 @@ def say(rank: int, text: str) -> None:
     emit(2, f"mpips: {text.splitlines()[-1]}\n")
 
 
-def tell_launcher(rank: int, text: str, status: int) -> None:
-    """Write a failure report to the folder of `mpips run`, if there is one."""
+def tell_launcher(rank: int, text: str, status: int, died: bool = False) -> None:
+    """Write a failure report to the folder of `mpips run`, if there is one.
+
+    Args:
+        rank: the rank that has failed.
+        text: its traceback, or how it failed.
+        status: the status with which the run is to end.
+        died: whether the failure is a death, so that the run may be started again.
+    """
     if folder := os.environ.get("MPIPS_LAUNCH_DIR"):
         facts = {"time": time.time(), "rank": rank, "host": socket.gethostname(), "status": status, "traceback": text}
+        facts |= {"died": died}
         Path(folder, f"failure_{rank}.json").write_text(json.dumps(facts))
 
 

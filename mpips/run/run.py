@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from mpips.algorithms.modes import choose_mode
 from mpips.comm import SERVER, Communicator, broadcast_bytes
+from mpips.comm.flight_recorder import FlightRecorder
 from mpips.config import Config, ConfigError, no_folder
 from mpips.data import Place
 from mpips.data.loader import sharded
@@ -44,6 +45,7 @@ from mpips.run.start import (
     join,
     one_module,
     one_optimizer,
+    refused,
 )
 from mpips.server.base import measured
 from mpips.server.parameter_server import ParameterServer
@@ -316,10 +318,30 @@ class Start:
         )
         self.kept: dict[str, Any] = self._share_kept() if resume else {}
         self.streams = rng.capture() if resume else None
+        self._watch()
         if config.chaos:
             from mpips.run import chaos
 
             chaos.install(config.chaos, self.folder, communicator.rank, self.server, self.worker)
+
+    def _watch(self) -> None:
+        """Let this rank record what it does when another is waited for, and let the run end after the deadline.
+
+        Raises:
+            SystemExit: with status 2 and one line on the screen, if there is a deadline, and nobody notices who is waited for.
+        """
+        keep = getattr(self.communicator, "keep_stalls", None)  # over MPI
+        recorder, deadline = FlightRecorder(self.folder, self.communicator.rank, self._facts), self.config.deadline
+        if keep and not keep(recorder, deadline) and deadline:
+            allowed = "0, as MPI was started without MPI_THREAD_MULTIPLE and nobody notices who is waited for"
+            raise refused(ConfigError(f"deadline: given {deadline:g}, allowed: {allowed}"))
+
+    def _facts(self) -> dict[str, Any]:
+        """Return where this rank is, for a record of a stall."""
+        whose = self.worker or self.server
+        assert whose
+        role = f"worker {self.worker.index}" if self.worker else "server"
+        return {"run": self.id, "role": role, "round": int(whose.control.round), "epoch": whose.place.epoch}
 
     def _past(self) -> dict[str, Any]:
         """Return what the server remembers of the resumed run."""

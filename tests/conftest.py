@@ -33,6 +33,7 @@ LAUNCHER = (
     "MPI_LOCAL",
 )  # variables that a nested mpiexec must not inherit
 LONGEST = [
+    "simulated_faults",
     "under_mpi",
     "federated",
     "failure",

@@ -96,7 +96,7 @@ class Schedule(Generic[E]):
 
     def _take_turns(self) -> None:
         """Let one rank run after the other, each until its next call, with random streams of its own."""
-        state, last = rng.capture(), len(self.ends)
+        state, last = rng.swap(), len(self.ends)
         streams = [state] * (last + 1)
         while self._alive:
             ready = [rank for rank in range(len(self.ends)) if self.can_run(rank)]
@@ -105,14 +105,13 @@ class Schedule(Generic[E]):
                 continue
             rank = self.choose.choice(ready)
             if rank != last:
-                streams[last] = rng.capture()  # the first time, no rank's: stored in the extra entry
-                rng.restore(streams[rank])
+                streams[last] = rng.swap(streams[rank])  # the first time, no rank's: stored in the extra entry
                 last = rank
             self._turn[rank].release()
             self._back.acquire()
             if rank not in self._alive:
                 self._threads[rank].join()  # frees its objects before other ranks run, as their finalizers may take locks
-        rng.restore(state)
+        rng.swap(state)
 
     def can_run(self, rank: int) -> bool:
         """Return whether `rank` has not ended, and does not wait or may stop waiting."""

@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from typing import Any, Literal
 
 import yaml
@@ -109,5 +110,11 @@ def built(values: Mapping[str, Any]) -> Config:
     for key, value in values.items():
         group, dot, name = key.rpartition(".")
         (groups.setdefault(group, {}) if dot else tree)[name] = value
-    hints = typing.get_type_hints(Config)
-    return Config(**tree, **{group: hints[group](**branch) for group, branch in groups.items()})
+    kinds = _group_types()
+    return Config(**tree, **{group: kinds[group](**branch) for group, branch in groups.items()})
+
+
+@cache
+def _group_types() -> dict[str, Any]:
+    """Return the class of each group of settings by its name."""
+    return typing.get_type_hints(Config)

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -382,6 +383,7 @@ def _output(command: list[str]) -> str | None:
     return done.stdout.strip("\0 \n") if done.returncode == 0 else None
 
 
+@cache
 def _installed(name: str) -> str | None:
     """Return the version of an installed package, or None."""
     try:

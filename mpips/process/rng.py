@@ -7,11 +7,23 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import numpy as np
 import torch
 
 State = dict[str, np.ndarray]
+Raw = tuple[Any, Any, torch.Tensor]
+
+
+def swap(state: Raw | None = None) -> Raw:
+    """Return the streams' states on the CPU, as their libraries have them, and set them to `state` if it is given."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    if state is not None:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+    return before
 
 
 def capture() -> State:

@@ -146,4 +146,5 @@ def test_a_dry_run_shows_the_line_that_runs(tmp_path: Path, solo: Any) -> None:
 
 
 def test_who_reads_of_security_finds_it() -> None:
-    assert "SECURITY.md" in (ROOT / "docs" / "limits.md").read_text()
+    assert "(security.md)" in (ROOT / "docs" / "limits.md").read_text()
+    assert "../SECURITY.md" in (ROOT / "docs" / "security.md").read_text()

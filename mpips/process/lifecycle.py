@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import stat as stat_mode
@@ -32,7 +33,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from mpips.process.environment import launch
+from mpips.process.environment import launch, session_folder
 
 # Variables that distinguish a rank from its launcher, whose environment lacks them or has other values.
 MARKS = ("PMIX_NAMESPACE", "PMIX_RANK", "PMI_RANK", "PMI_FD", "PMI_PORT", "SLURM_STEP_ID", "SLURM_PROCID")
@@ -294,6 +295,7 @@ def _watch(launcher: int) -> None:
     while _alive(launcher):
         time.sleep(LOOK_EVERY)
     emit(2, f"mpips: mpiexec (process {launcher}) is gone: this rank ends\n")
+    shutil.rmtree(session_folder(os.environ, launcher), ignore_errors=True)  # it cannot do so itself
     os._exit(1)
 
 

@@ -674,6 +674,28 @@ def test_killing_the_launcher_of_real_ranks_leaves_none(real, tmp_path):
     assert launcher.all_gone()
 
 
+def test_a_killed_mpiexec_leaves_neither_ranks_nor_temporary_files(real, tmp_path, monkeypatch):
+    files = tmp_path / "files"
+    files.mkdir()
+    monkeypatch.setenv("TMPDIR", str(files))
+    launcher = Launcher(tmp_path, SLEEP).up()
+    (mpiexec,) = [pid for pid in parents(launcher.pids()[0]) if launcher.process.pid in parents(pid)[:1]]
+    assert any(path.name.startswith(("ompi", "mpips-")) for path in files.iterdir())
+    os.kill(mpiexec, signal.SIGKILL)
+    status, _ = launcher.end()
+    assert (status, launcher.all_gone()) == (1, True)
+    assert [path.name for path in files.iterdir()] == []
+
+
+def parents(pid):
+    """The ids of a process's ancestors, the nearest first."""
+    found = []
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        found.append(pid)
+    return found
+
+
 def test_interrupting_the_launcher_of_real_ranks_leaves_none(real, tmp_path):
     launcher = Launcher(tmp_path, SLEEP).up()
     launcher.process.send_signal(signal.SIGINT)

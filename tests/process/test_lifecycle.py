@@ -194,7 +194,10 @@ def test_a_rank_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
     )
     shell = f"PMI_RANK=1 exec sh -c '{sys.executable} -c \"$PROGRAM\"; true'; true"
     launcher = [sys.executable, "-c", "import subprocess, sys; subprocess.run(['sh', '-c', sys.argv[1]])", shell]
-    started = subprocess.Popen(launcher, cwd=tmp_path, env={**os.environ, "PROGRAM": inner}, stderr=subprocess.DEVNULL)
+    environ = {**os.environ, "PROGRAM": inner, "TMPDIR": str(tmp_path)}
+    started = subprocess.Popen(launcher, cwd=tmp_path, env=environ, stderr=subprocess.DEVNULL)
+    for number in (started.pid, 1):  # as Open MPI's mpiexec makes one, which cannot remove it when it is killed
+        (tmp_path / f"ompi.{number}" / "inner").mkdir(parents=True)
     up = tmp_path / "up"
     until = time.monotonic() + 30
     while not (up.exists() and up.read_text()) and time.monotonic() < until:
@@ -208,3 +211,4 @@ def test_a_rank_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
     if not gone:
         os.kill(pid, signal.SIGKILL)
     assert gone
+    assert sorted(path.name for path in tmp_path.glob("ompi.*")) == ["ompi.1"]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpips.config import SET
-from mpips.process.environment import Mpiexec, cores, find_mpiexec, home, physical_cores, without_secrets
+from mpips.process.environment import SESSIONS, Mpiexec, cores, find_mpiexec, home, physical_cores, without_secrets
 
 HOST_FLAGS = {
     "--host",
@@ -33,7 +33,6 @@ HOST_FLAGS = {
 }
 NODE_FILES = ("PBS_NODEFILE", "LSB_DJOB_HOSTFILE")  # files with one line for each slot, the name of its node
 BIND = {4: "OMPI_MCA_hwloc_base_binding_policy", 5: "PRTE_MCA_hwloc_default_binding_policy"}
-SESSIONS = {4: "OMPI_MCA_orte_tmpdir_base", 5: "PRTE_MCA_prte_tmpdir_base"}
 CROWD = {
     4: {"OMPI_MCA_rmaps_base_oversubscribe": "1"},
     5: {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -26,7 +27,7 @@ from mpips.cli.launch.watch import Failure, Stderr, Watch, first_failure
 from mpips.cli.screen import Progress, Tail, View
 from mpips.config import BAD_CONFIGURATION
 from mpips.process import lifecycle as process
-from mpips.process.environment import without_secrets
+from mpips.process.environment import session_folder, without_secrets
 
 TICK = 0.1  # seconds between two checks of the run
 AFTER_DONE = 10.0  # seconds for mpiexec to end after all programs have; Open MPI sometimes never does (ULFM)
@@ -259,6 +260,7 @@ def started(launch: LaunchCommand, folder: Path, timeout: float | None) -> Itera
                 job.ranks.close()
             finally:
                 end_all(folder, patience=AFTER_TERM)
+                shutil.rmtree(session_folder(environ, mpiexec.pid), ignore_errors=True)  # left there if mpiexec was killed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -4,7 +4,6 @@ At every instant, even after a crash or a power cut, `newest` finds the last che
 one before it. A published checkpoint is never modified in place.
 """
 
-import errno
 import itertools
 import os
 import re
@@ -12,18 +11,18 @@ import shutil
 import socket
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from mpips.checkpoint import sidecar
 from mpips.checkpoint.error import CheckpointError
-from mpips.checkpoint.latch import LatchingFile, pwrite_all
+from mpips.checkpoint.latch import fsync, if_supported, pwrite_all
 from mpips.checkpoint.layout import Tree
+from mpips.checkpoint.snapshot import Snapshot
 from mpips.checkpoint.writer import write
 
-_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM}
 _NAME = re.compile(r"round_(\d{8,})\.h5(\.sha256)?")  # a checkpoint, or its sidecar
 
 
@@ -37,16 +36,34 @@ def save(folder: Path, step: int, tree: Tree, keep: int = 3) -> Path:
     """
     if step < 0 or keep < 1:
         raise ValueError(f"step={step}, keep={keep}: expected a step of at least 0 and at least 1 checkpoint to keep")
+    path = save_snapshot(folder, step, Snapshot(tree))
+    prune(path.parent, step, keep)
+    return path
+
+
+def save_snapshot(folder: Path, step: int, snapshot: Snapshot) -> Path:
+    """Write a snapshot as the checkpoint of `step`, and return its path; see `save`."""
     path = Path(folder) / f"round_{step:08d}.h5"
     try:
         _remove_stale(path.parent)
         with _temporary(path, 0o600) as file:
-            write(LatchingFile(file.fileno()), tree)
-            _publish(path, file)
+            _publish(path, file, write(file.fileno(), snapshot))
     except OSError as error:
         raise CheckpointError.from_os(path, "save the checkpoint", error) from error
-    _prune(path.parent, step, keep)
     return path
+
+
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Remove checkpoints older than the `keep` newest up to `step`, the one just written."""
+    try:
+        # In sorted order a checkpoint is removed before its sidecar, so none is ever left without.
+        found = [(int(match[1]), name) for name in sorted(os.listdir(folder)) if (match := _NAME.fullmatch(name))]
+        steps = sorted(saved for saved, name in found if name.endswith(".h5") and saved <= step)
+        for saved, name in found:
+            if saved < steps[-keep:][0]:
+                os.unlink(folder / name)
+    except OSError as error:
+        warnings.warn(f"{folder}: cannot remove old checkpoints ({error}); remove them by hand", stacklevel=3)
 
 
 def set_newer_aside(path: Path) -> Path | None:
@@ -101,14 +118,19 @@ def listed(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(steps, key=steps.__getitem__, reverse=True)]
 
 
-def _publish(path: Path, file: BinaryIO) -> None:
-    """Make the finished temporary file visible as `path`. The order of these steps makes a save safe against crashes."""
-    new = sidecar.digest(file)
+def _publish(path: Path, file: BinaryIO, new: str) -> None:
+    """Make the finished temporary file visible as `path`. The order of these steps makes a save safe against crashes.
+
+    Args:
+        path: the checkpoint's path.
+        file: the temporary file.
+        new: its SHA-256.
+    """
     old = sidecar.digests(path) if path.exists() else []
     _write_sidecar(path, [new, *old])
     mode = stat.S_IMODE(os.stat(sidecar.beside(path)).st_mode)  # the owner's alone, and what the umask leaves of it
-    _if_supported(os.fchmod, file.fileno(), mode)
-    _if_supported(os.fsync, file.fileno())
+    if_supported(os.fchmod, file.fileno(), mode)
+    fsync(file.fileno())
     _sync(path.parent)  # the hash must be durable before the checkpoint is visible
     os.replace(_temporary_name(path), path)
     _sync(path.parent)
@@ -122,7 +144,7 @@ def _write_sidecar(path: Path, digests: list[str]) -> None:
     target = sidecar.beside(path)
     with _temporary(target, 0o600) as file:
         pwrite_all(file.fileno(), memoryview(sidecar.lines(path, digests)), 0)
-        _if_supported(os.fsync, file.fileno())
+        fsync(file.fileno())
         os.replace(_temporary_name(target), target)
 
 
@@ -164,32 +186,10 @@ def _runs(pid: int) -> bool:
     return pid != os.getpid()
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
-    """Remove checkpoints older than the `keep` newest up to `step`, the one just written."""
-    try:
-        # In sorted order a checkpoint is removed before its sidecar, so none is ever left without.
-        found = [(int(match[1]), name) for name in sorted(os.listdir(folder)) if (match := _NAME.fullmatch(name))]
-        steps = sorted(saved for saved, name in found if name.endswith(".h5") and saved <= step)
-        for saved, name in found:
-            if saved < steps[-keep:][0]:
-                os.unlink(folder / name)
-    except OSError as error:
-        warnings.warn(f"{folder}: cannot remove old checkpoints ({error}); remove them by hand", stacklevel=3)
-
-
 def _sync(folder: Path) -> None:
     """Make the names in the folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _if_supported(os.fsync, fd)
+        fsync(fd)
     finally:
         os.close(fd)
-
-
-def _if_supported(call: Callable[..., object], *args: int) -> None:
-    """Call a function that some file systems (CIFS, FUSE) do not support; the file is then only as durable as they allow."""
-    try:
-        call(*args)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise

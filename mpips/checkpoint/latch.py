@@ -4,9 +4,13 @@ libhdf5 crashes the process (SIGSEGV) if a flush or a close fails, as on a full 
 the first error nothing more is written, and `raise_latched` raises that error.
 """
 
+import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
+
+_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM}
 
 
 class LatchingFile:
@@ -75,3 +79,23 @@ def pwrite_all(fd: int, view: memoryview, offset: int) -> None:
     while view:
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
+
+
+def fsync(fd: int) -> None:
+    """Make a file, or the names in a folder, durable."""
+    if_supported(os.fsync, fd)
+
+
+def begin_writeback(fd: int, offset: int, size: int) -> None:
+    """Let the disk begin with what was written to a part of the file, which the kernel would put off until it is synced."""
+    with suppress(OSError):  # only a hint
+        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
+
+
+def if_supported(call: Callable[..., object], *args: int) -> None:
+    """Call a function that some file systems (CIFS, FUSE) do not support; the file is then only as durable as they allow."""
+    try:
+        call(*args)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise

@@ -1,7 +1,8 @@
 """The file format, which writer and reader must agree on: keys, kinds of leaf, dtypes, the index and the footer.
 
-`unpack(*pack(leaf))` is the leaf again. The array between the two has native HDF5 numbers, so any HDF5 tool can read it. Where
-HDF5 lacks the number type, the array holds the bits, and the tensor's dtype says what they mean.
+`unpack(kind, dtype, on_host(values))` is the leaf that `pack` was given. The array between the two has native HDF5 numbers, so
+any HDF5 tool can read it. Where HDF5 lacks the number type, the array holds the bits, and the tensor's dtype says what they
+mean.
 
 | in the tree                     | in the file                                                                          |
 |---------------------------------|--------------------------------------------------------------------------------------|
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+Values: TypeAlias = "torch.Tensor | Array"  # of native numbers
 Leaf: TypeAlias = "torch.Tensor | Array | int | float | bool | str | list[Any] | tuple[Any, ...] | None"
 # dict[str, Tree | Leaf], but such a union would need a cast at every level of indexing.
 Tree: TypeAlias = dict[str, Any]
@@ -67,8 +69,8 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def pack(leaf: "torch.Tensor | Array", where: str) -> tuple[str, str, Array]:
-    """Return the leaf's kind, its dtype, and a host array of its values, or of its bits if the dtype is in `BITS`."""
+def pack(leaf: "torch.Tensor | Array", where: str) -> "tuple[str, str, Values]":
+    """Return the leaf's kind, its dtype, and its values, or its bits if the dtype is in `BITS`."""
     if isinstance(leaf, torch.Tensor):
         return TENSOR, *_pack_tensor(leaf, where)
     if isinstance(leaf, np.ma.MaskedArray):
@@ -82,16 +84,23 @@ def pack(leaf: "torch.Tensor | Array", where: str) -> tuple[str, str, Array]:
     return ARRAY, leaf.dtype.str, leaf
 
 
-def _pack_tensor(tensor: torch.Tensor, where: str) -> tuple[str, Array]:
-    """Return a tensor's dtype, and an array of its values or bits."""
+def _pack_tensor(tensor: torch.Tensor, where: str) -> "tuple[str, Values]":
+    """Return a tensor's dtype, and its values or bits: an array, or a tensor if they are on a GPU."""
     name = str(tensor.dtype).removeprefix("torch.")
     if name not in NATIVE and name not in BITS:
         raise _no_such_number(tensor.dtype, where)
     if tensor.layout != torch.strided or tensor.is_meta:
         raise TypeError(f"{where}: a {tensor.layout} tensor on {tensor.device} has no dense values; call .to_dense()")
-    bits = tensor if name in NATIVE else tensor.view(getattr(torch, BITS[name]))
-    array = bits.numpy(force=True)
-    return name, array.astype(array.dtype.newbyteorder("<"), copy=False)
+    bits = tensor.detach() if name in NATIVE else tensor.detach().view(getattr(torch, BITS[name]))
+    return name, on_host(bits) if bits.device.type == "cpu" else bits
+
+
+def on_host(values: "Values") -> Array:
+    """Return values as an array, without a copy if they are on the host."""
+    if isinstance(values, torch.Tensor):
+        values = values.numpy(force=True)
+        return values.astype(values.dtype.newbyteorder("<"), copy=False)
+    return values
 
 
 def _no_such_number(dtype: object, where: str) -> TypeError:

@@ -1,172 +1,171 @@
-"""Tree -> HDF5, one tensor at a time.
+"""Snapshot -> HDF5.
 
 The file holds only what the table in `layout` lists: groups, contiguous datasets, hard links, and attributes of fixed length.
+libhdf5 makes the structure and assigns each dataset its bytes of the file. The values are written there without libhdf5, which
+would hold its own lock and Python's meanwhile.
 """
 
+from __future__ import annotations
+
+import errno
+import hashlib
 import json
 import os
+import threading
+from operator import itemgetter
+from queue import Queue
 from typing import Any
 
 import h5py
 import numpy as np
-import torch
 from h5py import h5d, h5p, h5s, h5t
 
-from mpips.checkpoint import text
-from mpips.checkpoint.latch import LatchingFile
-from mpips.checkpoint.layout import (
-    AT,
-    BITS,
-    BY_NAME,
-    DATASET,
-    DEEPEST,
-    FIRST,
-    FOOTER,
-    FORMAT,
-    INDEX,
-    PACKED,
-    SMALL,
-    VERSION,
-    Array,
-    Tree,
-    check_key,
-    escaped,
-    pack,
-)
+from mpips.checkpoint.latch import LatchingFile, begin_writeback, fsync, pwrite_all
+from mpips.checkpoint.layout import FOOTER, FORMAT, INDEX, VERSION
+from mpips.checkpoint.snapshot import Dataset, Snapshot
 
+LARGE = 1 << 23  # bytes of a file that is hashed on a thread beside; a smaller one is hashed sooner than the thread has begun
 _LIBVER = ("v110", "v110")  # readable by every HDF5 since 1.10
-_TOGETHER = 1 << 24  # about the bytes of small tensors in one dataset, which is assembled in memory
+_AT_ONCE = 1 << 23  # bytes that the disk begins with while the next are written to its cache
+_BLOCK = 1 << 20
 
-Entry = dict[str, list[Any]]  # a leaf's entry in the index
+
+def write(fd: int, snapshot: Snapshot) -> str:
+    """Write `snapshot` to the empty file `fd`, and return the file's SHA-256.
+
+    A large file is also synced: the disk works while the rest is hashed.
+    """
+    placed, (at, length) = _write_structure(fd, snapshot)
+    end = os.fstat(fd).st_size
+    footer = FOOTER.pack(at, length, VERSION, FORMAT.encode())
+    with _Hash(beside=end >= LARGE) as sha:
+        done = 0
+        for start, dataset in sorted(placed, key=itemgetter(0)):
+            _hash_structure(sha, fd, done, start)
+            array = dataset.array()
+            view = array.reshape(-1).view(np.uint8).data
+            for at_once in range(0, len(view), _AT_ONCE):
+                part = view[at_once : at_once + _AT_ONCE]
+                pwrite_all(fd, part, start + at_once)
+                sha.add(part)
+                if end >= LARGE:
+                    begin_writeback(fd, start + at_once, len(part))
+            if dataset.on_gpu or array.flags.owndata:
+                sha.wait()  # a copy is let go before the next one is made
+            done = start + len(view)
+        _hash_structure(sha, fd, done, end)
+        pwrite_all(fd, memoryview(footer), end)
+        sha.add(memoryview(footer))
+        if end >= LARGE:
+            fsync(fd)
+    return sha.hexdigest()
 
 
-def write(file: LatchingFile, tree: Tree) -> None:
-    """Write `tree` to the empty `file`. An I/O error is raised after libhdf5 has closed the file."""
-    if clash := {INDEX, PACKED} & tree.keys():
-        raise ValueError(f"/: keys {sorted(clash)} are the file's own; rename them")
+def _write_structure(fd: int, snapshot: Snapshot) -> tuple[list[tuple[int, Dataset]], tuple[int, int]]:
+    """Write everything but the values. An I/O error is raised after libhdf5 has closed the file.
+
+    Returns:
+        The datasets, each with its first byte in the file; the index's first byte, and its length.
+    """
+    file = LatchingFile(fd)
+    placed = []
     try:
         with h5py.File(file, "w", libver=_LIBVER, locking="best-effort") as root:
             root.attrs["format"], root.attrs["format_version"] = np.bytes_(FORMAT), VERSION
-            where = _Writer(file, root).write(tree)
-        file.seek(0, os.SEEK_END)
-        file.write(FOOTER.pack(*where, VERSION, FORMAT.encode()))
+            structure = _Structure(root)
+            for dataset in snapshot.datasets:
+                file.raise_latched()  # stop early on a full disk, not after the last dataset
+                start = structure.add(dataset)
+                dataset.settle(start)
+                placed.append((start, dataset))
+            for name, target in snapshot.links:
+                structure.link(name, target)
+            data = json.dumps(snapshot.index, allow_nan=False, separators=(",", ":")).encode()
+            index = Dataset(f"/{INDEX}", np.dtype(np.uint8), (len(data),), [np.frombuffer(data, np.uint8)], "", [])
+            start = structure.add(index)
+            placed.append((start, index))
     finally:
         file.finish()
+    return placed, (start, len(data))
 
 
-class _Writer:
-    """The writer of one file."""
+class _Structure:
+    """Makes datasets and links in an open file."""
 
-    def __init__(self, file: LatchingFile, root: h5py.File) -> None:
-        self._file, self._root = file, root.id
+    def __init__(self, root: h5py.File) -> None:
+        self._root = root.id
         self._links = h5p.create(h5p.LINK_CREATE)
         self._links.set_create_intermediate_group(True)
         self._links.set_char_encoding(h5t.CSET_UTF8)
         self._contiguous = h5p.create(h5p.DATASET_CREATE)
         self._contiguous.set_layout(h5d.CONTIGUOUS)
+        self._contiguous.set_alloc_time(h5d.ALLOC_TIME_EARLY)
         self._contiguous.set_fill_time(h5d.FILL_TIME_NEVER)
-        self._stored: dict[tuple[Any, ...], Entry] = {}  # identity of a tensor's memory -> its entry
-        self._small: dict[str, _Small] = {}  # by the array's dtype
-        self._packed = 0
         self._types: dict[Any, h5t.TypeID] = {}
 
-    def write(self, tree: Tree) -> tuple[int, int]:
-        """Write the tree; return the index's first byte in the file, and its length."""
-        index = self._group(tree, "", False, DEEPEST)
-        for dtype in self._small:
-            self._write_small(dtype)
-        data = json.dumps(index, allow_nan=False, separators=(",", ":")).encode()
-        return self._dataset(f"/{INDEX}", np.frombuffer(data, np.uint8)), len(data)
+    def add(self, dataset: Dataset) -> int:
+        """Make a dataset, and return its first byte in the file."""
+        kind = self._types.get(dataset.dtype) or self._types.setdefault(dataset.dtype, h5t.py_create(dataset.dtype))
+        space = h5s.create_simple(dataset.shape) if dataset.shape else h5s.create(h5s.SCALAR)
+        made = h5d.create(self._root, dataset.name.encode(), kind, space, self._contiguous, self._links)
+        if dataset.tag:
+            h5py.Dataset(made).attrs["dtype"] = np.bytes_(dataset.tag)
+        return made.get_offset() or 0  # None for an empty dataset
 
-    def _group(self, tree: Tree, path: str, by_name: bool, depth: int) -> object:
-        """Write the tensors of a dict, and return its entry in the index."""
-        if depth == 0:
-            raise ValueError(f"{path[:80]}..: more than {DEEPEST} dicts within dicts; does one contain itself?")
-        found: dict[str, object] = {}
-        for key, value in tree.items():
-            check_key(key, path or "/")
-            if isinstance(value, dict):
-                found[key] = self._group(value, f"{path}/{escaped(key)}", by_name or (not path and key in BY_NAME), depth - 1)
-            elif isinstance(value, (torch.Tensor, np.ndarray)):
-                found[key] = self._leaf(path, key, value, by_name)
-            else:
-                try:
-                    found[key] = text.tagged(value)
-                except (TypeError, ValueError) as error:
-                    raise type(error)(f"{path or '/'}: {key!r}: {error}") from error
-        return text.as_object(found)
+    def link(self, name: str, target: str) -> None:
+        """Give an existing dataset a second name."""
+        self._root.links.create_hard(name.encode(), self._root, target.encode(), self._links)
 
-    def _leaf(self, path: str, key: str, leaf: "torch.Tensor | Array", by_name: bool) -> Entry:
-        """Write a tensor, or collect it if it is small, and return its entry in the index."""
-        self._file.raise_latched()  # stop early on a full disk, not after the last tensor
-        name, identity = f"{path}/{escaped(key)}", (by_name, _identity(leaf))
-        if identity in self._stored:
-            entry = self._stored[identity]
-            self._link(name, entry)
-            return entry
-        kind, dtype, array = pack(leaf, f"{path or '/'}: {key!r}")
-        place = [dtype, list(array.shape), name, 0, 0]
-        if by_name or array.nbytes >= SMALL or dtype.startswith(">"):
-            place[-1] = self._dataset(name, array, dtype if dtype in BITS else "")
+
+def _hash_structure(sha: _Hash, fd: int, start: int, end: int) -> None:
+    """Hash what libhdf5 has written to a part of the file."""
+    while start < end:
+        block = os.pread(fd, min(_BLOCK, end - start), start)
+        if not block:
+            raise OSError(errno.EIO, "the file has become shorter")
+        sha.add(memoryview(block))
+        start += len(block)
+
+
+class _Hash:
+    """A SHA-256, computed on a thread beside if asked: neither hashing nor writing holds Python's lock.
+
+    Args:
+        beside: whether to use a thread.
+    """
+
+    def __init__(self, beside: bool) -> None:
+        self._sha = hashlib.sha256()
+        self._queue: Queue[memoryview | None] = Queue()
+        self._thread = threading.Thread(target=self._run, name="mpips-checkpoint-hash") if beside else None
+
+    def __enter__(self) -> _Hash:
+        if self._thread:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._thread:
+            self._queue.put(None)
+            self._thread.join()
+
+    def add(self, view: memoryview) -> None:
+        """Hash further bytes, which must not change."""
+        if self._thread:
+            self._queue.put(view)
         else:
-            number = BITS.get(dtype, dtype)  # equals `array.dtype.name`, which numpy computes slowly
-            small = self._small.setdefault(number, _Small())
-            small.add(array, place)
-            if small.nbytes > _TOGETHER:
-                self._write_small(number)
-        if identity[1] is not None:
-            self._stored[identity] = {kind: place}
-        return {kind: place}
+            self._sha.update(view)
 
-    def _link(self, name: str, entry: Entry) -> None:
-        """Give an existing dataset a second name. A part of a packed dataset has no name of its own."""
-        (place,) = entry.values()
-        if not place[DATASET].startswith(f"/{PACKED}/"):
-            self._root.links.create_hard(name.encode(), self._root, place[DATASET].encode(), self._links)
+    def wait(self) -> None:
+        """Wait until everything that was added is hashed."""
+        self._queue.join()
 
-    def _write_small(self, dtype: str) -> None:
-        """Write the collected small arrays of a dtype as one dataset."""
-        small, self._small[dtype] = self._small[dtype], _Small()
-        if small.places:
-            name, self._packed = f"/{PACKED}/{dtype}.{self._packed}", self._packed + 1
-            small.settle(name, self._dataset(name, np.concatenate(small.arrays)))
+    def hexdigest(self) -> str:
+        """Return the hash, after the end of the context."""
+        return self._sha.hexdigest()
 
-    def _dataset(self, name: str, array: Array, dtype: str = "") -> int:
-        """Write a dataset and return its first byte in the file. `dtype` is the tensor's dtype if the array holds its bits."""
-        kind = self._types.get(array.dtype) or self._types.setdefault(array.dtype, h5t.py_create(array.dtype))
-        space = h5s.create_simple(array.shape) if array.ndim else h5s.create(h5s.SCALAR)
-        dataset = h5d.create(self._root, name.encode(), kind, space, self._contiguous, self._links)
-        if array.size:
-            dataset.write(h5s.ALL, h5s.ALL, np.asarray(array, order="C"))
-        if dtype:
-            h5py.Dataset(dataset).attrs["dtype"] = np.bytes_(dtype)
-        return dataset.get_offset() or 0  # None for an empty dataset
-
-
-class _Small:
-    """Small arrays of one dtype that will share a dataset, flattened, and their entries in the index."""
-
-    def __init__(self) -> None:
-        self.arrays: list[Array] = []
-        self.places: list[list[Any]] = []
-        self.nbytes = 0
-
-    def add(self, array: Array, place: list[Any]) -> None:
-        """Add an array. Its entry is completed by `settle`."""
-        place[DATASET], place[FIRST] = f"/{PACKED}/", self.nbytes // array.itemsize
-        self.arrays.append(array.reshape(-1))
-        self.places.append(place)
-        self.nbytes += array.nbytes
-
-    def settle(self, name: str, start: int) -> None:
-        """Complete the entries, given the dataset's name and its first byte in the file."""
-        itemsize = self.arrays[0].itemsize
-        for place in self.places:
-            place[DATASET], place[AT] = name, start + itemsize * place[FIRST]
-
-
-def _identity(leaf: "torch.Tensor | Array") -> tuple[Any, ...] | None:
-    """Return a key that two tensors share if they are the same memory (tied parameters); None if nothing can be shared."""
-    if not isinstance(leaf, torch.Tensor) or leaf.layout != torch.strided or leaf.is_meta or leaf.numel() == 0:
-        return None
-    return leaf.device, leaf.data_ptr(), leaf.dtype, tuple(leaf.shape), leaf.stride(), leaf.is_neg()
+    def _run(self) -> None:
+        while (view := self._queue.get()) is not None:
+            self._sha.update(view)
+            view = None  # let go of the bytes before they count as hashed
+            self._queue.task_done()

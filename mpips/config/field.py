@@ -31,6 +31,6 @@ def allowed(kind: Any) -> str:
         return ", ".join(map(str, options))
     if typing.get_origin(kind) is tuple:
         return "a list of names, as [a,b]"
-    if options:  # X | None
+    if options:  # X | None, X | Y
         return " or ".join(allowed(option) for option in options)
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[kind]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,14 +14,28 @@ from mpips.config.error import check
 class Checkpointing:
     """When checkpoints are written, and how many are kept."""
 
-    every: int = field(default=0, metadata={"help": "also after so many rounds; 0: at the end of epochs only"})
+    every: int | str = field(
+        default=0, metadata={"help": "also after so many rounds, or seconds, as 30s; 0: at the end of epochs only"}
+    )
     keep: int = field(default=3, metadata={"help": "the newest so many stay on disk"})
     epochs: int = field(default=1, metadata={"help": "at the end of each so many epochs, and of the last; 0: of the last only"})
 
     def __post_init__(self) -> None:
-        check("checkpoint.every", self.every, "a whole number, 0 or more", self.every >= 0)
+        good = self.seconds > 0 if isinstance(self.every, str) else self.every >= 0
+        check("checkpoint.every", self.every, "a whole number, 0 or more, or seconds, as 30s", good)
         check("checkpoint.epochs", self.epochs, "a whole number, 0 or more", self.epochs >= 0)
         check("checkpoint.keep", self.keep, "a whole number, 1 or more", self.keep >= 1)
+
+    @property
+    def rounds(self) -> int:
+        """The rounds from one checkpoint to the next; 0 if their number does not matter."""
+        return self.every if isinstance(self.every, int) else 0
+
+    @property
+    def seconds(self) -> int:
+        """The seconds from one checkpoint to the next; 0 if the time does not matter."""
+        found = isinstance(self.every, str) and re.fullmatch(r"([0-9]{1,9})s", self.every)
+        return int(found[1]) if found else 0
 
 
 @dataclass(frozen=True, kw_only=True)

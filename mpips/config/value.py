@@ -72,6 +72,8 @@ def _read(kind: Any, text: Bare) -> Any:
         last = options[0]
         if not text:
             return _Wrong
+    if options == (int, str):
+        return int(text) if WHOLE.fullmatch(text) else _checked(str, str(text))
     if last is bool:
         return {"true": True, "false": False}.get(text.lower(), _Wrong)
     if last is int:
@@ -88,7 +90,7 @@ def _checked(kind: Any, given: Any) -> Any:
         return None if type(None) in options else _Wrong
     if isinstance(given, os.PathLike):
         given = os.fspath(given)
-    kind = options[0]
+    kind = str if isinstance(given, str) and str in options else options[0]
     if typing.get_origin(kind) is tuple:
         whole = isinstance(given, list | tuple) and all(isinstance(item, str) for item in given)
         return tuple(map(str, given)) if whole else _Wrong

@@ -195,15 +195,18 @@ class Table:
         if self._path is not None:
             self._rows.append(row)
 
-    def flush(self, lasting: bool) -> None:
-        """Write all rows to the file; if `lasting`, also to the disk."""
+    def flush(self) -> None:
+        """Write all rows to the file."""
         if self._file:
             rows, self._rows = self._rows, []
             self._file.writelines(self._line % row for row in rows)
             self._file.flush()
-            if lasting:
-                with suppress(OSError):  # the file system does not support it
-                    os.fsync(self._file.fileno())
+
+    def sync(self) -> None:
+        """Make what `flush` has written durable. May be called on another thread than the other methods."""
+        if self._file:
+            with suppress(OSError):  # the file system does not support it
+                os.fsync(self._file.fileno())
 
     def _is_row(self, line: str) -> bool:
         """Return whether a line is a whole row: a machine crash may leave half a line, or zeros."""
@@ -321,11 +324,16 @@ class Report:
         self._last_line = now
         emit(1, f"mpips: {text}\n")
 
-    def flush(self, lasting: bool = False) -> None:
-        """Write everything so far to the files; if `lasting`, the tables also to the disk."""
+    def flush(self) -> None:
+        """Write everything so far to the files."""
         self._begin()
         for table in (self.metrics, self.validations):
-            table.flush(lasting)
+            table.flush()
+
+    def sync(self) -> None:
+        """Make what `flush` has written to the tables durable. May be called on another thread than the other methods."""
+        for table in (self.metrics, self.validations):
+            table.sync()
 
     def done(self, summary: dict[str, Any]) -> None:
         """Report that the run has ended normally. Everything is in the files before DONE appears."""

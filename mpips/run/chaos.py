@@ -42,7 +42,7 @@ def install(text: str, folder: Path, rank: int, server: Service | None, worker: 
     own = [fault for fault in faults(text) if fault.rank == rank and not notes.made(fault)]
     if server:
         full = {fault.at: fault for fault in own if fault.kind == "enospc"}
-        _replace(server, "save_model", lambda save: _Saves(save, full, notes))
+        _replace(server, "save_model", lambda save: _Saves(save, server.end_save, full, notes))
     faulty: Any = worker or server
     in_rounds = InRounds([fault for fault in own if fault.kind != "enospc"], notes, int(faulty.control.round))
 
@@ -147,18 +147,20 @@ class _Saves:
 
     Args:
         save: the method.
+        end_save: waits for the checkpoint that is being written, whose disk is not full.
         full: number of the call, from 1 -> the fault.
         notes: where it is noted.
     """
 
-    def __init__(self, save: Callable[..., Any], full: dict[int, Fault], notes: Notes) -> None:
-        self._save, self._full, self._notes, self._count = save, full, notes, 0
+    def __init__(self, save: Callable[..., Any], end_save: Callable[[], None], full: dict[int, Fault], notes: Notes) -> None:
+        self._save, self._end_save, self._full, self._notes, self._count = save, end_save, full, notes, 0
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         self._count += 1
         fault = self._full.get(self._count)
         if fault is None:
             return self._save(*given, **named)
+        self._end_save()
         self._notes.note(fault, f"finds its disk full at checkpoint {self._count}")
         _fill_disk()
         return self._save(*given, **named)

@@ -268,6 +268,7 @@ def _leave(communicator: Communicator, born: int) -> None:
 def _preempted(server: Server | ParameterServer | None) -> NoReturn:
     """Report the preemption, and raise SystemExit with its status."""
     if server:
+        server.end_save()
         server.report.preempted(server.last_checkpoint)
     _Process.status = failure.PREEMPTED
     raise SystemExit(failure.PREEMPTED)

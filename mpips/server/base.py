@@ -70,6 +70,7 @@ class Service:
         states: the ranks' packed states of a resumed run; else empty.
         worker_state: returns the state of a worker on this rank, for a checkpoint; None without one.
         validation_data: the data that `load_validation_data` has loaded.
+        writer: writes the checkpoints; None without a folder.
         performances: rank -> its numbers of messages and bytes, set by `receive_performances_from_nodes`.
     """
 
@@ -102,6 +103,9 @@ class Service:
         self.validation_data: Any = None
         self.performances: dict[int, dict[str, int]] = {}
         self.last_checkpoint: Path | None = None
+        self.writer = checkpoint.Writer(folder, self.config.checkpoint.keep, self.report.sync) if folder else None
+        self._saving = 0.0, 0.0  # when the last checkpoint was begun, and how long that has held the round
+        self._save_rounds, self._save_seconds = self.config.checkpoint.rounds, self.config.checkpoint.seconds
         self.signalled = self.stop_asked = False
         self._given, self._make_data, self._measure, self._follows = optimizer, validation_data, validate, follows
         self._waiting: tuple[dict[int, Call], float] = {}, 0.0  # rank -> the call that it waits in, and since when
@@ -115,7 +119,7 @@ class Service:
         self.transport: Transport
         self._columns = COLUMNS + self.config.metrics
         self._averaged = [LOSS, *range(len(COLUMNS), len(self._columns))]  # columns that are sums over samples
-        self._last = communicator.clock()
+        self._last = self._saved_at = communicator.clock()
 
     def create_model(self) -> None:
         """Lay the model out flat; create the master weights and the optimizers."""
@@ -405,9 +409,12 @@ class Service:
         """Write the checkpoint and the results that the reply to a call demands."""
         if reply["save"]:
             self.save_model()
+        if self.control.call in (Call.FINISH, Call.LEAVE):
+            self.end_save()
         if reply["finish"]:
             self.write_results(self.report.values)
-            broadcast_bytes(self.communicator, b"")  # no worker continues before DONE is written
+        if reply["finish"] or reply["awaited"]:
+            broadcast_bytes(self.communicator, b"")  # no worker continues before DONE, or what ps.save() saves, is written
 
     def tell_state(self) -> dict[str, Any]:
         """Put the optimizer's state together from all ranks' slices, and broadcast it.
@@ -429,7 +436,8 @@ class Service:
         arguments = [json.loads(blob) for blob in blobs if blob]
         call = Call(int(self.control.call))
         left = self.control.stop == Stop.LEFT
-        reply: dict[str, Any] = {"save": call == Call.SAVE, "finish": call == Call.FINISH and not left}
+        saves = call == Call.SAVE
+        reply: dict[str, Any] = {"save": saves, "awaited": saves, "finish": call == Call.FINISH and not left}
         if call == Call.LEAVE:  # steps after the last epoch, or without epochs, are not saved yet
             reply["save"] = not all(one["ended"] for one in arguments)
             reply["finish"] = reply["save"] and not left
@@ -539,27 +547,66 @@ class Service:
     def save_model(self, wandb_run: Any = None) -> Path | None:
         """Write a checkpoint; all ranks take part and send their states.
 
+        A checkpoint that is due after a round or an epoch is only copied here, and written while training goes on.
+
         Args:
             wandb_run: an object with `save(path)`, such as a Weights & Biases run; it is passed the file's path.
 
         Returns:
-            The file's path; None without a folder.
+            The file's path; None without a folder, or if the checkpoint is not written yet.
+
+        Raises:
+            CheckpointError: this checkpoint, or the one before, could not be written.
         """
         begun = time.perf_counter()
         own = self.worker_state() if self.worker_state else RankState(-1, self.place, rng.capture())
         blobs = self.communicator.gather_bytes(own.pack())
-        if self.folder is None:
+        if self.writer is None:
             return None
-        states = [RankState.unpack(blob) for blob in blobs]
-        self.report.flush(lasting=True)  # the checkpoint holds the number of its rows
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = checkpoint.save(self.folder, int(self.control.round), self.state_dict(states), self.config.checkpoint.keep)
-        self.last_checkpoint = path
-        seconds, size = time.perf_counter() - begun, path.stat().st_size
-        self.report.event("checkpoint", round=self.control.round, path=str(path), seconds=seconds, bytes=size)
+        tree = self.state_dict([RankState.unpack(blob) for blob in blobs])
+        self.report.flush()  # the checkpoint holds the number of its rows
+        self.end_save()
+        self._saved_at = self.communicator.clock()
+        if self.training_goes_on and wandb_run is None:
+            self.writer.begin(int(self.control.round), tree)
+            self._saving = begun, time.perf_counter() - begun
+            return None
+        written = self.writer.write(int(self.control.round), tree)
+        self._note_saved(written, begun, written.time - begun)
         if wandb_run is not None:
-            wandb_run.save(str(path))
-        return path
+            wandb_run.save(str(written.path))
+        return written.path
+
+    @property
+    def training_goes_on(self) -> bool:
+        """Whether the checkpoint that is due is one after which training goes on: after a round, or at the end of an epoch."""
+        return bool(self.control.checkpoint or self.control.call == Call.EPOCH) and self.control.stop != Stop.PREEMPTED
+
+    def end_save(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self.writer and (written := self.writer.wait()):
+            self._note_saved(written, *self._saving)
+
+    def look_at_save(self) -> None:
+        """Take note of a checkpoint that has been written meanwhile; see `end_save`."""
+        if self.writer and self.writer.done:
+            self.end_save()
+
+    def _note_saved(self, written: checkpoint.Written, begun: float, held: float) -> None:
+        self.last_checkpoint = written.path
+        seconds = {"seconds": written.time - begun, "held": held}
+        self.report.event("checkpoint", round=written.step, path=str(written.path), **seconds, bytes=written.nbytes)
+
+    def is_save_due(self) -> bool:
+        """Return whether `checkpoint.every` asks for a checkpoint after the round that has just been counted."""
+        if self._save_seconds:
+            late = self.communicator.clock() - self._saved_at >= self._save_seconds
+            return late and self.writer is not None and not self.writer.busy
+        return self._save_rounds > 0 and self.control.round % self._save_rounds == 0
 
     def state_dict(self, states: list[RankState]) -> dict[str, Any]:
         """Return everything that a run needs to continue, as nested dicts.

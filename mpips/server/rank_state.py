@@ -107,7 +107,7 @@ class RankState:
         arrays = _split(blob)
         tree = _dress(json.loads(arrays["words"].tobytes()), arrays)
         for kind in STREAMS:
-            tree[kind] = {n.removeprefix(f"{kind} "): array for n, array in arrays.items() if n.startswith(f"{kind} ")}
+            tree[kind] = {n.removeprefix(f"{kind} "): array.copy() for n, array in arrays.items() if n.startswith(f"{kind} ")}
         tree["own"] = Saved(tree["own"], f"the state of worker {tree['index']} in the checkpoint")
         return cls.from_tree(tree)
 
@@ -138,7 +138,7 @@ def _dress(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
 
 def _tensor(raw: np.ndarray, dtype: torch.dtype, shape: list[int]) -> Tensor:
     tensor = torch.empty(shape, dtype=dtype)
-    tensor.view(-1).view(torch.uint8).copy_(torch.from_numpy(raw))
+    np.copyto(tensor.view(-1).view(torch.uint8).numpy(), raw)
     return tensor
 
 
@@ -160,19 +160,26 @@ def _join(arrays: Arrays) -> bytes:
     if objects := [name for name, array in arrays.items() if array.dtype.hasobject]:
         raise TypeError(f"{objects[0]}: an array of Python objects, expected one of numbers")
     line = json.dumps([[name, array.dtype.str, array.shape] for name, array in arrays.items()])
-    return b"".join([line.encode(), b"\n", *(array.tobytes() for array in arrays.values())])
+    return b"".join([line.encode(), b"\n", *(np.ascontiguousarray(array).data for array in arrays.values() if array.size)])
 
 
 def _split(blob: bytes | memoryview) -> Arrays:
-    """Return the arrays that `_join` was given; they are writable."""
-    content = bytearray(blob)  # mutable, so that the arrays are writable
-    at = content.index(b"\n") + 1
+    """Return the arrays that `_join` was given, without a copy: they refer to the blob."""
+    at = _line_length(blob)
     arrays = {}
-    for name, dtype, shape in json.loads(content[: at - 1]):
+    for name, dtype, shape in json.loads(bytes(blob[: at - 1])):
         count = math.prod(shape)
-        arrays[name] = np.frombuffer(content, dtype, count, at).reshape(shape)
+        arrays[name] = np.frombuffer(blob, dtype, count, at).reshape(shape)
         at += arrays[name].nbytes
     return arrays
+
+
+def _line_length(blob: bytes | memoryview) -> int:
+    """Return the length of the blob's first line."""
+    length = 1 << 12
+    while (at := bytes(blob[:length]).find(b"\n")) < 0:
+        length *= 2
+    return at + 1
 
 
 def for_worker(states: list[RankState], index: int, workers: int) -> RankState | None:

@@ -123,7 +123,9 @@ class Server(Service):
         Raises:
             NonFiniteError: on all ranks, if a rank's update is not finite and `nonfinite` is "raise".
             CallError: on all ranks, if the workers disagree.
+            CheckpointError: the checkpoint that was being written could not be.
         """
+        self.look_at_save()
         version = self.control.version
         updates = self.collect_updates()
         self.update_weights(updates)
@@ -228,10 +230,7 @@ class Server(Service):
             control.loss = means[0]
         if totals[SIGNAL] or totals[STOP] or self.signalled or self.stop_asked:
             self.obey_ranks(updates.results)
-        every = self.config.checkpoint.every
-        control.checkpoint = bool(self.folder) and (
-            control.stop == Stop.PREEMPTED or (every > 0 and counts and control.round % every == 0)
-        )
+        control.checkpoint = bool(self.folder) and (control.stop == Stop.PREEMPTED or (counts and self.is_save_due()))
         control.fault = bool(self.fault)
         if not counts:
             return

@@ -110,7 +110,8 @@ class RemoteServer:
             self.save_model()
         if reply["finish"]:
             self.give_performance()
-            broadcast_bytes(self.communicator, b"")  # DONE is written
+        if reply["finish"] or reply["awaited"]:
+            broadcast_bytes(self.communicator, b"")  # DONE, or the checkpoint, is written
 
     def save_model(self) -> None:
         """Send this rank's state for a checkpoint; see `Service.save_model`."""

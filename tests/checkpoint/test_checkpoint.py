@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpips import checkpoint
-from mpips.checkpoint import CheckpointError, load, newest, save, text, writer
+from mpips.checkpoint import CheckpointError, load, newest, save, snapshot, text
 from mpips.checkpoint import latch as latch_module
 
 DTYPES = [
@@ -240,7 +240,7 @@ def test_small_tensors_share_datasets(tmp_path):
 
 
 def test_small_tensors_are_put_together_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "_TOGETHER", 100)
+    monkeypatch.setattr(snapshot, "_TOGETHER", 100)
     tree = {"state": {str(n): torch.full((7,), float(n)) for n in range(20)}, "none": torch.zeros(0, 3), "late": torch.ones(1)}
     path = save(tmp_path, 1, tree)
     with h5py.File(path, "r") as file:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpips.checkpoint import CheckpointError, folder, latch, load, newest, save
+from mpips.checkpoint import CheckpointError, folder, latch, load, newest, save, writer
 
 OLD = {"round": 1, "w": torch.arange(4.0)}
 NEW = {"round": 2, "w": torch.arange(4.0) * 2, "tied": {"b": torch.tensor([True])}, "note": [None]}
@@ -59,6 +59,13 @@ class Disk:
 
     def after(self, name, args, done):
         """Take note of what is durable now."""
+
+
+@pytest.fixture(params=[False, True], ids=["small", "large"])
+def large(request, monkeypatch):
+    """Write as a large file is written: hashed on a thread beside, and synced before the hash is known."""
+    if request.param:
+        monkeypatch.setattr(writer, "LARGE", 0)
 
 
 def prepare(path, scene):
@@ -130,7 +137,7 @@ class PowerCuts(Disk):
 
 
 @pytest.mark.parametrize("scene", SCENES)
-def test_after_a_crash_at_any_byte_the_new_or_the_previous_is_found(scene, tmp_path, monkeypatch):
+def test_after_a_crash_at_any_byte_the_new_or_the_previous_is_found(scene, large, tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
     keep = prepare(run, scene)
@@ -179,7 +186,7 @@ def in_a_child(work, *args):
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["before", "half"])
-def test_a_process_that_dies_at_any_step_leaves_nothing_in_the_way(half, tmp_path, monkeypatch):
+def test_a_process_that_dies_at_any_step_leaves_nothing_in_the_way(half, large, tmp_path, monkeypatch):
     save(tmp_path, 1, OLD)
 
     def die_at(deadline):
@@ -221,7 +228,7 @@ class Failing(Disk):
 @pytest.mark.parametrize("scene", SCENES)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("lasting", [True, False], ids=["lasting", "once"])
-def test_an_error_at_any_step_is_one_clear_line(scene, code, lasting, tmp_path, monkeypatch):
+def test_an_error_at_any_step_is_one_clear_line(scene, code, lasting, large, tmp_path, monkeypatch):
     keep = prepare(tmp_path, scene)
     previous = found(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -274,7 +281,7 @@ def test_what_a_file_system_does_not_know_does_not_end_a_run(name, code, of, tmp
     assert sorted(os.listdir(tmp_path)) == [f"round_0000000{n}.h5{end}" for n in (1, 2) for end in ("", ".sha256")]
 
 
-def test_an_interrupt_inside_libhdf5_is_raised_once_it_is_done(tmp_path, monkeypatch):
+def test_an_interrupt_inside_libhdf5_is_raised_once_it_is_done(large, tmp_path, monkeypatch):
     save(tmp_path, 1, OLD)
     for at in range(8):
         with monkeypatch.context() as patch:
@@ -284,19 +291,12 @@ def test_an_interrupt_inside_libhdf5_is_raised_once_it_is_done(tmp_path, monkeyp
         assert found(tmp_path) == 1 and len(os.listdir(tmp_path)) == 2
 
 
-def test_a_full_disk_ends_the_work_at_the_next_tensor(tmp_path, monkeypatch):
-    Failing(monkeypatch, OSError(errno.ENOSPC, "full"), only=lambda name, args: name == "pwrite")
-    reached = []
-
-    class Tree(dict):
-        def items(self):
-            for number in range(100):
-                reached.append(number)
-                yield f"w{number}", torch.ones(100_000)
-
+@pytest.mark.parametrize("at", [0, 50], ids=["structure", "values"])
+def test_a_full_disk_ends_the_work_at_once(at, tmp_path, monkeypatch):
+    disk = Failing(monkeypatch, OSError(errno.ENOSPC, "full"), at, only=lambda name, args: name == "pwrite")
     with pytest.raises(CheckpointError):
-        save(tmp_path, 1, Tree())
-    assert reached == [0, 1]
+        save(tmp_path, 1, {f"w{number}": torch.ones(100_000) for number in range(100)})
+    assert disk.met == at + 1  # nothing more was written
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch):

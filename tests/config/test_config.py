@@ -122,6 +122,11 @@ def test_dotted_keys_and_empty_files_are_fine() -> None:
     Path("c.yaml").write_text("checkpoint.every: 5  # as in a flag\n")
     Path("empty.yaml").write_text("# nothing\n")
     assert resolve({}, ["--config", "c.yaml"]).checkpoint.every == 5
+    Path("c.yaml").write_text("checkpoint: {every: 30s}")
+    found = [resolve({"checkpoint": {"every": "30s"}}), resolve({}, ["--checkpoint.every", "30s"])]
+    for config in [*found, resolve({}, ["--config", "c.yaml"])]:
+        assert (config.checkpoint.rounds, config.checkpoint.seconds) == (0, 30)
+    assert (Config().checkpoint.rounds, Config().checkpoint.seconds) == (0, 0)
     assert resolve({}, ["--config", "empty.yaml"]) == Config()
 
 
@@ -188,7 +193,9 @@ WRONG = [
     ("metrics", "[top-1]", "different Python names"),
     ("resume", "", "no, auto, aside, or a path"),
     ("checkpoint.every", "-1", "a whole number, 0 or more"),
-    ("checkpoint.every", "soon", "a whole number"),
+    ("checkpoint.every", "soon", "a whole number, 0 or more, or seconds, as 30s"),
+    ("checkpoint.every", "0s", "a whole number, 0 or more, or seconds, as 30s"),
+    ("checkpoint.every", "-3s", "a whole number, 0 or more, or seconds, as 30s"),
     ("checkpoint.keep", "0", "a whole number, 1 or more"),
     ("early_stopping.patience", "-2", "a whole number, 0 or more"),
     ("early_stopping.patience", "1.0", "a whole number"),
@@ -246,7 +253,7 @@ def test_one_line_says_key_given_and_allowed(
     ({"deterministic": 1}, "deterministic: given 1, allowed: true or false"),
     ({"resume": None}, "resume: given None, allowed: text"),
     ({"checkpoint": 5}, "checkpoint: given 5, allowed: checkpoint.every, checkpoint.keep, checkpoint.epochs"),
-    ({"checkpoint": {"every": None}}, "checkpoint.every: given None, allowed: a whole number"),
+    ({"checkpoint": {"every": None}}, "checkpoint.every: given None, allowed: a whole number or text"),
     ({"checkpoint": {"evry": 1}}, "checkpoint.evry: no such setting; did you mean checkpoint.every?"),
     ({"checkpoint": {1: 2}}, "checkpoint.1: no such setting; did you mean checkpoint.keep?"),
     ({"seed": {"a": 1}}, "seed: given {'a': 1}, allowed: a whole number"),

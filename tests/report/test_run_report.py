@@ -189,15 +189,16 @@ def test_the_rows_that_a_checkpoint_counts_are_on_the_disk_before_it(tmp_path: P
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append((tmp_path / "metrics.csv").read_bytes()))
     report = Report(tmp_path)
     report.round((1, 1, 1, 8, 0.5, 0.1), 1.0, list)
+    report.flush()
     assert not synced
-    report.flush(lasting=True)
+    report.sync()
     assert synced[0].endswith(b"1,1,1,8,0.5,0.1\n")
 
     def refuse(fd: int) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(os, "fsync", refuse)
-    report.flush(lasting=True)
+    report.sync()
 
 
 def test_the_log_has_what_the_rank_prints_by_whatever_handle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

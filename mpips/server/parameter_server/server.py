@@ -7,7 +7,7 @@
 So no update is lost, and no answer mixes two versions. A worker that must wait is not answered yet. All ranks act together on
 
 - the end of a loop (no more data, a stop, a NaN), once every rank waits for an answer;
-- a checkpoint: the server asks each worker for its state; the worker then waits until the checkpoint is written.
+- a checkpoint: the server asks each worker for its state; the worker then waits until the server has all states.
 
 A worker with used batches that are not pushed yet is asked for neither before its next push.
 """
@@ -170,6 +170,7 @@ class ParameterServer(Service):
             rank: the rank that has sent it.
             whole: whether it is whole.
         """
+        self.look_at_save()
         row = dict(zip(self._columns, self.replica.push.rows[0].tolist(), strict=True))
         if rank == self.communicator.rank:
             row["round"] = self.control.version % ROUNDS
@@ -205,8 +206,7 @@ class ParameterServer(Service):
         means = [row[name] / samples if samples else math.nan for name in ("loss", *self.config.metrics)]
         control.round += 1
         control.loss, control.lr = means[0], self.lr
-        every = self.config.checkpoint.every
-        if every and control.round % every == 0:
+        if self.is_save_due():
             control.checkpoint = self._can_save
         now = self.communicator.clock()
         speed, self._last = samples / max(now - self._last, 1e-9), now
@@ -220,6 +220,12 @@ class ParameterServer(Service):
         self.obey_ranks({rank: {**row, "stop": float(row["stop"] == 1)} for rank, row in rows.items()})
         if self.control.stop == Stop.PREEMPTED:
             self.control.checkpoint = self._can_save
+
+    @property
+    def training_goes_on(self) -> bool:
+        """Whether training goes on after the checkpoint that is due; see `Service`."""
+        due = self.control.checkpoint or self._here.checkpoint or self.control.call == Call.EPOCH
+        return bool(due) and self.control.stop != Stop.PREEMPTED
 
     @property
     def _can_save(self) -> bool:

@@ -1,0 +1,108 @@
+"""Checkpoints written while training goes on: a snapshot is taken, and a thread writes it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpips.checkpoint.error import CheckpointError
+from mpips.checkpoint.folder import prune, save_snapshot
+from mpips.checkpoint.layout import Tree
+from mpips.checkpoint.snapshot import Buffer, Snapshot
+
+_one = threading.Lock()  # a run that was abandoned may still write to the folder of the next run of this process
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint that is on the disk.
+
+    Attributes:
+        step: its step.
+        path: its file.
+        nbytes: the length of the file.
+        time: when it was there, by `time.perf_counter`.
+    """
+
+    step: int
+    path: Path
+    nbytes: int
+    time: float
+
+
+class Writer:
+    """Writes the checkpoints of one folder, one at a time, here or on a thread.
+
+    Python does not exit before the thread has written what it has begun.
+
+    Args:
+        folder: the folder; it is made if it does not exist.
+        keep: the number of checkpoints to keep.
+        before: called before each checkpoint is written, where it is written.
+    """
+
+    def __init__(self, folder: Path, keep: int, before: Callable[[], object] = lambda: None) -> None:
+        self._folder, self._keep, self._before = folder, keep, before
+        self._buffer = Buffer()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mpips-checkpoint")
+        self._writing: Future[Written] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether the thread writes a checkpoint."""
+        return self._writing is not None and not self._writing.done()
+
+    @property
+    def done(self) -> bool:
+        """Whether the thread has written a checkpoint, or failed to, that `wait` has not been called for."""
+        return self._writing is not None and self._writing.done()
+
+    def begin(self, step: int, tree: Tree) -> None:
+        """Copy a tree, and write it on the thread. Call `wait` before the next write.
+
+        Raises:
+            ValueError, TypeError: the tree holds something that cannot be stored.
+        """
+        assert self._writing is None, "two writers"
+        snapshot = Snapshot(tree)
+        snapshot.copy(self._buffer)
+        try:
+            self._writing = self._thread.submit(self._write, step, snapshot)
+        except RuntimeError:  # Python is about to exit, and begins no more threads
+            written = self._write(step, snapshot)
+            self._writing = Future()
+            self._writing.set_result(written)
+
+    def wait(self) -> Written | None:
+        """Wait for what the thread writes, and return it; None if there was nothing to wait for.
+
+        Raises:
+            CheckpointError: it could not be written. All older checkpoints are unchanged.
+        """
+        writing, self._writing = self._writing, None
+        return writing.result() if writing else None
+
+    def write(self, step: int, tree: Tree) -> Written:
+        """Write a tree, without copying it, and return when that is done.
+
+        Raises:
+            CheckpointError, ValueError, TypeError: as `save`.
+        """
+        assert self._writing is None, "two writers"
+        return self._write(step, Snapshot(tree))
+
+    def _write(self, step: int, snapshot: Snapshot) -> Written:
+        self._before()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError.from_os(self._folder, "make the folder of checkpoints", error) from error
+        with _one:
+            path = save_snapshot(self._folder, step, snapshot)
+            written = Written(step, path, path.stat().st_size, time.perf_counter())
+            prune(self._folder, step, self._keep)
+        return written

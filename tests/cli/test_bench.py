@@ -101,6 +101,8 @@ def test_checkpoint_compares_what_is_durable(bench: Start, tmp_path: Path) -> No
     (found,) = cases(bench("checkpoint", "--mb", "1", "--folder", str(tmp_path), *SHORT, "--json"))
     assert variants(found) == ["mpips", "memcpy", "raw_write", "torch_save"]
     assert 1 << 20 < found["file_bytes"] < 1.1 * (1 << 20)
+    assert found["held_to_memcpy"] == pytest.approx(found["held_ms"] / found["memcpy_ms"])
+    assert found["raw_write_to_behind"] == pytest.approx(found["raw_write_ms"] / found["behind_ms"])
     assert list(tmp_path.iterdir()) == []
 
 

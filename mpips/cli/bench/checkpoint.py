@@ -1,13 +1,16 @@
 """A durable, verified checkpoint against merely copying or merely writing the same bytes.
 
-mpips writes the weights and momentum of a run by `ps.save()`: HDF5, SHA-256, fsync, rename. All files are fsynced. None is read
-back from the page cache during the measurement.
+mpips writes the weights and momentum of a run: HDF5, SHA-256, fsync, rename; by `ps.save()`, which returns when that is done,
+and after a round that a checkpoint is due after, which is held for a copy only. All files are fsynced. None is read back from
+the page cache during the measurement.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -50,7 +53,7 @@ def one_size(count: int, against: Functions, folder: Path, repeats: int) -> Case
     """Measure all variants alternately, with `count` weights and as many momentum values."""
     model = Parts(initial(count))
     communicator = join()
-    with connected(communicator, model, momentum_sgd(fused=True), folder) as ps:
+    with connected(communicator, model, momentum_sgd(fused=True), folder, every=2) as ps:
         save = Save(ps, model)
         state = torch.cat([initial(count), initial(count)])
         writers: dict[str, Write] = {"mpips": save.write, **limits(state, folder)}
@@ -60,11 +63,22 @@ def one_size(count: int, against: Functions, folder: Path, repeats: int) -> Case
             save.train()
             for name, taken in turn(writers):
                 seconds[name] += [taken] if repeat >= WARM else []
+            save.train_and_write()
         save.check()
+        behind = save.behind()[WARM:]
         check_files(state, folder, against)
     found = case({"n": 1, "mb": 8 * count / MB}, seconds)
     where = {"repeats": repeats, "folder": str(folder.parent), "file_bytes": save.nbytes}
-    return found | rate(found, "mb_per_s", found["mb"]) | where | facts(library=False)
+    found |= rate(found, "mb_per_s", found["mb"]) | beside(found, behind)
+    return found | where | facts(library=False)
+
+
+def beside(found: Case, behind: list[dict[str, float]]) -> Case:
+    """Return how long a round was held for a checkpoint and how long its writing took, as times and against the limits."""
+    held = 1e3 * statistics.median(event["held"] for event in behind)
+    write = 1e3 * statistics.median(event["seconds"] - event["held"] for event in behind)
+    ratios = {"held_to_memcpy": held / found["memcpy_ms"], "raw_write_to_behind": found["raw_write_ms"] / write}
+    return {"held_ms": held, "behind_ms": write, **ratios}
 
 
 def turn(writers: dict[str, Write]) -> Iterator[tuple[str, float]]:
@@ -92,6 +106,19 @@ class Save:
         own.fill()
         own.round()
         own.leave()
+
+    def train_and_write(self) -> None:
+        """Train one round that a checkpoint is due after, and wait until it is on the disk."""
+        os.sync()
+        self.train()
+        while not self._file.exists():
+            time.sleep(0.001)
+
+    def behind(self) -> list[dict[str, float]]:
+        """Return the events of the checkpoints that were written while training might have gone on."""
+        self.train()  # the last one is told of in the next round
+        events = map(json.loads, (self._ps.folder / "events.jsonl").read_text().splitlines())
+        return [event for event in events if event["event"] == "checkpoint" and event["round"] % 2 == 0]
 
     def write(self) -> Path:
         """Write the checkpoint and return its path."""

@@ -34,13 +34,16 @@ def join() -> Communicator:
 
 
 @contextmanager
-def connected(communicator: Communicator, model: nn.Module, make: MakeStep, parent: Path | None = None) -> Iterator[mpips.Run]:
-    """Yield a run with a temporary folder, created in `beside` if that is given."""
+def connected(
+    communicator: Communicator, model: nn.Module, make: MakeStep, parent: Path | None = None, every: int = 0
+) -> Iterator[mpips.Run]:
+    """Yield a run with a temporary folder, created in `parent` if that is given, and a checkpoint after `every` rounds."""
     name = tempfile.mkdtemp(prefix="mpips-bench-", dir=parent) if communicator.rank == 0 else ""
     folder = broadcast_bytes(communicator, name.encode()).decode()
     launcher = os.environ.pop(LAUNCHER, None)
     try:
-        yield mpips.connect(model, make, communicator=communicator, run_dir=folder, **SETTINGS)
+        settings = SETTINGS | {"checkpoint": SETTINGS["checkpoint"] | {"every": every}}
+        yield mpips.connect(model, make, communicator=communicator, run_dir=folder, **settings)
         communicator.barrier(patience=None)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -17,6 +17,14 @@ def table(kind: str, cases: Sequence[Case], command: Sequence[str]) -> str:
     lines = [f"mpips bench {kind}: {where(first)}", "", heading(shown)]
     for each in cases:
         lines += ["", *rows(each, shown)]
+    if "held_ms" in first:
+        lines.append("")
+    for each in cases if "held_ms" in first else []:
+        lines.append(
+            f"{each['mb']:g} MB written while training goes on: a round held {each['held_ms']:.1f} ms, "
+            f"{each['held_to_memcpy']:.2f} copies; on the disk {each['behind_ms']:.1f} ms later, at "
+            f"{each['raw_write_to_behind']:.2f} of raw_write's speed"
+        )
     if "efficiency" in first:
         lines += ["", f"efficiency {first['efficiency']:.2f}: mpips' speed over {first['together']} times that of plain"]
     if "difference" in first:

@@ -188,7 +188,7 @@ class Keeping:
         """
         kept_ids, named = {id(thing) for thing in self._objects.values()}, dict[str, Any]()
         for which, optimizer in enumerate(self._optimizers):
-            for scheduler in schedulers(optimizer):
+            for scheduler in sorted(schedulers(optimizer), key=lambda one: type(one).__name__):
                 name = f"{type(scheduler).__name__} {which}" if which else type(scheduler).__name__
                 if id(scheduler) in kept_ids:
                     continue

@@ -7,6 +7,7 @@ answered by a child process with a time limit. Of the environment variables only
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import pwd
@@ -186,6 +187,11 @@ def launch(environ: Mapping[str, str] | None = None) -> Launch:
     if first.size == 1 and (most.size or 0) > 1:
         return most._replace(size=None, local_rank=None, local_size=None)
     return first
+
+
+def job_end() -> float:
+    """Return when the scheduler ends this job, in seconds since the epoch; infinity if it does not say."""
+    return float(_number(os.environ.get("SLURM_JOB_END_TIME", "")) or math.inf)
 
 
 def _told(launcher: Launcher, environ: Mapping[str, str]) -> Launch:

@@ -135,7 +135,7 @@ class Loop:
             self._draw(count, samples)
             worker.digest, worker.drawn = shard.digest if isinstance(shard, Share) else 0, worker.drawn + 1
             worker.used += 1
-            worker.more = worker.mode.gradients
+            worker.more = worker.mode.gradients and not worker.mode.requests
             try:
                 yield batch
             except GeneratorExit:

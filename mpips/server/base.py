@@ -29,6 +29,7 @@ from mpips.optim import hyperparameters as hyper
 from mpips.optim import snapshot
 from mpips.optim.flat_optimizer import FlatOptimizer, MakeOptimizer, made
 from mpips.process import rng
+from mpips.process.environment import job_end
 from mpips.reduce.choice import choose_transport
 from mpips.reduce.transport import Decision, Transport
 from mpips.report.run_report import Report, number
@@ -37,6 +38,7 @@ from mpips.server import contract
 from mpips.server.early_stopping import Patience
 from mpips.server.rank_state import RankState, pack_all, told_streams
 
+JOB_END = 20.0  # seconds before the job's end, besides rounds and a checkpoint, at which the run is preempted
 WAITING = 3.0  # seconds until a warning names the workers that wait for others
 
 
@@ -104,9 +106,11 @@ class Service:
         self.performances: dict[int, dict[str, int]] = {}
         self.last_checkpoint: Path | None = None
         self.writer = checkpoint.Writer(folder, self.config.checkpoint.keep, self.report.sync) if folder else None
+        self._save_took = 0.0  # the seconds of the longest save
         self._saving = 0.0, 0.0  # when the last checkpoint was begun, and how long that has held the round
         self._save_rounds, self._save_seconds = self.config.checkpoint.rounds, self.config.checkpoint.seconds
         self.signalled = self.stop_asked = False
+        self._job_end, self._slowest = job_end(), 0.0  # when the job ends, and the seconds of the longest round
         self._given, self._make_data, self._measure, self._follows = optimizer, validation_data, validate, follows
         self._waiting: tuple[dict[int, Call], float] = {}, 0.0  # rank -> the call that it waits in, and since when
         self.digest = ""  # the contract's SHA-256
@@ -279,6 +283,19 @@ class Service:
             if ranks and (stop == Stop.PREEMPTED or not self.control.stop):
                 self.end(stop, ranks)
                 return
+
+    def look_at_time(self, seconds: float) -> None:
+        """Preempt the run if the job is about to end: a checkpoint is to be on the disk before.
+
+        Args:
+            seconds: how long the last round has taken.
+        """
+        self._slowest = max(self._slowest, seconds)
+        left = self._job_end - time.time()
+        if left < JOB_END + 3 * self._slowest + 2 * self._save_took and not self.signalled:
+            self.signalled = True
+            self.report.event("warning", message=f"the job ends in {left:.0f} s", round=self.control.round)
+            self.report.line(f"the job ends in {left:.0f} s: the run is preempted", always=True)
 
     def end(self, why: Stop, ranks: list[int]) -> None:
         """End the run for the reason `why`, at the request of `ranks`."""
@@ -597,7 +614,7 @@ class Service:
             self.end_save()
 
     def _note_saved(self, written: checkpoint.Written, begun: float, held: float) -> None:
-        self.last_checkpoint = written.path
+        self.last_checkpoint, self._save_took = written.path, max(self._save_took, written.time - begun)
         seconds = {"seconds": written.time - begun, "held": held}
         self.report.event("checkpoint", round=written.step, path=str(written.path), **seconds, bytes=written.nbytes)
 

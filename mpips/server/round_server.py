@@ -235,6 +235,8 @@ class Server(Service):
         if not counts:
             return
         now = self.communicator.clock()
+        if self._job_end < math.inf:
+            self.look_at_time(now - self._last)
         speed, self._last = samples / max(now - self._last, 1e-9), now
         row = (control.round, self.place.epoch, control.version, samples, means[0], control.lr, *means[1:])
         self.report.round(row, speed, lambda: rank_states(updates.results, self.trains))

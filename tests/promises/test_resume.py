@@ -407,6 +407,35 @@ def test_a_preempted_run_takes_all_steps_of_its_batches(size: int, optimizers: i
         assert again == expected, f"preempted in round {at}"
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_job_that_is_about_to_end_is_preempted(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM says when; rounds of 10 s leave time for a few more, and for a checkpoint."""
+    from mpips.server import base
+
+    now = [1000.0]
+    monkeypatch.setattr(base.time, "time", lambda: now[0])
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1101")
+    world = World(2)
+
+    def program(communicator: Any) -> None:
+        import mpips
+
+        net = torch.nn.Linear(1, 1)
+        sgd = torch.optim.SGD(net.parameters(), 0.01)
+        ps = mpips.connect(net, sgd, communicator=communicator, run_dir="run", mode=mode, checkpoint={"epochs": 0})
+        for x in ps.batches(torch.ones(100, 1), 1):
+            now[0] += 10.0
+            world.sleep(communicator.rank, 10.0)
+            net(x).sum().backward()
+            sgd.step()
+            sgd.zero_grad()
+
+    with pytest.raises(SystemExit, match="75"):
+        world.run(program)
+    assert last(Path("run"))["round"] in (6, 7), "until 20 + 3 * 10 s are left, and one more"
+    assert now[0] <= 1101 - 20
+
+
 def test_a_script_whose_name_begins_alike_is_not_resumed() -> None:
     from mpips.run import run_folder as folder
 

@@ -209,6 +209,8 @@ class ParameterServer(Service):
         if self.is_save_due():
             control.checkpoint = self._can_save
         now = self.communicator.clock()
+        if self._job_end < math.inf:
+            self.look_at_time(now - self._last)
         speed, self._last = samples / max(now - self._last, 1e-9), now
         line = (control.round, self.place.epoch, control.version, samples, means[0], control.lr, *means[1:])
         self.report.round(line, speed, lambda: rank_states(dict(sorted(self.roll.rows.items())), self.trains))

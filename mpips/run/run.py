@@ -180,6 +180,7 @@ def _serve(start: Start) -> Start:
     server.serve()
     if server.control.stop == Stop.PREEMPTED:
         _preempted(server)
+    folder.release(start.folder)
     blob = _meet_again(start.communicator, b"")
     if not blob:
         raise SystemExit(0)
@@ -860,4 +861,5 @@ class Run:
             return
         farewell = {"ended": self._ended == self._control.round, "moved": self._worker.changed_in_place()}
         self._worker.call_for(Call.LEAVE, farewell)
+        folder.release(self.folder)
         self._worker.replica.flat.attach_weights(self._worker.replica.flat.zeros())

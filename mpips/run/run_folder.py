@@ -42,7 +42,7 @@ def new_folder(count: int = 1) -> Path:
 
 
 def hold(folder: Path) -> None:
-    """Lock a run's folder until this process ends, so that no other run writes to it.
+    """Lock a run's folder until `release`, or until this process ends, so that no other run writes to it.
 
     Raises:
         ConfigError: another run has locked it.
@@ -66,6 +66,13 @@ def hold(folder: Path) -> None:
     _held[path] = file
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def release(folder: Path) -> None:
+    """Unlock a run's folder: the run has ended, and the process may go on. A folder that is not locked stays as it is."""
+    file = _held.pop(folder / ".lock", None)
+    if file is not None:
+        os.close(file)
 
 
 def of_run(config: Config, count: int) -> Config:
@@ -117,7 +124,7 @@ def set_aside(folder: Path) -> Path:
             raise ConfigError(
                 f"resume: given 'aside', but {str(folder)!r} cannot be renamed ({error.strerror}), allowed: another run_dir"
             ) from error
-        os.close(_held.pop(folder / ".lock"))
+        release(folder)
         return aside
     raise AssertionError
 

@@ -51,7 +51,9 @@ def test_drain_waits_until_the_pipe_is_read() -> None:
     program = "import mpips, sys\nfrom mpips.process.lifecycle import drain\nsys.stderr.write('last words')\ndrain()"
     child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
-    select.select([child.stderr], [], [], 60)
+    written = select.poll()  # select.select refuses descriptors above 1,023
+    written.register(child.stderr, select.POLLIN)
+    assert written.poll(60_000)
     with pytest.raises(subprocess.TimeoutExpired):
         child.wait(0.5)
     assert child.stderr.read() == "last words"

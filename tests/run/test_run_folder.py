@@ -106,6 +106,16 @@ def test_a_folder_is_held_by_one_process() -> None:
     assert f"which process {os.getpid()} on {socket.gethostname()} writes to" in other.stderr
 
 
+def test_runs_of_one_process_leave_no_lock_behind() -> None:
+    """A script of a thousand runs, one after another, would run out of descriptors."""
+    for number in range(3):
+        model = torch.nn.Linear(1, 1)
+        ps = mpips.connect(model, torch.optim.SGD(model.parameters(), 0.1), run_dir=f"run{number}")
+        assert Path(f"run{number}").absolute() / ".lock" in folder._held
+        ps.close()
+    assert not [path for path in folder._held if path.parent.name.startswith("run")]
+
+
 PROGRAM = """
 import torch, mpips
 torch.manual_seed(0)

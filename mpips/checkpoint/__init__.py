@@ -17,7 +17,7 @@ reads them. `load` returns what `save` was given, bit for bit.
 A folder allows one save at a time, and any number of readers.
 """
 
-from mpips.checkpoint.background import Writer, Written
+from mpips.checkpoint.background import Writer, Written, stop_writing
 from mpips.checkpoint.error import CheckpointError
 from mpips.checkpoint.folder import listed, newest, save, set_newer_aside
 from mpips.checkpoint.layout import Leaf, Tree
@@ -36,4 +36,5 @@ __all__ = [
     "newest",
     "save",
     "set_newer_aside",
+    "stop_writing",
 ]

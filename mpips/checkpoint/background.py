@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakSet
 
 from mpips.checkpoint.error import CheckpointError
 from mpips.checkpoint.folder import prune, save_snapshot
 from mpips.checkpoint.layout import Tree
 from mpips.checkpoint.snapshot import Buffer, Snapshot
 
-_one = threading.Lock()  # a run that was abandoned may still write to the folder of the next run of this process
+_writers: WeakSet[Writer] = WeakSet()  # those of this process
+
+
+def stop_writing() -> None:
+    """Let no earlier run of this process write any more: an abandoned one could, to the folder that the next run resumes from.
+
+    A checkpoint that is being written is finished first.
+    """
+    for writer in list(_writers):
+        if writer.writing is not None and not writer.writing.cancel():
+            wait([writer.writing])
 
 
 @dataclass(frozen=True)
@@ -43,23 +53,27 @@ class Writer:
         folder: the folder; it is made if it does not exist.
         keep: the number of checkpoints to keep.
         before: called before each checkpoint is written, where it is written.
+
+    Attributes:
+        writing: what the thread does, until `wait`; None if it has nothing to do.
     """
 
     def __init__(self, folder: Path, keep: int, before: Callable[[], object] = lambda: None) -> None:
         self._folder, self._keep, self._before = folder, keep, before
         self._buffer = Buffer()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mpips-checkpoint")
-        self._writing: Future[Written] | None = None
+        self.writing: Future[Written] | None = None
+        _writers.add(self)
 
     @property
     def busy(self) -> bool:
         """Whether the thread writes a checkpoint."""
-        return self._writing is not None and not self._writing.done()
+        return self.writing is not None and not self.writing.done()
 
     @property
     def done(self) -> bool:
         """Whether the thread has written a checkpoint, or failed to, that `wait` has not been called for."""
-        return self._writing is not None and self._writing.done()
+        return self.writing is not None and self.writing.done()
 
     def begin(self, step: int, tree: Tree) -> None:
         """Copy a tree, and write it on the thread. Call `wait` before the next write.
@@ -67,15 +81,15 @@ class Writer:
         Raises:
             ValueError, TypeError: the tree holds something that cannot be stored.
         """
-        assert self._writing is None, "two writers"
+        assert self.writing is None, "two writers"
         snapshot = Snapshot(tree)
         snapshot.copy(self._buffer)
         try:
-            self._writing = self._thread.submit(self._write, step, snapshot)
+            self.writing = self._thread.submit(self._write, step, snapshot)
         except RuntimeError:  # Python is about to exit, and begins no more threads
             written = self._write(step, snapshot)
-            self._writing = Future()
-            self._writing.set_result(written)
+            self.writing = Future()
+            self.writing.set_result(written)
 
     def wait(self) -> Written | None:
         """Wait for what the thread writes, and return it; None if there was nothing to wait for.
@@ -83,7 +97,7 @@ class Writer:
         Raises:
             CheckpointError: it could not be written. All older checkpoints are unchanged.
         """
-        writing, self._writing = self._writing, None
+        writing, self.writing = self.writing, None
         return writing.result() if writing else None
 
     def write(self, step: int, tree: Tree) -> Written:
@@ -92,7 +106,7 @@ class Writer:
         Raises:
             CheckpointError, ValueError, TypeError: as `save`.
         """
-        assert self._writing is None, "two writers"
+        assert self.writing is None, "two writers"
         return self._write(step, Snapshot(tree))
 
     def _write(self, step: int, snapshot: Snapshot) -> Written:
@@ -101,8 +115,7 @@ class Writer:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError.from_os(self._folder, "make the folder of checkpoints", error) from error
-        with _one:
-            path = save_snapshot(self._folder, step, snapshot)
-            written = Written(step, path, path.stat().st_size, time.perf_counter())
-            prune(self._folder, step, self._keep)
+        path = save_snapshot(self._folder, step, snapshot)
+        written = Written(step, path, path.stat().st_size, time.perf_counter())
+        prune(self._folder, step, self._keep)
         return written

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, chain, islice
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from mpips.data.loader import Iterated, Seed, base_of, class_of, double_of, is_batched, loader_length, sampler_of
 from mpips.data.samples import samples_in
-from mpips.data.turns import Dealt, Found, Note, Order, Part, Streams, Turns, whole
+from mpips.data.turns import Dealt, Found, Note, Order, Part, Streams, Turns, first_indices, whole
 
 
 class Loaded:
@@ -46,6 +47,19 @@ class Loaded:
             double.make_ready()
             turns.skip()
         return self._iterate(turns, taken, not self._joint)
+
+    def first(self) -> list[Any]:
+        """Return a batch of the first items in a list; an empty list if they cannot be known without the sampler or class."""
+        loader = self._loader
+        indices = first_indices(sampler_of(loader), is_batched(loader)) if self._plain else []
+        names = ("collate_fn", "pin_memory", "worker_init_fn", "multiprocessing_context")
+        how: dict[str, Any] = {name: getattr(loader, name) for name in names}
+        how |= {"num_workers": min(1, loader.num_workers), "generator": torch.Generator()}
+        if not indices or not len(loader.dataset):  # type: ignore[arg-type]
+            return []
+        if is_batched(loader):
+            return list(DataLoader(loader.dataset, batch_sampler=[indices[: len(loader.dataset)]], **how))  # type: ignore[arg-type]
+        return list(DataLoader(loader.dataset, batch_size=None, sampler=indices, **how))
 
     def order(self) -> Order | None:
         """Return all batches of an epoch, drawn as in one process; None if the sampler's length is wrong or unknown."""

@@ -20,8 +20,11 @@ class Place:
         over: whether all ranks have ended that loop.
         cuts: for each earlier number of workers in this loop, the items that each of those workers had taken.
         samples: the number of samples behind accumulated gradients that have not been pushed.
-        validations: the number of validations done in the epoch.
         inside: whether this rank has entered that loop, though it may not have taken anything.
+        broke: whether the script of this rank has broken out of that loop.
+        calls: the number of calls outside loops (steps, validations, ...) since the last loop of the epoch, or its beginning.
+        calling: whether the worker is in a further such call, which a resumed run makes again.
+        latest: the number of samples of the last step.
     """
 
     epoch: int = 0
@@ -30,22 +33,31 @@ class Place:
     over: bool = False
     cuts: list[list[int]] = field(default_factory=list)
     samples: float = 0
-    validations: int = 0
     inside: bool = False
+    broke: bool = False
+    calls: int = 0
+    calling: bool = False
+    latest: float = 1
 
     @property
     def begun(self) -> bool:
         """Whether the loop has begun and has not ended."""
         return bool(self.inside or self.taken or self.cuts) and not self.over
 
+    @property
+    def between(self) -> bool:
+        """Whether the worker is outside loops, and has made a call since the last one, or is in one."""
+        return bool(self.calls or self.calling) and not self.begun and not self.over
+
     def next_loop(self) -> None:
         """Move to the start of the epoch's next loop."""
         self.loop, self.taken, self.over, self.cuts, self.inside = self.loop + 1, 0, False, [], False
+        self.broke, self.calls, self.calling = False, 0, False
 
     def next_epoch(self) -> None:
         """Move to the start of the next epoch."""
         self.next_loop()
-        self.epoch, self.loop, self.validations = self.epoch + 1, 0, 0
+        self.epoch, self.loop = self.epoch + 1, 0
 
 
 def left(items: Iterable[T], cuts: Sequence[Sequence[int]]) -> Iterable[T]:

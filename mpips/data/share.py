@@ -94,6 +94,10 @@ class Share:
         self._begin((place.epoch, place.loop))
         return self._given(self._share.batches(place.taken, [] if self._own else place.cuts))
 
+    def first(self) -> list[Any]:
+        """Return a batch of the data's first items in a list, without drawing from a sampler; an empty list for a stream."""
+        return self._share.first()
+
     def tickets(self, epoch: int, loop: int = 0) -> int | None:
         """Return the number of batches that an epoch has when it is dealt out. Its order is drawn in this call.
 

@@ -34,6 +34,10 @@ class Streamed:
             return loader_length(self._data, self._part)
         return len(range(self._part.index, len(self._data), self._part.workers))
 
+    def first(self) -> list[Any]:
+        """Return the first batch in a list, if that takes nothing from the stream; else an empty list."""
+        return list(self._data[:1]) if type(self._data) in (list, tuple, range) else []
+
     def batches(self, taken: int, cuts: Sequence[Sequence[int]]) -> Found:
         """Return an iterator over this worker's batches; each counts as one item of a place.
 

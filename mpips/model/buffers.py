@@ -7,6 +7,8 @@ bool buffers (masks) count as constants and are not part of a round's messages.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -70,6 +72,18 @@ class Buffers:
             sizes = [targets[n].numel() for n in self._integers]
             for name, value in zip(self._integers, torch.split(numbers, sizes), strict=True):
                 targets[name].copy_(value.view(targets[name].shape))
+
+    def own(self, pulled: list[Tensor]) -> dict[str, Tensor]:
+        """Return the buffers by name that are this rank's own: by policy, or because they have changed since the last pull."""
+        if self.policy == "local":
+            return self.named
+        return {n: b for n, b, pull in zip(self.names, self.tensors, pulled, strict=True) if not torch.equal(b, pull)}
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy buffers from `tensors`, by name, to the model. A buffer that has another shape by now stays."""
+        for name, buffer in self.named.items():
+            if name in tensors and buffer.shape == tensors[name].shape:
+                buffer.detach().copy_(tensors[name])
 
     def load(self, tensors: list[Tensor]) -> None:
         """Copy travelling buffers from `tensors` to the model."""

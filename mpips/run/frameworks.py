@@ -46,6 +46,7 @@ class Sharing:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        run._loop.framework = True
         self._running: Iterator[Any] | None = None
 
     def share(self, make: Callable[[], Any], window: int = 0) -> Any:

@@ -150,6 +150,7 @@ class Keeping:
         find_schedulers()
         self._saved, self._optimizers, self._tell = dict(saved), optimizers, tell
         self._objects: dict[str, Any] = {}
+        self._begun: list[tuple[Any, Tree]] = []  # objects with the states that they have got back, until `go_on`
         self._groups = unpack(self._saved.pop(GROUPS)) if saved else []
         self.behind, self._resumed = True, bool(saved)
         self._stepping = [Stepping(optimizer) for optimizer in optimizers]
@@ -170,9 +171,23 @@ class Keeping:
     def _give_back(self, name: str, thing: Any) -> None:
         """Restore an object's state from the checkpoint; if there is none, say so."""
         if name in self._saved:
-            thing.load_state_dict(unpack(self._saved.pop(name)))
+            tree = self._saved.pop(name)
+            thing.load_state_dict(unpack(tree))
+            self._begun.append((thing, tree))
         elif self._resumed:
             self._tell(f"mpips: resume: the checkpoint has no {name!r}: it goes on from what the script has made it")
+
+    def put_back(self) -> None:
+        """Restore again what has been restored: the script has executed code again that the checkpoint's run had executed."""
+        if self.behind:
+            self.catch_up()
+        for thing, tree in self._begun:
+            thing.load_state_dict(unpack(tree))
+        self._put_groups()
+
+    def go_on(self) -> None:
+        """Forget what `put_back` needs: the resumed run has gone on."""
+        self._begun = []
 
     def _put_groups(self) -> None:
         """Restore the hyperparameters in the optimizers' groups."""

@@ -1,4 +1,4 @@
-"""The script's loops over data on one worker: which loops a resumed run skips, and what each step has used up."""
+"""The script's loops over data on one worker: what each step has used up, and where a checkpoint finds the script."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mpips.data import Common, Share
 from mpips.data.clients import Clients, Hosting
 from mpips.model.message import Call, Stop
 from mpips.process import rng
+from mpips.run.replay import Replay
 from mpips.worker.async_worker import Client
 from mpips.worker.round_worker import Worker
 
@@ -45,20 +46,27 @@ class Loop:
     Args:
         worker: the worker that takes the steps.
         common: the random streams that the order of the data is drawn from, identical on all workers.
-        streams: a resumed run's random streams, to be restored where the run continues.
+        replay: what a resumed run has done before its checkpoint.
         preempted: called when the run ends because a rank was preempted.
+        tell: prints a line.
 
     Attributes:
         cut: whether a stop ended the epoch before its end.
+        aware: whether the script has read that the run stops.
+        framework: whether a framework has the loop, and counts its batches.
+        rehearsing: whether the script executes the body of a loop whose steps are not taken.
     """
 
-    def __init__(self, worker: Worker, common: Common, streams: rng.State | None, preempted: Callable[[], NoReturn]) -> None:
-        self.worker, self._common, self._streams, self._preempted = worker, common, streams, preempted
+    def __init__(
+        self, worker: Worker, common: Common, replay: Replay, preempted: Callable[[], NoReturn], tell: Callable[[str], object]
+    ) -> None:
+        self.worker, self._common, self._preempted, self._tell = worker, common, preempted, tell
+        self.replay = replay
         self._where = Where.OUTSIDE
-        self._begun = 0  # loops in this epoch, including those before a resume
+        self.rehearsing = self.aware = self.framework = self._told = False
         self._taken = 0  # items yielded since the last step
         self._samples: float | None = worker.place.samples  # behind gradients not yet pushed; None if unknown
-        self._latest: float | None = 1  # the samples of the last step, reused for a second step on a batch
+        self._latest = worker.place.latest  # the samples of the last step, reused for a second step on a batch
         self._unread = False  # whether ps.shard() was called and no batch drawn since
         self._stepped_at = (0, 0)  # the loop and the batch of the last step
         self.cut = False
@@ -67,11 +75,6 @@ class Loop:
     def inside(self) -> bool:
         """Whether the script is inside a loop over its shard."""
         return self._where is Where.INSIDE
-
-    def next_epoch(self) -> None:
-        """Begin an epoch. If a resumed run begins it from the start, restore the random streams."""
-        self._begun, place = 0, self.worker.place
-        self._rewind(not place.loop and not place.begun)
 
     def batches(self, data: Any, how: tuple[int | None, bool, bool], own: bool) -> Iterator[Any]:
         """Yield this worker's batches of the next loop. Yields nothing if a resumed run has done the loop already.
@@ -86,22 +89,32 @@ class Loop:
             raise RuntimeError("a loop over a shard inside another; one loop at a time can be resumed")
         worker, place = self.worker, self.worker.place
         self._unread = False
-        loop, self._begun = self._begun, self._begun + 1
+        loop = self.replay.next_loop()
         if worker.control.stop:
             return
-        if loop < place.loop:
-            self._rewind(loop == place.loop - 1 and not place.begun)
+        if loop < place.loop or place.over or (place.broke and place.calling):
+            try:
+                yield from self._rehearse(self._share(data, loop, how, own))
+            finally:  # the body may break out of the loop
+                self._skipped(loop)
             return
-        if place.over:
-            self._rewind(True)
-        else:
-            yield from self._work(self._share(data, loop, how, own), own)
+        self.replay.go_on(not place.begun)
+        yield from self._work(self._share(data, loop, how, own), own)
         if place.over:
             place.next_loop()
 
+    def _skipped(self, loop: int) -> None:
+        """Note the end of a loop that was done before the checkpoint that the run is resumed from."""
+        place = self.worker.place
+        if loop < place.loop or place.over:
+            self.replay.end_loop(loop)
+        else:  # the script had broken out of it, and had begun a call
+            self.worker.begin()
+            self._where = Where.BROKE
+
     def promised(self) -> None:
         """Note that the script has asked for a shard to loop over."""
-        self._unread = not self._begun and self.worker.drawn == 0
+        self._unread = not self.replay.loops and self.worker.drawn == 0
 
     def _share(self, data: Any, loop: int, how: tuple[int | None, bool, bool], own: bool) -> Share | Hosting:
         """Return this worker's share of the data."""
@@ -118,16 +131,26 @@ class Loop:
 
     def _work(self, shard: Share | Hosting, own: bool) -> Iterator[Any]:
         """Yield this worker's batches, and wait for the other workers at the end."""
-        worker = self.worker
+        worker, place = self.worker, self.worker.place
         worker.begin()
-        if worker.workers > 1 and worker.mode.gradients and not own and not worker.place.begun:
+        if worker.workers > 1 and worker.mode.gradients and not own and not place.begun:
+            place.calling = True
             self._meet()
+            place.calling = False
             if worker.control.stop:
                 return
         self._where = Where.INSIDE
-        batches = _deal(worker, shard)
-        self._enter()
+        resumed = self.replay.pending  # the run goes on in this loop
+        if resumed:
+            self.replay.put_back()
+        batches = iter(()) if place.broke else _deal(worker, shard)
+        if resumed:
+            self.replay.restore_streams()
+        place.inside = True
         for batch, count, samples in batches:
+            if resumed:
+                self.replay.forget()
+                resumed = False
             worker.settle()
             if worker.control.stop:
                 self._obey()
@@ -138,10 +161,11 @@ class Loop:
             worker.more = worker.mode.gradients and not worker.mode.requests
             try:
                 yield batch
-            except GeneratorExit:
-                worker.settle()  # code after a break may read the weights
+            except GeneratorExit:  # a break, or an exception that may end the run
                 if self.inside:
                     self._where = Where.BROKE
+                place.broke = not self.aware
+                worker.settle(pay=False)  # code after a break may read the weights
                 raise
             worker.pay()
             if worker.control.preempting and worker.more:
@@ -149,6 +173,8 @@ class Loop:
             if worker.control.stop:
                 self._obey()
                 return
+        if resumed:  # behind the last batch
+            yield from self._rehearse_last(shard)
         worker.settle()
         self._obey()
         if not worker.control.stop:
@@ -167,17 +193,49 @@ class Loop:
         self._taken += count
         self._samples = None if samples is None or self._samples is None else self._samples + samples
 
-    def _enter(self) -> None:
-        """Restore the random streams of a resumed run that continues inside this loop."""
-        place = self.worker.place
-        self._rewind(place.begun)
-        place.inside = True
+    def _rehearse(self, shard: Share | Hosting) -> Iterator[Any]:
+        """Yield one batch of a loop that a resumed run has done. No step is taken on it: it lets the body set its names."""
+        batches = shard.first() if isinstance(shard, Share) and not self.framework else []
+        if batches and not self._told:
+            self._told = True
+            self._tell("mpips: resume: a loop that is done executes its body once, without a step, for the names that it sets")
+        self._where, self.rehearsing = Where.INSIDE, True
+        try:
+            yield from batches
+        finally:
+            self._where, self.rehearsing = Where.OUTSIDE, False
 
-    def _rewind(self, resumes_here: bool) -> None:
-        """If the resumed run continues `here`, restore its random streams, undoing the draws made on the way."""
-        if resumes_here and self._streams is not None:
-            rng.restore(self._streams)
-        self._streams = None if resumes_here else self._streams
+    def _rehearse_last(self, shard: Share | Hosting) -> Iterator[Any]:
+        """Rehearse the body of a loop of which a resumed run has found no batch left, where the run has gone on already."""
+        streams = rng.capture()
+        self.worker.remember()
+        try:
+            yield from self._rehearse(shard)
+        except GeneratorExit:
+            self._where = Where.BROKE
+            raise
+        finally:
+            self.replay.put_back()
+            self.replay.forget()
+            rng.restore(streams)
+
+    def made(self) -> bool:
+        """Begin a call. Return whether nothing is to be done: a resumed run has made it before, or rehearses a loop.
+
+        Call `end_call` at the end of a call that is made.
+        """
+        return self.rehearsing if self._where is not Where.OUTSIDE else self.replay.call()
+
+    def end_call(self) -> None:
+        """End a call. A checkpoint that came due in it is taken now, if a resumed run can go on behind the call."""
+        if self._where is not Where.OUTSIDE:
+            return
+        self.replay.end_call()
+        if self.replay.resumable and not self.replay.pending:
+            self.worker.settle()
+        if self.worker.control.preempting:
+            self.worker.barrier(Call.PAUSE)
+            self.obey()
 
     def _exhausted(self) -> None:
         """Wait until every worker's shard is exhausted."""
@@ -194,8 +252,11 @@ class Loop:
 
     def drain(self) -> None:
         """End a loop that the script broke out of. This worker's shard counts as exhausted."""
+        place = self.worker.place
+        place.calling |= place.broke  # a checkpoint that is taken here is within the call that follows
         self.obey()
         if self._where is Where.BROKE:
+            self.replay.go_on(True)
             self._where = Where.OUTSIDE
             if not self.worker.control.stop:
                 self._exhausted()
@@ -214,6 +275,9 @@ class Loop:
     def backward(self, loss: Tensor, samples: int | None) -> None:
         """Do the last backward before a step; see `Run.backward`."""
         self.drain()
+        if self.rehearsing or (not self.inside and self.replay.will_be_made()):
+            loss.backward()  # type: ignore[no-untyped-call]
+            return
         self.worker.backward(loss, self._count() if samples is None else samples)
 
     def step(self, loss: Tensor | float | None, samples: float | None, metrics: Mapping[str, float]) -> None:
@@ -221,6 +285,8 @@ class Loop:
         worker = self.worker
         if self._where is not Where.INSIDE or worker.control.stop:
             self.drain()
+        if self.made():
+            return
         self._check_place()
         named = worker.config.metrics
         if (metrics or (named and loss is not None)) and metrics.keys() != set(named):
@@ -229,14 +295,23 @@ class Loop:
         if count < 0:
             raise ValueError(f"step() was given samples={count}; expected 0 or more")
         taken, self._taken, self._samples, worker.place.samples = self._taken, 0, 0, 0.0
-        self._latest = count
+        self._note_call(count)
         value = float("nan") if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
         if isinstance(worker.update, FedAvg) and worker.update.measuring:
             worker.update.measure(value, count)
             return
+        inside = self.inside
         worker.step(value, count, [float(metrics.get(name, float("nan"))) for name in named], taken)
         if worker.control.stop:
-            self._obey(later=self.inside)
+            self._obey(later=inside)
+        if not inside:
+            self.end_call()
+
+    def _note_call(self, count: float) -> None:
+        """Note that the step in progress is in the checkpoint that its round may ask for."""
+        self.worker.place.latest = self._latest = count
+        if self._where is Where.OUTSIDE:
+            self.replay.end_call()
 
     def _check_place(self) -> None:
         """Raise RuntimeError for a step that trains on unsharded data, or that a checkpoint could not resume at."""
@@ -259,15 +334,25 @@ class Loop:
         """Average the gradients over all workers without a step; see `Worker.average`."""
         self.drain()
         value = 0.0 if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
-        return self.worker.average(value, self._count())
+        within = self.worker.place.calling and not self.replay.pending  # a step that evaluates the loss several times
+        if not within and self.made():
+            return value
+        average = self.worker.average(value, self._count())
+        if not within:
+            self.end_call()
+        return average
 
     def adopt(self, weights: Tensor, loss: float) -> None:
         """Let the server take weights that the script's optimizer has stepped on every worker."""
         self.drain()
         count, taken = self._count(), self._taken
-        self._taken, self._samples, self.worker.place.samples, self._latest = 0, 0, 0.0, count
+        self._taken, self._samples, self.worker.place.samples = 0, 0, 0.0
+        self._note_call(count)
+        inside = self.inside
         self.worker.adopt(weights, loss, count, taken)
-        self._obey(later=self.inside)
+        self._obey(later=inside)
+        if not inside:
+            self.end_call()
 
     def _count(self) -> float:
         """Return the samples behind the gradient: those drawn since the last step. Without a loop, all steps count alike.

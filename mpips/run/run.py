@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from mpips import checkpoint
 from mpips.algorithms.modes import choose_mode
 from mpips.comm import SERVER, Communicator, broadcast_bytes
 from mpips.comm.flight_recorder import FlightRecorder
@@ -36,6 +37,7 @@ from mpips.run import run_folder as folder
 from mpips.run import wrapped_optimizer as wrapped
 from mpips.run.keeping import GROUPS, Keeping
 from mpips.run.loop import Batches, Loop
+from mpips.run.replay import Replay
 from mpips.run.start import (
     check_faults,
     check_optimizer,
@@ -359,6 +361,7 @@ class Start:
         """Return the run folder, the checkpoint to resume from, and the run's id: the server chooses and broadcasts them."""
         agreed = b""
         if self.communicator.rank == SERVER:
+            checkpoint.stop_writing()
             where, start = folder.folders(self.config.run_dir, self.config.resume, self._count)
             run = report.run_id(where) if start and folder.holds_run(where) else report.new_id(self._count)
             try:
@@ -469,8 +472,9 @@ class Run:
         for which, optimizer in enumerate(self.optimizers):
             wrapped.wrap(optimizer, Seat(self, which))
         clipping.watch(self._worker.replica.flat, self.average)
-        self._loop = Loop(self._worker, self._worker.common, start.streams, partial(_preempted, self._server))
-        self._validations = 0  # in this epoch, including those before a resume
+        preempted = partial(_preempted, self._server)
+        self._replay = Replay(self._worker, self._keeping, start.streams)
+        self._loop = Loop(self._worker, self._worker.common, self._replay, preempted, self.print)
         self._ended = -1.0  # the round at which `epochs` ended
         self._data: Any = None  # the validation data
         self._said: tuple[float, float | None, Mapping[str, float]] | None = (
@@ -506,6 +510,7 @@ class Run:
     def stopping(self) -> str:
         """Why the run ends, as "patience", "target", "requested", "left", "preempted" or "ended"; empty while it goes on."""
         stop = Stop(int(self._control.stop))
+        self._loop.aware = bool(stop)
         return stop.name.lower() if stop else ""
 
     def epochs(self, count: int) -> Iterator[int]:
@@ -517,10 +522,11 @@ class Run:
         if self._keeping.behind:
             self._keeping.catch_up()
         while place.epoch < count and not self.stopping:
-            self._loop.next_epoch()
-            self._validations = 0
+            self._replay.next_epoch()
             yield place.epoch
             self._end_epoch(count)
+        if not self.stopping:
+            self._replay.next_epoch()  # the checkpoint of a run that goes on behind its epochs has no further one
         self._finish()
 
     def shard(self, loader: Any) -> Any:
@@ -641,7 +647,7 @@ class Run:
         Every worker takes the same step on weights of its own, with averaged losses and gradients. Then the server takes the
         new weights.
         """
-        optimizer = self.optimizers[which]
+        optimizer, loop = self.optimizers[which], self._loop
         name = type(optimizer).__name__
         if not self._worker.mode.gradients:
             raise ConfigError(
@@ -651,26 +657,31 @@ class Run:
             raise ConfigError("optimizer: given LBFGS, whose step needs a closure, allowed: optimizer.step(closure)")
         self.turn_to(which)
         self._keeping.own_state.add(which)
-        flat, pulled = self._worker.replica.flat, self._worker.replica.flat.weights
+        loop.drain()
+        if loop.made():
+            return closure() if closure else None
+        worker, flat, pulled = self._worker, self._worker.replica.flat, self._worker.replica.flat.weights
         losses: list[float] = []
 
         def averaged_closure() -> Any:
             assert closure
             with torch.enable_grad():
                 loss = closure()
-            losses.append(self._loop.average(loss))
+            losses.append(loop.average(loss))
             return loss if self.workers == 1 else loss.detach().new_tensor(losses[-1])
 
+        more, worker.more = worker.more, True  # a run that is preempted takes the whole step
         if closure is None:
-            self._loop.average(None)
+            loop.average(None)
         flat.rehang_weights(pulled.clone())
         try:
             result = unhooked(optimizer)(optimizer, *([averaged_closure] if closure else []))
             weights = flat.gathered()
         finally:
             flat.rehang_weights(pulled)
+            worker.more = more
         loss_given = self._said[0] if self._said else float("nan")
-        self._loop.adopt(weights, losses[0] if losses else loss_given)
+        loop.adopt(weights, losses[0] if losses else loss_given)
         return result
 
     @property
@@ -699,8 +710,10 @@ class Run:
                 f"optimizer.state_dict() in mode {self.config.mode}, where the server answers one worker at a time; the state "
                 f"is in the checkpoints (ps.save())"
             )
+        self._loop.made()
         tree = worker.optimizer_state()
         self._loop.obey()
+        self._loop.end_call()
         return self._numbered(which, tree)
 
     def _steps_with(self, which: int) -> FlatOptimizer | None:
@@ -750,17 +763,16 @@ class Run:
             CallError: the other workers do not make this call.
         """
         self._loop.check_between("validate()")
-        self._validations += 1
         if measure is None:
             self._check_frozen()
-        if self._validations > self._place.validations and self._control.stop not in (Stop.LEFT, Stop.ENDED):
-            before = self._values
-            reply = self._worker.call_for(Call.VALIDATE, lambda: self._measured(measure, name))
-            self._loop.obey()
-            self._place.validations = self._validations
-            self._values = before | reply["values"]
-            return {k: self._values[k] for k in reply["told"]} if reply["several"] else self._values[name]
-        return self._values.get(name, self._values or float("nan"))
+        if self._loop.made() or self._control.stop in (Stop.LEFT, Stop.ENDED):
+            return self._values.get(name, self._values or float("nan"))
+        before = self._values
+        reply = self._worker.call_for(Call.VALIDATE, lambda: self._measured(measure, name))
+        self._loop.obey()
+        self._values = before | reply["values"]
+        self._loop.end_call()
+        return {k: self._values[k] for k in reply["told"]} if reply["several"] else self._values[name]
 
     def _check_frozen(self) -> None:
         """Raise RuntimeError if the server would measure a model whose frozen parameters the workers have changed."""
@@ -787,8 +799,11 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint now. Every worker calls this at the same place."""
         self._loop.check_between("save()")
+        if self._loop.made():
+            return
         self._worker.call_for(Call.SAVE)
         self._loop.obey()
+        self._loop.end_call()
 
     def preempt(self) -> None:
         """Write a checkpoint at the next round and end with status 75, as on SIGUSR1."""
@@ -796,8 +811,12 @@ class Run:
 
     def meet(self, text: str = "") -> str:
         """Wait for all workers, and return the text that worker 0 has given."""
+        self._loop.made()
+        if self._loop.rehearsing:
+            return text
         reply = self._worker.call_for(Call.MEET, {"told": text if self.worker == 0 else ""})
         self._loop.obey()
+        self._loop.end_call()
         return str(reply.get("told", text))
 
     def print(self, *words: object) -> None:

@@ -734,7 +734,7 @@ class Service:
         self.kept = tree["kept"]
         self.states = pack_all(states)
         first, taken = states[-1].place, max(state.place.taken for state in states)  # the last rank is always a worker
-        self.place = Place(first.epoch, first.loop, taken, first.over, validations=first.validations, inside=first.inside)
+        self.place = Place(first.epoch, first.loop, taken, first.over, inside=first.inside)
         rng.restore(states[0].streams)
         self.control = Control(int(tree["round"]), int(tree["version"]), active=self.workers, lr=self.lr)
         metrics, validations = (int(tree[table]["rows"]) for table in ("metrics", "validations"))

@@ -33,7 +33,7 @@ class RankState:
         index: the worker's number; -1 for a server that does not train.
         place: its place in the data.
         streams: its random streams.
-        buffers: its own buffers by name, if the setting `buffers` is "local".
+        buffers: its own buffers by name: all if the setting `buffers` is "local", else those that have changed since the pull.
         gradients: the gradients by name that it has accumulated and not yet pushed.
         own: the state of the mode's update, such as the worker's optimizer or its clients' states.
         orders: the random streams that orders of data are drawn from.
@@ -202,7 +202,8 @@ def for_worker(states: list[RankState], index: int, workers: int) -> RankState |
     places = [saved[i].place for i in old]
     first = places[0]
     cuts = first.cuts if first.over else [*first.cuts, [p.taken for p in places]]
-    place = Place(first.epoch, first.loop, 0, first.over, cuts, mine.place.samples if mine else 0, first.validations)
+    samples, own = mine.place.samples if mine else 0, mine.place if mine else first
+    place = Place(first.epoch, first.loop, 0, first.over, cuts, samples, False, False, own.calls, own.calling, own.latest)
     clients = _clients(states, index, workers)
     if mine is None:  # takes the first worker's optimizer, with its scheduler's progress, but not its elastic weights
         known = {key: kept for key, kept in saved[old[0]].own.items() if key == "inner"}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -47,8 +48,7 @@ class Client(Worker):
         self._pushed = False  # whether it waits for the answer to a push
         self._overlapping = False  # whether it computes the next update while it waits for that answer
         self._sent = replace(self.place)  # its place at the last push
-        self._composed = False  # whether the push message is written, but the last push is not answered yet
-        self._unsent: Tensor | None = None  # in a resumed run, such a message
+        self._unsent: Tensor | None = None  # a push message that a checkpoint holds, and that is sent after it
         self._ahead = 0  # in a resumed run, the batches used for the next push
         self._granted: deque[int] = deque()
         self._begin_anew()
@@ -108,8 +108,9 @@ class Client(Worker):
             The control.
         """
         self.pay()
-        if self._waiting:  # for the answer to the last push
-            self._receive_answer()
+        asked = bool(self._waiting) and self._receive_answer()  # of the last push
+        if asked and self.call:
+            return self.control
         if not self.control.stop or self.call:
             self._post_request(weights, busy=not self.done)
             self._receive_answer()
@@ -131,10 +132,10 @@ class Client(Worker):
         self._begin_anew()
         self.used, self._ahead = self._ahead, 0
 
-    def settle(self) -> None:
-        """Settle; in a resumed run, push first what was written and not sent. See `Worker`."""
-        super().settle()
-        if self._unsent is not None:
+    def settle(self, pay: bool = True) -> None:
+        """Settle, and push what was written and not sent before a checkpoint. See `Worker`."""
+        super().settle(pay)
+        if self._unsent is not None and not self._checkpoint_due:
             message, self._unsent = self._unsent, None
             self._send_message(message)
 
@@ -152,6 +153,8 @@ class Client(Worker):
             self._before_push(self._receive_answer)  # a later request reports the end
         if call != Call.LOOP or not self.control.stop:
             super().barrier(call)
+        if call == Call.LOOP:
+            self._draws = False  # a batch that a step outside loops is dealt would be lost
 
     def close(self) -> None:
         """Tell the server that this worker sends no more requests; local steps are pushed first."""
@@ -210,10 +213,10 @@ class Client(Worker):
     def _send(self) -> None:
         self._begun = self.communicator.clock()
         if self._waiting:
-            self._composed = True
-            self._before_push(self._receive_answer)
-            self._composed = False
-        if not self.control.stop:
+            self._before_push(partial(self._receive_answer, later=True))
+        if self._checkpoint_due:  # taken when the script has finished its step; the message is in it, and is sent after it
+            self._unsent = self.replica.push.message.clone()
+        elif not self.control.stop:
             self._send_message(self.replica.push.message)
 
     def _send_message(self, message: Tensor) -> None:
@@ -232,12 +235,16 @@ class Client(Worker):
             self._receive_answer(later=not (self.config.overlap or self.call))  # not within a step
         self._left = self.communicator.clock()
 
-    def _receive_answer(self, later: bool = False) -> None:
+    def _receive_answer(self, later: bool = False) -> bool:
         """Receive the answer, and take part in a checkpoint if it demands one; then ask again, to wait for the checkpoint.
 
         Args:
             later: whether to take part only when the script has finished its step.
+
+        Returns:
+            Whether it has asked again.
         """
+        asked = False
         while self._waiting:
             waiting, self._waiting = self._waiting, None
             self._take(waiting())
@@ -249,11 +256,13 @@ class Client(Worker):
                 raise CallError(broadcast_bytes(self.communicator, b"").decode())
             self.replica.check_finite(self.control)
             if self.control.again and not self._checkpoint_due:
+                asked = True
                 self._post_request(not self._elastic, busy=False)
         if self._overlapping and self.control.stop:  # what has been computed meanwhile will be computed again
-            self.place.taken, self.place.samples = self._sent.taken, self._sent.samples
+            self.place.taken, self.place.samples, self.place.calls = self._sent.taken, self._sent.samples, self._sent.calls
             self.replica.flat.clear()
         self._overlapping = False
+        return asked
 
     def _take(self, whole: bool) -> None:
         pull, pushed = self._pull, self._pushed
@@ -280,9 +289,9 @@ class Client(Worker):
 
     def state(self) -> RankState:
         """Return this worker's state, with what it has computed since its last push; see `Worker`."""
-        state, message = super().state(), self.replica.push.message if self._composed else self._unsent
-        if message is not None:
-            message = message.clone()
+        state = super().state()
+        if self._unsent is not None:
+            message = self._unsent.clone()
             row = message[-len(self.replica.push.columns) :]
             row[SIGNAL] = row[STOP] = 0  # these end this run, not the resumed one
             state.own["ahead"] = {"tickets": int(row[TICKETS]), "used": 0, "sent": asdict(self._sent), "message": message}

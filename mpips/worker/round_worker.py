@@ -90,6 +90,21 @@ def place_of(communicator: Communicator, config: Config) -> tuple[int, int]:
     return communicator.rank - dedicated, communicator.size - dedicated
 
 
+@dataclass
+class Before:
+    """What a resumed worker begins with, and its script may change before the run goes on.
+
+    Attributes:
+        gradients: the gradients by name that are not pushed yet; empty if none are.
+        sums: a digest of each parameter.
+        buffers: a copy of each buffer, by name.
+    """
+
+    gradients: dict[str, Tensor]
+    sums: list[int]
+    buffers: dict[str, Tensor]
+
+
 class Worker:
     """One worker in a run with rounds.
 
@@ -166,6 +181,7 @@ class Worker:
         self._background: Callable[[], None] | None = None  # waits for a round in the background
         self._checkpoint_due = False  # whether its part of a checkpoint is due
         self._streams: rng.State | None = None
+        self._before: Before | None = None  # of a resumed run that has not gone on
         if self.config.overlap and mode.gradients:
             model.register_forward_pre_hook(lambda *_: self.settle())  # deepcopy of the model does not follow it
         self._begun = self._left = communicator.clock()
@@ -192,6 +208,8 @@ class Worker:
         if mine is not None:
             self._restore(mine)
         self.replica.buffers.load(self.replica.pull.buffers)
+        if mine is not None:
+            self.replica.buffers.put(mine.buffers)
         self.control = self.replica.pull.control
         self.replica.clear()
         self.update.received()
@@ -199,6 +217,7 @@ class Worker:
         self.replica.flat.note_frozen()
         if mine is not None:
             self.replica.flat.resume(mine.gradients)
+            self.remember()
             self.update.load_state_dict(mine.own)
             if tally := mine.own.get("tally"):  # the local steps that are not pushed
                 self.tally = Tally(float(tally["samples"]), float(tally["loss"]), [float(m) for m in tally["metrics"]])
@@ -211,8 +230,46 @@ class Worker:
             self.common.load_state_dict(mine.orders)
         if mine.streams:
             rng.restore(mine.streams)
-        for name, tensor in mine.buffers.items():
-            self.replica.buffers.named[name].copy_(tensor)
+
+    def remember(self) -> None:
+        """Remember what the script may change by code that a resumed run executes again, for `put_back`."""
+        flat = self.replica.flat
+        gradients = {name: tensor.clone() for name, tensor in flat.named(flat.grad)} if flat.pending else {}
+        buffers = {name: buffer.clone() for name, buffer in self.replica.buffers.named.items()}
+        self._before = Before(gradients, self._sums_now(), buffers)
+
+    def put_back(self, gradients: bool) -> None:
+        """Put back what `remember` has found.
+
+        Args:
+            gradients: whether gradients are removed even if none were pending.
+
+        Raises:
+            RuntimeError: the script has changed weights.
+        """
+        if not self._before:
+            return
+        before, flat = self._before, self.replica.flat
+        for number, (now, then) in enumerate(zip(self._sums_now(), before.sums, strict=True)):
+            if now != then:
+                raise RuntimeError(
+                    f"resume: the script has changed {flat.slots[number].name} between connect and where the run goes on; "
+                    f"expected weights that are loaded and initialised before connect"
+                )
+        self.replica.buffers.put(before.buffers)
+        if gradients or before.gradients:
+            flat.clear()
+            flat.resume(before.gradients)
+        else:
+            flat.pushed()
+
+    def go_on(self) -> None:
+        """Forget what `put_back` needs: the resumed run has gone on."""
+        self._before = None
+
+    def _sums_now(self) -> list[int]:
+        """Return a digest of each parameter; nothing where a worker has weights of its own besides the server's."""
+        return [] if self.update.apart else self.replica.flat.sums()
 
     def backward(self, loss: Tensor, samples: float) -> None:
         """Compute the gradients, in the last backward before a step.
@@ -357,8 +414,11 @@ class Worker:
         self._send()
         self._receive(contributed=True)
 
-    def settle(self) -> None:
+    def settle(self, pay: bool = True) -> None:
         """Wait for the end of a round that goes on in the background, if there is one; the model then has the new weights.
+
+        Args:
+            pay: whether to take part in the checkpoint that may be due, too.
 
         Raises:
             NonFiniteError: see `pull`.
@@ -366,7 +426,7 @@ class Worker:
         rest, self._background = self._background, None
         if rest:
             rest()
-        if self._checkpoint_due:
+        if pay and self._checkpoint_due:
             self.pay()
         self._streams = None
 
@@ -639,7 +699,7 @@ class Worker:
 
     def state(self) -> RankState:
         """Return the state that only this rank has."""
-        own = self.replica.buffers.named if self.config.buffers == "local" else {}
+        own = self.replica.buffers.own(self.replica.pull.buffers)
         flat = self.replica.flat
         if flat.pending and self._kept is None:
             flat.collect()

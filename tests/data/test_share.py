@@ -1522,3 +1522,30 @@ def test_a_sampler_of_the_user_s_own_is_drawn_once_for_a_dealt_epoch() -> None:
     assert own.tickets(EPOCH) == 3
     assert len(list(own.dealt(EPOCH, iter([0, 1, 2, None]).__next__))) == 3
     assert drawn == [9]
+
+
+def first(data: Any, **how: Any) -> list[list[Any]]:
+    """What a resumed run lets the body of a loop see that is done; nothing may be drawn for it."""
+    own = share(data, **how)
+    before = torch.get_rng_state()
+    found = [numbers(batch) for batch in own.first()]
+    assert torch.equal(before, torch.get_rng_state())
+    return found
+
+
+def test_a_first_batch_is_the_loader_s_without_a_draw() -> None:
+    ten = Numbers(10)
+    assert first(DataLoader(ten, batch_size=4, shuffle=True)) == [[0, 1, 2, 3]]
+    assert first(DataLoader(ten, batch_size=40, num_workers=2)) == [list(range(10))]
+    assert first(DataLoader(ten, batch_size=2, sampler=SubsetRandomSampler([7, 5, 3]))) == [[7, 5]]
+    assert first(DataLoader(ten, batch_size=2, sampler=[8, 6, 4], collate_fn=lambda batch: torch.tensor(batch) + 1)) == [[9, 7]]
+    assert first(DataLoader(ten, batch_size=None)) == [[0]]
+    assert first(torch.arange(6), batch_size=4) == [[0, 1, 2, 3]]
+    assert first([torch.tensor([1, 2]), torch.tensor([3])]) == [[1, 2]]
+
+
+def test_there_is_no_first_batch_where_only_the_sampler_or_stream_knows() -> None:
+    nothing: list[Any] = [DataLoader(Stream(9), batch_size=2), iter([torch.tensor([1])]), Elsewhere(Numbers(5))]
+    nothing += [DataLoader(Numbers(10), batch_sampler=Seeded(10, "torch")), DataLoader(Numbers(0), batch_size=2)]
+    for data in nothing:
+        assert first(data) == []

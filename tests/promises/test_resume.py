@@ -367,6 +367,158 @@ def test_what_a_script_does_after_a_step_is_in_the_checkpoint_of_that_step(world
         assert again == expected, f"preempted in round {at}"
 
 
+def between(communicator: Any, folder: str, preempt_at: int = -1, **settings: Any) -> list[Any]:
+    """A script that does everything before, between and behind its loops, and preempts itself at one of its lines."""
+    import mpips
+
+    torch.manual_seed(3)
+    body = [torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Dropout(0.3), torch.nn.Linear(6, 1)]
+    net = torch.nn.Sequential(*body).double()
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    average = torch.optim.swa_utils.AveragedModel(net)
+    ps = mpips.connect(net, optimizer, communicator=communicator, run_dir=folder, **settings)
+    ps.keep(average=average)
+    lines = 0
+
+    def line() -> None:
+        nonlocal lines
+        lines += 1
+        if lines == preempt_at:
+            ps.preempt()
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (net(x) - 1).pow(2).mean()
+        loss.backward()
+        line()
+        optimizer.step()
+        return loss
+
+    items = torch.randn(12 * ps.workers, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    mine = items[:7]
+    for _ in ps.epochs(2):
+        torch.rand(1)
+        step(torch.cat([mine, torch.rand(1, 4, dtype=torch.float64)]))
+        for x in ps.batches(items, 4):
+            loss = step(x)
+            scheduler.step()
+            if ps.round == 12:
+                break
+        scheduler.step()
+        float(loss.detach())  # a name that the loop has set
+        line()
+        ps.validate(lambda: float(net(mine).sum() + torch.rand(1)), "first")
+        average.update_parameters(net)
+        net(torch.randn(8, 4, dtype=torch.float64))  # BatchNorm's statistics
+        for _ in range(2):
+            optimizer.zero_grad()
+            (net(mine).sum() * float(torch.rand(1))).backward()
+            line()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+            optimizer.step()
+            scheduler.step()
+        optimizer.zero_grad()
+        net(mine).sum().backward()  # gradients that the next loop's first step has, too
+        line()
+        ps.save()
+        torch.rand(1)
+        for x in ps.batches(items, 4):
+            loss = (net(x) - 2).pow(2).mean()
+            loss.backward()
+            line()
+            optimizer.step()
+            optimizer.zero_grad()
+        average.update_parameters(net)
+        float(loss.detach())
+        line()
+        ps.validate(lambda: 0.5 + float(torch.rand(1)), "second")
+        scheduler.step()
+    table = [tuple(row.values()) for row in metrics(Path(folder))] if ps._server else []
+    return [sha(net), sha(average), optimizer.param_groups[0]["lr"], scheduler.last_epoch, float(torch.rand(1)), repr(table)]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_a_script_does_between_its_loops_is_done_once(world: str) -> None:
+    """Steps, validations, schedulers, gradients, statistics: a resumed run does nothing twice, and has the names of loops."""
+    size, settings = WORLDS[world]
+    settings = settings | {"checkpoint": {"every": 1, "keep": 1000}}
+    expected = World(size).run(lambda e: between(e, "whole", **settings))
+    files = sorted(Path("whole", "checkpoints").glob("*.h5"))
+    assert len(files) > 15
+    for file in files[:-1]:
+        again = World(size).run(lambda e, file=file: between(e, f"from-{file.stem}", resume=str(file), **settings))
+        assert again == expected, file.stem
+    settings["checkpoint"] = {"every": 0}
+    for at in range(1, 24):
+        with pytest.raises(SystemExit, match="75"):
+            World(size).run(lambda e, at=at: between(e, f"early-{at}", preempt_at=at, **settings))
+        again = World(size).run(lambda e, at=at: between(e, f"early-{at}", resume="auto", **settings))
+        assert again == expected, f"preempted at line {at}"
+
+
+OTHER_MODES: dict[str, tuple[int, dict[str, Any]]] = {
+    "requests": (2, {"mode": "async"}), "overlapping requests": (2, {"mode": "async", "overlap": True}),
+    "two local steps": (3, {"mode": "local_sgd", "local": {"steps": 2}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", OTHER_MODES)
+def test_what_a_script_does_between_its_loops_is_done_once_in_other_modes(mode: str) -> None:
+    size, settings = OTHER_MODES[mode]
+    expected = World(size).run(lambda e: between(e, "whole", **settings))
+    for at in range(1, 24):
+        with pytest.raises(SystemExit, match="75"):
+            World(size).run(lambda e, at=at: between(e, f"early-{at}", preempt_at=at, checkpoint={"every": 1}, **settings))
+        again = World(size).run(lambda e, at=at: between(e, f"early-{at}", resume="auto", **settings))
+        assert again == expected, f"preempted at line {at}"
+
+
+def test_an_exception_in_a_loop_is_no_break() -> None:
+    def program(folder: str, fails: bool = False, **settings: Any) -> str:
+        import mpips
+
+        net = dropout_mlp()
+        optimizer = OPTIMIZERS["adam"](net.parameters())
+        settings = settings | {"checkpoint": {"every": 1}}
+        ps = mpips.connect(net, optimizer, communicator=World(1).ends[0], run_dir=folder, **settings)
+        for _ in ps.epochs(2):
+            for x, y in ps.batches(data(40), 8):
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(net(x), y).backward()
+                optimizer.step()
+                if fails and ps.round == 7:
+                    raise KeyboardInterrupt
+        return sha(net)
+
+    expected = program("whole")
+    with pytest.raises(KeyboardInterrupt):
+        program("cut", fails=True)
+    assert program("cut", resume="auto") == expected
+
+
+def test_weights_that_a_resumed_script_changes_before_it_goes_on_are_refused() -> None:
+    def program(resume: str = "no") -> None:
+        import mpips
+
+        net = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        ps = mpips.connect(net, optimizer, communicator=World(1).ends[0], run_dir="run", resume=resume, checkpoint={"every": 1})
+        torch.nn.init.ones_(net.weight)
+        for _ in ps.epochs(1):
+            for (x,) in ps.batches((torch.ones(4, 1),), 1):
+                optimizer.zero_grad()
+                net(x).sum().backward()
+                optimizer.step()
+                if ps.round == 2:
+                    ps.preempt()
+
+    with pytest.raises(SystemExit, match="75"):
+        program()
+    with pytest.raises(RuntimeError, match=r"has changed weight between connect and where the run goes on"):
+        program(resume="auto")
+
+
 def adversaries(communicator: Any, folder: str, optimizers: int, preempt_at: int = -1, **settings: Any) -> list[Any]:
     """A GAN's loop: the critic steps on each batch, the generator on each second one too, by one optimizer or two."""
     import mpips

@@ -73,8 +73,9 @@ class ShardedOptimizer:
         self._spans, self._gradients, self._piece = spans, gradients, piece(gradients.device)
         number: dict[Tensor, int] = {p: n for n, p in enumerate(whole.weights)}
         self._groups = [[number[p] for p in group["params"]] for group in self.torch.param_groups]
-        self._kept = {number[p]: state for p, state in self.torch.state.items()}
-        self.torch.state.clear()
+        self._kept = {number[p]: state for p, state in self.torch.state.items() if p in number}  # Adagrad has frozen ones' too
+        for p in number:
+            self.torch.state.pop(p, None)
         self.torch.state = defaultdict(dict)  # a new dict: the script's optimizer keeps its own, for whole parameters
         if masters:
             for n, slot in enumerate(self._slots):

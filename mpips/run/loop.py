@@ -298,6 +298,8 @@ class Loop:
         self._note_call(count)
         value = float("nan") if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
         if isinstance(worker.update, FedAvg) and worker.update.measuring:
+            if loss is None:
+                raise ValueError(f"mode {worker.config.mode} weighs a client by its loss: got none, expected ps.step(loss)")
             worker.update.measure(value, count)
             return
         inside = self.inside

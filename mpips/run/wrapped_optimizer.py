@@ -88,7 +88,7 @@ class Wrapped:
         tree = self._mpips.optimizer_state()
         own: dict[str, Any] = super().state_dict()  # type: ignore[misc]
         if tree is not None:
-            own["state"] = tree
+            own["state"] = own["state"] | tree  # a frozen parameter's, which Adagrad has, is here alone
         return own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -657,6 +657,19 @@ def test_gradients_that_a_script_does_not_step_with_do_not_reach_the_next_client
     assert torch.equal(World(1).run(lambda e: program(e, True))[0], World(1).run(lambda e: program(e, False))[0])
 
 
+def test_qfedavg_without_a_loss_is_refused() -> None:
+    def program(communicator: Communicator) -> None:
+        net = mlp()
+        optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+        ps = mpips.connect(net, optimizer, communicator=communicator, run_dir="run", mode="qfedavg")
+        for x, y in ps.batches(clients(torch.float32), BATCH):
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+
+    with pytest.raises(ValueError, match=r"mode qfedavg weighs a client by its loss: got none, expected ps\.step\(loss\)"):
+        World(1).run(program)
+
+
 def test_a_round_reports_each_sample_once() -> None:
     for mode, epochs in (("fedavg", 2), ("qfedavg", 2)):
         World(3).run(lambda e, mode=mode, epochs=epochs: ours(e, mode=mode, clients={"epochs": epochs}, run_dir=mode))

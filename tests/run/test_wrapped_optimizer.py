@@ -428,3 +428,24 @@ def test_an_average_s_weights_may_be_swapped_in_while_the_model_is_measured(thro
     value = other(torch.ones(1, 12)).sum().item()
     for found, weights in World(2, shares=shares).run(program):
         assert (found, weights) == (value, sha(model))
+
+
+@pytest.mark.parametrize("plan", ["root", "sharded"])
+def test_adagrad_keeps_the_state_of_frozen_parameters(plan: str) -> None:
+    """Adagrad makes its state with the optimizer, for all parameters."""
+
+    def program(e: Any) -> dict[str, Any]:
+        net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        net[0].weight.requires_grad_(False)
+        optimizer = torch.optim.Adagrad(net.parameters(), 0.1)
+        ps = mpips.connect(net, optimizer, communicator=e, run_dir="run", plan=plan)
+        for _ in range(2):
+            optimizer.zero_grad()
+            net(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        tree = optimizer.state_dict()
+        ps.close()
+        return tree
+
+    for tree in World(3, shares=True).run(program):
+        assert {number: float(state["step"]) for number, state in tree["state"].items()} == {0: 0.0, 1: 2.0, 2: 2.0, 3: 2.0}

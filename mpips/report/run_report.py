@@ -24,6 +24,7 @@ from typing import Any, TextIO
 
 from mpips.process.files import private, write_private
 from mpips.process.lifecycle import emit
+from mpips.report.slow_ranks import SlowRanks
 
 LOG = logging.getLogger("mpips")
 VALIDATED = ("round", "epoch", "value", "name")  # validations.csv
@@ -132,7 +133,8 @@ def rank_states(rows: Mapping[int, Mapping[str, float]], server_trains: bool) ->
         spent = max(row["train"] + row["wait"], 1e-9)
         state = {"state": "done" if row["done"] else "training", "done": bool(row["done"])}
         speed = {"samples_per_s": row["samples"] / spent, "wait": row["wait"] / spent}
-        table.append({"rank": rank, "role": "worker" if rank else "server, worker", **state, **speed})
+        times = {"train": row["train"], "round": spent}
+        table.append({"rank": rank, "role": "worker" if rank else "server, worker", **state, **speed, **times})
     return table
 
 
@@ -231,6 +233,7 @@ class Report:
     Attributes:
         metrics: the table with a row for each round.
         validations: the table with a row for each validated value.
+        slow: judges the ranks' times, where all wait for the slowest; else None.
     """
 
     def __init__(self, folder: Path | None, metrics: Sequence[str] = (), run: str = "") -> None:
@@ -244,6 +247,7 @@ class Report:
         self.epochs: int | None = None
         self.begun = time.time()
         self.name = "validation"
+        self.slow: SlowRanks | None = None
         self._last_event = self._last_line = 0.0
         self._drawn = "MPIPS_LAUNCH_DIR" in os.environ
         if folder is not None:
@@ -292,7 +296,11 @@ class Report:
             self._last_event = now
             self.flush()
             line = dict(zip(self.columns, row, strict=True))
-            self.event("round", **line, epochs=self.epochs, samples_per_s=speed, ranks=ranks())
+            states = ranks()
+            self.event("round", **line, epochs=self.epochs, samples_per_s=speed, ranks=states)
+            for message in self.slow.look(states) if self.slow else []:
+                self.event("warning", message=message, round=row[0])
+                self.line(message, always=True)
             self.line(f"round {row[0]:.0f}  epoch {row[1]:.0f}  {_loss(row[4])}{speed:.0f} samples/s")
 
     def validated(self, epoch: int, number: int, value: float, best: float, name: str) -> None:

@@ -40,6 +40,7 @@ from mpips.model.message import (
 from mpips.optim.joint import Joint
 from mpips.reduce.transport import Decision
 from mpips.report.run_report import rank_states
+from mpips.report.slow_ranks import SlowRanks
 from mpips.server.base import Service
 
 
@@ -92,6 +93,12 @@ class Updates:
 
 class Server(Service):
     """The synchronous server; see `Service` for its arguments."""
+
+    def broadcast_initial_weights(self) -> None:
+        """Broadcast the weights, and judge from now on which rank the others wait for; see `Service`."""
+        super().broadcast_initial_weights()
+        if self.workers > 1 and not self.config.backup_workers:
+            self.report.slow = SlowRanks()
 
     def serve(self) -> None:
         """Serve rounds, and between them the calls that all workers make, until every worker has left."""

@@ -146,7 +146,7 @@ class Loop:
         batches = iter(()) if place.broke else _deal(worker, shard)
         if resumed:
             self.replay.restore_streams()
-        place.inside = True
+        place.inside, place.calling = True, False
         for batch, count, samples in batches:
             if resumed:
                 self.replay.forget()
@@ -224,14 +224,20 @@ class Loop:
 
         Call `end_call` at the end of a call that is made.
         """
-        return self.rehearsing if self._where is not Where.OUTSIDE else self.replay.call()
+        if self._where is not Where.OUTSIDE:
+            return self.rehearsing
+        if self.replay.call():
+            return True
+        self.worker.settle()  # a checkpoint that came due in a round in the background is within this call
+        self.obey()
+        return False
 
     def end_call(self) -> None:
         """End a call. A checkpoint that came due in it is taken now, if a resumed run can go on behind the call."""
         if self._where is not Where.OUTSIDE:
             return
         self.replay.end_call()
-        if self.replay.resumable and not self.replay.pending:
+        if self.replay.resumable and not self.replay.pending and not self.worker.travels:
             self.worker.settle()
         if self.worker.control.preempting:
             self.worker.barrier(Call.PAUSE)

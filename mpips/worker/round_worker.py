@@ -430,6 +430,11 @@ class Worker:
             self.pay()
         self._streams = None
 
+    @property
+    def travels(self) -> bool:
+        """Whether a round goes on in the background."""
+        return self._background is not None
+
     def pay(self) -> None:
         """Take part in the checkpoint that was due in the last round, now that the script has finished its step."""
         if self._checkpoint_due:
@@ -710,7 +715,7 @@ class Worker:
         return RankState(
             self.index,
             self.place,
-            self._streams or rng.capture(),
+            (None if self.place.calling else self._streams) or rng.capture(),
             own,
             pending,
             self.update.state_dict() | ({"tally": vars(self.tally)} if self.tally.samples else {}),

@@ -457,20 +457,22 @@ def test_what_a_script_does_between_its_loops_is_done_once(world: str) -> None:
         assert again == expected, f"preempted at line {at}"
 
 
-OTHER_MODES: dict[str, tuple[int, dict[str, Any]]] = {
-    "requests": (2, {"mode": "async"}), "overlapping requests": (2, {"mode": "async", "overlap": True}),
-    "two local steps": (3, {"mode": "local_sgd", "local": {"steps": 2}}),
+NODES: dict[str, Any] = {"shares": True, "nodes": (2, 2)}
+OTHER_WAYS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "requests": (2, {}, {"mode": "async"}), "overlapping requests": (2, {}, {"mode": "async", "overlap": True}),
+    "two local steps": (3, {}, {"mode": "local_sgd", "local": {"steps": 2}}),
+    "overlap": (4, NODES, {"overlap": True, "plan": "sharded"}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", OTHER_MODES)
-def test_what_a_script_does_between_its_loops_is_done_once_in_other_modes(mode: str) -> None:
-    size, settings = OTHER_MODES[mode]
-    expected = World(size).run(lambda e: between(e, "whole", **settings))
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_what_a_script_does_between_its_loops_is_done_once_in_other_ways(way: str) -> None:
+    size, world, settings = OTHER_WAYS[way]
+    expected = World(size, **world).run(lambda e: between(e, "whole", **settings))
     for at in range(1, 24):
         with pytest.raises(SystemExit, match="75"):
-            World(size).run(lambda e, at=at: between(e, f"early-{at}", preempt_at=at, checkpoint={"every": 1}, **settings))
-        again = World(size).run(lambda e, at=at: between(e, f"early-{at}", resume="auto", **settings))
+            World(size, **world).run(lambda e, at=at: between(e, f"early-{at}", at, checkpoint={"every": 1}, **settings))
+        again = World(size, **world).run(lambda e, at=at: between(e, f"early-{at}", resume="auto", **settings))
         assert again == expected, f"preempted at line {at}"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from mpips.comm.schedule import Killed as Killed
 from mpips.comm.schedule import Schedule
 from mpips.comm.simulated_group import SimulatedBarrier, SimulatedLeaderGroup
 from mpips.rules import Needs
+
+T = TypeVar("T")
 
 
 class World(Schedule["SimulatedCommunicator"]):
@@ -62,6 +65,24 @@ class World(Schedule["SimulatedCommunicator"]):
         self.mail = Mailbox()
         self._here: dict[int, tuple[str, object]] = {}  # rank -> its collective call in progress, and its contribution
         self._result: object = None
+
+    def run(self, program: Callable[[SimulatedCommunicator], T]) -> list[T]:
+        """Run `program` on every rank; see `Schedule`.
+
+        Raises:
+            CommunicatorError: a request is left that nobody has received: over MPI its rank would not end.
+        """
+        try:
+            results = super().run(program)
+        except SystemExit:
+            self._check_received()
+            raise
+        self._check_received()
+        return results
+
+    def _check_received(self) -> None:
+        if self.mail.requests:
+            raise CommunicatorError(f"nobody has received the request of rank {', '.join(map(str, self.mail.requests))}")
 
     def sleep(self, rank: int, seconds: float) -> None:
         """Let virtual time pass for `rank` alone."""

@@ -135,7 +135,7 @@ class Client(Worker):
     def settle(self, pay: bool = True) -> None:
         """Settle, and push what was written and not sent before a checkpoint. See `Worker`."""
         super().settle(pay)
-        if self._unsent is not None and not self._checkpoint_due:
+        if self._unsent is not None and not self._checkpoint_due and not self.control.stop:
             message, self._unsent = self._unsent, None
             self._send_message(message)
 

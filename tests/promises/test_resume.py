@@ -162,10 +162,11 @@ def test_another_number_of_workers_takes_each_sample_once(before: int, after: in
         numbers = torch.arange(103.0).view(-1, 1)
         for _ in ps.epochs(1):
             for (x,) in ps.batches((numbers,), 4):
-                seen.extend(x.view(-1).int().tolist())
-                loss = net(x).sum()
+                loss, number = net(x).sum(), ps.round
                 loss.backward()
                 ps.step(loss)
+                if ps.round > number:  # not in a loop that is done, whose body is executed once for its names
+                    seen.extend(x.view(-1).int().tolist())
                 if ps.round == rounds:
                     ps.preempt()
 

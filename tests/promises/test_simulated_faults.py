@@ -137,7 +137,18 @@ class Later(Future[Any]):
 
 def run(way: Way, seed: float, folder: str, resume: str = "no", **fault: Any) -> tuple[list[str], World]:
     """One attempt; a rank dies in it if the fault says so."""
-    looks = random.Random(seed)
+    size, world_of, _, _ = way
+    world = World(size, seed=seed, **world_of)
+    for rank, call in fault.get("kill", ()):
+        world.kill(rank, call)
+    slow, preempt_at = fault.get("slow"), fault.get("preempt_at", sys.maxsize)
+    with writing_later(random.Random(seed)):
+        return world.run(lambda end: program(end, way, folder, slow, preempt_at, resume)), world
+
+
+@contextmanager
+def writing_later(looks: random.Random) -> Iterator[None]:
+    """Let checkpoints be written behind training at seeded times."""
 
     class Executor:
         def __init__(self, **given: Any) -> None:
@@ -146,13 +157,9 @@ def run(way: Way, seed: float, folder: str, resume: str = "no", **fault: Any) ->
         def submit(self, work: Callable[..., Any], *args: Any) -> Later:
             return Later(looks.choice((0, 0, 1, 3, 9)), lambda: work(*args))
 
-    background.ThreadPoolExecutor = Executor  # type: ignore[misc, assignment]
-    size, world_of, _, _ = way
-    world = World(size, seed=seed, **world_of)
-    for rank, call in fault.get("kill", ()):
-        world.kill(rank, call)
-    slow, preempt_at = fault.get("slow"), fault.get("preempt_at", sys.maxsize)
-    return world.run(lambda end: program(end, way, folder, slow, preempt_at, resume)), world
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(background, "ThreadPoolExecutor", Executor)
+        yield
 
 
 @contextmanager

@@ -111,6 +111,7 @@ class Save:
         """Train one round that a checkpoint is due after, and wait until it is on the disk."""
         os.sync()
         self.train()
+        self._ps.meet()  # a checkpoint that is due is taken in the next call
         while not self._file.exists():
             time.sleep(0.001)
 

@@ -148,5 +148,6 @@ def test_workers_and_servers_of_other_modes_make_theirs(mode: str, tmp_path: Pat
     killed = launched(sys.executable, tmp_path, "--mode", mode, "--run_dir", "run", "--chaos", text)
     assert killed.returncode == 1
     assert "mpips: chaos: rank 0 sleeps for 0.01 s in round 2\n" in killed.stderr
-    assert re.search(r"mpips: chaos: rank 1 kills itself in round [67]\n", killed.stderr), killed.stderr
+    rounds = re.findall(r"mpips: chaos: rank 1 kills itself in round (\d+)\n", killed.stderr)
+    assert [int(number) >= 6 for number in rounds] == [True], killed.stderr  # in mode async other workers' rounds come between
     assert "mpips: rank 1 failed first" in killed.stderr

@@ -110,7 +110,8 @@ def test_runs_of_one_process_leave_no_lock_behind() -> None:
     """A script of a thousand runs, one after another, would run out of descriptors."""
     for number in range(3):
         model = torch.nn.Linear(1, 1)
-        ps = mpips.connect(model, torch.optim.SGD(model.parameters(), 0.1), run_dir=f"run{number}")
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        ps = mpips.connect(model, optimizer, communicator=World(1).ends[0], run_dir=f"run{number}")
         assert Path(f"run{number}").absolute() / ".lock" in folder._held
         ps.close()
     assert not {f"run{number}" for number in range(3)} & {path.parent.name for path in folder._held}

@@ -19,7 +19,7 @@ from torch import Tensor
 from mpips.algorithms.easgd import EASGD
 from mpips.comm import broadcast_bytes
 from mpips.data import Place
-from mpips.model.message import CONTROL_BYTES, ROUNDS, SIGNAL, STOP, TICKETS, Call, CallError, Control, WorkerStatus
+from mpips.model.message import CONTROL_BYTES, ROUNDS, SIGNAL, STOP, TICKETS, Call, CallError, Control, Stop, WorkerStatus
 from mpips.server.parameter_server.request import BATCH, BUSY, BYE, WEIGHTS
 from mpips.server.rank_state import RankState
 from mpips.worker.round_worker import Worker
@@ -109,7 +109,7 @@ class Client(Worker):
         """
         self.pay()
         asked = bool(self._waiting) and self._receive_answer()  # of the last push
-        if asked and self.call:
+        if (asked and self.call) or self.control.stop == Stop.PREEMPTED:  # then the server has ended
             return self.control
         if not self.control.stop or self.call:
             self._post_request(weights, busy=not self.done)

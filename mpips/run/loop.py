@@ -228,8 +228,10 @@ class Loop:
             return self.rehearsing
         if self.replay.call():
             return True
-        self.worker.settle()  # a checkpoint that came due in a round in the background is within this call
-        self.obey()
+        if self.worker.travels:
+            self.worker.settle()  # a checkpoint that comes due in that round is within this call
+        if self.worker.control.stop:
+            self.obey()
         return False
 
     def end_call(self) -> None:

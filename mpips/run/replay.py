@@ -35,9 +35,10 @@ class Replay:
     @property
     def pending(self) -> bool:
         """Whether the run is resumed and has not come to its place."""
+        if self._streams is None:
+            return False
         place = self._worker.place
-        found = self._epochs or place.begun or place.over or place.loop + place.epoch > 0
-        return self._streams is not None and found
+        return self._epochs or place.begun or place.over or place.loop + place.epoch > 0
 
     @property
     def _ahead(self) -> bool:

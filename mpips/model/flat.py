@@ -344,6 +344,10 @@ class Flat:
         """Whether backward has accumulated gradients that have not been pushed."""
         return bool(self._touched)
 
+    def unpushed(self, values: Tensor) -> dict[str, Tensor]:
+        """Return the gradients by name that backward has accumulated and that have not been pushed, as views of `values`."""
+        return {slot.name: slot.view(values) for number, slot in enumerate(self.slots) if number in self._touched}
+
     def gradients(self) -> list[Tensor]:
         """Return the gradients that are not None."""
         return [p.grad for p in self.parameters if p.grad is not None]

@@ -150,7 +150,7 @@ class Keeping:
         find_schedulers()
         self._saved, self._optimizers, self._tell = dict(saved), optimizers, tell
         self._objects: dict[str, Any] = {}
-        self._begun: list[tuple[Any, Tree]] = []  # objects with the states that they have got back, until `go_on`
+        self._begun: list[tuple[Any, Tree]] = []  # objects with the states that they have got back, until `forget`
         self._groups = unpack(self._saved.pop(GROUPS)) if saved else []
         self.behind, self._resumed = True, bool(saved)
         self._stepping = [Stepping(optimizer) for optimizer in optimizers]
@@ -185,8 +185,8 @@ class Keeping:
             thing.load_state_dict(unpack(tree))
         self._put_groups()
 
-    def go_on(self) -> None:
-        """Forget what `put_back` needs: the resumed run has gone on."""
+    def forget(self) -> None:
+        """Forget what `put_back` needs."""
         self._begun = []
 
     def _put_groups(self) -> None:

@@ -117,5 +117,5 @@ class Replay:
 
     def forget(self) -> None:
         """Free what `put_back` needs."""
-        self._worker.go_on()
-        self._keeping.go_on()
+        self._worker.forget()
+        self._keeping.forget()

@@ -234,7 +234,7 @@ class Worker:
     def remember(self) -> None:
         """Remember what the script may change by code that a resumed run executes again, for `put_back`."""
         flat = self.replica.flat
-        gradients = {name: tensor.clone() for name, tensor in flat.named(flat.grad)} if flat.pending else {}
+        gradients = {name: tensor.clone() for name, tensor in flat.unpushed(flat.grad).items()}
         buffers = {name: buffer.clone() for name, buffer in self.replica.buffers.named.items()}
         self._before = Before(gradients, self._sums_now(), buffers)
 
@@ -263,8 +263,8 @@ class Worker:
         else:
             flat.pushed()
 
-    def go_on(self) -> None:
-        """Forget what `put_back` needs: the resumed run has gone on."""
+    def forget(self) -> None:
+        """Forget what `remember` has found."""
         self._before = None
 
     def _sums_now(self) -> list[int]:
@@ -709,7 +709,7 @@ class Worker:
         if flat.pending and self._kept is None:
             flat.collect()
         waiting = self._kept if self._kept is not None else flat.grad
-        pending = dict(flat.named(waiting)) if flat.pending else {}
+        pending = flat.unpushed(waiting)
         slices = {} if self.update.here else self.server.transport.optimizer_shard()
         first = self.index == 0
         return RankState(

@@ -256,6 +256,29 @@ def test_gradients_not_yet_pushed_survive_the_end_of_an_epoch() -> None:
     assert program("cut", 3, resume="auto") == -14
 
 
+def test_a_parameter_without_a_gradient_has_none_after_a_resume() -> None:
+    """Else the next step would decay it, or give it momentum."""
+
+    def program(**settings: Any) -> str:
+        import mpips
+
+        torch.manual_seed(0)
+        net = torch.nn.ModuleDict({"a": torch.nn.Linear(1, 1), "b": torch.nn.Linear(1, 1)})
+        optimizer = torch.optim.AdamW(net.parameters(), 0.1, weight_decay=0.5)
+        ps = mpips.connect(net, optimizer, communicator=World(1).ends[0], run_dir="run", **settings)
+        for _ in ps.epochs(1):
+            for used in ("b", "a"):
+                optimizer.zero_grad()
+                net[used](torch.ones(1, 1)).sum().backward()
+                ps.save()
+                optimizer.step()
+        return sha(net)
+
+    expected = program()
+    for file in sorted(Path("run", "checkpoints").glob("*.h5"))[:-1]:
+        assert program(resume=str(file)) == expected, file.stem
+
+
 @pytest.mark.parametrize("after", [2, 4])
 def test_data_of_ones_own_begins_its_loop_anew_on_another_number_of_workers(after: int) -> None:
     seen: list[int] = []

@@ -51,14 +51,14 @@ class Loaded:
     def first(self) -> list[Any]:
         """Return a batch of the first items in a list; an empty list if they cannot be known without the sampler or class."""
         loader = self._loader
-        indices = first_indices(sampler_of(loader), is_batched(loader)) if self._plain else []
+        indices = first_indices(sampler_of(loader), is_batched(loader)) if self._plain else ()
         names = ("collate_fn", "pin_memory", "worker_init_fn", "multiprocessing_context")
         how: dict[str, Any] = {name: getattr(loader, name) for name in names}
         how |= {"num_workers": min(1, loader.num_workers), "generator": torch.Generator()}
         if not indices or not len(loader.dataset):  # type: ignore[arg-type]
             return []
         if is_batched(loader):
-            return list(DataLoader(loader.dataset, batch_sampler=[indices[: len(loader.dataset)]], **how))  # type: ignore[arg-type]
+            return list(DataLoader(loader.dataset, batch_sampler=[list(indices[: len(loader.dataset)])], **how))  # type: ignore[arg-type]
         return list(DataLoader(loader.dataset, batch_size=None, sampler=indices, **how))
 
     def order(self) -> Order | None:

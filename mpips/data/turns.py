@@ -83,16 +83,19 @@ def _share_of(count: int, size: int, part: Part, drop_last: bool = False) -> int
     return full + (rest > part.index and not drop_last)
 
 
-def first_indices(sampler: Any, batched: bool) -> list[Any]:
-    """Return the indices of a batch that one of torch's own samplers could yield, without drawing; else an empty list."""
+def first_indices(sampler: Any, batched: bool) -> Sequence[Any]:
+    """Return the indices of a batch that one of torch's own samplers could yield, without drawing; else none.
+
+    There may be more than the dataset has: a batch size has no limit.
+    """
     size, order = (sampler.batch_size, sampler.sampler) if is_by_item(sampler, batched) else (1, sampler)
     if batched and not is_by_item(sampler, batched):
-        return []
+        return ()
     if isinstance(order, SubsetRandomSampler):
         order = order.indices
     if type(order) in (list, tuple, range):
-        return list(order[:size])
-    return list(range(size)) if type(order) in (SequentialSampler, *AT_ONCE) else []
+        return order[:size]  # type: ignore[no-any-return]
+    return range(size) if type(order) in (SequentialSampler, *AT_ONCE) else ()
 
 
 class Turns:

@@ -1537,6 +1537,7 @@ def test_a_first_batch_is_the_loader_s_without_a_draw() -> None:
     ten = Numbers(10)
     assert first(DataLoader(ten, batch_size=4, shuffle=True)) == [[0, 1, 2, 3]]
     assert first(DataLoader(ten, batch_size=40, num_workers=2)) == [list(range(10))]
+    assert first(DataLoader(ten, batch_size=10**12)) == [list(range(10))]
     assert first(DataLoader(ten, batch_size=2, sampler=SubsetRandomSampler([7, 5, 3]))) == [[7, 5]]
     assert first(DataLoader(ten, batch_size=2, sampler=[8, 6, 4], collate_fn=lambda batch: torch.tensor(batch) + 1)) == [[9, 7]]
     assert first(DataLoader(ten, batch_size=None)) == [[0]]

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
 
+from mpips.model.finite import all_finite, is_finite
+
 _registered = [0]  # parameters and modules registered in this process so far
 
 
@@ -363,9 +365,9 @@ class Flat:
 
     def first_nonfinite(self, flat: Tensor) -> int | None:
         """Return the index of the first slot of `flat` that holds a NaN or Inf, or None."""
-        if torch.isfinite(torch.dot(flat, flat)):  # one pass; overflows only far beyond any useful gradient
+        if is_finite(flat):
             return None
-        return next((i for i, s in enumerate(self.slots) if not torch.isfinite(s.view(flat)).all()), None)
+        return next((i for i, slot in enumerate(self.slots) if not all_finite(slot.view(flat))), None)
 
     def named(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Return an iterator over the names of the slots and their views of `flat`."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mpips.comm import Apply
+from mpips.model.finite import is_finite
 from mpips.model.message import WEIGHT, Push
 from mpips.reduce.combine import Combiner, Gram, coefficients, left_out, prepare
 from mpips.rules import Needs, Rule
@@ -160,5 +161,5 @@ def _move(gradients: Tensor, origin: Tensor, share: float) -> None:
     """Add the origin's share to the combined gradients, which become the next origin unless they overflowed."""
     if share:
         gradients.add_(origin, alpha=share)
-    if torch.isfinite(torch.dot(gradients, gradients)):
+    if is_finite(gradients):
         origin.copy_(gradients)

@@ -89,10 +89,9 @@ def _share_memory(
     group = communicator.node_group(spec)
     if group is None:
         return None
-    prepares = type(rule).prepare is not Rule.prepare
-    raw = update.raw and not (config.deterministic and prepares)  # then the rule prepares what it does by messages
+    raw = update.raw and not (config.deterministic and rule.prepares)  # then the rule prepares what it does by messages
     replica.move(group.buffers.row, group.buffers.pull, fill=group.buffers.fills, apart=apart, raw=raw)
-    replica.keeps_push = group.buffers.place > 0 and not prepares
+    replica.keeps_push = group.buffers.place > 0 and not rule.prepares
     if optimizer:
         optimizer.rebind()  # releases the messages' former memory
     group.barrier()

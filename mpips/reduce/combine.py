@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from mpips.comm.peer_buffers import Rows
+from mpips.model.finite import Values, all_finite, is_finite
 from mpips.model.message import BAD, SAMPLES, WEIGHT, Push
 from mpips.rules import Rule, RuleError
 
 Terms = list[tuple[int, float]]  # the index and the factor of each row that counts
-Total = Any  # a tensor, or a numpy array of its memory
 
 HUGE = 1e300  # larger squares count as infinite, as the sum of a few would be
-ONE_THREAD = 1 << 13  # up to so many elements BLAS computes an inner product on one thread
 STRIP = 1 << 14  # elements with which a rule is called on a CPU, so that its intermediate results stay in the cache
 warnings.filterwarnings("ignore", category=RuntimeWarning, module=__name__.replace(".", r"\."))  # overflows are checked here
 
@@ -90,7 +89,7 @@ class Combiner:
         """Return the rows that count in one slice, of gradients or of statistics, with their factors."""
         return self._behind if part.start >= self._behind_from else self._terms
 
-    def add(self, part: slice, rows: Sequence[Tensor]) -> Total:
+    def add(self, part: slice, rows: Sequence[Tensor]) -> Values:
         """Return the weighted sum of one slice's rows, in the memory of the first row."""
         if not self._begun:
             self._begin()
@@ -131,7 +130,8 @@ class Combiner:
         """
         if not self._begun:
             self._begin()
-            self._rule.faulty = reported(self._push)
+            if self._rule.needs != "sum":
+                self._rule.faulty = reported(self._push)
         if self.refused:
             return False
         behind = part.start >= self._behind_from
@@ -265,7 +265,9 @@ def coefficients(push: Push, rule: Rule, matrix: Tensor, usable: Tensor) -> tupl
 
 def prepare(rank: int, push: Push, rule: Rule) -> None:
     """Let the rule prepare this rank's contribution before it is combined with others; drop it if the rule rejects it."""
-    weight = float(push.rows[rank, WEIGHT])
+    if not rule.prepares:
+        return
+    weight = push.weight(rank)
     if weight > 0 and not rule.prepare(push.gradients, 1.0 if push.raw else weight):
         push.body.zero_()
         push.rows[rank, WEIGHT] = 0
@@ -273,7 +275,7 @@ def prepare(rank: int, push: Push, rule: Rule) -> None:
 
 def left_out(rows: Tensor, rule: Rule) -> set[int]:
     """Return the ranks whose contribution the rule has rejected in `prepare`, given the summed rows of the tail."""
-    if type(rule).prepare is Rule.prepare:
+    if not rule.prepares:
         return set()
     return set(((rows[:, SAMPLES] > 0) & (rows[:, WEIGHT] == 0)).nonzero().flatten().tolist())
 
@@ -322,18 +324,6 @@ def add_arrays(rows: Sequence[Any]) -> Any:
     for other in others:
         np.add(first, other, out=first)
     return first
-
-
-def is_finite(total: Total) -> bool:
-    """Return whether all elements are finite; False also for finite elements so large that their squares or sum overflow."""
-    if isinstance(total, Tensor):
-        return math.isfinite(torch.dot(total, total).item())
-    return math.isfinite(total.dot(total) if len(total) <= ONE_THREAD else total.sum())
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Return whether no element is a NaN or Inf."""
-    return bool(tensor.isfinite().all())
 
 
 def strips(like: Tensor) -> Iterator[slice]:

@@ -18,12 +18,13 @@ from mpips.comm.node_group import NodeGroup
 from mpips.comm.peer_buffers import Rows
 from mpips.comm.reduce_scatter import ReduceScatterGroup
 from mpips.model.bucket_ready import BucketReadiness
+from mpips.model.finite import all_finite, is_finite
 from mpips.model.layout import both
 from mpips.model.message import BAD, WEIGHT, Control, Replica
 from mpips.optim import hyperparameters as hyper
 from mpips.optim.flat_optimizer import FlatOptimizer
 from mpips.reduce.aggregate import NOTHING, AggregationResult
-from mpips.reduce.combine import HUGE, Combiner, Gram, all_finite, coefficients, is_finite, left_out, prepare
+from mpips.reduce.combine import HUGE, Combiner, Gram, coefficients, left_out, prepare
 from mpips.reduce.sharded_optimizer import ShardedOptimizer
 from mpips.reduce.transport import Decision, average_by_messages
 from mpips.rules import Needs, Rule
@@ -64,7 +65,7 @@ class SharedMemoryTransport:
     ) -> None:
         self.group, self.replica, self._clip, self._last, self._first = group, replica, clip, last, first
         self._push, self._rule, self._optimizer = replica.push, rule, optimizer
-        self._prepares = type(rule).prepare is not Rule.prepare
+        self._prepares = rule.prepares
         self._gradients = replica.flat.numel
         self._alone = len(group.nodes) == 1
         self.plan = "sharded" if group.sharded else "root"

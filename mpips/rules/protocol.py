@@ -25,8 +25,8 @@ class Rule:
             the rule itself is called. "gram" if inner products of whole contributions suffice: `coefficients` is called, and
             the result is the sum of the contributions multiplied by their coefficients.
         then: "rows" for a rule that needs "gram" and is afterwards called with the rows that `coefficients` has selected.
-        faulty: the number of contributions of this round that were left out because of a NaN or Inf. Set before the rule is
-            called.
+        faulty: the number of contributions of this round that were left out because of a NaN or Inf. Set before a rule that
+            needs "rows" or "gram" is called.
     """
 
     needs: Literal["sum", "rows", "gram"]
@@ -92,6 +92,11 @@ class Rule:
             False to leave the contribution out.
         """
         return True
+
+    @property
+    def prepares(self) -> bool:
+        """Whether the rule has a `prepare` of its own."""
+        return type(self).prepare is not Rule.prepare
 
     def check(self, n: int) -> None:
         """Raise RuleError if the rule cannot combine `n` finite contributions. A single contribution is always accepted."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import reduce
+from operator import add
 
 from torch import Tensor
 
@@ -88,7 +90,7 @@ class Updates:
         self._add_up()
 
     def _add_up(self) -> None:
-        self.totals = list(map(sum, zip(*self.rows, strict=True)))
+        self.totals = reduce(lambda totals, row: list(map(add, totals, row)), self.rows)
 
 
 class Server(Service):

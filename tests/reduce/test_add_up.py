@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpips.comm.peer_buffers import FEW, PeerBuffers, Rows
-from mpips.reduce.combine import ONE_THREAD, Terms, add_arrays, add_up, is_finite
+from mpips.model.finite import ONE_THREAD, is_finite
+from mpips.reduce.combine import Terms, add_arrays, add_up
 from mpips.rules import Mean
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -92,7 +93,8 @@ def test_a_product_may_be_rounded_before_it_is_added() -> None:
 
 OVERFLOW = """
 import numpy as np
-from mpips.reduce.combine import add_arrays, is_finite
+from mpips.model.finite import is_finite
+from mpips.reduce.combine import add_arrays
 for values in ((3e38, 3e38), (np.inf, -np.inf)):
     print(is_finite(add_arrays([np.full(100, value, np.float32) for value in values])))
 """

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ def look(pid: int) -> Sample:
     return {**memory, "threads": held["Threads"], **counts}
 
 
-def slope(rounds: Sequence[float], values: Sequence[float]) -> float:
+def slope(rounds: Any, values: Any) -> float:
     """Least squares, per 1,000 rounds."""
     return float(1000 * np.polyfit(rounds, values, 1)[0])
 
@@ -53,29 +54,31 @@ class Watch:
     Args:
         pids: their processes.
         folder: the run's.
+        looks: the most times that `sample` is called. Memory for what it sees is taken before the first.
     """
 
-    def __init__(self, pids: Sequence[int], folder: Path) -> None:
+    def __init__(self, pids: Sequence[int], folder: Path, looks: int) -> None:
         self._pids, self._folder = pids, folder
-        self.rounds: list[float] = []
-        self.seen: dict[str, list[float]] = {}
+        self.names = [f"rank {rank} {kind}" for rank, pid in enumerate(pids) for kind in look(pid)] + ["checkpoint bytes"]
+        self.looks, self._rounds, self._seen = 0, np.zeros(looks), np.zeros((len(self.names), looks))
 
     def sample(self, number: int) -> None:
         """Look at everything."""
-        self.rounds.append(number)
-        for rank, pid in enumerate(self._pids):
-            for kind, value in look(pid).items():
-                self.seen.setdefault(f"rank {rank} {kind}", []).append(value)
+        values = [value for pid in self._pids for value in look(pid).values()]
         newest = max(self._folder.glob("checkpoints/*.h5"), default=None)
-        self.seen.setdefault("checkpoint bytes", []).append(newest.stat().st_size if newest else 0)
+        self._rounds[self.looks] = number
+        self._seen[:, self.looks] = [*values, newest.stat().st_size if newest else 0]
+        self.looks += 1
 
     def report(self) -> bool:
         """Print a table; whether all is flat."""
-        warm = sum(number < WARM * self.rounds[-1] for number in self.rounds)
+        rounds = self._rounds[: self.looks]
+        warm = int((rounds < WARM * rounds[-1]).sum())
         flat = True
         print(f"{'':>20} {'after warm-up':>14} {'at the end':>14} {'most':>14} {'per 1,000 rounds':>17}")
-        for name, values in self.seen.items():
-            after, growth = values[warm:], slope(self.rounds[warm:], values[warm:])
+        for name, values in zip(self.names, self._seen, strict=True):
+            after = values[warm : self.looks]
+            growth = slope(rounds[warm:], after)
             if not name.endswith("library"):
                 flat &= growth <= FLAT if name.split()[-1] in ("memory", "bytes") else after[0] >= after[-1]
             print(f"{name:>20} {after[0]:14,.0f} {after[-1]:14,.0f} {max(after):14,.0f} {growth:17,.1f}")
@@ -100,13 +103,13 @@ def main() -> None:
     data = x, (x.sum(1) > 0).long()
     every = {"every": args.every, "epochs": 0, "keep": 2}
     ps = mpips.connect(model, optimizer, run_dir=where, checkpoint=every, mode=args.mode)
-    watch, begun = Watch(pids, ps.folder), time.time()
+    watch, begun = Watch(pids, ps.folder, args.rounds // args.every + 1), time.time()
     for _ in ps.epochs(args.rounds // EPOCH):
         for batch, labels in ps.batches(data, 4):
             loss = F.cross_entropy(model(batch), labels)
             loss.backward()
             ps.step(loss)
-            if ps.worker == 0 and ps.round >= args.every * (len(watch.rounds) + 1):
+            if ps.worker == 0 and ps.round >= args.every * (watch.looks + 1):
                 watch.sample(ps.round)
         ps.validate(lambda: float((model(x[:64]).argmax(1) == data[1][:64]).float().mean()))
     if ps.worker == 0:

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from statistics import mean, median
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 WINDOW = 60.0  # seconds that are judged together
 FEWEST = 20  # looks at a rank, without which it is not judged
 SLOWER = 1.5  # times as much of its own time in a round as the median of the others
 LEAST = 0.2  # of the round's time is what it has beyond that median
+
+
+class Times(NamedTuple):
+    """A rank's times, as sums over the looks at it.
+
+    Attributes:
+        looks: the number of looks.
+        own: the seconds of its own.
+        rounds: the seconds of the rounds.
+    """
+
+    looks: int = 0
+    own: float = 0.0
+    rounds: float = 0.0
+
+    def add(self, own: float, round: float) -> Times:
+        """Return the sums with a further round."""
+        return Times(self.looks + 1, self.own + own, self.rounds + round)
 
 
 class SlowRanks:
@@ -24,7 +42,7 @@ class SlowRanks:
     def __init__(self, window: float = WINDOW, clock: Callable[[], float] = time.monotonic) -> None:
         self._window, self._clock = window, clock
         self._begun = clock()
-        self._seen: dict[int, list[tuple[float, float]]] = {}  # rank -> seconds of its own, and seconds of the round
+        self._seen: dict[int, Times] = {}  # by rank, in this window
         self._slow: set[int] = set()  # in the last window
 
     def look(self, ranks: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -35,23 +53,23 @@ class SlowRanks:
         """
         for state in ranks:
             if "train" in state and not state["done"]:
-                self._seen.setdefault(state["rank"], []).append((state["train"], state["round"]))
+                self._seen[state["rank"]] = self._seen.get(state["rank"], Times()).add(state["train"], state["round"])
         now = self._clock()
         if now - self._begun < self._window:
             return []
-        judged = {rank: seen for rank, seen in self._seen.items() if len(seen) >= FEWEST}
+        judged = {rank: seen for rank, seen in self._seen.items() if seen.looks >= FEWEST}
         self._begun, self._seen, before = now, {}, self._slow
         lines = {rank: line for rank in sorted(judged) if (line := self._judge(rank, judged))}
         self._slow = set(lines)
         return [line for rank, line in lines.items() if rank not in before]
 
-    def _judge(self, rank: int, judged: Mapping[int, Sequence[tuple[float, float]]]) -> str:
+    def _judge(self, rank: int, judged: Mapping[int, Times]) -> str:
         """Return the line about a rank, empty if it is not slow."""
-        own = {number: mean(train for train, _ in seen) for number, seen in judged.items()}
+        own = {number: seen.own / seen.looks for number, seen in judged.items()}
         others = [seconds for number, seconds in own.items() if number != rank]
         if not others:
             return ""
-        usual, whole = median(others), mean(seconds for _, seconds in judged[rank])
+        usual, whole = median(others), judged[rank].rounds / judged[rank].looks
         beyond = own[rank] - usual
         if own[rank] < SLOWER * usual or beyond < LEAST * whole:
             return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -192,7 +193,7 @@ def _settle(communicator: Communicator, settings: Config | str) -> None:
             process.drain()  # when a rank ends, mpiexec may drop what it has not read
         communicator.barrier(failure.TOGETHER_WITHIN)
         communicator.finalize()
-        raise SystemExit(BAD_CONFIGURATION)
+        raise _end()
 
 
 def _prove(communicator: Communicator) -> None:
@@ -206,7 +207,7 @@ def _prove(communicator: Communicator) -> None:
                 f"setting GPU memory is staged through pinned host memory",
                 file=sys.stderr,
             )
-        raise SystemExit(BAD_CONFIGURATION)
+        raise _end()
 
 
 def refused(error: ConfigError) -> BaseException:
@@ -221,6 +222,12 @@ def refused(error: ConfigError) -> BaseException:
             _settle(_joined(partial(_meet, Config())), str(error))
     _say(error)
     process.ends_with(BAD_CONFIGURATION)
+    return _end()
+
+
+def _end() -> SystemExit:
+    """Return the exception that ends this process for a bad setting."""
+    gc.freeze()  # else Python visits every object of torch before it ends, which takes longer than all the rest
     return SystemExit(BAD_CONFIGURATION)
 
 
@@ -267,7 +274,7 @@ def _joined(ask: Callable[[], Joined]) -> Joined:
         return ask()
     except mpi.LaunchError as error:  # if the launcher gives no size, rank 0 takes itself for the only rank
         _say(error, speaker=0 if launch().size else 1)
-        raise SystemExit(BAD_CONFIGURATION) from None
+        raise _end() from None
 
 
 def _launched_rank() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,16 @@ def test_a_slow_rank_is_named_once_until_it_has_recovered() -> None:
     assert minute(slow, clock, uneven, 0.22) == []
     assert minute(slow, clock, even, 0.12) == []
     assert len(minute(slow, clock, uneven, 0.22)) == 1
+
+
+def test_a_window_takes_the_memory_of_one_look() -> None:
+    clock = Clock()
+    slow, states = SlowRanks(60, clock), [{"rank": rank, "train": 0.1, "round": 0.2, "done": False} for rank in range(8)]
+    slow.look(states)
+    before = sys.getallocatedblocks()
+    for _ in range(1000):
+        slow.look(states)
+    assert sys.getallocatedblocks() - before < 100
 
 
 @pytest.mark.parametrize(("train", "round_s", "done"), [

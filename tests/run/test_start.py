@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 import mpips
 from mpips.comm import mpi
+from mpips.config import ConfigError
 from mpips.process.environment import LAUNCHERS
 from mpips.run import start
 from tests.process.test_environment import LAUNCHED
@@ -111,3 +113,16 @@ def test_where_nobody_gives_the_number_of_ranks_the_second_says_that_each_is_alo
 def test_a_job_of_one_rank_is_no_mistake(told: Any) -> None:
     told("FLUX_TASK_RANK=0 FLUX_JOB_SIZE=1 FLUX_TASK_LOCAL_ID=0 PMI_RANK=0 PMI_SIZE=1")
     assert start.join(start.configure()).size == 1
+
+
+def test_a_refused_process_does_not_look_through_all_objects_of_torch_before_it_ends(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(start.process, "ends_with", lambda status: None)
+    try:
+        ending = start.refused(ConfigError("clip: given -1, allowed: a number above 0"))
+        assert isinstance(ending, SystemExit)
+        assert gc.get_freeze_count() > 1000
+    finally:
+        gc.unfreeze()
+    assert capfd.readouterr().err == "mpips: clip: given -1, allowed: a number above 0\n"

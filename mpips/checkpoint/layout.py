@@ -8,7 +8,7 @@ mean.
 |---------------------------------|--------------------------------------------------------------------------------------|
 | dict                            | object of the index; also a group, if a tensor in it has a dataset of its own        |
 | tensor, ndarray                 | contiguous dataset at its path; with the attribute `dtype` if that is in `BITS`       |
-| smaller than `SMALL` bytes      | a part of `/packed/<dtype>.<number>`, unless it is below a group of `BY_NAME`        |
+| smaller than `SMALL` bytes      | a part of `/packed/<dtype>.<number>`, unless it is one of the `NAMED` by name        |
 | a tensor a second time          | hard link to the first dataset                                                       |
 | everything else                 | in the index, see `text`                                                             |
 
@@ -21,6 +21,8 @@ In the path of a dataset a key's "/" is written %2F, since HDF5 would make group
 """
 
 import struct
+import sys
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,6 +38,7 @@ FORMAT, VERSION = "mpips-checkpoint", 3  # attributes of the root, and in the fo
 INDEX, PACKED = "index", "packed"  # names in the root that the tree's keys cannot have
 FOOTER = struct.Struct("<QQI16s")  # offset and bytes of the index, version, format
 BY_NAME = ("parameters", "buffers", "kept")  # a user who browses these with h5py must find small tensors, too
+NAMED = 1 << 12  # the small tensors, the first of those groups, that have datasets of their own: each takes 0.1 ms to create
 SMALL = 1 << 16  # bytes; a smaller dataset takes longer to create than to write
 TENSOR, ARRAY = "$tensor", "$array"
 DATASET, FIRST, AT = 2, 3, 4  # positions in a leaf's entry of the index
@@ -86,7 +89,7 @@ def pack(leaf: "torch.Tensor | Array", where: str) -> "tuple[str, str, Values]":
 
 def _pack_tensor(tensor: torch.Tensor, where: str) -> "tuple[str, Values]":
     """Return a tensor's dtype, and its values or bits: an array, or a tensor if they are on a GPU."""
-    name = str(tensor.dtype).removeprefix("torch.")
+    name = _name(tensor.dtype)
     if name not in NATIVE and name not in BITS:
         raise _no_such_number(tensor.dtype, where)
     if tensor.layout != torch.strided or tensor.is_meta:
@@ -95,12 +98,18 @@ def _pack_tensor(tensor: torch.Tensor, where: str) -> "tuple[str, Values]":
     return name, on_host(bits) if bits.device.type == "cpu" else bits
 
 
+@cache
+def _name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
 def on_host(values: "Values") -> Array:
     """Return values as an array, without a copy if they are on the host."""
-    if isinstance(values, torch.Tensor):
-        values = values.numpy(force=True)
-        return values.astype(values.dtype.newbyteorder("<"), copy=False)
-    return values
+    if not isinstance(values, torch.Tensor):
+        return values
+    array = values.numpy(force=True)
+    return array if sys.byteorder == "little" else array.astype(array.dtype.newbyteorder("<"))
 
 
 def _no_such_number(dtype: object, where: str) -> TypeError:

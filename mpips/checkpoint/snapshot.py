@@ -23,6 +23,7 @@ from mpips.checkpoint.layout import (
     DEEPEST,
     FIRST,
     INDEX,
+    NAMED,
     PACKED,
     SMALL,
     Array,
@@ -150,7 +151,7 @@ class Snapshot:
         self.links: list[tuple[str, str]] = []
         self._stored: dict[tuple[Any, ...], Entry] = {}  # identity of a tensor's memory -> its entry
         self._small: dict[str, Dataset] = {}  # by the numbers' dtype, those that small tensors are still added to
-        self._packed = 0
+        self._packed = self._named = 0
         self.index = self._group(tree, "", False, DEEPEST)
         for number in self._small:
             self._close(number)
@@ -193,7 +194,7 @@ class Snapshot:
             return self._link(name, self._stored[identity])
         kind, dtype, values = pack(leaf, f"{path or '/'}: {key!r}")
         place = [dtype, list(values.shape), name, 0, 0]
-        if by_name or values.nbytes >= SMALL or dtype.startswith(">"):
+        if values.nbytes >= SMALL or dtype.startswith(">") or self._by_name(by_name):
             tag = dtype if dtype in BITS else ""
             self.datasets.append(Dataset(name, stored(kind, dtype), tuple(values.shape), [values], tag, [place]))
         else:
@@ -201,6 +202,11 @@ class Snapshot:
         if identity[1] is not None:
             self._stored[identity] = {kind: place}
         return {kind: place}
+
+    def _by_name(self, wanted: bool) -> bool:
+        """Return whether a small tensor gets a dataset of its own."""
+        self._named += wanted
+        return wanted and self._named <= NAMED
 
     def _link(self, name: str, entry: Entry) -> Entry:
         """Give an existing dataset a second name, and return its entry. A part of a packed dataset has no name of its own."""

@@ -239,6 +239,19 @@ def test_small_tensors_share_datasets(tmp_path):
     assert loaded["layer8"]["mean"].tolist() == [8] * 5 and loaded["layer8"]["mean"].untyped_storage().nbytes() == 40
 
 
+def test_of_very_many_small_parameters_the_first_have_datasets_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshot, "NAMED", 3)
+    tied = torch.full((2,), 9.0)
+    tree = {"parameters": {f"w{n}": torch.full((2,), float(n)) for n in range(6)}, "kept": {"large": torch.ones(1 << 14)}}
+    tree["parameters"] |= {"tied": tied, "again": tied}
+    path = save(tmp_path, 1, tree)
+    with h5py.File(path, "r") as file:
+        assert sorted(file["parameters"]) == ["w0", "w1", "w2"]
+        assert len(file["packed/float32.0"]) == 2 * 4
+        assert file["kept/large"].shape == (1 << 14,)
+    assert exact(load(path)) == exact(tree)
+
+
 def test_small_tensors_are_put_together_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(snapshot, "_TOGETHER", 100)
     tree = {"state": {str(n): torch.full((7,), float(n)) for n in range(20)}, "none": torch.zeros(0, 3), "late": torch.ones(1)}

@@ -1,6 +1,7 @@
 """What the pages take from the code when the site is built: settings, combinations of modes, help of the command line.
 
     {settings} GROUP    a table of a group's settings; without a group, of those at the top
+    {table} MODULE      the table in a module's docstring
     {combinations}      which rule and which setting goes with which mode
     {verb} NAME         what `mpips NAME --help` prints
     {packages}          the folders of `mpips/`, each with what it is
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -53,6 +55,18 @@ class Settings(Generated):
         for key, (kind, text) in fields(Config).items():
             if key.rpartition(".")[0] == name:
                 yield f"| `{key}` | `{_shown(defaults[key])}` | {_cell(allowed(kind))} | {_cell(text)} |"
+
+
+class Table(Generated):
+    """The table in a module's docstring; the names in its first column are code."""
+
+    def lines(self, name: str = "") -> Iterator[str]:
+        """See `Generated`."""
+        head, line, *rows = (row for row in (importlib.import_module(name).__doc__ or "").splitlines() if row.startswith("|"))
+        yield from (head, line)
+        for row in rows:
+            _, names, rest = row.split("|", 2)
+            yield f"| {', '.join(f'`{one.strip()}`' for one in names.split(','))} |{rest.replace('<', chr(92) + '<')}"
 
 
 def _shown(value: Any) -> str:
@@ -123,6 +137,6 @@ class Packages(Generated):
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the directives."""
-    for directive in (Settings, Combinations, Verb, Packages):
+    for directive in (Settings, Table, Combinations, Verb, Packages):
         app.add_directive(directive.__name__.lower(), directive)
     return {"parallel_read_safe": True}

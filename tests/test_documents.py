@@ -28,13 +28,14 @@ from collections.abc import Iterator
 from html import unescape
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import urlsplit
 
 import pytest
 
-from mpips.algorithms.modes import MODES
+from mpips import rules
+from mpips.algorithms import modes
 from mpips.config import GROUPS, Config, fields
-from mpips.rules import RULES
 from tests.conftest import ROOT, run
 from tests.helpers.run_page import MARK
 
@@ -232,26 +233,15 @@ def test_every_file_and_setting_that_is_named_exists(path: Path) -> None:
         assert name in variables | {"MPIPS_TEST_MNIST"}, f"{name_of(path)}: {name}"
 
 
-def table(path: Path, head: str) -> list[list[str]]:
-    """The rows of a page's table whose first head is that."""
-    lines = parsed(path)[1]
-    first = next(number for number, line in enumerate(lines) if line.startswith(f"| {head} |"))
-    rows = []
-    for line in lines[first + 2 :]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
-    return rows
-
-
 def test_the_readme_is_short() -> None:
     assert len(README.read_text().splitlines()) <= 150
 
 
-@pytest.mark.parametrize(("head", "known"), [("mode", MODES), ("rule", RULES)])
-def test_every_mode_and_rule_has_its_row(head: str, known: dict[str, object]) -> None:
-    rows = table(ROOT / "docs" / "reference" / "modes.md", head)
-    assert sorted(re.findall(r"`(\w+)`", " ".join(row[0] for row in rows))) == sorted(known)
+@pytest.mark.parametrize(("module", "known"), [(modes, modes.MODES), (rules, rules.RULES)])
+def test_every_mode_and_rule_has_its_row(module: ModuleType, known: dict[str, object]) -> None:
+    rows = [row.split("|")[1] for row in (module.__doc__ or "").splitlines() if row.startswith("|")]
+    assert sorted(re.findall(r"\w+", " ".join(rows[2:]))) == sorted(known)
+    assert f"```{{table}} {module.__name__}\n```" in (ROOT / "docs" / "reference" / "modes.md").read_text()
 
 
 def test_every_group_of_settings_has_its_table() -> None:

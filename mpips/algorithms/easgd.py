@@ -23,7 +23,6 @@ class EASGD(LocalSteps):
         centre: the pull message in which the server's weights arrive.
     """
 
-    pulls_first = True
     wants_weights = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

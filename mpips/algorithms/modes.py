@@ -3,18 +3,20 @@
 To add a mode, add a row (see CONTRIBUTING.md). The aggregation rule, and most of the numbers in a row, have settings of their
 own.
 
-| mode                   | a worker pushes                       | the server steps with             |          |
-|------------------------|---------------------------------------|-----------------------------------|----------|
-| sync                   | the gradient of each batch            | the script's optimizer            | rounds   |
-| sync, backup_workers b | the same; each update drops the last b | the same                         | requests |
-| async                  | the same                              | the same, for each push           | requests |
-| ssp                    | the same, at most `staleness.bound` clocks ahead | the same               | requests |
-| fedbuff                | the change by its local steps         | the mean of `staleness.buffer` pushes | requests |
-| easgd, eamsgd          | the elastic force on the centre       | the sum of the forces             | requests |
-| local_sgd              | its weights after `local.steps` steps | their mean                        | rounds   |
-| slowmo, diloco         | the change by its local steps         | slow momentum; Nesterov           | rounds   |
-| the same, `local.fragments` | one fragment of the change       | the same, on the fragment         | rounds   |
-| fedavg and its variants | the change by its clients' local epochs | mean; momentum, Adam, Yogi, Adagrad | rounds |
+| mode | a worker pushes | the server | its settings |
+|---|---|---|---|
+| sync | each batch's gradient | steps with the mean | `backup_workers` b: each update drops the last b |
+| async | the same | steps with each at once | `staleness.policy`, `.bound`, `.strength`; `overlap` |
+| ssp | the same, at most `staleness.bound` clocks ahead | the same | `staleness.bound`, `.policy`; `overlap` |
+| fedbuff | the change by `local.steps` steps | steps with the mean of `staleness.buffer` of them | `outer.lr` |
+| easgd, eamsgd | the elastic force, every `local.steps` steps | moves the centre | `local.moving_rate` |
+| local_sgd | its weights after `local.steps` steps | takes their mean | `local.after`: post-local SGD |
+| slowmo | the change by `local.steps` steps | slow momentum | `outer.lr`, `.momentum` |
+| diloco | the same | Nesterov momentum | the same; streaming: `local.fragments`, `.delay`, `.mix` |
+| fedavg, fedprox | the change by its clients' local epochs | takes their mean | `clients.fraction`, `.epochs`, `.mu` |
+| scaffold, fednova, qfedavg | the same | as published | `clients.fraction`, `.epochs`, `.q` |
+| fedavgm | the same | momentum | `outer.lr`, `.momentum` |
+| fedadam, fedyogi, fedadagrad | the same | as published, without bias correction | `outer.lr`, `.momentum`, `.beta2`, `.tau` |
 """
 
 from __future__ import annotations

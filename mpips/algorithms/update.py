@@ -35,7 +35,6 @@ class Gradient:
 
     pending: bool = False
     here: bool = False
-    pulls_first: ClassVar[bool] = False  # whether the server's weights are needed before a push
     wants_weights: ClassVar[bool] = True  # whether the answer to a push is to bring the server's weights
     apart: ClassVar[bool] = False  # whether the model's weights differ from the server's between rounds
     members: frozenset[int] | None = None  # the parameters that the round steps; None for all

@@ -36,7 +36,7 @@ class Conversation:
     """
 
     def __init__(self, mpi: Any, comm: Any, waits: AbstractContextManager[None]) -> None:
-        self._comm, self._byte, self._waits = comm, mpi.BYTE, waits
+        self._comm, self._waits = comm, waits
         self._status = mpi.Status()
         self._empty = mpi.buffer.allocate(0)
         self._buffer = mpi.buffer.fromaddress

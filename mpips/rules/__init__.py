@@ -5,18 +5,18 @@ slice. "gram" is a Gather for the Gram matrix of the contributions, followed by 
 a rule, derive a class from `Rule` and enter it in RULES (see CONTRIBUTING.md), or keep the class in a module of your own and
 configure it by its import path.
 
-| rule      | needs | result                                                              | tolerated faulty contributions  |
-|-----------|-------|---------------------------------------------------------------------|---------------------------------|
-| mean      | sum   | samples-weighted mean                                               | none                            |
-| normclip  | sum   | samples-weighted mean of contributions clipped to norm clip_radius  | bounds the influence of each    |
-| median    | rows  | coordinate-wise median                                              | less than half                  |
-| trimmed   | rows  | coordinate-wise mean without the f smallest and f largest values    | f, 2 f < n                      |
-| sign      | rows  | coordinate-wise majority of the signs                               | less than half                  |
-| krum      | gram  | the contribution that is nearest to its neighbours                  | f, 2 f + 2 < n                  |
-| multikrum | gram  | mean of the n - f contributions with Krum's best scores             | f, 2 f + 2 < n                  |
-| bulyan    | gram  | coordinate-wise mean around the median of Krum's selection          | f, 4 f + 3 <= n                 |
-| rfa       | gram  | geometric median                                                    | less than half of the weight    |
-| cclip     | gram  | previous result plus the mean difference, clipped to clip_radius    | bounds the influence of each    |
+| rule      | the result                                                    | needs      | withstands                   |
+|-----------|---------------------------------------------------------------|------------|------------------------------|
+| mean      | the mean, weighted by samples                                 | sum        | nothing                      |
+| normclip  | the same, of contributions clipped to norm clip_radius        | sum        | bounds what each can do      |
+| median    | the median of each coordinate                                 | rows       | less than half               |
+| trimmed   | the mean without the f smallest and f largest of a coordinate | rows       | f, 2 f < n                   |
+| sign      | the sign that most have                                       | rows       | less than half               |
+| krum      | the contribution that is nearest to its neighbours            | gram       | f, 2 f + 2 < n               |
+| multikrum | the mean of the n - f best of Krum                            | gram       | f, 2 f + 2 < n               |
+| bulyan    | Krum's choice, trimmed around the median                      | gram, rows | f, 4 f + 3 <= n              |
+| rfa       | the geometric median                                          | gram       | less than half of the weight |
+| cclip     | the last result, moved by differences clipped to clip_radius  | gram       | bounds what each can do      |
 
 n is the number of contributions, f is `robust.num_byzantine`, clip_radius is `robust.clip_radius`. A contribution comes from a
 worker; in federated modes it comes from one client of the round, whichever rank hosts the client (`reduce/client_rows.py`).

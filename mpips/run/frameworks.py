@@ -112,6 +112,7 @@ def transformers(trainer: Any, **settings: Any) -> Run:
     _begin_anew(run, "transformers.Trainer")
     _be_process(run.worker)
     _leave_state(trainer.accelerator)
+    _tell_skipped(trainer.accelerator, run)
     sharing = Sharing(run)
     given_loader, given_batches = trainer.get_train_dataloader, trainer.get_batch_samples
 
@@ -241,7 +242,22 @@ def accelerate(accelerator: Any, model: nn.Module, optimizer: Optimizer, loader:
         return sharing.share(lambda: prepare(given, *args, **kwargs))
 
     accelerator.prepare_data_loader = prepare_data_loader
+    _tell_skipped(accelerator, run)
     return run
+
+
+def _tell_skipped(accelerator: Any, run: Run) -> None:
+    """Let the accelerator know whether the last round took no step, by a GradScaler of any worker: schedulers wait then."""
+    prepare = accelerator.prepare_optimizer
+
+    def prepare_optimizer(*args: Any, **kwargs: Any) -> Any:
+        prepared = prepare(*args, **kwargs)
+        if prepared.optimizer in run.optimizers:
+            given = type(prepared)
+            prepared.__class__ = type(given.__name__, (given,), {"step_was_skipped": property(lambda _: run.skipped)})
+        return prepared
+
+    accelerator.prepare_optimizer = prepare_optimizer
 
 
 def lightning(**settings: Any) -> Any:

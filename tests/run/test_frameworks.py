@@ -119,6 +119,32 @@ if ps.worker == 0:
     torch.save([plain, shared], "found.pt")
 """
 
+SKIPPED = """
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, TensorDataset
+
+from mpips import frameworks
+
+torch.manual_seed(0)
+accelerator = Accelerator(cpu=True)
+accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+model = torch.nn.Linear(3, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+loader = DataLoader(TensorDataset(torch.randn(16, 3)), 2)
+scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+ps = frameworks.accelerate(accelerator, model, optimizer, loader)
+model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+skipped = []
+for number, (x,) in enumerate(loader):
+    accelerator.backward(model(x).square().mean() * (float("inf") if (ps.worker, number) == (1, 2) else 1.0))
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    skipped.append(accelerator.optimizer_step_was_skipped)
+print("worker", ps.worker, skipped, scheduler.get_last_lr(), accelerator.scaler.get_scale())
+"""
+
 LIGHTNING = """
 import os
 import sys
@@ -304,6 +330,13 @@ def test_accelerator_on_3_ranks_is_one_on_the_joined_batch(mpirun: Start, tmp_pa
     assert (shared["right"], shared["rate"]) == (plain["right"], plain["rate"])
     torch.testing.assert_close(shared["moments"], plain["moments"], rtol=1e-9, atol=1e-12)
     assert done.stdout.count("right") == 3 + 1
+
+
+def test_accelerator_knows_of_a_step_that_another_workers_overflow_has_skipped(mpirun: Start, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    done = mpirun(3, script(tmp_path, SKIPPED), timeout=200)
+    for worker in (0, 1):
+        assert f"worker {worker} [False, False, True, False] [0.0125] 2.0\n" in done.stdout, done.stdout + done.stderr
 
 
 def test_lightning_on_3_ranks_is_one_on_the_joined_batch_and_resumes(mpirun: Start, tmp_path: Path) -> None:

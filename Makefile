@@ -17,7 +17,8 @@ demo: $(VENV)/.demo   ## train the digits example under a real mpiexec
 	$(VENV)/bin/mpips run -n $(RANKS) examples/digits.py
 
 test: $(VENV)/.dev $(VENV_MPICH)/.dev check   ## the whole suite on both MPI libraries
-	MPICH_PYTHON=$(CURDIR)/$(VENV_MPICH)/bin/python $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	MPICH_PYTHON=$(CURDIR)/$(VENV_MPICH)/bin/python $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		--junitxml build/tests.xml $(TESTS)
 
 check: $(VENV)/.dev   ## style and types
 	$(VENV)/bin/ruff check .

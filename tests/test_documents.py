@@ -37,6 +37,7 @@ from mpips import rules
 from mpips.algorithms import modes
 from mpips.config import GROUPS, Config, fields
 from tests.conftest import ROOT, run
+from tests.helpers import reliability
 from tests.helpers.run_page import MARK
 
 README = ROOT / "README.md"
@@ -46,6 +47,7 @@ FENCE = re.compile(r"^(`{3,}|:{3,})\s*(\S*)")
 COMMENT = re.compile(r"^<!-- (.*) -->$")
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)|<(?:img|a)[^>]* (?:src|href)=\"([^\"]+)\"")
 NUMBER = re.compile(r"\d[\d,]*(?:\\\.\d+)?(?:e\\?[-+]?\d+)?")  # in what re.escape gives
+TEST = re.compile(r"^def (test_\w+)", re.MULTILINE)
 ANY_NUMBER = r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
 
 
@@ -242,6 +244,31 @@ def test_every_mode_and_rule_has_its_row(module: ModuleType, known: dict[str, ob
     rows = [row.split("|")[1] for row in (module.__doc__ or "").splitlines() if row.startswith("|")]
     assert sorted(re.findall(r"\w+", " ".join(rows[2:]))) == sorted(known)
     assert f"```{{table}} {module.__name__}\n```" in (ROOT / "docs" / "reference" / "modes.md").read_text()
+
+
+def test_the_table_of_faults_names_tests_that_exist() -> None:
+    named = [(path.stem, found) for path in (ROOT / "tests").rglob("test_*.py") for found in TEST.findall(path.read_text())]
+    patterns = [pattern for row in reliability.ROWS for pattern in row.tests]
+    assert [p for p in patterns if not any(reliability.belongs(p, f"x.{file}", name) for file, name in named)] == []
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    assert [row.fault for row in reliability.ROWS if f"| {row.fault} |" not in page] == []
+
+
+def test_the_table_of_faults_counts_what_a_run_has_written(tmp_path: Path) -> None:
+    report = tmp_path / "tests.xml"
+    report.write_text(
+        '<testsuites><testsuite tests="5" failures="1" timestamp="2026-11-30T08:00:00">'
+        '<testcase classname="tests.checkpoint.test_hostile" name="test_no_damage_is_accepted">'
+        '<properties><property name="faults" value="10000"/></properties></testcase>'
+        '<testcase classname="tests.promises.test_resume" name="test_a_damaged_newest[1]"><failure/></testcase>'
+        '<testcase classname="tests.cli.test_retry" name="test_a_damaged_checkpoint"/>'
+        '<testcase classname="tests.cli.test_retry" name="test_a_damaged_one"><skipped/></testcase>'
+        '<testcase classname="tests.cli.test_other_retry" name="test_a_damaged_one"/></testsuite></testsuites>'
+    )
+    lines = list(reliability.table(report))
+    assert lines[0].startswith("The run of 2026-11-30: 5 tests, 1 failures, ")
+    (damaged,) = [line for line in lines if line.startswith("| a checkpoint is damaged |")]
+    assert damaged.endswith("| 3 (1 skipped) | 10,002 | 10,001 | 1 |")
 
 
 def test_every_group_of_settings_has_its_table() -> None:

@@ -137,7 +137,7 @@ class PowerCuts(Disk):
 
 
 @pytest.mark.parametrize("scene", SCENES)
-def test_after_a_crash_at_any_byte_the_new_or_the_previous_is_found(scene, large, tmp_path, monkeypatch):
+def test_after_a_crash_at_any_byte_the_new_or_the_previous_is_found(scene, large, tmp_path, monkeypatch, record_property):
     run = tmp_path / "run"
     run.mkdir()
     keep = prepare(run, scene)
@@ -156,6 +156,7 @@ def test_after_a_crash_at_any_byte_the_new_or_the_previous_is_found(scene, large
         allowed = {2} if number >= len(during) else {previous, 2}
         assert found(wreck) in allowed, f"{when}: {sorted(name for name, _ in state)}"
     assert {found(tmp_path / f"wreck{number}") for number in range(number + 1)} == {previous, 2}
+    record_property("faults", len(disk.events))  # instants; the states that they leave are fewer
 
 
 class Deadly(Disk):
@@ -186,7 +187,7 @@ def in_a_child(work, *args):
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["before", "half"])
-def test_a_process_that_dies_at_any_step_leaves_nothing_in_the_way(half, large, tmp_path, monkeypatch):
+def test_a_process_that_dies_at_any_step_leaves_nothing_in_the_way(half, large, tmp_path, monkeypatch, record_property):
     save(tmp_path, 1, OLD)
 
     def die_at(deadline):
@@ -203,6 +204,7 @@ def test_a_process_that_dies_at_any_step_leaves_nothing_in_the_way(half, large, 
             for path in tmp_path.glob("round_00000002*"):
                 path.unlink()
     assert deadline > 20 and found(tmp_path) == 2
+    record_property("faults", deadline)
 
 
 # ---------------------------------------------------------------- disks that fail
@@ -228,7 +230,7 @@ class Failing(Disk):
 @pytest.mark.parametrize("scene", SCENES)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("lasting", [True, False], ids=["lasting", "once"])
-def test_an_error_at_any_step_is_one_clear_line(scene, code, lasting, large, tmp_path, monkeypatch):
+def test_an_error_at_any_step_is_one_clear_line(scene, code, lasting, large, tmp_path, monkeypatch, record_property):
     keep = prepare(tmp_path, scene)
     previous = found(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -242,6 +244,7 @@ def test_an_error_at_any_step_is_one_clear_line(scene, code, lasting, large, tmp
         assert found(tmp_path) in ((previous, 2) if published else (previous,)), f"at {at}, after {disk.events[-3:]}"
         restore(tmp_path, before)
     assert at > 20 and not disk.failed and found(tmp_path) == 2
+    record_property("faults", at)
 
 
 def run_out(path, keep):

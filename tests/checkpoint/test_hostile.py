@@ -64,7 +64,7 @@ def swap_halves(data, chance):
 DAMAGE = [flip_bit, flip_bit, flip_bit, overwrite_block, truncate, zero_page, append, swap_halves]
 
 
-def test_no_damage_is_accepted(tmp_path):
+def test_no_damage_is_accepted(tmp_path, record_property):
     path = save(tmp_path, 1, TREE)
     good, chance = path.read_bytes(), random.Random(20261121)
     tried = 0
@@ -80,6 +80,7 @@ def test_no_damage_is_accepted(tmp_path):
         assert newest(tmp_path) is None
     path.write_bytes(good)
     assert newest(tmp_path) == path  # so it was the damage that was refused
+    record_property("faults", tried)
 
 
 @pytest.mark.parametrize("sidecar", ["", "0" * 64, f"{'0' * 64}  round_00000001.h5\n", "\xff\n", "{hash}\n", "{hash}  x.h5\n"])
@@ -262,8 +263,9 @@ def in_time(call, *args):
 
 
 @pytest.mark.parametrize("thousand", range(FUZZED // 1000))
-def test_any_file_with_a_right_hash_gives_a_tree_or_a_clear_error(thousand, tmp_path):
+def test_any_file_with_a_right_hash_gives_a_tree_or_a_clear_error(thousand, tmp_path, record_property):
     """A thousand mutations that carry a correct SHA-256, in a child; time and memory are limited."""
+    record_property("faults", 1000)
     path = save(tmp_path, 1, TREE)
     good = path.read_bytes()
     child = os.fork()

@@ -163,7 +163,8 @@ def play(seed: int) -> None:
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
-def test_a_run_in_shared_memory_is_the_run_by_messages(first: int) -> None:
+def test_a_run_in_shared_memory_is_the_run_by_messages(first: int, record_property: Any) -> None:
+    record_property("faults", CHUNK)
     for seed in range(first, first + CHUNK):
         try:
             play(seed)

@@ -135,7 +135,7 @@ def simulated(world: World, folder: str, **settings: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_killed_at_any_call_and_resumed(size: int) -> None:
+def test_killed_at_any_call_and_resumed(size: int, record_property: Any) -> None:
     """The death of each rank in turn, all along the run, in the simulated world."""
     settings = {"checkpoint": {"every": 3}}
     whole = World(size, seed=3)
@@ -147,6 +147,7 @@ def test_killed_at_any_call_and_resumed(size: int) -> None:
             simulated(world, f"killed-{call}", **settings)
         again = simulated(World(size, seed=-call), f"killed-{call}", resume="auto", **settings)
         assert again == expected, f"killed at call {call}"
+    record_property("faults", len(range(6, whole.calls[0], 7)))
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 5), (5, 2), (4, 1), (1, 3)])
@@ -333,7 +334,7 @@ def drawing(folder: str, draws: str, epochs: int, **settings: Any) -> tuple[str,
 
 
 @pytest.mark.parametrize("draws", ["nothing", "before", "validating", "saving", "two loops"])
-def test_resume_from_every_checkpoint_is_exact(draws: str) -> None:
+def test_resume_from_every_checkpoint_is_exact(draws: str, record_property: Any) -> None:
     """At the end of loops and epochs, in the middle, and between a validation and the end of its epoch."""
     import shutil
 
@@ -344,6 +345,7 @@ def test_resume_from_every_checkpoint_is_exact(draws: str) -> None:
     for file in files:
         assert drawing(f"from-{file.stem}", draws, 3, resume=str(file), checkpoint=every) == expected, file.stem
         shutil.rmtree(f"from-{file.stem}")
+    record_property("faults", len(files))
 
 
 def averaging(communicator: Any, folder: str, preempt_at: int = -1, **settings: Any) -> list[Any]:
@@ -463,13 +465,14 @@ def between(communicator: Any, folder: str, preempt_at: int = -1, **settings: An
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_what_a_script_does_between_its_loops_is_done_once(world: str) -> None:
+def test_what_a_script_does_between_its_loops_is_done_once(world: str, record_property: Any) -> None:
     """Steps, validations, schedulers, gradients, statistics: a resumed run does nothing twice, and has the names of loops."""
     size, settings = WORLDS[world]
     settings = settings | {"checkpoint": {"every": 1, "keep": 1000}}
     expected = World(size).run(lambda e: between(e, "whole", **settings))
     files = sorted(Path("whole", "checkpoints").glob("*.h5"))
     assert len(files) > 15
+    record_property("faults", len(files[:-1]) + len(range(1, 24)))
     for file in files[:-1]:
         again = World(size).run(lambda e, file=file: between(e, f"from-{file.stem}", resume=str(file), **settings))
         assert again == expected, file.stem
@@ -490,7 +493,8 @@ OTHER_WAYS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("way", OTHER_WAYS)
-def test_what_a_script_does_between_its_loops_is_done_once_in_other_ways(way: str) -> None:
+def test_what_a_script_does_between_its_loops_is_done_once_in_other_ways(way: str, record_property: Any) -> None:
+    record_property("faults", len(range(1, 24)))
     size, world, settings = OTHER_WAYS[way]
     expected = World(size, **world).run(lambda e: between(e, "whole", **settings))
     for at in range(1, 24):

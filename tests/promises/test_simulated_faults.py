@@ -279,7 +279,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
-def test_whatever_goes_wrong_the_run_ends_as_if_it_had_not(first: int, quick: None) -> None:
+def test_whatever_goes_wrong_the_run_ends_as_if_it_had_not(first: int, quick: None, record_property: Any) -> None:
+    record_property("faults", CHUNK)
     for seed in range(first, first + CHUNK):
         try:
             play(seed)

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from mpips.config import Config, ConfigError, add_arguments
     from mpips.data.clients import Clients
     from mpips.run import frameworks
-    from mpips.run.run import Run, connect
+    from mpips.run.connect import connect
+    from mpips.run.run import Run
     from mpips.run.start import configure, device, join, worker_index, workers
     from mpips.server.parameter_server import ParameterServer
     from mpips.server.round_server import Server
@@ -56,7 +57,8 @@ _HOMES = {
     "mpips.data.clients": ("Clients",),
     "mpips.config": ("Config", "ConfigError", "add_arguments"),
     "mpips.server.parameter_server": ("ParameterServer",),
-    "mpips.run.run": ("Run", "connect"),
+    "mpips.run.connect": ("connect",),
+    "mpips.run.run": ("Run",),
     "mpips.server.round_server": ("Server",),
     "mpips.run.start": ("configure", "device", "join", "worker_index", "workers"),
     "mpips.worker.round_worker": ("Worker",),

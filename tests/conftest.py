@@ -219,7 +219,7 @@ PARSED: dict[object, Any] = {}
 @pytest.fixture(autouse=True)
 def _settings_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is given to connect: to parse that takes half the time of so small a run. Files are read each time."""
-    from mpips.run import run as runs
+    from mpips.run import connect as runs
 
     configure: Any = runs.configure  # type: ignore[attr-defined]
 

@@ -77,14 +77,16 @@ def test_some_libraries_have_one_home(library: str) -> None:
 
 def test_few_ask_for_the_servers_rank() -> None:
     users = {within(path) for path in MODULES.values() if "SERVER" in path.read_text()}
-    assert {name for name in users if not name.startswith("comm/")} == {"run/run.py", "run/failure.py", "server/contract.py"}
+    assert {name for name in users if not name.startswith("comm/")} == {
+        "run/connect.py", "run/roles.py", "run/failure.py", "server/contract.py"
+    }  # fmt: skip
 
 
 def test_importing_mpips_starts_nothing() -> None:
     program = "import sys, mpips, mpips.cli.main; print([m for m in ('mpi4py', 'torch', 'h5py') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert out.stdout.strip() == "[]"
-    program = "import sys, mpips.run.run; print('mpi4py' in sys.modules)"
+    program = "import sys, mpips.run.connect; print('mpi4py' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert out.stdout.strip() == "False"
 

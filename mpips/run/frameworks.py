@@ -32,7 +32,8 @@ from mpips.data.loader import sharded
 from mpips.data.samples import samples_in
 from mpips.process import lifecycle as process
 from mpips.run import start
-from mpips.run.run import Run, connect
+from mpips.run.connect import connect
+from mpips.run.run import Run
 
 LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # variables by which accelerate detects a launch
 

@@ -1,415 +1,29 @@
-"""`connect`, and a run as the script sees it on a worker. On a rank that only serves, `connect` does not return."""
+"""A run as the script sees it on a worker."""
 
 from __future__ import annotations
 
-import atexit
-import json
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mpips import checkpoint
-from mpips.algorithms.modes import choose_mode
-from mpips.comm import SERVER, Communicator, broadcast_bytes
-from mpips.comm.flight_recorder import FlightRecorder
-from mpips.config import Config, ConfigError, no_folder
+from mpips.config import ConfigError
 from mpips.data import Place
 from mpips.data.loader import sharded
-from mpips.model.message import Call, CallError, Control, Stop
-from mpips.model.trainable import Trainable
-from mpips.optim.flat_optimizer import FlatOptimizer, MakeOptimizer, evaluates, unhooked
+from mpips.model.message import Call, Control, Stop
+from mpips.optim.flat_optimizer import FlatOptimizer, evaluates, unhooked
 from mpips.optim.joint import Joint
-from mpips.process import lifecycle as process
-from mpips.process import rng
-from mpips.process.environment import environment
-from mpips.report import run_report as report
-from mpips.run import blueprint, clipping, failure
+from mpips.run import clipping, failure
 from mpips.run import run_folder as folder
 from mpips.run import wrapped_optimizer as wrapped
-from mpips.run.keeping import GROUPS, Keeping
+from mpips.run.keeping import Keeping
 from mpips.run.loop import Batches, Loop
 from mpips.run.replay import Replay
-from mpips.run.start import (
-    check_faults,
-    check_optimizer,
-    check_rule,
-    choose_trainable,
-    configure,
-    join,
-    one_module,
-    one_optimizer,
-    refused,
-)
+from mpips.run.roles import Roles
 from mpips.server.base import measured
-from mpips.server.parameter_server import ParameterServer
-from mpips.server.rank_state import RankState
-from mpips.server.round_server import Server
 from mpips.worker.async_worker import Client
-from mpips.worker.round_worker import Worker, place_of
-
-Models = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
-Optimizers = Optimizer | MakeOptimizer | Sequence[Optimizer] | Mapping[str, Optimizer]
-
-
-def connect(
-    model: Models,
-    optimizer: Optimizers,
-    *,
-    trainable: Trainable | None = None,
-    validate: Callable[..., Any] | None = None,
-    validation_data: Callable[[], Any] | None = None,
-    communicator: Communicator | None = None,
-    **settings: Any,
-) -> Run:
-    """Join the other ranks and begin a run. Every rank calls this with the same model, optimizer and settings.
-
-    With several ranks, rank 0 only serves unless `server_trains` is set: it serves in this call until every worker has left,
-    then ends the process with the run's status. No line of the script after `connect` runs there, except `atexit` handlers. On
-    a worker the optimizer is the same object afterwards, but its `step` is a round: push, reduce, step on the server, pull.
-
-    Args:
-        model: the model, on its device; or several models, in a list or a dict. Their trainable parameters become views of one
-            flat tensor.
-        optimizer: any `torch.optim` optimizer of the model's parameters, or a function from a list of parameters to an
-            optimizer. In modes with local steps it steps on the worker. Or several optimizers, in a list or a dict: each `step`
-            is then a round about its parameters only, and all workers must step them in the same order.
-        trainable: which parameters to train; all others are frozen. A name pattern ("head.*"), several patterns, or a predicate
-            of name and parameter. Only trained parameters travel and have optimizer state. If None, the parameters with
-            requires_grad are trained.
-        validate: measures the model on the server, at the end of each epoch of `ps.epochs` and when workers call
-            `ps.validate()` without a function. Called like `measure` of `Run.validate`.
-        validation_data: makes the data for `validate`. Called once, where the model is measured.
-        communicator: a communicator to use instead of MPI, for tests and simulations. A rank that only serves then raises
-            SystemExit when it has served.
-        settings: any field of `mpips.Config`; a nested group as a dict: `checkpoint={"every": 100}`. Flags, `MPIPS_*` variables
-            and a YAML file take precedence over these.
-
-    Returns:
-        This worker's part in the run.
-
-    Raises:
-        SystemExit: with status 2 and one line on the screen, for a setting that is not allowed, or if the launcher has started
-            several separate jobs of one rank.
-        ContractError: the ranks do not have the same model, settings or versions. The message names the first difference.
-    """
-    config, model = configure(**settings), one_module(model)
-    if trainable is not None:
-        choose_trainable(model, trainable)
-    given = one_optimizer(optimizer, model, config)
-    if communicator is not None:
-        run = _begin(Start(communicator, config, model, given, validate, validation_data))
-        if callable(at_end := getattr(communicator, "at_end", None)):  # a simulated rank's communicator has this
-            at_end(run.close)
-        return run
-    return _connect(config, model, given, validate, validation_data)
-
-
-class _Process:
-    """The state of mpips in this process: one communicator for all runs, and the present run.
-
-    Attributes:
-        communicator: this rank's communicator, once it has joined the other ranks.
-        run: the latest run.
-        count: the number of runs begun.
-        status: the status that the process is to end with; None to leave it to the script.
-        left: whether this rank has met the other ranks for the last time.
-    """
-
-    communicator: Communicator | None = None
-    run: Run | None = None
-    count = 0
-    status: int | None = None
-    left = False
-
-
-def _connect(
-    config: Config,
-    model: nn.Module,
-    optimizer: Optimizer,
-    validate: Callable[..., Any] | None,
-    validation_data: Callable[[], Any] | None,
-) -> Run:
-    """Begin a run of the script over MPI. A rank that only serves ends the process here."""
-    communicator, again = _Process.communicator, _Process.count > 0
-    if communicator is None:
-        communicator = _Process.communicator = join(config)
-        atexit.register(_leave, communicator, os.getpid())
-        if callable(at_finalize := getattr(communicator, "at_finalize", None)):  # over MPI
-            at_finalize(partial(_leave, communicator, os.getpid()))
-    elif _Process.run:
-        _Process.run.end_before_another()
-    _Process.count += 1
-    config = folder.of_run(config, _Process.count)
-    if communicator.rank == SERVER:
-        folder.check_new(config)
-    serves = communicator.rank == SERVER and communicator.size > 1 and not config.server_trains
-    if again and communicator.size > 1:
-        _meet_again(communicator, blueprint.describe(config, model, optimizer))
-    try:
-        start = Start(communicator, config, model, optimizer, validate, validation_data)
-        while serves:
-            start = _serve(start)
-    except BaseException:
-        if not serves:
-            raise
-        _end_process(communicator)
-    run = _Process.run = _begin(start)
-    process.on_preemption(run.preempt)
-    if run.worker == 0 and not again and torch.initial_seed() != run.seed:
-        print(
-            "mpips: torch is not seeded alike on all ranks, so what the script has drawn before connect (a split, targets) "
-            "differs between workers; call torch.manual_seed first, or draw it from a seeded generator",
-            file=sys.stderr,
-            flush=True,
-        )
-    return run
-
-
-def _serve(start: Start) -> Start:
-    """Serve a run. Return the start of the next run, or raise SystemExit if the workers do not begin another."""
-    server = start.server
-    assert server
-    process.on_preemption(partial(setattr, server, "signalled", True))
-    server.serve()
-    if server.control.stop == Stop.PREEMPTED:
-        _preempted(server)
-    folder.release(start.folder)
-    blob = _meet_again(start.communicator, b"")
-    if not blob:
-        raise SystemExit(0)
-    _Process.count += 1
-    config, model, optimizer = blueprint.build(blob)
-    folder.check_new(config)
-    return Start(start.communicator, config, model, optimizer, None, None)
-
-
-def _meet_again(communicator: Communicator, own: bytes) -> bytes:
-    """After a run, let all ranks say whether the script begins another run or ends.
-
-    `own` is this rank's description of the next run, empty at the end of the script. The server gets the first worker's
-    description, or an empty one at the end of the script.
-
-    Raises:
-        CallError: some ranks begin another run, and some do not.
-    """
-    blobs = communicator.gather_bytes(own)
-    continues = [bool(blob) for blob in blobs[1 if communicator.size > 1 and not blobs[0] else 0 :]] if blobs else []
-    verdict = b"apart" if len(set(continues)) > 1 else b""
-    if broadcast_bytes(communicator, verdict):
-        raise CallError("the workers do not make the same calls: some connect again, some are at the end of their script")
-    return next((blob for blob in blobs if blob), b"")
-
-
-def _begin(start: Start) -> Run:
-    """Return a worker's run. A rank that only serves, over the caller's communicator, serves and raises SystemExit."""
-    if start.worker is None:
-        assert start.server
-        start.server.serve()
-        if start.server.control.stop == Stop.PREEMPTED:
-            _preempted(start.server)
-        raise SystemExit(0)
-    return Run(start)
-
-
-def _end_process(communicator: Communicator) -> NoReturn:
-    """End this rank, which has served or failed, with the exception's status. Only the script's `atexit` handlers run."""
-    kind, error, trace = sys.exc_info()
-    _Process.left = True
-    status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-    if not isinstance(error, SystemExit):
-        assert kind
-        assert error
-        sys.excepthook(kind, error, trace)
-    elif status in (0, failure.PREEMPTED):
-        communicator.barrier(patience=None)
-        failure.tell_left(communicator.rank)
-    atexit._run_exitfuncs()
-    _exit(communicator, status)
-
-
-def _exit(communicator: Communicator, status: int) -> NoReturn:
-    """End the process now, with this status."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):  # on a full disk
-            stream.flush()
-    communicator.finalize()
-    process.end(status)
-
-
-def _leave(communicator: Communicator, born: int) -> None:
-    """Close the run at exit, meet the other ranks for the last time, and keep the exit status of a preempted run.
-
-    `born` is the process id at `connect`: a forked child has another one, and does nothing.
-    """
-    if os.getpid() != born or _Process.left:  # a forked child of the script: the run is its parent's
-        return
-    _Process.left = True
-    try:
-        run = _Process.run
-        if run:
-            run.close()
-        if not failure.happened():
-            if run and not run.preempted:
-                _meet_again(communicator, b"")
-            communicator.barrier(patience=None)
-            failure.tell_left(communicator.rank)
-        if run and run.preempted and _Process.status is None:  # the script came to its own end at the same time
-            _exit(communicator, failure.PREEMPTED)
-    except Exception:  # at exit nobody else would end the other ranks
-        sys.excepthook(*sys.exc_info())
-
-
-def _preempted(server: Server | ParameterServer | None) -> NoReturn:
-    """Report the preemption, and raise SystemExit with its status."""
-    if server:
-        server.end_save()
-        server.report.preempted(server.last_checkpoint)
-    _Process.status = failure.PREEMPTED
-    raise SystemExit(failure.PREEMPTED)
-
-
-class Start:
-    """The start of a run on one rank: makes this rank's server and worker, with the server's weights in the model.
-
-    Attributes:
-        config, communicator, optimizer: as given.
-        folder: the run's folder, the same on all ranks.
-        id: the run's id.
-        resumed: what the server remembers of a resumed run, the validated values; empty for a new run.
-        kept: the state of the objects that the script keeps in the checkpoint.
-        streams: the random streams to continue with; None for a new run.
-        server, worker: this rank's server and worker; None where it has none.
-    """
-
-    def __init__(
-        self,
-        communicator: Communicator,
-        config: Config,
-        model: nn.Module,
-        optimizer: Optimizer,
-        validate: Callable[..., Any] | None,
-        validation_data: Callable[[], Any] | None,
-    ) -> None:
-        self.communicator, self.config, self.optimizer, self.model = communicator, config, optimizer, model
-        self.validation_data, self.measures = validation_data, validate is not None
-        self._count = max(1, _Process.count)
-        index, self.workers = place_of(communicator, config)
-        check_rule(config, self.workers)
-        check_optimizer(optimizer, self.workers)
-        check_faults(config, communicator.size)
-        self._requests = choose_mode(config).requests
-        self.server: Server | ParameterServer | None = None
-        self.worker: Worker | None = None
-        self.folder, resume, self.id = self._agree_on_folder()
-        if communicator.rank != SERVER:
-            with suppress(OSError):  # a folder that only the server's machine has
-                report.log_to(self.folder, communicator.rank, self.id)
-        if communicator.rank == SERVER:
-            self._serve(validate, resume)
-        if index >= 0:
-            self._train()
-        self.resumed: dict[str, Any] = (
-            json.loads(broadcast_bytes(communicator, json.dumps(self._past()).encode())) if resume else {}
-        )
-        self.kept: dict[str, Any] = self._share_kept() if resume else {}
-        self.streams = rng.capture() if resume else None
-        self._watch()
-        if config.chaos:
-            from mpips.run import chaos
-
-            chaos.install(config.chaos, self.folder, communicator.rank, self.server, self.worker)
-
-    def _watch(self) -> None:
-        """Let this rank record what it does when another is waited for, and let the run end after the deadline.
-
-        Raises:
-            SystemExit: with status 2 and one line on the screen, if there is a deadline, and nobody notices who is waited for.
-        """
-        keep = getattr(self.communicator, "keep_stalls", None)  # over MPI
-        recorder, deadline = FlightRecorder(self.folder, self.communicator.rank, self._facts), self.config.deadline
-        if keep and not keep(recorder, deadline) and deadline:
-            allowed = "0, as MPI was started without MPI_THREAD_MULTIPLE and nobody notices who is waited for"
-            raise refused(ConfigError(f"deadline: given {deadline:g}, allowed: {allowed}"))
-
-    def _facts(self) -> dict[str, Any]:
-        """Return where this rank is, for a record of a stall."""
-        whose = self.worker or self.server
-        assert whose
-        role = f"worker {self.worker.index}" if self.worker else "server"
-        return {"run": self.id, "role": role, "round": int(whose.control.round), "epoch": whose.place.epoch}
-
-    def _past(self) -> dict[str, Any]:
-        """Return what the server remembers of the resumed run."""
-        server = self.server
-        return {"values": server.values} if server else {}
-
-    def _share_kept(self) -> dict[str, Any]:
-        """Broadcast the kept state from the server, and return it."""
-        blob = RankState(-1, Place(), {}, own=self.server.kept).pack() if self.server else b""
-        return RankState.unpack(broadcast_bytes(self.communicator, blob)).own
-
-    def _agree_on_folder(self) -> tuple[Path, Path | None, str]:
-        """Return the run folder, the checkpoint to resume from, and the run's id: the server chooses and broadcasts them."""
-        agreed = b""
-        if self.communicator.rank == SERVER:
-            checkpoint.stop_writing()
-            where, start = folder.folders(self.config.run_dir, self.config.resume, self._count)
-            run = report.run_id(where) if start and folder.holds_run(where) else report.new_id(self._count)
-            try:
-                report.log_to(where, SERVER, run)
-                folder.hold(where)
-            except OSError as error:
-                raise no_folder(str(where), error) from error
-            agreed = json.dumps([str(where), start and str(start), run]).encode()
-        where, start, run = json.loads(broadcast_bytes(self.communicator, agreed))
-        return Path(where), start and Path(start), run
-
-    def _serve(self, validate: Callable[..., Any] | None, resume: Path | None) -> None:
-        """Make the server, resume from the checkpoint if there is one, and broadcast the initial weights."""
-        kind = ParameterServer if self._requests else Server
-        server = self.server = kind(
-            self.communicator,
-            self.model,
-            self.optimizer,
-            config=self.config,
-            folder=self.folder / "checkpoints",
-            report=report.Report(self.folder, self.config.metrics, self.id),
-            validation_data=self.validation_data,
-            validate=validate,
-            follows=True,
-        )
-        server.create_model()
-        if resume is not None:
-            server.resume(resume, self._count)
-            server.kept[GROUPS]  # raises if the checkpoint lacks them; every one has them
-        server.report.start(
-            self.config.yaml(),
-            environment(),
-            size=self.communicator.size,
-            workers=self.workers,
-            server_trains=server.trains,
-            script=report.script_name(),
-            mpi=self.communicator.name,
-            torch=str(torch.__version__),
-            device=str(server.replica.flat.weights.device),
-            parameters=sum(slot.numel for slot in server.replica.flat.slots),
-        )
-        server.broadcast_initial_weights()
-
-    def _train(self) -> None:
-        """Make the worker, and receive the initial weights."""
-        kind = Client if self._requests and not self.server else Worker
-        self.worker = kind(self.communicator, self.model, self.config, self.server, self.optimizer, tells=True)
-        self.worker.receive_initial_weights()
 
 
 class Seat:
@@ -458,22 +72,21 @@ class Run:
         optimizers: the script's optimizers.
     """
 
-    def __init__(self, start: Start) -> None:
-        assert start.worker
-        self.config, self.folder, self._start = start.config, start.folder, start
-        self.optimizers = start.optimizer.parts if isinstance(start.optimizer, Joint) else [start.optimizer]
-        self._communicator, self._server, self._worker = start.communicator, start.server, start.worker
-        self.worker, self.workers = self._worker.index, start.workers
+    def __init__(self, roles: Roles, preempted: Callable[[], NoReturn]) -> None:
+        assert roles.worker
+        self.config, self.folder, self._roles = roles.config, roles.folder, roles
+        self.optimizers = roles.optimizer.parts if isinstance(roles.optimizer, Joint) else [roles.optimizer]
+        self._communicator, self._server, self._worker = roles.communicator, roles.server, roles.worker
+        self.worker, self.workers = self._worker.index, roles.workers
         self._several = len(self.optimizers) > 1
-        self._keeping = Keeping(start.kept, self.optimizers, self.print)
+        self._keeping = Keeping(roles.kept, self.optimizers, self.print)
         self._worker.kept = self._keeping.state_dict
-        self._values: dict[str, float] = start.resumed.get("values", {})
+        self._values: dict[str, float] = roles.resumed.get("values", {})
         self._worker.replica.flat.sparse = any(isinstance(o, torch.optim.SparseAdam) for o in self.optimizers)
         for which, optimizer in enumerate(self.optimizers):
             wrapped.wrap(optimizer, Seat(self, which))
         clipping.watch(self._worker.replica.flat, self.average)
-        preempted = partial(_preempted, self._server)
-        self._replay = Replay(self._worker, self._keeping, start.streams)
+        self._replay = Replay(self._worker, self._keeping, roles.streams)
         self._loop = Loop(self._worker, self._worker.common, self._replay, preempted, self.print)
         self._ended = -1.0  # the round at which `epochs` ended
         self._data: Any = None  # the validation data
@@ -776,7 +389,7 @@ class Run:
 
     def _check_frozen(self) -> None:
         """Raise RuntimeError if the server would measure a model whose frozen parameters the workers have changed."""
-        if self._start.measures and self.worker == 0 and not self._server:
+        if self._roles.measures and self.worker == 0 and not self._server:
             for name in self._worker.replica.flat.changed_frozen():
                 raise RuntimeError(
                     f"connect(..., validate=...) measures on the server, but the script has changed {name}, which is frozen, "
@@ -787,10 +400,10 @@ class Run:
         """Return what this worker contributes to a validation: the measured values on worker 0, only the name elsewhere."""
         if self.worker or measure is None:
             return {"name": name}
-        if self._data is None and self._start.validation_data is not None:
-            self._data = self._start.validation_data()
+        if self._data is None and self._roles.validation_data is not None:
+            self._data = self._roles.validation_data()
         with self._worker.unchanged():
-            return {"name": name, "values": measured(self._start.model, measure, self._data, name)}
+            return {"name": name, "values": measured(self._roles.model, measure, self._data, name)}
 
     def stop(self) -> None:
         """End the run on all ranks after the next round."""

@@ -78,11 +78,12 @@ class Told:
 
     def changed(self) -> bool:
         """Read the hyperparameters again; return whether any number differs from before."""
-        now = [group.get(name) for group in self.optimizer.param_groups for name in self._names]
+        now = [list(map(group.get, self._names)) for group in self.optimizer.param_groups]
         if not self._in_place and now == self._seen:
             return False
-        self._seen, self._in_place = now, any(isinstance(value, (Tensor, np.ndarray)) for value in now)
-        numbers = [number for value in now for number in numbers_in(value)]
+        values = [value for group in now for value in group]
+        self._seen, self._in_place = now, any(isinstance(value, (Tensor, np.ndarray)) for value in values)
+        numbers = [number for value in values for number in numbers_in(value)]
         limbs = encode(numbers)
         if self.limbs is not None and np.array_equal(limbs, self.limbs):
             return False

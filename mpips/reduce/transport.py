@@ -16,8 +16,7 @@ a node share, and only between nodes is anything sent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -29,8 +28,7 @@ from mpips.reduce.combine import prepare
 from mpips.rules import Needs, Rule
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """What the server decides about a round.
 
     Attributes:

@@ -248,7 +248,8 @@ class Run:
                 loss = closure()
         if overflow is not None and not self._worker.mode.gradients:
             raise ConfigError(f"GradScaler: given one with mode {self.config.mode}, allowed: mode sync; bfloat16 needs none")
-        self.turn_to(which)
+        if self._several or self._keeping.behind:
+            self.turn_to(which)
         self._worker.overflow = bool(overflow)
         self._loop.step(*(self._said or (loss, None, {})))
         self._worker.overflow = False

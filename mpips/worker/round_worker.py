@@ -165,6 +165,7 @@ class Worker:
         self.inner = self.server.inner
         self.update = make_update(mode, self.config, self.replica, communicator.rank, self.index, self.workers, self.inner)
         self.update.here = server is not None
+        self._elsewhere = communicator.size > 1 and not self.update.apart  # weights are stepped on other ranks, or shared
         self.tally = Tally()
         self.place = Place()
         self.signalled = self.more = False
@@ -388,11 +389,6 @@ class Worker:
             f"the script has changed {self.replica.flat.slots[number].name} in place, outside optimizer.step(), after connect; "
             f"with several ranks {instead}"
         )
-
-    @property
-    def _elsewhere(self) -> bool:
-        """Whether the weights are stepped on other ranks or shared with them."""
-        return self.communicator.size > 1 and not self.update.apart
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -735,13 +731,24 @@ class Worker:
 
     def _row(self, samples: float = 0, loss: float = 0) -> WorkerStatus:
         now = self.communicator.clock()
-        row = WorkerStatus(samples=samples, loss=loss, done=self.done, stop=self.stop, signal=self.signalled)
-        row.round = self.control.round % ROUNDS
-        row.train, row.wait = now - self._left, self._left - self._begun
-        row.overflow, row.which = self.overflow, self.which
-        row.call, row.begun, row.epochs = self.call, self.begun, self.epochs
-        row.digest, row.drawn, row.more = self.digest, self.drawn, self.more
-        return row
+        return WorkerStatus(
+            samples=samples,
+            loss=loss,
+            done=self.done,
+            stop=self.stop,
+            signal=self.signalled,
+            round=self.control.round % ROUNDS,
+            train=now - self._left,
+            wait=self._left - self._begun,
+            call=self.call,
+            begun=self.begun,
+            digest=self.digest,
+            drawn=self.drawn,
+            epochs=self.epochs,
+            which=self.which,
+            overflow=self.overflow,
+            more=self.more,
+        )
 
     def _send(self) -> None:
         """Note the time at which the push message is handed over; it is sent in the round, see `_receive`."""

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 SERVER = 0  # the server's rank
 
 Apply = Callable[[slice, Tensor], None]
+Blob = bytes | bytearray | memoryview
 
 
 class CommunicatorError(RuntimeError):
@@ -85,8 +86,8 @@ class Communicator(Protocol):
     def broadcast(self, message: Tensor) -> None:
         """Copy the server's contiguous `message`, of any dtype, to every rank's `message`."""
 
-    def gather_bytes(self, blob: bytes) -> list[bytes]:
-        """Return every rank's blob, by rank, at the server; an empty list elsewhere."""
+    def gather_bytes(self, *parts: Blob) -> list[Blob]:
+        """Return every rank's bytes, those of all parts together, by rank, at the server; an empty list elsewhere."""
 
     def allgather_digests(self, digest: bytes) -> list[bytes]:
         """Return every rank's digest of 32 bytes, by rank."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mpips.comm import SERVER, Apply, CommunicatorError, pieces
+from mpips.comm import SERVER, Apply, Blob, CommunicatorError, pieces
 from mpips.comm.node_group import BufferSpec
 from mpips.rules import Needs
 
@@ -43,9 +43,9 @@ class LocalCommunicator:
         """Leave the message as it is."""
         self._count("broadcast", message)
 
-    def gather_bytes(self, blob: bytes) -> list[bytes]:
+    def gather_bytes(self, *parts: Blob) -> list[Blob]:
         """Return the only blob."""
-        return [blob]
+        return [b"".join(parts)]
 
     def allgather_digests(self, digest: bytes) -> list[bytes]:
         """Return the only digest."""

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpips.comm import SERVER, Apply, CommunicatorError, multi_node, pieces, reduce_scatter
+from mpips.comm import SERVER, Apply, Blob, CommunicatorError, handover, multi_node, pieces, reduce_scatter
 from mpips.comm import cuda_ipc as devices
 from mpips.comm.backoff import patiently
 from mpips.comm.barrier import AWAKE, mapped
@@ -305,27 +305,42 @@ class MpiCommunicator:
             with self._waits:
                 self.comm.Bcast(memory_of(memory), root=SERVER)
 
-    def gather_bytes(self, blob: bytes) -> list[bytes]:
+    def gather_bytes(self, *parts: Blob) -> list[Blob]:
         """See `Communicator`."""
         with self._waits:
-            return self._collect(blob)
-
-    def _collect(self, blob: bytes) -> list[bytes]:
-        if self.rank != SERVER:
-            self.comm.Send(np.array([len(blob)], dtype=np.int64), dest=SERVER, tag=BLOB)
-            data = np.frombuffer(blob, dtype=np.uint8)
-            for piece in pieces(len(blob), 1, LARGEST):
-                self.comm.Send(data[piece], dest=SERVER, tag=BLOB)
+            if self.rank == SERVER:
+                return [b"".join(parts), *(self._receive_blob(rank) for rank in range(1, self.size))]
+            self._send_blob(parts)
             return []
-        return [blob] + [self._blob(rank) for rank in range(1, self.size)]
 
-    def _blob(self, rank: int) -> bytes:
-        length = np.empty(1, dtype=np.int64)
-        self.comm.Recv(length, source=rank, tag=BLOB)
-        data = np.empty(int(length[0]), dtype=np.uint8)
+    def _send_blob(self, parts: Sequence[Blob]) -> None:
+        """Hand bytes over to the server, in memory if there are many and the server can map it, else in messages."""
+        told, memory = handover.offer(parts)
+        self.comm.Send(told, dest=SERVER, tag=BLOB)
+        if memory >= 0:
+            taken = np.empty(1, dtype=np.int64)
+            self.comm.Recv(taken, source=SERVER, tag=BLOB)
+            os.close(memory)
+            if taken[0]:
+                return
+        data = np.frombuffer(b"".join(parts), dtype=np.uint8)
         for piece in pieces(len(data), 1, LARGEST):
+            self.comm.Send(data[piece], dest=SERVER, tag=BLOB)
+
+    def _receive_blob(self, rank: int) -> Blob:
+        """Receive what another rank hands over by `_send_blob`."""
+        told = np.empty(handover.WORDS, dtype=np.int64)
+        self.comm.Recv(told, source=rank, tag=BLOB)
+        if told[1]:
+            mapped = handover.take(told)
+            self.comm.Send(np.array([mapped is not None], dtype=np.int64), dest=rank, tag=BLOB)
+            if mapped is not None:
+                return mapped
+        blob = bytearray(int(told[0]))
+        data = np.frombuffer(blob, dtype=np.uint8)
+        for piece in pieces(len(blob), 1, LARGEST):
             self.comm.Recv(data[piece], source=rank, tag=BLOB)
-        return data.tobytes()
+        return blob
 
     def allgather_digests(self, digest: bytes) -> list[bytes]:
         """See `Communicator`."""

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mpips.comm import SERVER, Apply, CommunicatorError, landing, multi_node, pieces, reduce_scatter
+from mpips.comm import SERVER, Apply, Blob, CommunicatorError, landing, multi_node, pieces, reduce_scatter
 from mpips.comm.cuda_ipc import CudaPeerBuffers
 from mpips.comm.mailbox import Letter, Mailbox, raw
 from mpips.comm.node_group import BufferSpec, NodeGroup
@@ -251,8 +251,9 @@ class SimulatedCommunicator:
         cost = message.numel() * message.element_size()
         self._meet("broadcast", f"broadcast({message.numel()} x {message.dtype})", message, finish, cost)
 
-    def gather_bytes(self, blob: bytes) -> list[bytes]:
+    def gather_bytes(self, *parts: Blob) -> list[Blob]:
         """See `Communicator`."""
+        blob = b"".join(parts)
         blobs = self._meet("gather_bytes", "gather_bytes", blob, lambda given: list(given.values()), len(blob))
         assert isinstance(blobs, list)
         return blobs if self.rank == SERVER else []

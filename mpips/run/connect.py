@@ -184,7 +184,7 @@ def _meet_again(communicator: Communicator, own: bytes) -> bytes:
     verdict = b"apart" if len(set(continues)) > 1 else b""
     if broadcast_bytes(communicator, verdict):
         raise CallError("the workers do not make the same calls: some connect again, some are at the end of their script")
-    return next((blob for blob in blobs if blob), b"")
+    return next((bytes(blob) for blob in blobs if blob), b"")
 
 
 def _begin(roles: Roles) -> Run:

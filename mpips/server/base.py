@@ -418,7 +418,7 @@ class Service:
             The reply.
         """
         reply: dict[str, Any] = json.loads(
-            broadcast_bytes(self.communicator, self.answer(self.communicator.gather_bytes(given)))
+            broadcast_bytes(self.communicator, self.answer([bytes(blob) for blob in self.communicator.gather_bytes(given)]))
         )
         return reply
 
@@ -773,7 +773,7 @@ class Service:
             The number of calls and the number of bytes, summed over the ranks.
         """
         blobs = self.communicator.gather_bytes(json.dumps(self.communicator.traffic).encode())
-        self.performances = {rank: json.loads(blob) for rank, blob in enumerate(blobs)}
+        self.performances = {rank: json.loads(bytes(blob)) for rank, blob in enumerate(blobs)}
         totals = [
             sum(n for traffic in self.performances.values() for call, n in traffic.items() if call.endswith(kind))
             for kind in ("calls", "bytes")

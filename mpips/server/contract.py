@@ -69,7 +69,7 @@ def agree_on_settings(communicator: Communicator, settings: Config | str) -> str
     text = json.dumps(given).encode()
     if len(set(communicator.allgather_digests(hashlib.sha256(text).digest()))) == 1:
         return given if isinstance(given, str) else ""
-    everyone = [json.loads(blob) for blob in communicator.gather_bytes(text)]
+    everyone = [json.loads(bytes(blob)) for blob in communicator.gather_bytes(text)]
     return broadcast_bytes(communicator, _refusal(everyone).encode() if communicator.rank == SERVER else b"").decode()
 
 
@@ -132,7 +132,7 @@ def agree(communicator: Communicator, lines: list[str]) -> str:
     digest = hashlib.sha256(text.encode())
     if len(set(communicator.allgather_digests(digest.digest()))) > 1:
         texts = communicator.gather_bytes(text.encode())
-        verdict = _difference([t.decode().split("\n") for t in texts]) if communicator.rank == SERVER else ""
+        verdict = _difference([bytes(t).decode().split("\n") for t in texts]) if communicator.rank == SERVER else ""
         raise ContractError(broadcast_bytes(communicator, verdict.encode()).decode())
     return digest.hexdigest()
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from mpips.checkpoint import Saved
-from mpips.comm import Communicator, broadcast_bytes
+from mpips.comm import Blob, Communicator, broadcast_bytes
 from mpips.data import Place
+from mpips.model.flat import ALIGNMENT
 from mpips.process import rng
 
 Arrays = dict[str, np.ndarray]
@@ -94,16 +95,20 @@ class RankState:
 
     def pack(self) -> bytes:
         """Return the state as bytes, to be sent."""
+        return b"".join(self.parts())
+
+    def parts(self) -> list[Blob]:
+        """Return the bytes of `pack` in parts, which are the memory of large tensors where that is possible."""
         arrays: Arrays = {}
         tree = self.state_dict() | {"slices": self.slices, "kept": self.kept, "frozen": self.frozen}
         for kind in STREAMS:
             arrays |= {f"{kind} {name}": value for name, value in tree.pop(kind).items()}
         arrays["words"] = np.frombuffer(json.dumps(_strip(tree, arrays)).encode(), dtype=np.uint8)
-        return _join(arrays)
+        return _parts(arrays)
 
     @classmethod
-    def unpack(cls, blob: bytes | memoryview) -> RankState:
-        """Return the state that `pack` returned as `blob`."""
+    def unpack(cls, blob: Blob) -> RankState:
+        """Return the state that `pack` returned as `blob`. Its tensors are in the blob's memory if that can be written to."""
         arrays = _split(blob)
         tree = _dress(json.loads(arrays["words"].tobytes()), arrays)
         for kind in STREAMS:
@@ -137,6 +142,8 @@ def _dress(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
 
 
 def _tensor(raw: np.ndarray, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    if raw.flags.writeable and raw.size:
+        return torch.from_numpy(raw).view(dtype).view(shape)
     tensor = torch.empty(shape, dtype=dtype)
     np.copyto(tensor.view(-1).view(torch.uint8).numpy(), raw)
     return tensor
@@ -144,7 +151,7 @@ def _tensor(raw: np.ndarray, dtype: torch.dtype, shape: list[int]) -> Tensor:
 
 def pack_all(states: list[RankState]) -> bytes:
     """Return several ranks' states as one blob."""
-    return _join({str(i): np.frombuffer(state.pack(), dtype=np.uint8) for i, state in enumerate(states)})
+    return b"".join(_parts({str(i): np.frombuffer(state.pack(), dtype=np.uint8) for i, state in enumerate(states)}))
 
 
 def unpack_all(blob: bytes) -> list[RankState]:
@@ -152,29 +159,35 @@ def unpack_all(blob: bytes) -> list[RankState]:
     return [RankState.unpack(array.data) for array in _split(blob).values()]
 
 
-def _join(arrays: Arrays) -> bytes:
-    """Return arrays as one blob: a line of their names, dtypes and shapes, then their bytes.
+def _parts(arrays: Arrays) -> list[Blob]:
+    """Return arrays as the parts of one blob: a line of their names, dtypes and shapes, then their bytes.
+
+    Each array begins at a multiple of 64 bytes, so that a tensor can lie in the blob's memory.
 
     numpy's own format is not used: reading it leaves cyclic garbage of four functions for each array.
     """
     if objects := [name for name, array in arrays.items() if array.dtype.hasobject]:
         raise TypeError(f"{objects[0]}: an array of Python objects, expected one of numbers")
-    line = json.dumps([[name, array.dtype.str, array.shape] for name, array in arrays.items()])
-    return b"".join([line.encode(), b"\n", *(np.ascontiguousarray(array).data for array in arrays.values() if array.size)])
+    line = json.dumps([[name, array.dtype.str, array.shape] for name, array in arrays.items()]).encode()
+    parts: list[Blob] = [line, b" " * (-(len(line) + 1) % ALIGNMENT), b"\n"]
+    for array in arrays.values():
+        if array.size:
+            parts += [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, bytes(-array.nbytes % ALIGNMENT)]
+    return parts
 
 
-def _split(blob: bytes | memoryview) -> Arrays:
-    """Return the arrays that `_join` was given, without a copy: they refer to the blob."""
+def _split(blob: Blob) -> Arrays:
+    """Return the arrays that `_parts` was given, without a copy: they refer to the blob."""
     at = _line_length(blob)
     arrays = {}
     for name, dtype, shape in json.loads(bytes(blob[: at - 1])):
         count = math.prod(shape)
         arrays[name] = np.frombuffer(blob, dtype, count, at).reshape(shape)
-        at += arrays[name].nbytes
+        at += -(-arrays[name].nbytes // ALIGNMENT) * ALIGNMENT
     return arrays
 
 
-def _line_length(blob: bytes | memoryview) -> int:
+def _line_length(blob: Blob) -> int:
     """Return the length of the blob's first line."""
     length = 1 << 12
     while (at := bytes(blob[:length]).find(b"\n")) < 0:

@@ -90,7 +90,7 @@ class RemoteServer:
 
     def _receive_state(self) -> dict[str, Any]:
         """Do this rank's part of `Service.tell_state`, and return the optimizer's state."""
-        self.communicator.gather_bytes(RankState(-1, Place(), {}, slices=self.transport.optimizer_shard()).pack())
+        self.communicator.gather_bytes(*RankState(-1, Place(), {}, slices=self.transport.optimizer_shard()).parts())
         return RankState.unpack(broadcast_bytes(self.communicator, b"")).own
 
     def average(self) -> None:
@@ -116,7 +116,7 @@ class RemoteServer:
     def save_model(self) -> None:
         """Send this rank's state for a checkpoint; see `Service.save_model`."""
         assert self.worker_state
-        self.communicator.gather_bytes(self.worker_state().pack())
+        self.communicator.gather_bytes(*self.worker_state().parts())
 
     def give_performance(self) -> None:
         """Send this rank's traffic to the server, at the end of the run."""

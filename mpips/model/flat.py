@@ -146,6 +146,7 @@ class Flat:
         self.renormalised = {number for number, p in enumerate(self.parameters) if p in tables}
         self.sparse = False  # whether sparse gradients are left as they are
         self.averaged = False  # whether the gradients are averages over all workers
+        self.accumulated = False  # whether backward has accumulated a gradient since this was set to False
         for number, p in enumerate(self.parameters):
             p.register_post_accumulate_grad_hook(partial(self._accumulated, number))  # type: ignore[no-untyped-call]
         if hold:
@@ -211,7 +212,7 @@ class Flat:
 
     def _accumulated(self, number: int, p: nn.Parameter) -> None:
         """Copy a gradient that autograd has just accumulated into the flat buffer, while the gradient is still in the cache."""
-        self.averaged = False
+        self.averaged, self.accumulated = False, True
         self._touched.add(number)
         if self.sparse and p.grad is not None and p.grad.is_sparse:
             return
@@ -336,6 +337,7 @@ class Flat:
             if slot.name in gradients:
                 p.grad = slot.view(self.grad).copy_(gradients[slot.name])
                 self._touched.add(number)
+                self.accumulated = True
 
     def pushed(self) -> None:
         """Note that the gradients have been pushed; none is pending."""

@@ -57,6 +57,7 @@ def begin() -> None:
     with suppress(ValueError):  # not in the main thread
         if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
             signal.signal(signal.SIGUSR1, _preempt)
+            atexit.register(_ignore_preemption)
     launched = launch()
     if launched.launcher and launched.size != 1 and not _is_of_a_rank():
         atexit.register(leave, os.getpid())
@@ -127,6 +128,13 @@ def _preempt(number: int, frame: FrameType | None) -> None:
     _asked = True
     if _note:
         _note()  # nothing else happens in the handler
+
+
+def _ignore_preemption() -> None:
+    """Ignore SIGUSR1 from now on, at exit: Python gives its handlers up before the process ends, and a signal would kill it."""
+    with suppress(ValueError):
+        if signal.getsignal(signal.SIGUSR1) is _preempt:
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def on_preemption(note: Callable[[], None]) -> None:

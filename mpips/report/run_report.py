@@ -256,6 +256,17 @@ class Report:
             self._events = open(folder / "events.jsonl", "a", buffering=1, opener=private)  # noqa: SIM115  stays open
             self._tell_launcher(folder)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the run folder is still where it was when the run began."""
+        if self.folder is None:
+            return True
+        ours = os.fstat(self._events.fileno())
+        with suppress(OSError):
+            there = (self.folder / "events.jsonl").stat()
+            return (there.st_ino, there.st_dev) == (ours.st_ino, ours.st_dev)
+        return False
+
     def restore(self, metrics: int, validations: int, folder: Path) -> None:
         """Begin with the first rows of the tables in a run folder, as many as there were at the checkpoint."""
         self.metrics.restore(metrics, folder / "metrics.csv")

@@ -86,7 +86,7 @@ def connect(
     if communicator is not None:
         run = _begin(Roles(communicator, config, model, given, validate, validation_data, _Process.count))
         if callable(at_end := getattr(communicator, "at_end", None)):  # a simulated rank's communicator has this
-            at_end(run.close)
+            at_end(run.leave)
         return run
     return _connect(config, model, given, validate, validation_data)
 
@@ -234,7 +234,7 @@ def _leave(communicator: Communicator, born: int) -> None:
     try:
         run = _Process.run
         if run:
-            run.close()
+            run.leave()
         if not failure.happened():
             if run and not run.preempted:
                 _meet_again(communicator, b"")

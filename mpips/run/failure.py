@@ -39,9 +39,16 @@ def happened() -> bool:
 
 
 def end_all_on_exception(communicator: Communicator) -> None:
-    """Install an exception hook: from now on an uncaught exception ends all ranks, with status 1, or 2 for a bad setting."""
+    """Install an exception hook: from now on an uncaught exception ends all ranks, with status 1, or 2 for a bad setting.
+
+    In a forked child, such as a DataLoader's worker, the hook that was there before is called: the child is no rank.
+    """
+    born, before = os.getpid(), sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if os.getpid() != born:
+            before(kind, error, trace)
+            return
         _failures.append(error)
         status = BAD_CONFIGURATION if issubclass(kind, ConfigError) else FAILED
         try:

@@ -66,6 +66,7 @@ class Loop:
         self.rehearsing = self.aware = self.framework = self._told = False
         self._taken = 0  # items yielded since the last step
         self._samples: float | None = worker.place.samples  # behind gradients not yet pushed; None if unknown
+        self._later: float = 0  # samples drawn since the last backward before a draw
         self._latest = worker.place.latest  # the samples of the last step, reused for a second step on a batch
         self._unread = False  # whether ps.shard() was called and no batch drawn since
         self._stepped_at = (0, 0)  # the loop and the batch of the last step
@@ -188,10 +189,19 @@ class Loop:
 
     def _draw(self, count: int, samples: float | None) -> None:
         """Note a drawn batch. If nothing remains of the gradients of earlier batches, forget their samples."""
-        if self._samples and not self.worker.replica.flat.any_gradient():
+        flat = self.worker.replica.flat
+        if self._samples and not flat.any_gradient():
             self._samples = 0
+        if flat.accumulated:
+            self._later, flat.accumulated = 0, False
         self._taken += count
+        self._later += samples or 0
         self._samples = None if samples is None or self._samples is None else self._samples + samples
+
+    def drop_gradients(self) -> None:
+        """Forget the samples behind gradients that the script has just zeroed, if they were not pushed."""
+        if self.inside and self._samples and self.worker.replica.flat.pending:
+            self._samples = min(self._samples, self._later)
 
     def _rehearse(self, shard: Share | Hosting) -> Iterator[Any]:
         """Yield one batch of a loop that a resumed run has done. No step is taken on it: it lets the body set its names."""

@@ -44,6 +44,10 @@ class Seat:
             return self._run.evaluate(self._which, closure)
         return self._run.step_once(self._which, closure, overflow)
 
+    def gradients_zeroed(self) -> None:
+        """Note that the script has zeroed the gradients of this optimizer's parameters."""
+        self._run.gradients_zeroed()
+
     @property
     def skipped(self) -> bool:
         """Whether the last round took no step because a GradScaler had found an Inf or NaN."""
@@ -230,6 +234,11 @@ class Run:
             self._said = None
         self._worker.replica.flat.clear()
 
+    def gradients_zeroed(self) -> None:
+        """Count no samples for gradients that the script throws away; with several optimizers, those of others may stay."""
+        if not self._several:
+            self._loop.drop_gradients()
+
     def turn_to(self, which: int) -> None:
         """Let the following round be about the optimizer `which`."""
         if self._keeping.behind:
@@ -285,7 +294,7 @@ class Run:
             return loss if self.workers == 1 else loss.detach().new_tensor(losses[-1])
 
         more, worker.more = worker.more, True  # a run that is preempted takes the whole step
-        if closure is None:
+        if not isinstance(optimizer, torch.optim.LBFGS):  # others begin with the gradient that is there, as SAM does
             loop.average(None)
         flat.rehang_weights(pulled.clone())
         try:
@@ -433,10 +442,10 @@ class Run:
         self._loop.end_call()
         return str(reply.get("told", text))
 
-    def print(self, *words: object) -> None:
-        """Print, on worker 0 only."""
+    def print(self, *words: object, **how: Any) -> None:
+        """Print, on worker 0 only; `how` is as for Python's `print`, and `flush` is True by default."""
         if self.worker == 0:
-            print(*words, flush=True)
+            print(*words, **{"flush": True} | how)
 
     def _end_epoch(self, count: int) -> None:
         """End an epoch together with all workers."""
@@ -478,11 +487,26 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Leave the run. Called when Python exits. A worker that has left its loop early ends the run for all.
+        """Leave the run, for a script that goes on without it. A worker that is in a loop ends the run for all.
 
-        Whatever is not saved yet is saved now, and DONE is written unless only some of the workers have left. So a script may
-        have its own loop over epochs, or return from the middle of one.
+        Whatever is not saved yet is saved now, and DONE is written unless only some of the workers have left. The optimizers
+        are plain ones afterwards, with the state that they have stepped with; in the asynchronous modes, where that is on the
+        server, they cannot be used any more.
         """
+        if failure.happened() or not self.active:
+            return
+        stays = isinstance(self._worker, Client) and not self._worker.inner
+        given = [None if stays or self.preempted else self.state_of(which) for which in range(len(self.optimizers))]
+        self.leave()
+        for optimizer, state in zip(self.optimizers, given, strict=True):
+            if stays:
+                wrapped.bar(optimizer, self.config.mode)
+            elif state is not None:
+                whole = optimizer.state_dict()
+                optimizer.load_state_dict(whole | {"state": whole["state"] | state})
+
+    def leave(self) -> None:
+        """Leave the run, as `close` does, without the optimizers' state. Called when Python exits."""
         if failure.happened() or not self.active:
             return
         for optimizer in self.optimizers:

@@ -27,6 +27,9 @@ class Stepping(Protocol):
     def optimizer_step(self, closure: Callable[[], Any] | None, overflow: bool | None = None) -> Any:
         """Push, reduce, step on the server, pull. `overflow` is what a calling GradScaler has found on this rank."""
 
+    def gradients_zeroed(self) -> None:
+        """Note that the script has zeroed the gradients."""
+
     @property
     def skipped(self) -> bool:
         """Whether the last round took no step because a GradScaler had found an Inf or NaN."""
@@ -107,6 +110,35 @@ class Wrapped:
         return copyreg.__newobj__, (self.given_class,), own.__getstate__()  # type: ignore[attr-defined]
 
 
+class Barred:
+    """The base class that is put in front of an optimizer's own class when a run has ended that keeps its state."""
+
+    given_class: type[Optimizer]
+    _mode: str
+
+    def step(self, closure: Any = None) -> None:
+        """Raise RuntimeError; see `_refuse`."""
+        self._refuse("step()")
+
+    def state_dict(self) -> None:
+        """Raise RuntimeError; see `_refuse`."""
+        self._refuse("state_dict()")
+
+    def _refuse(self, call: str) -> None:
+        raise RuntimeError(
+            f"optimizer.{call} after ps.close(): given one of a run in mode {self._mode}, whose server has its state; expected "
+            f"a new optimizer (the state is in the run's checkpoints)"
+        )
+
+
+def bar(optimizer: Optimizer, mode: str) -> None:
+    """Make an optimizer unusable whose state has stayed with the server of a run in this mode."""
+    own: Any = optimizer
+    given: Any = kind(optimizer)
+    own.__class__ = type(given.__name__, (Barred, given), {"given_class": given, "__module__": given.__module__})
+    own._mode = mode
+
+
 def _caller() -> Any:
     """Return the GradScaler whose `step` is calling."""
     frame = sys._getframe(2)
@@ -121,7 +153,19 @@ def _class_of(given: Any) -> Any:
     """Return the class derived from `Wrapped` and the given optimizer class."""
     derived: Any = type(given.__name__, (Wrapped, given), {"given_class": given, "__module__": given.__module__})
     derived.step = _hooked(derived.step)
+    derived.zero_grad = _noted(given.zero_grad)
     return derived
+
+
+def _noted(zero_grad: Any) -> Any:
+    """Wrap `zero_grad` so that the run learns of it; its signature, which frameworks look at, stays."""
+
+    @wraps(zero_grad)
+    def zeroing(self: Any, *args: Any, **kwargs: Any) -> None:
+        zero_grad(self, *args, **kwargs)
+        self._mpips.gradients_zeroed()
+
+    return zeroing
 
 
 def _hooked(step: Any) -> Any:
@@ -146,6 +190,8 @@ def wrap(optimizer: Optimizer, run: Stepping) -> None:
     Raises:
         ConfigError: the optimizer's `step` has been replaced, or it belongs to another run that has not ended.
     """
+    if isinstance(optimizer, Barred):
+        raise ConfigError("optimizer: given one whose state is with the server of an earlier run, allowed: a new one")
     if isinstance(optimizer, Wrapped):
         raise ConfigError("optimizer: given one of a run that goes on, allowed: one of its own; end the other by ps.close()")
     step = vars(optimizer).get("step")

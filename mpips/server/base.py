@@ -580,6 +580,11 @@ class Service:
         blobs = self.communicator.gather_bytes(own.pack())
         if self.writer is None:
             return None
+        if not self.report.in_place:
+            raise checkpoint.CheckpointError(
+                f"{self.report.folder}: the run's folder has been moved or deleted since the run began; the run ends, as "
+                f"part of its files would be in a new one. It can go on from its last checkpoint (--mpips.resume FOLDER)"
+            )
         tree = self.state_dict([RankState.unpack(blob) for blob in blobs])
         self.report.flush()  # the checkpoint holds the number of its rows
         self.end_save()

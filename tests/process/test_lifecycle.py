@@ -7,13 +7,14 @@ import select
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, mpiexec_of, run
+from tests.conftest import IMPORTABLE, ROOT, launch_environment, mpiexec_of, run
 from tests.promises.test_failure import LOOP, PREAMBLE, script, trouble
 from tests.test_under_mpi import MPICH
 
@@ -69,6 +70,29 @@ def test_usr1_before_the_first_round_ends_with_75_and_a_checkpoint(moment: str, 
     done = solo(script(tmp_path, body))
     assert done.returncode == 75
     assert (tmp_path / "run" / "checkpoints" / "round_00000001.h5").exists()
+
+
+def test_usr1_again_and_again_until_the_end_is_one_preemption(tmp_path: Path) -> None:
+    program = """
+        import torch, mpips
+        model = torch.nn.Linear(4, 1)
+        ps = mpips.connect(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        print("connected", flush=True)
+        for x in ps.batches(torch.ones(100_000, 4), 2):
+            model(x).sum().backward()
+            ps.step(0.0)
+    """
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(program))
+    environment = launch_environment() | {"PYTHONPATH": os.pathsep.join(map(str, IMPORTABLE))}
+    with subprocess.Popen([sys.executable, script], cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as child:
+        assert child.stdout
+        while child.stdout.readline() != b"connected\n":
+            pass
+        while child.poll() is None:
+            child.send_signal(signal.SIGUSR1)
+            time.sleep(0.001)
+    assert child.returncode == 75
 
 
 def test_a_script_that_handles_usr1_itself_is_left_to_it(solo: Any, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,35 @@ def test_an_exception_in_a_measure_ends_all_ranks(mpirun: Any, tmp_path: Path) -
     done = failing(mpirun, tmp_path, body)
     assert "rank 1 on" in done.stderr  # worker 0, which measures
     assert "ZeroDivisionError" in done.stderr
+
+
+def test_an_exception_in_a_forked_child_is_the_childs_own(mpirun: Any, tmp_path: Path) -> None:
+    """As a DataLoader's worker has one when its parent is killed; the child inherits the rank's connections."""
+    program = """
+        import os, sys
+        import torch, mpips
+        model = torch.nn.Linear(4, 1)
+        ps = mpips.connect(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for x in ps.batches(torch.ones(16, 4), 2):
+            model(x).sum().backward()
+            if ps.worker == 0 and ps.round == 1:
+                child = os.fork()
+                if not child:
+                    try:
+                        raise ConnectionResetError("the parent is gone")
+                    except ConnectionResetError:
+                        sys.excepthook(*sys.exc_info())
+                    os._exit(0)
+                os.waitpid(child, 0)
+            ps.step(0.0)
+        ps.print("the end")
+    """
+    script = tmp_path / "forks.py"
+    script.write_text(textwrap.dedent(program))
+    done = mpirun(3, script)
+    assert (done.returncode, done.stdout.count("the end")) == (0, 1), done.stderr
+    assert done.stderr.count("ConnectionResetError: the parent is gone") == 1
+    assert "failed" not in done.stderr
 
 
 def test_sys_exit_inside_the_loop_ends_the_run_for_all(mpirun: Any, tmp_path: Path) -> None:

@@ -133,6 +133,39 @@ def by_hand(model: nn.Module, optimizer: Any, mine: Mine) -> Iterator[float]:
         yield optimizer.param_groups[0]["lr"]
 
 
+class AscendingFirst(SAM):
+    """SAM as in davda54/sam: it begins with the gradient that is there, and evaluates the loss once."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        params = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([p.grad.norm() for p in params]).norm()
+        for p in params:
+            self.state[p]["old"] = p.data.clone()
+            p.add_(p.grad * self.param_groups[0]["rho"] / norm)
+        self.zero_grad()
+        torch.enable_grad()(closure)()
+        for p in params:
+            p.data = self.state[p]["old"]
+        self.base.step()
+
+
+def ascending(model: nn.Module, optimizer: Any, batch: Any) -> Iterator[float]:
+    """A first backward by the script, a second by the optimizer."""
+    for step in range(12):
+        x, y = batch(step)
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        closure()
+        optimizer.step(closure)
+        optimizer.zero_grad()
+        yield 0.0
+
+
 LOOPS: dict[str, tuple[Any, Any]] = {
     "plain": (plain_loop, adamw),
     "clip the norm": (clip_norm, adamw),
@@ -140,6 +173,7 @@ LOOPS: dict[str, tuple[Any, Any]] = {
     "a closure": (closure, adamw),
     "LBFGS": (closure, lbfgs),
     "SAM": (closure, SAM),
+    "SAM, its first gradient the script's": (ascending, AscendingFirst),
     "GradScaler": (scaled, adamw),
     "rates by hand": (by_hand, adamw),
 }
@@ -303,6 +337,28 @@ def test_a_shuffled_loader_and_a_scheduler_and_resumed(stops_at: int | None, siz
         assert values[-1] == pytest.approx(expected[-1], abs=1e-13, rel=0)
         for ours, theirs in zip(weights, model.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs.detach(), atol=1e-13 if workers > 1 else 0, rtol=0)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_samples_of_a_gradient_that_is_thrown_away_do_not_count(window: int) -> None:
+    """A batch left out after backward, or an incomplete window, whose gradient the next `zero_grad` removes."""
+
+    def program(e: Communicator) -> list[float]:
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
+        weighed = []
+        for number, (x, y) in enumerate(ps.batches(data(60), 5, shuffle=False)):
+            if number % window == 0:
+                optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            if number % window < window - 1 or number in (4, 5):
+                continue
+            optimizer.step()
+            weighed.append(ps._loop._latest)
+        return weighed
+
+    assert World(2).run(program)[-1] == [5.0 * window] * (10 if window == 1 else 3)
 
 
 def test_a_shard_that_is_not_looped_over_is_refused() -> None:

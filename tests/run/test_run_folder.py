@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import mpips
 from mpips import checkpoint
+from mpips.checkpoint import CheckpointError
 from mpips.comm.simulated import World
 from mpips.config import ConfigError, check_resume
 from mpips.optim.snapshot import SnapshotError
 from mpips.report import run_report as report
 from mpips.run import run_folder as folder
+from tests.helpers.programs import data, mlp
 
 
 def run(name: str, *steps: int) -> Path:
@@ -188,6 +191,26 @@ def test_auto_takes_the_run_that_was_written_to_last() -> None:
         (path / "events.jsonl").touch()
         os.utime(path / "events.jsonl", (when, when))
     assert folder.last_folder() == old
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_folder_that_is_moved_or_deleted_in_mid_run_ends_it_by_name(deleted: bool) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    every = {"every": 4, "epochs": 0, "keep": 1}
+    ps = mpips.connect(model, optimizer, communicator=World(1).ends[0], run_dir="run", checkpoint=every)
+    with pytest.raises(
+        CheckpointError, match="run: the run's folder has been moved or deleted since the run began; the run ends"
+    ):
+        for number, (x, y) in enumerate(ps.batches(data(160), 8)):
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if number == 9:
+                assert ps._server
+                ps._server.end_save()
+                shutil.rmtree("run") if deleted else Path("run").rename("moved")
+    assert number == 11
+    assert not Path("run").exists()
 
 
 def test_what_is_newer_than_the_checkpoint_that_a_run_goes_on_from_is_set_aside() -> None:

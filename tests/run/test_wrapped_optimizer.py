@@ -449,3 +449,69 @@ def test_adagrad_keeps_the_state_of_frozen_parameters(plan: str) -> None:
 
     for tree in World(3, shares=True).run(program):
         assert {number: float(state["step"]) for number, state in tree["state"].items()} == {0: 0.0, 1: 2.0, 2: 2.0, 3: 2.0}
+
+
+AGAIN = """
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+import mpips
+
+x = torch.randn(48, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def train(batch, connects):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        ps = mpips.connect(model, optimizer) if connects else None
+        loader = DataLoader(TensorDataset(x), batch)
+        for _ in ps.epochs(2) if ps else range(2):
+            for (rows,) in ps.shard(loader) if ps else loader:
+                optimizer.zero_grad()
+                model(rows).square().mean().backward()
+                optimizer.step()
+        if ps:
+            ps.close()
+    for (rows,) in loader:  # plain steps, on a plain optimizer
+        optimizer.zero_grad()
+        model(rows[:3]).square().mean().backward()
+        optimizer.step()
+        break
+    return [*model.parameters(), *(v for state in optimizer.state_dict()["state"].values() for v in state.values())], ps
+
+
+plain, _ = train(12, False)
+shared, ps = train(6, True)
+assert len(plain) == len(shared) == 4 + 4 * 3
+far = max(float((a - b).abs().max()) for a, b in zip(plain, shared))
+print(f"worker {ps.worker} is", "near" if far < 1e-12 else f"{far} off", flush=True)
+"""
+
+
+def test_after_close_the_optimizer_has_its_state_and_the_next_run_begins_with_it(mpirun: Any, tmp_path: Path) -> None:
+    script = tmp_path / "again.py"
+    script.write_text(AGAIN)
+    done = mpirun(3, script)
+    assert done.returncode == 0, done.stderr
+    assert sorted(line for line in done.stdout.splitlines() if " is " in line) == ["worker 0 is near", "worker 1 is near"]
+
+
+def test_an_optimizer_whose_state_stays_with_an_asynchronous_server_is_refused_afterwards() -> None:
+    def program(e: Communicator) -> None:
+        model = mlp()
+        optimizer = torch.optim.Adam(model.parameters())
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run", mode="async")
+        for x, y in ps.batches(data(32), 8):
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        ps.close()
+        assert isinstance(optimizer, torch.optim.Adam)
+        for call in (optimizer.step, optimizer.state_dict):
+            with pytest.raises(
+                RuntimeError, match=r"after ps\.close\(\): given one of a run in mode async, .*; expected a new"
+            ):
+                call()
+
+    World(2).run(program)

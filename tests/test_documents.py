@@ -235,6 +235,18 @@ def test_every_file_and_setting_that_is_named_exists(path: Path) -> None:
         assert name in variables | {"MPIPS_TEST_MNIST"}, f"{name_of(path)}: {name}"
 
 
+def table(path: Path, head: str) -> list[list[str]]:
+    """The rows of a page's table whose first head is that."""
+    lines = parsed(path)[1]
+    first = next(number for number, line in enumerate(lines) if line.startswith(f"| {head} |"))
+    rows = []
+    for line in lines[first + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return rows
+
+
 def test_the_readme_is_short() -> None:
     assert len(README.read_text().splitlines()) <= 150
 

@@ -153,12 +153,17 @@ class Run:
             loader: a DataLoader. The copy has its class, workers, collation, sampler and every other property.
 
         Raises:
-            TypeError: `loader` is no DataLoader.
+            TypeError: `loader` is no DataLoader, or the mode is a federated one.
         """
         if not isinstance(loader, DataLoader):
             raise TypeError(
                 f"ps.shard() given a {type(loader).__name__}; expected a DataLoader; for a dataset, tensors or an iterable of "
                 f"batches loop over ps.batches(...)"
+            )
+        if self._worker.mode.federated:
+            raise TypeError(
+                f"ps.shard() in mode {self.config.mode}: given a DataLoader, expected the data by clients; loop over "
+                f"ps.batches(mpips.Clients(...), batch_size), or ps.batches(dataset, batch_size) with a client a worker"
             )
         self._loop.promised()
         return sharded(loader, lambda own: self._loop.batches(own, (None, True, False), own=False), self.worker, self.workers)

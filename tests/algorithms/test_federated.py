@@ -657,6 +657,14 @@ def test_gradients_that_a_script_does_not_step_with_do_not_reach_the_next_client
     assert torch.equal(World(1).run(lambda e: program(e, True))[0], World(1).run(lambda e: program(e, False))[0])
 
 
+def test_a_sharded_loader_is_refused_where_it_is_asked_for() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ps = mpips.connect(model, optimizer, communicator=World(1).ends[0], run_dir="run", mode="fedavg")
+    with pytest.raises(TypeError, match=r"ps\.shard\(\) in mode fedavg: given a DataLoader, expected the data by clients"):
+        ps.shard(torch.utils.data.DataLoader(torch.ones(8, 4)))
+
+
 def test_qfedavg_without_a_loss_is_refused() -> None:
     def program(communicator: Communicator) -> None:
         net = mlp()

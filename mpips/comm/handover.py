@@ -53,6 +53,7 @@ def offer(parts: Sequence[Blob]) -> tuple[Offer, int]:
     except OSError:
         return told, -1
     try:
+        os.fchmod(memory, 0o600)
         for part in (token.ljust(_ALIGNED, b"\0"), *parts):
             left = memoryview(part)
             while left:

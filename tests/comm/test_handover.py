@@ -42,6 +42,7 @@ def test_memory_that_is_not_the_one_offered_is_not_taken(change: str) -> None:
 
 def test_the_memory_stays_while_it_is_referred_to() -> None:
     told, memory = handover.offer([BLOB])
+    assert os.fstat(memory).st_mode & 0o777 == 0o600
     view = handover.take(told)
     os.close(memory)
     assert view == BLOB

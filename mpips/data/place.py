@@ -25,6 +25,7 @@ class Place:
         calls: the number of calls outside loops (steps, validations, ...) since the last loop of the epoch, or its beginning.
         calling: whether the worker is in a further such call, which a resumed run makes again.
         latest: the number of samples of the last step.
+        data: a hash of that loop's data and batch size; 0 if it is unknown.
     """
 
     epoch: int = 0
@@ -38,6 +39,7 @@ class Place:
     calls: int = 0
     calling: bool = False
     latest: float = 1
+    data: int = 0
 
     @property
     def begun(self) -> bool:
@@ -52,7 +54,7 @@ class Place:
     def next_loop(self) -> None:
         """Move to the start of the epoch's next loop."""
         self.loop, self.taken, self.over, self.cuts, self.inside = self.loop + 1, 0, False, [], False
-        self.broke, self.calls, self.calling = False, 0, False
+        self.broke, self.calls, self.calling, self.data = False, 0, False, 0
 
     def next_epoch(self) -> None:
         """Move to the start of the next epoch."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -73,8 +74,17 @@ class Share:
             refuse_split(data)
         kind = Loaded if loaded and not is_stream(data) else Streamed
         self._share: Loaded | Streamed = kind(data, part, nullcontext() if own else common)
-        self._of_data = digest.of_data(data) if part.workers > 1 else None
+        self._compares = part.workers > 1
         self._order: Order | None = None  # the order of an epoch that is dealt out
+
+    @cached_property
+    def _of_data(self) -> int:
+        return digest.of_data(self._data)
+
+    @property
+    def identity(self) -> int:
+        """A hash of the data and the batch size, by which a resumed run knows that they are those of its checkpoint."""
+        return digest.together(self._of_data, getattr(self._data, "batch_size", None) or 0)
 
     def __len__(self) -> int:
         """Return the number of this worker's batches in an epoch.
@@ -149,7 +159,7 @@ class Share:
     def _given(self, found: Found) -> Batches:
         """Yield the batches, through the progress bar if there is one, keeping `digest` up to date."""
         for batch, note in found if self._bar is None else through(self._bar, found, self._total()):
-            self.digest = 0 if self._of_data is None else digest.together(self._of_data, note.crc)
+            self.digest = digest.together(self._of_data, note.crc) if self._compares else 0
             yield batch, note.items, note.samples
 
     def _total(self) -> int | None:

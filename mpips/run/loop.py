@@ -144,6 +144,7 @@ class Loop:
         resumed = self.replay.pending  # the run goes on in this loop
         if resumed:
             self.replay.put_back()
+        self._recognise(shard, resumed)
         batches = iter(()) if place.broke else _deal(worker, shard)
         if resumed:
             self.replay.restore_streams()
@@ -180,6 +181,16 @@ class Loop:
         self._obey()
         if not worker.control.stop:
             self._exhausted()
+
+    def _recognise(self, shard: Share | Hosting, resumed: bool) -> None:
+        """Note which data the loop is over, and say so if they are not those of the checkpoint."""
+        place, now = self.worker.place, shard.identity if isinstance(shard, Share) else 0
+        if resumed and place.data and now and place.data != now:
+            self._tell(
+                "mpips: resume: the data or the batch size of this loop are not those of the checkpoint; the run goes on with "
+                "what the script gives now, and is not the one that it would have been"
+            )
+        place.data = now
 
     def _meet(self) -> None:
         """Draw the order of this loop from worker 0's random streams, if those are where a single process's would be."""

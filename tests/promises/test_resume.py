@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import mpips
 from mpips import checkpoint
 from mpips.comm.simulated import Killed, World
 from mpips.optim import snapshot
@@ -156,7 +157,6 @@ def test_another_number_of_workers_takes_each_sample_once(before: int, after: in
     seen: list[int] = []
 
     def program(communicator: Any, rounds: int, **settings: Any) -> None:
-        import mpips
 
         net = torch.nn.Linear(1, 1)
         ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=0.0), communicator=communicator, run_dir="run", **settings)
@@ -231,7 +231,6 @@ def test_gradients_not_yet_pushed_survive_the_end_of_an_epoch() -> None:
     """5 batches an epoch, a step every 3: two batches of each epoch wait for the next."""
 
     def program(folder: str, stop_after: int, **settings: Any) -> float:
-        import mpips
 
         net = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.zeros_(net.weight)
@@ -261,7 +260,6 @@ def test_a_parameter_without_a_gradient_has_none_after_a_resume() -> None:
     """Else the next step would decay it, or give it momentum."""
 
     def program(**settings: Any) -> str:
-        import mpips
 
         torch.manual_seed(0)
         net = torch.nn.ModuleDict({"a": torch.nn.Linear(1, 1), "b": torch.nn.Linear(1, 1)})
@@ -285,7 +283,6 @@ def test_data_of_ones_own_begins_its_loop_anew_on_another_number_of_workers(afte
     seen: list[int] = []
 
     def program(communicator: Any, rounds: int, **settings: Any) -> None:
-        import mpips
 
         net = torch.nn.Linear(1, 1)
         ps = mpips.connect(net, lambda p: torch.optim.SGD(p, lr=0.0), communicator=communicator, run_dir="run", **settings)
@@ -306,7 +303,6 @@ def test_data_of_ones_own_begins_its_loop_anew_on_another_number_of_workers(afte
 
 def drawing(folder: str, draws: str, epochs: int, **settings: Any) -> tuple[str, list[tuple[float, ...]]]:
     """A dropout model, and a script that draws numbers of its own at some place."""
-    import mpips
 
     net = dropout_mlp()
     torch.manual_seed(9)
@@ -350,7 +346,6 @@ def test_resume_from_every_checkpoint_is_exact(draws: str, record_property: Any)
 
 def averaging(communicator: Any, folder: str, preempt_at: int = -1, **settings: Any) -> list[Any]:
     """A script that does something of its own after each step: a scheduler, an average, random numbers."""
-    import mpips
 
     net = dropout_mlp()
     optimizer = OPTIMIZERS["adam"](net.parameters())
@@ -395,7 +390,6 @@ def test_what_a_script_does_after_a_step_is_in_the_checkpoint_of_that_step(world
 
 def between(communicator: Any, folder: str, preempt_at: int = -1, **settings: Any) -> list[Any]:
     """A script that does everything before, between and behind its loops, and preempts itself at one of its lines."""
-    import mpips
 
     torch.manual_seed(3)
     body = [torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Dropout(0.3), torch.nn.Linear(6, 1)]
@@ -504,9 +498,31 @@ def test_what_a_script_does_between_its_loops_is_done_once_in_other_ways(way: st
         assert again == expected, f"preempted at line {at}"
 
 
+@pytest.mark.parametrize("changed", ["nothing", "batch size", "length", "contents"])
+def test_other_data_than_the_checkpoints_are_said(changed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def program(e: Any, resume: str, batch: int, items: torch.Tensor) -> None:
+        net = torch.nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        every = {"every": 1, "epochs": 0}
+        ps = mpips.connect(net, optimizer, communicator=e, run_dir="run", resume=resume, checkpoint=every)
+        loader = ps.shard(torch.utils.data.DataLoader(items, batch, shuffle=True))
+        for _ in ps.epochs(2):
+            for number, x in enumerate(loader):
+                net(x).sum().backward()
+                optimizer.step()
+                if resume == "no" and number == 2:
+                    ps.preempt()
+
+    items = torch.arange(160.0).view(40, 4)
+    with pytest.raises(SystemExit, match="75"):
+        World(3).run(lambda e: program(e, "no", 4, items))
+    again = {"batch size": (5, items), "length": (4, items[:36]), "contents": (4, items + 1)}.get(changed, (4, items))
+    World(3).run(lambda e: program(e, "auto", *again))
+    assert capsys.readouterr().out.count("the data or the batch size of this loop are not those") == (changed != "nothing")
+
+
 def test_an_exception_in_a_loop_is_no_break() -> None:
     def program(folder: str, fails: bool = False, **settings: Any) -> str:
-        import mpips
 
         net = dropout_mlp()
         optimizer = OPTIMIZERS["adam"](net.parameters())
@@ -529,7 +545,6 @@ def test_an_exception_in_a_loop_is_no_break() -> None:
 
 def test_weights_that_a_resumed_script_changes_before_it_goes_on_are_refused() -> None:
     def program(resume: str = "no") -> None:
-        import mpips
 
         net = torch.nn.Linear(1, 1)
         optimizer = torch.optim.SGD(net.parameters(), 0.1)
@@ -551,7 +566,6 @@ def test_weights_that_a_resumed_script_changes_before_it_goes_on_are_refused() -
 
 def adversaries(communicator: Any, folder: str, optimizers: int, preempt_at: int = -1, **settings: Any) -> list[Any]:
     """A GAN's loop: the critic steps on each batch, the generator on each second one too, by one optimizer or two."""
-    import mpips
 
     torch.manual_seed(4)
     generator, critic = torch.nn.Linear(3, 2).double(), torch.nn.Linear(2, 1).double()
@@ -600,7 +614,6 @@ def test_a_job_that_is_about_to_end_is_preempted(mode: str, monkeypatch: pytest.
     world = World(2)
 
     def program(communicator: Any) -> None:
-        import mpips
 
         net = torch.nn.Linear(1, 1)
         sgd = torch.optim.SGD(net.parameters(), 0.01)
@@ -647,7 +660,6 @@ def test_a_worker_that_took_no_item_goes_on_with_its_streams(own: bool, settings
     size = 4
 
     def program(communicator: Any, folder: str, cut: bool, resume: str = "no") -> list[float]:
-        import mpips
 
         torch.manual_seed(communicator.rank)
         net, idle = torch.nn.Linear(1, 1), communicator.rank == communicator.size - 1
@@ -678,7 +690,6 @@ def test_a_worker_that_took_no_item_goes_on_with_its_streams(own: bool, settings
 
 def one_run(folder: str, **settings: Any) -> None:
     """A model of 16 bits in one process, with momentum, and something that the script keeps."""
-    import mpips
 
     torch.manual_seed(1)
     net = torch.nn.Linear(3, 2).bfloat16()
@@ -761,7 +772,6 @@ def test_a_worker_s_own_state_that_is_missing_is_named_there() -> None:
     """It has travelled: the worker knows of no file."""
 
     def program(communicator: Any, **settings: Any) -> None:
-        import mpips
 
         torch.manual_seed(1)
         net = torch.nn.Linear(3, 2)

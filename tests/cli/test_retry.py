@@ -107,6 +107,13 @@ def test_it_gives_up_with_the_last_status_and_says_where_nothing_moves(fake: Any
     ]
 
 
+def test_attempts_leave_no_descriptor_open(fake: Any) -> None:
+    fake("begin(); save(4)\nif attempt == 1: die()\ndone()")  # what is opened once is open from now on
+    before = sorted(os.listdir("/proc/self/fd"))
+    fake("begin(); save(attempt)\nif attempt < 6: die()\ndone()")
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_said(fake: Any, capfd: Any) -> None:
     fake("begin()\nif attempt == 2: sys.exit(2)\nsave(4); save(8)\n"
          "(folder / 'checkpoints' / 'round_00000008.h5').write_bytes(b'y')\ndie()")  # fmt: skip
@@ -187,3 +194,42 @@ def test_a_rank_killed_at_a_random_round_changes_no_bit(real: Any, tmp_path: Pat
     assert json.loads(killed.stdout.splitlines()[-1])["attempts"] == 2
     assert weights(killed.stdout) == weights(whole.stdout)
     assert_same_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+TWO_RUNS = """
+import torch, mpips
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.Adam(model.parameters())
+x = torch.randn(60, 4)
+for _ in range(2):
+    ps = mpips.connect(model, optimizer, run_dir="run", checkpoint={"every": 5})
+    for _ in ps.epochs(2):
+        for rows in ps.batches(x, 5):
+            model(rows).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    ps.close()
+ps.print("weights", model.weight.tolist(), float(optimizer.state[model.weight]["step"]))
+"""
+
+
+def test_a_death_in_a_later_run_of_a_script_is_gone_on_from_too(tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(TWO_RUNS)
+
+    def started(name: str, *words: str) -> tuple[list[str], str]:
+        folder = tmp_path / name
+        folder.mkdir()
+        command = [sys.executable, "-m", "mpips.cli.main", "run", "-n", "2", "--retries", "4", *words, str(tmp_path / "two.py")]
+        done = run(command, folder, 150, launch_environment())
+        assert done.returncode == 0, done.stderr
+        return [line for line in done.stdout.splitlines() if line.startswith("weights")], done.stderr
+
+    whole, _ = started("whole")
+    killed, said = started("killed", "--set", "chaos=kill:rank=1@round=12,kill:rank=0@round=21")
+    assert len(whole) == 1
+    assert whole == killed
+    assert whole[0].endswith(" 48.0")
+    assert re.findall(r"rank (\d) ended by signal 9: Killed.*: attempt (\d) of 4", said) == [
+        *zip("1010", "1234", strict=True)
+    ], said

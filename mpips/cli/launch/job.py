@@ -153,6 +153,11 @@ class Job:
             self.preempted = False
             self._signal(signal.SIGUSR1)
 
+    def close(self) -> None:
+        """Stop watching the ranks and the output."""
+        self.ranks.close()
+        self.selector.close()
+
     def mind(self, done: bool) -> None:
         """Enforce the deadlines: a hang after DONE, the run's time limit, the grace after a signal."""
         now = time.monotonic()
@@ -256,8 +261,10 @@ def started(launch: LaunchCommand, folder: Path, timeout: float | None) -> Itera
             try:
                 limit = float("inf") if timeout is None else time.monotonic() + timeout
                 job = Job(mpiexec, folder, limit, received)
-                yield job
-                job.ranks.close()
+                try:
+                    yield job
+                finally:
+                    job.close()
             finally:
                 end_all(folder, patience=AFTER_TERM)
                 shutil.rmtree(session_folder(environ, mpiexec.pid), ignore_errors=True)  # left there if mpiexec was killed

@@ -137,10 +137,11 @@ class Watch:
         return [event for event, when in times if not isinstance(when, int | float) or when >= self.since]
 
     def done(self) -> bool:
-        """Return whether this run, not an earlier one in the same folder, has written DONE."""
-        folder = self.run_dir()
+        """Return whether the script's latest run, not an earlier one in the same folder, has written DONE."""
+        told = self.folder / "latest_run_dir"
         with suppress(OSError):
-            return bool(folder) and (Path(str(folder)) / "DONE").stat().st_mtime >= self.since
+            folder = Path(os.fsdecode(told.read_bytes())) if told.exists() else self.run_dir()
+            return folder is not None and (folder / "DONE").stat().st_mtime >= self.since
         return False
 
     def left(self) -> int:

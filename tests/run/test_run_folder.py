@@ -193,8 +193,8 @@ def test_auto_takes_the_run_that_was_written_to_last() -> None:
     assert folder.last_folder() == old
 
 
-@pytest.mark.parametrize("deleted", [False, True])
-def test_a_folder_that_is_moved_or_deleted_in_mid_run_ends_it_by_name(deleted: bool) -> None:
+@pytest.mark.parametrize("what", ["moved", "deleted", "replaced"])
+def test_a_folder_that_is_moved_or_deleted_in_mid_run_ends_it_by_name(what: str) -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     every = {"every": 4, "epochs": 0, "keep": 1}
@@ -208,9 +208,11 @@ def test_a_folder_that_is_moved_or_deleted_in_mid_run_ends_it_by_name(deleted: b
             if number == 9:
                 assert ps._server
                 ps._server.end_save()
-                shutil.rmtree("run") if deleted else Path("run").rename("moved")
+                shutil.rmtree("run") if what == "deleted" else Path("run").rename("moved")
+                if what == "replaced":
+                    shutil.copytree("moved", "run")
     assert number == 11
-    assert not Path("run").exists()
+    assert not Path("run", "checkpoints", "round_00000012.h5").exists()
 
 
 def test_what_is_newer_than_the_checkpoint_that_a_run_goes_on_from_is_set_aside() -> None:

@@ -123,11 +123,16 @@ class Watch:
 
     def run_dir(self) -> Path | None:
         """Return the run folder, once rank 0 has written it down."""
-        if self.tail is None:
-            with suppress(OSError):
-                path = Path(os.fsdecode((self.folder / "run_dir").read_bytes())) / "events.jsonl"
-                self.tail = self._before if self._before and self._before.path == path else Tail(path)
+        if self.tail is None and (folder := self._told("run_dir")):
+            path = folder / "events.jsonl"
+            self.tail = self._before if self._before and self._before.path == path else Tail(path)
         return self.tail.path.parent if self.tail else None
+
+    def _told(self, name: str) -> Path | None:
+        """Return the folder that rank 0 has written to the file `name`."""
+        with suppress(OSError):
+            return Path(os.fsdecode((self.folder / name).read_bytes()))
+        return None
 
     def events(self) -> list[dict[str, object]]:
         """Return new events of this run. The folder of a resumed run also has the events of earlier runs."""
@@ -138,9 +143,8 @@ class Watch:
 
     def done(self) -> bool:
         """Return whether the script's latest run, not an earlier one in the same folder, has written DONE."""
-        told = self.folder / "latest_run_dir"
+        folder = self._told("latest_run_dir") or self.run_dir()
         with suppress(OSError):
-            folder = Path(os.fsdecode(told.read_bytes())) if told.exists() else self.run_dir()
             return folder is not None and (folder / "DONE").stat().st_mtime >= self.since
         return False
 

@@ -133,6 +133,8 @@ def _parser() -> Parser:
     run.add_argument("--timeout", type=_seconds, metavar="S", help="end the run after S seconds")
     run.add_argument("--retries", type=_count, default=0, metavar="K",
                      help="after a rank has died start again from the last checkpoint, at most K times (0)")  # fmt: skip
+    run.add_argument("--ft", action="store_true",
+                     help="let the others live when a rank dies (Open MPI 5); so it is where min_workers is seen")  # fmt: skip
     run.add_argument("--set", type=_setting, action="append", default=[], metavar="KEY=VALUE",
                      help="a setting of mpips, e.g. clip=1.0, whatever the script's line says; may be repeated")  # fmt: skip
     run.add_argument("--print_config", action="store_true", help="print all settings and where each comes from, and end")
@@ -267,14 +269,17 @@ def run_verb(options: argparse.Namespace) -> int:
         given = repr(options.script[0]) if options.script else "nothing"
         raise UsageError(f"script: {given} given, expected a Python file that exists, after the flags of run")
     settings = dict(options.set) | ({"print_config": "true"} if options.print_config else {})
-    foresee(settings, options.script, options.mpi_args)
+    config = foresee(settings, options.script, options.mpi_args)
+    tolerant = options.ft or config.min_workers > 0
 
     def command(given: Mapping[str, str], timeout: int | None) -> LaunchCommand:
-        return launch_command(options.size, options.script, mpi_args=options.mpi_args, timeout=timeout, settings=given)
+        return launch_command(
+            options.size, options.script, mpi_args=options.mpi_args, timeout=timeout, settings=given, tolerant=tolerant
+        )
 
     try:
         launch = command(settings, options.timeout)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, LookupError) as error:
         raise UsageError(str(error)) from error
     if options.dry_run:
         stdout.write(json.dumps(asdict(launch)) if options.json else str(launch))

@@ -17,14 +17,14 @@ Requests are for training without rounds. A rank sends a request at any time. Th
 | next_request | the server | a buffer for the next request, from whichever rank  | Improbe      |
 | respond      | the server | the answer to a request received before             | Send         |
 
-Three implementations pass one contract suite (`tests/helpers/contract_communicator.py`): `mpi`, `simulated`, and `local` for a
-single process.
+Four implementations pass one contract suite (`tests/helpers/contract_communicator.py`): `mpi`, `star`, `simulated`, and `local`
+for a single process.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -45,6 +45,10 @@ class CommunicatorError(RuntimeError):
     """Ranks disagree on the next call, or a rank is gone. The message names the ranks and the calls."""
 
 
+class RankLost(Exception):
+    """A rank has died while the server waited for requests, in a run that goes on without it; see `Communicator.lost`."""
+
+
 class Communicator(Protocol):
     """One rank's end of the communicator.
 
@@ -53,12 +57,14 @@ class Communicator(Protocol):
         size: the number of ranks.
         name: the implementation and its library, to be shown to people.
         traffic: the number of calls that this rank has made and of bytes that it has handed over, by kind of call.
+        lost: the ranks that have died, at the server of a run that goes on without them; else empty.
     """
 
     rank: int
     size: int
     name: str
     traffic: Counter[str]
+    lost: Set[int]
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a `(numel,)` tensor of zeros, in memory that this communicator sends without a copy if it has such."""
@@ -103,6 +109,7 @@ class Communicator(Protocol):
 
         Raises:
             CommunicatorError: the request has another length.
+            RankLost: a rank has died, and is in `lost`.
         """
 
     def respond(self, rank: int, message: Tensor) -> None:

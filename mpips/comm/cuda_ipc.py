@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,8 @@ class StreamSyncBarrier:
         barrier: the barrier on the host.
         wait: synchronises this rank's stream.
     """
+
+    absent: Set[int] = frozenset()
 
     def __init__(self, barrier: Barrier, wait: Callable[[], None]) -> None:
         self._barrier, self._wait = barrier, wait

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class LocalCommunicator:
 
     rank, size = SERVER, 1
     name = "no MPI, one process"
+    lost: Set[int] = frozenset()
 
     def __init__(self) -> None:
         self.traffic: Counter[str] = Counter()

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from torch import Tensor
 from mpips.comm import SERVER, Apply, Blob, CommunicatorError, handover, multi_node, pieces, reduce_scatter
 from mpips.comm import cuda_ipc as devices
 from mpips.comm.backoff import patiently
-from mpips.comm.barrier import AWAKE, mapped
+from mpips.comm.barrier import AWAKE, FindLost, mapped
 from mpips.comm.flight_recorder import FlightRecorder
 from mpips.comm.leaders import MpiLeaderGroup
 from mpips.comm.node_group import Barrier, BufferSpec, NodeGroup
@@ -45,6 +45,7 @@ BLOB = 0  # tag
 COUNTERS = {
     call: (f"{call} calls", f"{call} bytes") for call in ("reduce", "broadcast", "request", "respond")
 }  # made once: 0.5 us
+_finalizes = True
 _watches: list[Watch] = []  # this process's, to be stopped before MPI is finalized
 
 
@@ -90,9 +91,14 @@ def connect(bucket: int, cuda_aware: bool, ranks_per_node: int = 0) -> MpiCommun
         RuntimeError: mpi4py or the MPI library is missing. The message says what to install.
     """
     MPI = _library()
-    process.join()
-    _share_cores(MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).size)
-    return MpiCommunicator(MPI.COMM_WORLD.Dup(), bucket, cuda_aware, ranks_per_node, _watched(MPI))
+    try:
+        process.join()
+        _share_cores(MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).size)
+        return MpiCommunicator(MPI.COMM_WORLD.Dup(), bucket, cuda_aware, ranks_per_node, _watched(MPI))
+    except MPI.Exception as error:
+        if not survives_deaths():
+            raise
+        raise RuntimeError(f"a rank has died while the ranks joined each other ({error})") from None
 
 
 @cache
@@ -100,7 +106,7 @@ def _watched(MPI: Any) -> Waits:
     """Return this process's waits, watched by a thread that reports long ones if MPI allows calls from several threads."""
     waits = Waits()
     if MPI.COMM_WORLD.size > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
-        _watches.append(Watch(MPI, MPI.COMM_WORLD.Dup(), waits))
+        _watches.append(Watch(MPI, MPI.COMM_WORLD.Dup(), waits, survives_deaths()))
     return waits
 
 
@@ -130,6 +136,11 @@ def _library() -> Any:
         ) from None
     _finalize_at_exit(MPI)
     return _fitting(MPI)
+
+
+def survives_deaths() -> bool:
+    """Return whether the others go on when a rank dies: whether Open MPI 5 was started with its fault tolerance (ULFM)."""
+    return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true")  # noqa: SIM112  Open MPI's own name
 
 
 def _version(MPI: Any) -> str:
@@ -166,7 +177,14 @@ def _finalize(mpi: Any, born: int) -> None:
     """Finalize MPI once, in the process that initialised it and not in a fork of it."""
     if os.getpid() == born and not mpi.Is_finalized():
         _stop_watches()
-        mpi.Finalize()
+        if _finalizes:
+            mpi.Finalize()
+
+
+def do_not_finalize() -> None:
+    """Leave MPI as it is at the end of this process: a rank has died, and MPI_Finalize may hang then (Open MPI 5.0.11)."""
+    global _finalizes
+    _finalizes = False
 
 
 def _stop_watches() -> None:
@@ -190,11 +208,20 @@ def _crowded() -> bool:
 class MpiCommunicator:
     """One rank's end of the communicator over MPI; see `mpips.comm.Communicator`.
 
+    A rank that dies ends the run, as MPI does that; `star` has a communicator that goes on.
+
     Args:
         comm: the MPI communicator of all ranks, used by nobody else.
         bucket, cuda_aware, ranks_per_node: as in `connect`.
         waits: a context that is entered for the time of each wait.
+
+    Attributes:
+        comm: see above.
+        given: the arguments behind `comm`.
     """
+
+    lost: Set[int] = frozenset()
+    find_lost: FindLost | None = None  # returns the dead ranks of this node, for its barrier
 
     def __init__(
         self, comm: MPI.Comm, bucket: int, cuda_aware: bool, ranks_per_node: int = 0, waits: Waits | None = None
@@ -208,6 +235,7 @@ class MpiCommunicator:
         self.name = _version(MPI).split(",")[0].strip()
         self.traffic: Counter[str] = Counter()
         self._bucket, self._cuda_aware, self._ranks_per_node = bucket, cuda_aware, ranks_per_node
+        self.given = bucket, cuda_aware, ranks_per_node, waits
         self._staging, self._request_staging, self._answer_staging = (Staging(cuda_aware) for _ in range(3))
         self._rows = torch.empty(0)
         self._conversation = Conversation(MPI, comm, self._waits)
@@ -231,7 +259,7 @@ class MpiCommunicator:
         staged = spec.device.type == "cuda"
         awake = 0.0 if spec.overlap else AWAKE  # a thread that yields keeps Python's lock
         wanted = self._sizes(node.size, len(nodes), spec, staged)
-        found = mapped(node, [0, 0, *wanted[2:]] if staged else wanted, awake, self._waits)
+        found = mapped(node, [0, 0, *wanted[2:]] if staged else wanted, awake, self._waits, self.find_lost)
         on_devices = devices.mapped(node, spec) if staged and found else None
         if not all(word[0] for word in self.allgather_digests(bytes([bool(found and (on_devices or not staged))]) + bytes(31))):
             return None
@@ -410,10 +438,13 @@ class MpiCommunicator:
         keyval = self._mpi.Comm.Create_keyval(delete_fn=finalizing)
         self._mpi.COMM_SELF.Set_attr(keyval, True)  # MPI_Finalize deletes these first (MPI 5.0, section 11.2.4)
 
-    def keep_stalls(self, recorder: FlightRecorder, deadline: float) -> bool:
-        """Record stalls by `recorder`, and end the run after `deadline` seconds of one; return whether stalls are noticed."""
+    def keep_stalls(self, recorder: FlightRecorder, deadline: float, survives: bool = False) -> bool:
+        """Record stalls by `recorder`, and end the run after `deadline` seconds of one; return whether stalls are noticed.
+
+        `survives` says whether the run goes on without workers that die.
+        """
         for watch in _watches:
-            watch.keep(recorder, deadline)
+            watch.keep(recorder, deadline, survives)
         return bool(_watches)
 
     def finalize(self) -> None:
@@ -423,23 +454,27 @@ class MpiCommunicator:
     def abort(self, status: int) -> None:
         """See `Communicator`."""
         process.drain()
+        for watch in _watches:
+            watch.end_all()
         self._mpi.COMM_WORLD.Abort(status)
 
     def barrier(self, patience: float | None) -> None:
         """See `Communicator`."""
-        deadline = None if patience is None else time.monotonic() + patience
-        arrived = self.comm.Ibarrier()
+        with self._waits:
+            self._await(self.comm.Ibarrier(), patience, None if patience is None else time.monotonic() + patience)
 
-        def all_here() -> bool:
-            here = bool(arrived.Test())
-            if not here and deadline is not None and time.monotonic() > deadline:
+    def _await(self, request: MPI.Request, patience: float | None, until: float | None) -> None:
+        """Wait for the end of a barrier, or of a message of one; after the time `until`, end all ranks."""
+
+        def ended() -> bool:
+            here = bool(request.Test())
+            if not here and until is not None and time.monotonic() > until:
                 print(f"mpips: rank {self.rank} left its training loop, others did not within {patience:.0f} s; ending all. "
                       f"To end a run early on all ranks, call ps.stop().", file=sys.stderr)  # fmt: skip
                 self.abort(1)
             return here
 
-        with self._waits:
-            patiently(all_here)
+        patiently(ended)
 
     def _reduce(self, parts: Sequence[Tensor]) -> None:
         serves = self.rank == SERVER

@@ -19,7 +19,7 @@ On several nodes each node has a group of its own: `mpips.comm.multi_node`.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -97,9 +97,11 @@ class Barrier(Protocol):
 
     Attributes:
         leads: whether this rank is the leader.
+        absent: the dead ranks that had not arrived when all others had, at the leader.
     """
 
     leads: bool
+    absent: Set[int]
 
     def arrive(self, meanwhile: Callable[[], object] | None = None) -> None:
         """Announce that this rank has arrived. The leader waits until all ranks have, and calls `meanwhile` while it waits."""
@@ -185,6 +187,7 @@ class NodeGroup:
         reports, answer = parts[:2]
         self._reports, self._answer = reports.view(torch.float64).view(len(members), -1), answer.view(torch.float64)
         self._barrier, self._arrived = barrier, False
+        self._cleared: set[int] = set()  # the dead ranks whose messages are zero
         self.leads = rank == 0
         self.weights = buffers.pull[spec.weights].view(spec.model)
         self._masters: list[Tensor] = []
@@ -242,6 +245,9 @@ class NodeGroup:
             ready: tells when gradients are complete, if buckets travel during backward.
         """
         self._arrive()
+        for rank in self._barrier.absent - self._cleared if self._barrier.absent else ():
+            self.buffers.rows[rank].zero_()  # what was half written
+            self._cleared.add(rank)
         if self.sharded:
             self._release()
         if not self.spans and not self.leads:

@@ -8,7 +8,7 @@ their virtual times, whatever the schedule. The seed decides between requests th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
@@ -165,6 +165,8 @@ class World(Schedule["SimulatedCommunicator"]):
 
 class SimulatedCommunicator:
     """One rank's end of a simulated world; see `mpips.comm.Communicator`."""
+
+    lost: Set[int] = frozenset()
 
     def __init__(self, world: World, rank: int, size: int) -> None:
         self.world, self.rank, self.size = world, rank, size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 class SimulatedBarrier:
     """The barrier of a node's `ranks`; see `Barrier`."""
+
+    absent: Set[int] = frozenset()
 
     def __init__(self, world: World, node: int, ranks: Sequence[int], rank: int) -> None:
         self.world, self.node, self.ranks, self.rank = world, node, ranks, rank

@@ -76,6 +76,10 @@ class Config:
         default=0.0,
         metadata={"help": "seconds to wait for a rank that all others wait for, before the run ends; 0: for ever"},
     )
+    min_workers: int = field(
+        default=0,
+        metadata={"help": "go on without workers that die while so many live (with mpips run --ft); 0: a death ends the run"},
+    )
     chaos: str | None = field(
         default=None,
         metadata={
@@ -100,6 +104,7 @@ class Config:
         check("bucket_cap_mb", self.bucket_cap_mb, "a number from 0.001 to 1000", 0.001 <= self.bucket_cap_mb <= 1000)
         check("ranks_per_node", self.ranks_per_node, "a whole number, 0 or more", self.ranks_per_node >= 0)
         check("resume", self.resume, "no, auto, aside, or a path", self.resume != "" and "\0" not in self.resume)
+        check("min_workers", self.min_workers, "a whole number, 0 or more", self.min_workers >= 0)
         check("deadline", self.deadline, "0, or a number from 1", self.deadline == 0 or 1 <= self.deadline < math.inf)
         if self.chaos is not None:
             faults(self.chaos)

@@ -244,20 +244,19 @@ def double_of(loader: DataLoader[Any]) -> Double:
 
 
 def sharded(
-    loader: DataLoader[Any], iterate: Callable[[DataLoader[Any]], Iterator[Any]], index: int = 0, workers: int = 1
+    loader: DataLoader[Any], iterate: Callable[[DataLoader[Any]], Iterator[Any]], part: Callable[[], Part] = lambda: Part(0, 1)
 ) -> DataLoader[Any]:
     """Return a copy of the loader whose iteration is `iterate`. It has the loader's class and all its other attributes.
 
     Args:
         loader: any DataLoader.
         iterate: called with the copy; returns the iterator.
-        index: this worker's number.
-        workers: the number of workers; `len` of the copy is the number of this worker's batches.
+        part: returns this worker's number and the number of workers; `len` of the copy is the number of its batches.
     """
     kind: Any = class_of(loader)
     copy: DataLoader[Any] = object.__new__(_class_of_shards(kind))
     vars(copy).update(vars(loader))
-    vars(copy).update({"_iterator": None, OURS + "iterate": iterate, OURS + "part": Part(index, workers)})
+    vars(copy).update({"_iterator": None, OURS + "iterate": iterate, OURS + "part": part})
     return copy
 
 
@@ -282,7 +281,7 @@ def _class_of_shards(given: Any) -> Any:
         return found
 
     def count(self: DataLoader[Any]) -> int:
-        return loader_length(self, vars(self)[OURS + "part"])
+        return loader_length(self, vars(self)[OURS + "part"]())
 
     own = {"__iter__": iterate, "__len__": count, OURS + "class": True}
     named = {name: getattr(given, name) for name in ("__module__", "__qualname__", "__doc__")}

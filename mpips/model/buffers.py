@@ -62,12 +62,12 @@ class Buffers:
             numbers = torch.cat([named[n].reshape(-1).to(torch.int64) for n in self._integers])
             limbs.copy_(numbers.view(torch.int16))
 
-    def combine(self, floats: Tensor, limbs: Tensor, pull: list[Tensor]) -> None:
-        """Copy the combined buffers of the push message to the pull message's buffers."""
+    def combine(self, floats: Tensor, limbs: Tensor, pull: list[Tensor], integers: bool = True) -> None:
+        """Copy the combined buffers of the push message to the pull message's buffers; integers only if they were written."""
         targets = dict(zip(self.names, pull, strict=True))
         for slot in self._slots:
             targets[slot.name].copy_(slot.view(floats))
-        if self._integers:
+        if self._integers and integers:
             numbers = limbs.to(torch.int16).view(torch.int64)
             sizes = [targets[n].numel() for n in self._integers]
             for name, value in zip(self._integers, torch.split(numbers, sizes), strict=True):
@@ -85,10 +85,11 @@ class Buffers:
             if name in tensors and buffer.shape == tensors[name].shape:
                 buffer.detach().copy_(tensors[name])
 
-    def load(self, tensors: list[Tensor]) -> None:
-        """Copy travelling buffers from `tensors` to the model."""
+    def load(self, tensors: list[Tensor], integers: bool = True) -> None:
+        """Copy travelling buffers from `tensors` to the model, with or without those of integers."""
         for buffer, tensor in zip(self.tensors, tensors, strict=True):
-            buffer.data.copy_(tensor)  # through .data: autograd does not see BatchNorm's own updates either
+            if integers or buffer.dtype.is_floating_point:
+                buffer.data.copy_(tensor)  # through .data: autograd does not see BatchNorm's own updates either
 
     def store(self, tensors: list[Tensor]) -> None:
         """Copy the model's travelling buffers to `tensors`."""

@@ -233,7 +233,8 @@ def leave(born: int) -> None:
         return
     failed = bool(_status) or hasattr(sys, "last_value")
     begun = "mpi4py.MPI" in sys.modules
-    if (_joined and not failed) or (failed and not begun and "OMPI_COMM_WORLD_SIZE" in os.environ):
+    ends_all = "OMPI_COMM_WORLD_SIZE" in os.environ and "OMPI_MCA_mpi_ft_enable" not in os.environ  # Open MPI's mpiexec
+    if (_joined and not failed) or (failed and not begun and ends_all):
         return
     try:
         from mpi4py import MPI
@@ -249,15 +250,17 @@ def leave(born: int) -> None:
     if MPI.COMM_WORLD.rank == missing[0]:
         error = getattr(sys, "last_value", None)
         text = "".join(traceback.format_exception(error)) if error else ""
-        say(MPI.COMM_WORLD.rank, text + _text(missing[0], socket.gethostname()))
+        say(MPI.COMM_WORLD.rank, text + _text(missing[0], socket.gethostname(), _joined))
     else:
         time.sleep(PATIENCE)
     drain()
     MPI.COMM_WORLD.Abort(_status or 1)
 
 
-def _text(rank: int, host: str) -> str:
-    """Return the error text for a rank that has ended without `connect`."""
+def _text(rank: int, host: str, joined: bool = False) -> str:
+    """Return the error text for a rank that has ended without `connect`, or while the ranks joined each other in it."""
+    if joined:
+        return f"rank {rank} on {host} failed while the ranks joined each other: the run ends"
     return f"rank {rank} on {host} has ended without mpips.connect(), in which the others wait; every rank must call it"
 
 
@@ -281,6 +284,13 @@ def tell_launcher(rank: int, text: str, status: int, died: bool = False) -> None
         facts = {"time": time.time(), "rank": rank, "host": socket.gethostname(), "status": status, "traceback": text}
         facts |= {"died": died}
         Path(folder, f"failure_{rank}.json").write_text(json.dumps(facts))
+
+
+def tell_left(rank: int) -> None:
+    """Tell the launcher that a rank's program has come to its end, or that the run has gone on without that rank."""
+    if launch := os.environ.get("MPIPS_LAUNCH_DIR"):
+        with suppress(OSError):
+            Path(launch, f"left_{rank}").touch()
 
 
 def _announce(rank: int | None) -> None:
@@ -350,7 +360,16 @@ def _runs_python(pid: int) -> bool:
         return False
 
 
-def _environ(pid: int) -> Mapping[str, str]:
+def children(pid: int) -> list[int]:
+    """Return the ids of a process's children; an empty list if there is no such process."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            found += [int(child) for child in task.read_text().split()]
+    return found
+
+
+def environ(pid: int) -> Mapping[str, str]:
     """Return the environment with which a process was started; empty if it may not be read."""
     try:
         pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -361,5 +380,5 @@ def _environ(pid: int) -> Mapping[str, str]:
 
 def _has_variables(pid: int) -> bool:
     """Return whether a process was started with the variables that distinguish this rank from its launcher."""
-    environ = _environ(pid)
-    return all(environ.get(name) == os.environ.get(name) for name in MARKS)
+    given = environ(pid)
+    return all(given.get(name) == os.environ.get(name) for name in MARKS)

@@ -13,6 +13,7 @@ The server holds one slice of each rank, never a second whole contribution. The 
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import NamedTuple, Protocol
 
 import torch
@@ -30,6 +31,7 @@ class Collectives(Protocol):
 
     rank: int
     size: int
+    lost: Set[int]
 
     def reduce(self, message: Tensor, tail: int, needs: Needs, apply: Apply) -> None:
         """See `Communicator`."""
@@ -121,6 +123,7 @@ class _Products:
 def _by_gram(communicator: Collectives, push: Push, rule: Rule, last: Needs, first: int) -> AggregationResult:
     gram = Gram(push, rule, communicator.size)
     communicator.reduce(push.message, push.tail_at, "rows", _Products(push, gram))
+    lost = len(communicator.lost)
     factors, found = torch.zeros(communicator.size, dtype=torch.float64), AggregationResult([])
     if gram.called:
         factors, faulty, refused = coefficients(push, rule, gram.matrix.cpu(), gram.usable())
@@ -135,6 +138,9 @@ def _by_gram(communicator: Collectives, push: Push, rule: Rule, last: Needs, fir
     if last == "sum":
         _multiply_own(communicator.rank, push, factors)
     communicator.reduce(push.body, push.tail_at, last, _Slices(push, combiner, communicator.size))
+    if len(communicator.lost) > lost:
+        push.body.zero_()
+        return AggregationResult([], "a worker has died after the rule had chosen, and before its contribution came")
     if gram.origin is not None:
         _move(push.gradients, gram.origin, 1 - float(factors.sum()))
     return found

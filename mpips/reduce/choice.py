@@ -80,8 +80,9 @@ def _share_memory(
     update = summed(mode, config)
     if communicator.size == 1 or update is None or not config.shared_memory:
         return None
+    lasts = replica.flat.device.type == "cpu" or not config.min_workers  # with a process its memory on a device goes
     apart = update.apart and trains
-    cut = _agreed(communicator, replica, _takes_slices(rule, config) and _shareable(replica, apart), optimizer)
+    cut = _agreed(communicator, replica, lasts and _takes_slices(rule, config) and _shareable(replica, apart), optimizer)
     if cut is None:
         return None
     settings = len(hyper.read(optimizer.torch)) if cut and optimizer else 0
@@ -119,7 +120,8 @@ def _buffer_spec(ranks: int, replica: Replica, config: Config, cut: Granularity,
     """Return the size and layout of the node groups' buffers."""
     push, flat = replica.push.message, replica.flat
     large = flat.numel * flat.weights.element_size() > SMALL
-    sharded = cut > Granularity.NOWHERE and (config.plan == "sharded" or (config.plan == "auto" and large))
+    plan = "root" if config.min_workers else config.plan  # a slice's optimizer state would be gone with its rank
+    sharded = cut > Granularity.NOWHERE and (plan == "sharded" or (plan == "auto" and large))
     products = ranks * (ranks + 1) if rule.needs == "gram" else 0  # one for each pair of ranks, and a flag for each rank
     return BufferSpec(
         numel=push.numel(),
@@ -132,7 +134,7 @@ def _buffer_spec(ranks: int, replica: Replica, config: Config, cut: Granularity,
         answer=max(answer, products),
         sharded=sharded,
         between=rule.needs == "sum"
-        and not config.deterministic
+        and not (config.deterministic or config.min_workers)
         and len(replica.fragments) == 1,  # with fragments, only a fragment is to be sent
         codec=codec_of(config.comm_dtype if sharded else "full", push.dtype),
         overlap=config.overlap,

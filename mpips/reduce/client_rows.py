@@ -11,6 +11,8 @@ each rank. If no rank hosts two clients, and the clients are in rank order, each
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -78,7 +80,10 @@ class ClientRows:
         ranks, positions: for each client, the rank that hosts it, and its position among the clients of that rank.
         status: `(size, 3)` float64, the samples, weight and bad of each client.
         own: the bodies of this rank's clients, by position.
+        lost: nobody, as a run whose workers host clients ends if one dies.
     """
+
+    lost: Set[int] = frozenset()
 
     def __init__(self, communicator: Communicator, own: list[Contribution], bucket: int) -> None:
         self._communicator, self._bucket = communicator, bucket

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from mpips.comm import SERVER, Communicator, broadcast_bytes
 from mpips.config import Config
-from mpips.model.message import CallError, Stop
+from mpips.model.message import CallError, Stop, WorkersLostError
 from mpips.model.trainable import Trainable
 from mpips.optim.flat_optimizer import MakeOptimizer
 from mpips.process import lifecycle as process
@@ -178,12 +178,17 @@ def _meet_again(communicator: Communicator, own: bytes) -> bytes:
 
     Raises:
         CallError: some ranks begin another run, and some do not.
+        WorkersLostError: they begin another run, and a worker has died in this one.
     """
     blobs = communicator.gather_bytes(own)
-    continues = [bool(blob) for blob in blobs[1 if communicator.size > 1 and not blobs[0] else 0 :]] if blobs else []
-    verdict = b"apart" if len(set(continues)) > 1 else b""
-    if broadcast_bytes(communicator, verdict):
+    lost, first = sorted(communicator.lost), 1 if blobs and communicator.size > 1 and not blobs[0] else 0
+    continues = {bool(blob) for rank, blob in enumerate(blobs) if rank >= first and rank not in lost}
+    verdict = b"apart" if len(continues) > 1 else b"lost" if lost and True in continues else b""
+    told = broadcast_bytes(communicator, verdict)
+    if told == b"apart":
         raise CallError("the workers do not make the same calls: some connect again, some are at the end of their script")
+    if told:
+        raise WorkersLostError("workers have died in the run before, and a further run begins with all; start the script again")
     return next((bytes(blob) for blob in blobs if blob), b"")
 
 
@@ -209,7 +214,7 @@ def _end_process(communicator: Communicator) -> NoReturn:
         sys.excepthook(kind, error, trace)
     elif status in (0, failure.PREEMPTED):
         communicator.barrier(patience=None)
-        failure.tell_left(communicator.rank)
+        process.tell_left(communicator.rank)
     atexit._run_exitfuncs()
     _exit(communicator, status)
 
@@ -239,7 +244,7 @@ def _leave(communicator: Communicator, born: int) -> None:
             if run and not run.preempted:
                 _meet_again(communicator, b"")
             communicator.barrier(patience=None)
-            failure.tell_left(communicator.rank)
+            process.tell_left(communicator.rank)
         if run and run.preempted and _Process.status is None:  # the script came to its own end at the same time
             _exit(communicator, failure.PREEMPTED)
     except Exception:  # at exit nobody else would end the other ranks

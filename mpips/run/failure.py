@@ -11,13 +11,12 @@ import sys
 import time
 import traceback
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 
 from mpips.checkpoint import CheckpointError
 from mpips.comm import SERVER, Communicator
 from mpips.config import BAD_CONFIGURATION, ConfigError
-from mpips.model.message import CallError, NonFiniteError
+from mpips.model.message import CallError, NonFiniteError, WorkersLostError
 from mpips.optim.snapshot import SnapshotError
 from mpips.process import lifecycle as process
 from mpips.report.run_report import LOG, stop_copying
@@ -82,17 +81,10 @@ def _tell(
     if issubclass(kind, TOGETHER) and communicator.rank != SERVER:
         communicator.barrier(TOGETHER_WITHIN)  # rank 0 prints and ends all
     with suppress(Exception):
-        process.tell_launcher(communicator.rank, text, status)
+        process.tell_launcher(communicator.rank, text, status, died=issubclass(kind, WorkersLostError))
     if communicator.size > 1 and not issubclass(kind, ConfigError):
         text = f"mpips: rank {communicator.rank} on {socket.gethostname()} failed:\n{text}"
     stop_copying()  # the log has it already
     with suppress(Exception):
         sys.stderr.write(text.encode(sys.stderr.encoding, "backslashreplace").decode(sys.stderr.encoding))
         sys.stderr.flush()
-
-
-def tell_left(rank: int) -> None:
-    """Tell the launcher that this rank's program has come to its end."""
-    if launch := os.environ.get("MPIPS_LAUNCH_DIR"):
-        with suppress(OSError):
-            Path(launch, f"left_{rank}").touch()

@@ -28,6 +28,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mpips.config import ConfigError
+from mpips.data import Part
 from mpips.data.loader import sharded
 from mpips.data.samples import samples_in
 from mpips.process import lifecycle as process
@@ -61,7 +62,7 @@ class Sharing:
         run = self.run
         with run._worker.common:
             loader = make()
-        shards = [sharded(loader, self._iterate, index, run.workers) for index in (run.worker, 0)]
+        shards = [sharded(loader, self._iterate, part) for part in (run._worker.part, lambda: Part(0, run.workers))]
         if window and has_length(loader):
             own, first = (-(-len(shard) // window) for shard in shards)
             return shards[own != first]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
+from functools import partial
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -100,7 +101,7 @@ class Loop:
                 self._skipped(loop)
             return
         self.replay.go_on(not place.begun)
-        yield from self._work(self._share(data, loop, how, own), own)
+        yield from self._work(partial(self._share, data, loop, how, own), own)
         if place.over:
             place.next_loop()
 
@@ -130,16 +131,23 @@ class Loop:
         """Reset the count of samples, at the beginning of a client."""
         self._samples = 0
 
-    def _work(self, shard: Share | Hosting, own: bool) -> Iterator[Any]:
+    def _begins_together(self, own: bool) -> bool:
+        """Return whether the loop begins with a call of all workers, for one order on all, and for who shares the data."""
+        worker = self.worker
+        meets = worker.mode.gradients or (worker.config.min_workers > 0 and not worker.mode.requests)
+        return worker.workers > 1 and meets and not own and not worker.place.begun
+
+    def _work(self, make_shard: Callable[[], Share | Hosting], own: bool) -> Iterator[Any]:
         """Yield this worker's batches, and wait for the other workers at the end."""
         worker, place = self.worker, self.worker.place
         worker.begin()
-        if worker.workers > 1 and worker.mode.gradients and not own and not place.begun:
+        if self._begins_together(own):
             place.calling = True
             self._meet()
             place.calling = False
             if worker.control.stop:
                 return
+        shard = make_shard()  # now that it is known which workers share the data
         self._where = Where.INSIDE
         resumed = self.replay.pending  # the run goes on in this loop
         if resumed:
@@ -194,7 +202,12 @@ class Loop:
 
     def _meet(self) -> None:
         """Draw the order of this loop from worker 0's random streams, if those are where a single process's would be."""
-        reply = self.worker.call_for(Call.BEGIN, {"told": self._common.tell() if self.worker.index == 0 else ""})
+        worker = self.worker
+        reply = worker.call_for(
+            Call.BEGIN, lambda: {"told": self._common.tell() if worker.is_chief and worker.mode.gradients else ""}
+        )
+        if lost := reply.get("lost"):
+            self.worker.share_with(lost)
         self._obey()
         self._common.take(reply.get("told", ""))
 
@@ -272,7 +285,7 @@ class Loop:
         place.taken, self.worker.digest, self.worker.more = place.taken + self._taken, 0, False
         self._taken, place.samples = 0, self._samples or 0
         self._where = Where.OUTSIDE
-        if self.worker.index == 0:
+        if self.worker.is_chief:
             self._common.hand_over()
         self.worker.finish()
         control = self.worker.control

@@ -25,6 +25,7 @@ from mpips.run import run_folder as folder
 from mpips.run.keeping import GROUPS
 from mpips.run.start import (
     check_faults,
+    check_min_workers,
     check_optimizer,
     check_rule,
     refused,
@@ -70,6 +71,7 @@ class Roles:
         check_rule(config, self.workers)
         check_optimizer(optimizer, self.workers)
         check_faults(config, communicator.size)
+        check_min_workers(config, self.workers)
         self._requests = choose_mode(config).requests
         self.server: Server | ParameterServer | None = None
         self.worker: Worker | None = None
@@ -100,7 +102,7 @@ class Roles:
         """
         keep = getattr(self.communicator, "keep_stalls", None)  # over MPI
         recorder, deadline = FlightRecorder(self.folder, self.communicator.rank, self._facts), self.config.deadline
-        if keep and not keep(recorder, deadline) and deadline:
+        if keep and not keep(recorder, deadline, self.config.min_workers > 0) and deadline:
             allowed = "0, as MPI was started without MPI_THREAD_MULTIPLE and nobody notices who is waited for"
             raise refused(ConfigError(f"deadline: given {deadline:g}, allowed: {allowed}"))
 

@@ -72,7 +72,6 @@ class Run:
     Attributes:
         config: the resolved settings.
         folder: the run's folder, the same on all ranks.
-        worker, workers: this worker's number, from 0, and the number of workers.
         optimizers: the script's optimizers.
     """
 
@@ -81,7 +80,6 @@ class Run:
         self.config, self.folder, self._roles = roles.config, roles.folder, roles
         self.optimizers = roles.optimizer.parts if isinstance(roles.optimizer, Joint) else [roles.optimizer]
         self._communicator, self._server, self._worker = roles.communicator, roles.server, roles.worker
-        self.worker, self.workers = self._worker.index, roles.workers
         self._several = len(self.optimizers) > 1
         self._keeping = Keeping(roles.kept, self.optimizers, self.print)
         self._worker.kept = self._keeping.state_dict
@@ -107,6 +105,16 @@ class Run:
     def _control(self) -> Control:
         """The server's latest control."""
         return self._worker.control
+
+    @property
+    def worker(self) -> int:
+        """This worker's number, from 0: 0 for the first worker that lives, and from the next loop on one less for each dead."""
+        return 0 if self._worker.is_chief else self._worker.index
+
+    @property
+    def workers(self) -> int:
+        """The number of workers that share the data of the present loop."""
+        return self._worker.workers
 
     @property
     def seed(self) -> int:
@@ -166,7 +174,7 @@ class Run:
                 f"ps.batches(mpips.Clients(...), batch_size), or ps.batches(dataset, batch_size) with a client a worker"
             )
         self._loop.promised()
-        return sharded(loader, lambda own: self._loop.batches(own, (None, True, False), own=False), self.worker, self.workers)
+        return sharded(loader, lambda own: self._loop.batches(own, (None, True, False), own=False), self._worker.part)
 
     def keep(self, **objects: Any) -> None:
         """Keep objects of the script in the checkpoint: averages, teachers, trackers, schedulers other than torch's.
@@ -442,7 +450,7 @@ class Run:
         self._loop.made()
         if self._loop.rehearsing:
             return text
-        reply = self._worker.call_for(Call.MEET, {"told": text if self.worker == 0 else ""})
+        reply = self._worker.call_for(Call.MEET, lambda: {"told": text if self.worker == 0 else ""})
         self._loop.obey()
         self._loop.end_call()
         return str(reply.get("told", text))

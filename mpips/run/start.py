@@ -17,6 +17,7 @@ from mpips.algorithms.modes import choose_mode
 from mpips.comm import Communicator, mpi
 from mpips.comm import cuda_probe as proof
 from mpips.comm.local import LocalCommunicator
+from mpips.comm.star import StarCommunicator
 from mpips.config import (
     BAD_CONFIGURATION,
     Config,
@@ -118,6 +119,32 @@ def check_faults(config: Config, size: int) -> None:
             raise refused(error) from None
 
 
+def check_min_workers(config: Config, workers: int) -> None:
+    """Check that the run can go on without workers that die, if it is to.
+
+    Raises:
+        SystemExit: with status 2 and one line on the screen, if it cannot.
+    """
+    given, allowed, mode = config.min_workers, "", choose_mode(config)
+    if not given or workers == 1:
+        return
+    if given > workers:
+        allowed = f"{given} with {workers} workers, allowed: {workers} at most"
+    elif mode.federated:
+        allowed = f"{given} with mode {config.mode}, allowed: 0, as a worker's clients would be gone with it"
+    elif config.plan == "sharded":
+        allowed = f"{given} with plan sharded, allowed: plan auto or root, as a slice's state would be gone with its rank"
+    elif config.overlap:
+        allowed = f"{given} with overlap, allowed: one of them"
+    elif not mpi.survives_deaths():
+        how = "start with mpips run --ft, by Open MPI 5"
+        allowed = f"{given}, allowed: 0 under this mpiexec, which ends all ranks when one dies; {how}"
+    if allowed:
+        raise refused(ConfigError(f"min_workers: given {allowed}"))
+    for number in range(given, workers):
+        check_rule(config, number)
+
+
 def one_module(model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]) -> nn.Module:
     """Return the models of a run as one module, with the models as children by index or name."""
     if isinstance(model, nn.Module):
@@ -166,16 +193,18 @@ def join(config: Config) -> Communicator:
     if _joined(mpi.launched) == 1:
         communicator = LocalCommunicator()
     else:
-        communicator = _joined(partial(_meet, config))
+        communicator = plain = _joined(partial(_meet, config))
         _settle(communicator, config)
+        if config.min_workers and mpi.survives_deaths():
+            communicator = StarCommunicator(plain)
     failure.end_all_on_exception(communicator)
     if config.cuda_aware:
         _prove(communicator)
     return communicator
 
 
-def _meet(config: Config) -> Communicator:
-    """Return this rank's MPI communicator."""
+def _meet(config: Config) -> mpi.MpiCommunicator:
+    """Return this rank's MPI communicator, which is of one kind on all ranks, as their settings may differ."""
     return mpi.connect(round(config.bucket_cap_mb * 1e6), config.cuda_aware, config.ranks_per_node)
 
 

@@ -21,15 +21,16 @@ from torch.optim import Optimizer
 import mpips
 from mpips import checkpoint
 from mpips.algorithms.modes import Mode, choose_mode, server_optimizer
-from mpips.comm import Communicator, broadcast_bytes
+from mpips.comm import Blob, Communicator, broadcast_bytes
 from mpips.config import Config
 from mpips.data import Place
-from mpips.model.message import BEGUN, COLUMNS, DIGEST, DRAWN, LOSS, Call, CallError, Control, Stop, replicate
+from mpips.model.message import BEGUN, COLUMNS, DIGEST, DRAWN, LOSS, Call, CallError, Control, Stop, WorkersLostError, replicate
 from mpips.optim import hyperparameters as hyper
 from mpips.optim import snapshot
 from mpips.optim.flat_optimizer import FlatOptimizer, MakeOptimizer, made
 from mpips.process import rng
 from mpips.process.environment import job_end
+from mpips.process.lifecycle import tell_left
 from mpips.reduce.choice import choose_transport
 from mpips.reduce.transport import Decision, Transport
 from mpips.report.run_report import Report, number
@@ -71,10 +72,15 @@ class Service:
         stop_asked: set to end the run with the next message to all ranks.
         states: the ranks' packed states of a resumed run; else empty.
         worker_state: returns the state of a worker on this rank, for a checkpoint; None without one.
+        lost: the ranks of workers that have died, and that the run goes on without.
+        dealt: the ranks of the workers among which the data of the present loop is dealt out.
         validation_data: the data that `load_validation_data` has loaded.
         writer: writes the checkpoints; None without a folder.
         performances: rank -> its numbers of messages and bytes, set by `receive_performances_from_nodes`.
+        data_of_lost: what becomes of the data of a worker that has died, as a text for people.
     """
+
+    data_of_lost = "what is left of its data in this loop is not trained on"
 
     def __init__(
         self,
@@ -97,6 +103,8 @@ class Service:
         self.trains = communicator.size == 1 or self.config.server_trains
         self.first = 0 if self.trains else 1  # rank of the first worker
         self.workers = communicator.size - self.first
+        self.lost: set[int] = set()
+        self.dealt = list(range(self.first, communicator.size))
         self.control = Control()
         self.patience: dict[str, Patience] = {}  # by the value's name, in the order of the first validations
         self.values: dict[str, float] = {}  # name -> the last value
@@ -202,7 +210,8 @@ class Service:
         """Replace the model's buffers by the combination of all workers' buffers."""
         push, buffers = self.replica.push, self.replica.buffers
         if buffers.names:
-            buffers.combine(push.floats, push.heard.limbs, self.replica.pull.buffers)
+            written = not self.lost or self.first + int(self.control.chief) not in self.lost
+            buffers.combine(push.floats, push.heard.limbs, self.replica.pull.buffers, integers=written)
 
     def follow(self, rows: Sequence[Sequence[float]], limbs: Any, stepping: Sequence[int]) -> None:
         """Take over the workers' hyperparameters if they have changed, and compare the workers' data.
@@ -276,13 +285,34 @@ class Service:
             self.control.preempting, signalled = True, []  # a resumed run could not take the rest of a batch's steps
         left = [rank for rank, row in rows.items() if row["stop"] == 2]
         asked = [rank for rank, row in rows.items() if row["stop"] == 1] + [0] * self.stop_asked
-        gone = Stop.ENDED if len(left) == self.workers else Stop.LEFT
+        gone = Stop.ENDED if len(left) == self.workers - len(self.lost) else Stop.LEFT
         if gone == Stop.LEFT and not any(row["weight"] > 0 for row in rows.values()):
             left = []  # no other worker trains any more: they may merely reach their end later
         for stop, ranks in ((Stop.PREEMPTED, signalled), (gone, left), (Stop.REQUESTED, asked)):
             if ranks and (stop == Stop.PREEMPTED or not self.control.stop):
                 self.end(stop, ranks)
                 return
+
+    def note_lost(self) -> None:
+        """Note the workers that have died since the last call, and set `fault` if the run does not go on without them."""
+        new = sorted(self.communicator.lost - self.lost)
+        self.lost.update(new)
+        present, needed = self.workers - len(self.lost), self.config.min_workers
+        names = " and ".join(f"worker {rank - self.first} (rank {rank})" for rank in new)
+        if present < max(1, needed):
+            self.fault = f"{names} died: {present} of {self.workers} are left, min_workers is {needed}; the run ends"
+        elif new:
+            left = f"the run goes on with {present} of {self.workers} workers; {self.data_of_lost}"
+            message = f"{names} died after round {self.control.round:.0f}: {left}"
+            self.report.event("warning", message=message)
+            self.report.line(message, always=True)
+            for rank in new:
+                tell_left(rank)  # the launcher does not wait for its end
+
+    @property
+    def chief(self) -> int:
+        """The rank of the first worker that lives."""
+        return next(rank for rank in range(self.first, self.communicator.size + 1) if rank not in self.lost)
 
     def look_at_time(self, seconds: float) -> None:
         """Preempt the run if the job is about to end: a checkpoint is to be on the disk before.
@@ -330,7 +360,7 @@ class Service:
         present = {call for call in calls.values() if call != Call.LEAVE}
         if present == {Call.AVERAGE, Call.LOOP}:  # a worker without batches has no part in the average
             return Call.AVERAGE
-        measures = calls.get(self.first) != Call.LEAVE or self._measure is not None  # whether the rank that measures takes part
+        measures = calls.get(self.chief) != Call.LEAVE or self._measure is not None  # whether who measures takes part
         if len(present) > 1 or (Call.VALIDATE in present and not measures):
             self.fault = self._different_calls(calls)
             return Call.NONE
@@ -387,9 +417,10 @@ class Service:
         """Broadcast `fault` to all ranks, which expect it.
 
         Raises:
-            CallError: always.
+            CallError: always; a WorkersLostError if too many workers have died.
         """
-        raise CallError(broadcast_bytes(self.communicator, self.fault.encode()).decode())
+        kind = WorkersLostError if self.lost else CallError
+        raise kind(broadcast_bytes(self.communicator, self.fault.encode()).decode())
 
     def take_part(self) -> bool:
         """Carry out the call that all workers have made; return whether they have all left."""
@@ -397,7 +428,9 @@ class Service:
         if call == Call.AVERAGE:
             self.average()
         elif call != Call.LOOP:
-            self.carry_out(self.exchange_call(b""))
+            while "chief" in (reply := self.exchange_call(b"")):
+                pass
+            self.carry_out(reply)
         return call == Call.LEAVE
 
     def average(self) -> None:
@@ -415,11 +448,18 @@ class Service:
             given: this rank's arguments, as JSON; empty if it has none.
 
         Returns:
-            The reply.
+            The reply. With "chief" in it all ranks are to make the exchange again: the worker that gives what all have in
+            common has died, and this is the next one.
         """
-        reply: dict[str, Any] = json.loads(
-            broadcast_bytes(self.communicator, self.answer([bytes(blob) for blob in self.communicator.gather_bytes(given)]))
-        )
+        blobs = [bytes(blob) for blob in self.communicator.gather_bytes(given)]
+        if len(self.communicator.lost) > len(self.lost):
+            self.note_lost()
+        if self.first + self.control.chief in self.lost:
+            self.control.chief = self.chief - self.first
+            blob = json.dumps({"chief": self.control.chief, "stop": int(self.control.stop)}).encode()
+        else:
+            blob = self.answer(blobs)
+        reply: dict[str, Any] = json.loads(broadcast_bytes(self.communicator, blob))
         return reply
 
     def carry_out(self, reply: Mapping[str, Any]) -> None:
@@ -440,7 +480,7 @@ class Service:
             As `FlatOptimizer.state_dict`.
         """
         blobs = self.communicator.gather_bytes(RankState(-1, Place(), {}).pack())
-        tree = self.transport.optimizer_state([RankState.unpack(blob).slices for blob in blobs])
+        tree = self.transport.optimizer_state([RankState.unpack(blob).slices for blob in blobs if blob])
         broadcast_bytes(self.communicator, RankState(-1, Place(), {}, own=tree).pack())
         return tree
 
@@ -461,6 +501,9 @@ class Service:
             self._spare_weights(arguments, reply)
         if call in (Call.BEGIN, Call.MEET):
             reply["told"] = next((one["told"] for one in arguments if one.get("told")), "")
+        if call == Call.BEGIN and self.lost:
+            self.dealt = [rank for rank in range(self.first, self.communicator.size) if rank not in self.lost]
+            reply["lost"] = sorted(rank - self.first for rank in self.lost)
         if call == Call.VALIDATE:
             name = next(one["name"] for one in arguments if one)
             given = next((one["values"] for one in arguments if one.get("values")), None) or self.measure(name)
@@ -585,7 +628,14 @@ class Service:
                 f"{self.report.folder}: the run's folder has been moved or deleted since the run began; the run ends, as "
                 f"part of its files would be in a new one. It can go on from its last checkpoint (--mpips.resume FOLDER)"
             )
-        tree = self.state_dict([RankState.unpack(blob) for blob in blobs])
+        if len(self.communicator.lost) > len(self.lost):
+            self.note_lost()
+        if self.first + self.control.chief in self.lost:
+            message = "no checkpoint here: the worker whose part it needs died meanwhile"
+            self.report.event("warning", message=message)
+            self.report.line(message, always=True)
+            return None
+        tree = self.state_dict(self._states(blobs))
         self.report.flush()  # the checkpoint holds the number of its rows
         self.end_save()
         self._saved_at = self.communicator.clock()
@@ -598,6 +648,17 @@ class Service:
         if wandb_run is not None:
             wandb_run.save(str(written.path))
         return written.path
+
+    def _states(self, blobs: Sequence[Blob]) -> list[RankState]:
+        """Return the ranks' states, the server's first if it does not train, then those of the workers that share the data.
+
+        A worker that has died has given an empty blob. In a resumed run it goes on at the first living worker's place.
+        """
+        server = [RankState.unpack(blobs[0])] if not self.trains else []
+        first = RankState.unpack(blobs[self.chief])
+        return server + [
+            RankState.unpack(blobs[rank]) if blobs[rank] else first.for_lost(index) for index, rank in enumerate(self.dealt)
+        ]
 
     @property
     def training_goes_on(self) -> bool:
@@ -648,8 +709,8 @@ class Service:
             "config": self._settings,
             "contract": self.digest,
             "versions": {"mpips": mpips.__version__, "torch": str(torch.__version__)},
-            "world": {"size": self.communicator.size, "workers": self.workers},
-            **snapshot.take_model(self.replica, next((state.frozen for state in states if state.index == 0), {})),
+            "world": {"size": self.first + len(self.dealt), "workers": len(self.dealt)},
+            **snapshot.take_model(self.replica, next((state.frozen for state in states if state.frozen), {})),
             **optimizer,
             "inner": self.inner.state_dict() | {"masters": {}} if self.inner else {},
             "rule": {"name": self.config.rule, **self.rule.state_dict()},
@@ -661,7 +722,7 @@ class Service:
                 "waited": torch.tensor([self.patience[name].waited for name in self.values], dtype=torch.int64),
             },
             "given": torch.tensor(self._numbers, dtype=torch.float64),
-            "kept": next((state.kept for state in states if state.index == 0), {}),
+            "kept": next((state.kept for state in states if state.kept), {}),
             "metrics": {"rows": report.metrics.count},
             "validations": {"rows": report.validations.count},
             "ranks": {str(rank): state.state_dict() for rank, state in enumerate(states)},
@@ -778,7 +839,7 @@ class Service:
             The number of calls and the number of bytes, summed over the ranks.
         """
         blobs = self.communicator.gather_bytes(json.dumps(self.communicator.traffic).encode())
-        self.performances = {rank: json.loads(bytes(blob)) for rank, blob in enumerate(blobs)}
+        self.performances = {rank: json.loads(bytes(blob)) for rank, blob in enumerate(blobs) if blob}
         totals = [
             sum(n for traffic in self.performances.values() for call, n in traffic.items() if call.endswith(kind))
             for kind in ("calls", "bytes")
@@ -806,6 +867,7 @@ class Service:
                 "checkpoint": None if self.last_checkpoint is None else str(self.last_checkpoint),
                 "messages": messages,
                 "bytes": moved,
+                "lost": sorted(self.lost),
                 **self.summary(),
             }
         )

@@ -93,6 +93,11 @@ class RankState:
         own = {key: kept for key, kept in self.own.items() if key != "ahead"}
         return dataclasses.replace(self, place=_place(self.ahead["sent"]), gradients={}, own=own)
 
+    def for_lost(self, index: int) -> RankState:
+        """Return the state of worker `index`, which has died, for a checkpoint: this worker's place, and nothing of its own."""
+        known = {key: kept for key, kept in self.own.items() if key == "inner"}
+        return RankState(index, dataclasses.replace(self.place, samples=0), {}, own=known, orders=self.orders)
+
     def pack(self) -> bytes:
         """Return the state as bytes, to be sent."""
         return b"".join(self.parts())

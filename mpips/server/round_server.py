@@ -10,7 +10,7 @@ Rank 0 is the server. If it trains, too, its own contribution is already in the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
 from functools import reduce
 from operator import add
 
@@ -53,6 +53,7 @@ class Updates:
         rows: the workers' rows of the tail, by rank.
         columns: the names of the columns.
         first: the rank of the first worker.
+        lost: the ranks of the workers that have died.
 
     Attributes:
         rows: see above.
@@ -60,8 +61,8 @@ class Updates:
         epsilons: each rank's privacy loss; empty, as no rank trains with differential privacy.
     """
 
-    def __init__(self, rows: list[list[float]], columns: tuple[str, ...], first: int) -> None:
-        self.rows, self._columns, self._first = rows, columns, first
+    def __init__(self, rows: list[list[float]], columns: tuple[str, ...], first: int, lost: Set[int] = frozenset()) -> None:
+        self.rows, self._columns, self._first, self._lost = rows, columns, first, lost
         self._add_up()
         self.epsilons: list[float] = []
 
@@ -72,8 +73,14 @@ class Updates:
 
     @property
     def results(self) -> dict[int, dict[str, float]]:
-        """Rank -> its row by column: loss, flags, times, metrics."""
-        return {rank: dict(zip(self._columns, row, strict=True)) for rank, row in enumerate(self.rows, self._first)}
+        """Rank -> its row by column: loss, flags, times, metrics; of the workers that live."""
+        rows = ((rank, row) for rank, row in enumerate(self.rows, self._first) if rank not in self._lost)
+        return {rank: dict(zip(self._columns, row, strict=True)) for rank, row in rows}
+
+    @property
+    def all_wait(self) -> bool:
+        """Whether each worker only waits in a call."""
+        return all(row[CALL] or rank in self._lost for rank, row in enumerate(self.rows, self._first))
 
     @property
     def bad(self) -> dict[int, int]:
@@ -163,12 +170,22 @@ class Server(Service):
             self.transport.push()
         self.combined = self.transport.reduce(self.control.round)
         rows, expected = push.heard.table()[self.first :], self.control.round % ROUNDS
+        if self.communicator.lost:
+            self._go_on(rows)
         for rank, row in enumerate(rows, self.first):
             if row[ROUND] != expected:
                 raise CommunicatorError(f"rank {rank} is in round {row[ROUND]:.0f}, the server in {self.control.round:.0f}")
         stepping = [k for k, row in enumerate(rows) if row[WEIGHT] > 0]
         self.follow(rows, push.heard.told()[self.first :], stepping)
-        return Updates(rows, self._columns, self.first)
+        return Updates(rows, self._columns, self.first, self.lost)
+
+    def _go_on(self, rows: Sequence[list[float]]) -> None:
+        """Go on without workers that have died: their rows say that they have no data."""
+        if len(self.communicator.lost) > len(self.lost):
+            self.note_lost()
+        for rank in self.lost:
+            row = rows[rank - self.first]
+            row[DONE], row[ROUND] = 1.0, self.control.round % ROUNDS
 
     def update_weights(self, updates: Updates) -> None:
         """Take one server update with the combined gradient, unless there is none or it must not be taken."""
@@ -186,6 +203,8 @@ class Server(Service):
             updates.leave_out(bad)
         if isinstance(self.optimizer.torch, Joint):
             self._choose(self.optimizer.torch, {int(row[WHICH]) for row in updates.rows if row[WEIGHT]})
+        if updates.totals[ADOPT] and not updates.totals[WEIGHT]:
+            self.fault = "the worker whose new weights were to be taken over has died"
         take = updates.totals[WEIGHT] and not (self.combined.refused or found or self.fault or skipped)
         if take and not (bad and self.config.nonfinite != "drop"):
             scale = updates.totals[STEPS] / updates.totals[WEIGHT] if self.mode.normalised else 1.0
@@ -228,13 +247,15 @@ class Server(Service):
         totals, control = updates.totals, self.control
         samples = totals[SAMPLES]
         means = [totals[column] / samples if samples else math.nan for column in self._averaged]
-        counts = bool(totals[WEIGHT] or totals[BAD]) or any(not row[CALL] for row in updates.rows)  # else all only wait
+        counts = bool(totals[WEIGHT] or totals[BAD]) or not updates.all_wait
         control.round += counts
         control.active = len(updates.rows) - totals[DONE]
         control.call = Call.NONE
         if totals[CALL]:
             self._check_calls(updates)
         control.lr = self.lr
+        if self.lost:
+            control.chief = self.chief - self.first
         if counts:
             control.loss = means[0]
         if totals[SIGNAL] or totals[STOP] or self.signalled or self.stop_asked:

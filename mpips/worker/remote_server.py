@@ -74,7 +74,7 @@ class RemoteServer:
 
     def round(self, contributed: bool = True) -> Control:
         """Do this rank's part of a round; see `Server.round`."""
-        version = self.control.version
+        version, chief = self.control.version, self.control.chief
         self.transport.reduce(self.control.round)
         self.transport.decide()
         self.transport.pull()
@@ -83,7 +83,8 @@ class RemoteServer:
             raise CallError(broadcast_bytes(self.communicator, b"").decode())
         self.replica.check_finite(control)
         if self.replica.buffers.names and (contributed or control.version > version):
-            self.replica.buffers.load(self.replica.pull.buffers)
+            written = control.chief == chief  # else the worker that tells integers may have died before it did
+            self.replica.buffers.load(self.replica.pull.buffers, integers=written)
         if control.call == Call.STATE:
             self.told_state = self._receive_state()
         return control

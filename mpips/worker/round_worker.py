@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from mpips.algorithms.modes import choose_mode, make_update, server_optimizer
 from mpips.comm import Communicator
 from mpips.config import Config, ConfigError
-from mpips.data import Common, Place
+from mpips.data import Common, Part, Place
 from mpips.model.message import LOSS, ROUNDS, SAMPLES, WEIGHT, Call, Control, Replica, Stop, WorkerStatus, replicate
 from mpips.optim import hyperparameters as hyper
 from mpips.optim.flat_optimizer import FlatOptimizer, MakeOptimizer, made
@@ -121,7 +121,7 @@ class Worker:
         replica: the model's flat buffers and messages.
         update: what this worker computes between pull and push.
         place: where the worker is in its data.
-        index, workers: its number, from 0, and the number of workers.
+        index, workers: its number, from 0, and the number of workers, of those that share the data of the present loop.
         done: whether its shard is exhausted, which the server learns in the next round.
         used: the number of batches used since the last push.
         control: the server's latest control.
@@ -149,7 +149,7 @@ class Worker:
         tells: bool = False,
     ) -> None:
         self.communicator, self.config = communicator, config or Config()
-        self.index, self.workers = place_of(communicator, self.config)
+        self._number = self.index, self.workers = place_of(communicator, self.config)
         self.mode = mode = choose_mode(self.config)
         rows = 1 if mode.requests else communicator.size
         given = None if optimizer is None else made(optimizer, model)
@@ -528,6 +528,24 @@ class Worker:
         self.begun, self.drawn = self.begun + 1, 0
         self.done = False
 
+    @property
+    def is_chief(self) -> bool:
+        """Whether this is the first worker that lives, which gives what all workers have in common."""
+        return self._number[0] == self.control.chief
+
+    def part(self) -> Part:
+        """Return which part of the data is this worker's."""
+        return Part(self.index, self.workers)
+
+    def share_with(self, lost: Sequence[int]) -> None:
+        """Share the data of the next loop with the workers that live.
+
+        Args:
+            lost: the numbers, at `connect`, of the workers that have died.
+        """
+        index, workers = self._number
+        self.index, self.workers = index - sum(number < index for number in lost), workers - len(lost)
+
     def finish(self) -> None:
         """Take part in rounds until every worker's shard is exhausted. The model then has the server's weights."""
         self.barrier(Call.LOOP)
@@ -550,7 +568,7 @@ class Worker:
         self.barrier(call)
         reply: dict[str, Any] = {}
         if self.control.stop != Stop.PREEMPTED:
-            reply = self._take_part(given() if callable(given) else given or {})
+            reply = self._take_part(given or {})
         if not parked and not self.control.stop:
             self._unpark()
         return reply
@@ -584,8 +602,12 @@ class Worker:
             self._take_part({})
         return self.control.call == self.call
 
-    def _take_part(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        reply = self.server.exchange_call(json.dumps(given).encode() if given else b"")
+    def _take_part(self, given: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        reply: dict[str, Any] = {"chief": self.control.chief}
+        while "chief" in reply:
+            self.control.chief = reply["chief"]
+            arguments = given() if callable(given) else given
+            reply = self.server.exchange_call(json.dumps(arguments).encode() if arguments else b"")
         self.control.stop = reply["stop"]
         self.server.carry_out(reply)
         return reply
@@ -633,7 +655,8 @@ class Worker:
         self._averaging = (sum(row[LOSS] for row in rows), sum(row[SAMPLES] for row in rows))
         replica.flat.take_average(push.gradients, push.present())
         if self.config.buffers == "mean":
-            replica.buffers.combine(push.floats, push.limbs, [buffer.data for buffer in replica.buffers.tensors])
+            written = any(rows[self.communicator.rank - self._number[0] + int(self.control.chief)])  # not if it has died
+            replica.buffers.combine(push.floats, push.limbs, [b.data for b in replica.buffers.tensors], integers=written)
         self._contributes_common = next(rank for rank, row in enumerate(rows) if row[WEIGHT]) == self.communicator.rank
 
     def adopt(self, weights: Tensor, loss: float, samples: float, taken: int = 0) -> Control:
@@ -707,7 +730,7 @@ class Worker:
         waiting = self._kept if self._kept is not None else flat.grad
         pending = flat.unpushed(waiting)
         slices = {} if self.update.here else self.server.transport.optimizer_shard()
-        first = self.index == 0
+        first = self.is_chief
         return RankState(
             self.index,
             self.place,
@@ -756,6 +779,8 @@ class Worker:
 
     def _receive(self, contributed: bool) -> None:
         self.control = self.server.round(contributed)
+        if self.control.chief and not self.mode.requests:
+            self.update.first = self.is_chief
         if self.call == Call.LOOP:  # a checkpoint of this round is of the loop's end
             self.place.over = not self.control.active
         self._checkpoint_due = bool(self.control.checkpoint)

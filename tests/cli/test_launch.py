@@ -3,6 +3,7 @@
 Most runs use a fake mpiexec, a shell script that starts one or more copies of the script; a few use the real one.
 """
 
+import dataclasses
 import json
 import os
 import selectors
@@ -136,6 +137,14 @@ def test_settings_go_to_the_ranks_of_all_nodes(machine, mpiexec, more):
     assert "MPIPS_SET" not in launch_command(2, ["x.py"], environ={}, mpiexec=mpiexec).variables
 
 
+def test_fault_tolerance_is_asked_for_where_it_is_to_be_had(machine):
+    made = launch_command(2, ["x.py"], tolerant=True, environ={}, mpiexec=OPENMPI_5)
+    assert list(made.command) == ["/opt/mpiexec", "-n", "2", "--with-ft", "ulfm", sys.executable, "x.py"]
+    for other in (OPENMPI_4, MPICH):
+        with pytest.raises(LookupError, match="expected Open MPI 5"):
+            launch_command(2, ["x.py"], tolerant=True, environ={}, mpiexec=other)
+
+
 # A run under a fake mpiexec
 
 SAY = """
@@ -250,6 +259,11 @@ def test_a_run_longer_than_its_timeout_is_no_success(fake):
 def test_ranks_write_to_our_streams_unchanged(fake, capfdbinary):
     fake("os.write(1, b'a\\r\\x1b[1mb\\xff\\n'); os.write(2, b'e\\r\\n')")
     assert capfdbinary.readouterr() == (b"a\r\x1b[1mb\xff\n", b"e\r\n")
+
+
+def test_a_log_has_no_nul(fake, capfdbinary):
+    assert fake("os.write(2, b'a message\\0\\n')").exit == 0
+    assert b"a message\n" in capfdbinary.readouterr().err
 
 
 def test_the_first_failure_is_the_last_thing_on_the_screen(fake, capfd):
@@ -434,6 +448,44 @@ def test_a_rank_that_came_to_its_end_has_not_fallen(tmp_path):
         assert ranks.first(until=time.time()) == ranks.fallen[1]
         assert ranks.first(until=0.0) is None
         ranks.close()
+
+
+@pytest.mark.parametrize(("reports", "rank", "died"), [([6.0], 2, True), ([4.0], 0, False), ([], 0, False)])
+def test_who_aborts_after_a_death_is_not_the_first(reports, rank, died):
+    """Under MPI's fault tolerance mpiexec tells of the rank that ended all, and not of the one that died before."""
+    heard = listened("MPI_ABORT was invoked on rank 0 in communicator MPI_COMM_WORLD\n")
+    told = [{"rank": 0, "time": time, "traceback": "failed"} for time in reports]
+    failure = first_failure(told, heard, None, fell(None))
+    assert (failure.rank, failure.died) == (rank, died)
+
+
+def test_a_rank_that_ends_before_it_has_left_its_id_is_known_as_a_child_of_mpiexec(tmp_path):
+    environ = {**os.environ, keeper.FOLDER: str(tmp_path), "OMPI_COMM_WORLD_RANK": "3"}
+    with selectors.DefaultSelector() as selector, subprocess.Popen(["sleep", "60"], env=environ) as child:
+        ranks = Ranks(tmp_path, selector, parent=os.getpid())
+        ranks.look()
+        child.kill()
+        for key, _ in selector.select(5):
+            ranks.note(key.fd)
+        assert [one.rank for one in ranks.fallen] == [3]
+        ranks.close()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_where_mpiexec_lets_ranks_live_the_launcher_ends_them(tmp_path, begun, monkeypatch, capfd):
+    """After the failure of one, or the end of one before the run has begun; a death in a run is the run's to judge."""
+    monkeypatch.setattr(job, "AFTER_FAILURE", 0.2)
+    monkeypatch.chdir(tmp_path)
+    script = "run_dir(); event('start'); fail(0, 'boom'); time.sleep(30)" if begun else "time.sleep(30)"
+    command = script_command(tmp_path, script)
+    fallen = "" if begun else "(export OMPI_COMM_WORLD_RANK=1; exec sh -c 'sleep 0.5; exit 3') &\n"
+    (tmp_path / "mpiexec").write_text(f'#!/bin/sh\nshift 2\n{fallen}"$@"\n')
+    began = time.monotonic()
+    outcome = launch.run(dataclasses.replace(command, tolerant=True), Lines())
+    assert outcome.exit == 1
+    assert time.monotonic() - began < 15
+    what = "the failure of rank 0" if begun else "the end of rank 1, before the run began"
+    assert f"the run was ended after {what}" in capfd.readouterr().err
 
 
 def test_a_killed_rank_comes_before_the_reports_of_those_who_noticed():

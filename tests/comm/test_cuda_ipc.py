@@ -190,7 +190,7 @@ def placed(
     pull = torch.zeros(held.pull, dtype=torch.uint8)
     gates = SimpleNamespace(leads=False, arrive=lambda meanwhile=None: None, release=lambda: None)
 
-    def mapped(node: Any, sizes: list[int], awake: float, waits: Any) -> Any:
+    def mapped(node: Any, sizes: list[int], awake: float, waits: Any, find_lost: Any) -> Any:
         assert sizes[:2] == [0, 0], "messages are not in the host's memory"
         return [torch.zeros(size, dtype=torch.uint8) for size in sizes], gates
 
@@ -207,6 +207,7 @@ def placed(
     end = SimpleNamespace(
         rank=12,
         _waits=None,
+        find_lost=None,
         _bucket=1 << 20,
         _cuda_aware=cuda_aware,
         allgather_digests=lambda word: [word] * 3,

@@ -69,6 +69,25 @@ class TestMpi(CommunicatorContract):
         return on_mpi(program)
 
 
+def on_star(program: Program) -> list[Any]:
+    """As `on_mpi`, by the communicator of runs that go on without workers that die; here none does."""
+    from mpips.comm.star import StarCommunicator
+
+    return on_mpi(lambda plain: program(StarCommunicator(plain)))
+
+
+@pytest.mark.mpi(min_size=2)
+class TestStar(CommunicatorContract):
+    def run(self, program: Program, size: int) -> list[Any]:
+        return on_star(program)
+
+
+@pytest.mark.mpi(min_size=2)
+class TestRequestsOfStar(RequestsContract):
+    def run(self, program: Program, size: int) -> list[Any]:
+        return on_star(program)
+
+
 @pytest.mark.mpi(min_size=2)
 class TestRequests(RequestsContract):
     def run(self, program: Program, size: int) -> list[Any]:

@@ -112,11 +112,27 @@ def test_the_deadline_is_of_who_speaks_and_of_a_stall_that_lasts() -> None:
     told = [Told(rank, 3) for rank in (0, 1)]
     for one in told:
         stall(one, 0.0, 20, [0, 1])
+    assert [one.overdue(20) for one in told] == [False, False]  # a message may come one look late
     assert [one.overdue(20) for one in told] == [True, False]
     assert [one.overdue(21) for one in told] == [False, False]
+    assert [one.overdue(20) for one in told] == [False, False]  # not twice in a row
     assert told[0].missing == [2]
     assert told[0].line(30.0) == ""  # it is over
     assert not told[0].overdue(0)
+
+
+def test_the_dead_are_not_waited_for_and_after_a_fence_waits_count_anew() -> None:
+    told = Told(0, 4)
+    told.dead.add(3)
+    stall(told, 0.0, 5, [0, 1])
+    assert told.missing == [2]
+    told.forget(5.0)
+    told.hear(1, 5.5, 5.5)  # sent before
+    told.line(5.5)
+    assert not told.overdue(2)
+    assert not told.overdue(2)
+    stall(told, 5.0, 3, [0, 1])
+    assert [told.overdue(2), told.overdue(2)] == [False, True]
 
 
 def test_a_record_has_the_stacks_of_all_threads(tmp_path: Path) -> None:
@@ -204,5 +220,7 @@ def test_after_the_deadline_the_run_ends_and_is_started_again(python: str, how: 
     assert f"mpips: {why}: the run ends\n" in done.stderr
     assert f"mpips: {why}: attempt 1 of 1 to go on, from round_00000002.h5\n" in done.stderr
     names = sorted(path.name for path in (tmp_path / "run" / "stalls").iterdir())
-    assert names == [f"rank_000{rank}.json" for rank in ((0, 1) if how == "stopped" else (0, 1, 2))]
+    expected = [f"rank_000{rank}.json" for rank in range(3)]
+    assert names[:2] == expected[:2]
+    assert names == expected or how == "stopped"  # mpiexec continues a rank before it kills it, in time for a record or not
     assert (tmp_path / "run" / "DONE").exists()

@@ -678,8 +678,8 @@ def test_no_metric_can_hide_another_column() -> None:
 
 def test_settings_are_few_explained_and_frozen() -> None:
     algorithms = ("staleness.", "local.", "outer.", "clients.", "robust.")
-    assert len([key for key in FIELDS if not key.startswith(algorithms)]) <= 32  # with chaos and deadline, which train nothing
-    assert len(FIELDS) <= 53
+    assert len([key for key in FIELDS if not key.startswith(algorithms)]) <= 33  # with chaos, deadline and min_workers,
+    assert len(FIELDS) <= 54  # which train nothing
     assert list(FIELDS) == list(Config().settings())
     assert {key.split(".")[0] for key in FIELDS if "." in key} == set(GROUPS)
     for _, words in FIELDS.values():

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,7 +38,7 @@ from torch.utils.data import (
     random_split,
 )
 
-from mpips.data import Place, left
+from mpips.data import Part, Place, left
 from mpips.data.common import Common
 from mpips.data.loader import sharded
 from mpips.data.samples import samples_in
@@ -1168,7 +1169,7 @@ def test_a_sharded_loader_is_the_loader_but_for_its_batches() -> None:
         calls.append(own)
         return (batch for batch, *_ in share(own, 1, 2).batches(Place()))
 
-    own: Any = sharded(given, iterate, 1, 2)
+    own: Any = sharded(given, iterate, lambda: Part(1, 2))
     assert isinstance(own, Normalised) and type(own).__name__ == "Normalised" and type(own).__module__ == __name__
     assert type(own) is type(sharded(Normalised(Numbers(3)), iterate))
     assert [numbers(batch) for batch in own] == [[101, 301], [501, 701]]
@@ -1179,7 +1180,7 @@ def test_a_sharded_loader_is_the_loader_but_for_its_batches() -> None:
     assert [numbers(batch) for batch in given][:1] == [[1, 101]]
     with pytest.raises(ValueError, match="batch_size attribute should not be set after Normalised is initialized"):
         own.batch_size = 3
-    again = sharded(own, iterate, 0, 2)
+    again = sharded(own, iterate, lambda: Part(0, 2))
     assert next(numbers(batch) for batch in again) == [103, 303]
 
 
@@ -1187,7 +1188,7 @@ def test_a_sharded_loader_s_workers_persist() -> None:
     def iterate(own: Any) -> Iterator[Any]:
         return (batch for batch, *_ in share(own, 0, 2).batches(Place()))
 
-    own = sharded(DataLoader(Pid(8), batch_size=1, num_workers=2, persistent_workers=True), iterate, 0, 2)
+    own = sharded(DataLoader(Pid(8), batch_size=1, num_workers=2, persistent_workers=True), iterate, lambda: Part(0, 2))
     first, second = ({numbers(batch)[0] for batch in own} for _ in range(2))
     assert first == second
 
@@ -1197,7 +1198,7 @@ def test_a_sharded_loader_s_workers_persist() -> None:
 def test_a_share_knows_its_length(kind: str, workers: int) -> None:
     for index in range(workers):
         own = share(LOADERS[kind](), index, workers)
-        assert len(own) == len(taken(own)) == len(sharded(LOADERS[kind](), iter, index, workers))
+        assert len(own) == len(taken(own)) == len(sharded(LOADERS[kind](), iter, partial(Part, index, workers)))
 
 
 @pytest.mark.parametrize("kind", ["own batches", "no batches", "long stream", "list", "range"])
@@ -1279,7 +1280,7 @@ class Adapter:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_loader_around_another_is_iterated_with_this_worker_s_batches_inside(stream: bool) -> None:
     given = Adapter(DataLoader(Stream(7) if stream else Numbers(7), batch_size=2, collate_fn=lambda items: torch.tensor(items)))
-    sequel: Any = sharded(given, lambda own: (batch for batch, *_ in share(own, 1, 2).batches(Place())), 1, 2)
+    sequel: Any = sharded(given, lambda own: (batch for batch, *_ in share(own, 1, 2).batches(Place())), lambda: Part(1, 2))
     found = [(batch[0].tolist(), samples) for batch, _, samples in share(given, 1, 2).batches(Place())]
     assert found == ([([2, 3], 2), ([6], 1)] if stream else [([1, 3], 2), ([5], 1)])
     assert given.iteration == 1

@@ -50,6 +50,11 @@ ROWS = [
         ),
     ),
     Row(
+        "a worker dies or is stuck, in a run that goes on without it",
+        "the weights of those who contributed; with too few, or without the server, the run ends in time",
+        ("test_survival::test_",),
+    ),
+    Row(
         "a simulated rank is killed at any call",
         "the resumed run has the bits of the whole one",
         ("test_resume::test_killed_at_any_call", "test_simulated_requests::test_a_killed_rank"),
@@ -217,7 +222,6 @@ def table(report: Path) -> Iterator[str]:
         ran = f"{count.tests - count.skipped:,}" + (f" ({count.skipped} skipped)" if count.skipped else "")
         lost = count.made - count.survived
         yield f"| {row.fault} | {row.right} | {ran} | {count.made:,} | {count.survived:,} | {lost:,} |"
-    yield "| a rank dies, and the others go on without it | not offered: the run starts again from a checkpoint | | | | |"
 
 
 def main() -> None:

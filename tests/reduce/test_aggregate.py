@@ -434,6 +434,8 @@ class Generated:
 
     rank, name = 0, "generated"
 
+    lost: frozenset[int] = frozenset()
+
     def __init__(self, size: int, bucket: int) -> None:
         self.size, self.bucket, self.traffic, self.seen = size, bucket, Counter[str](), Largest()
 

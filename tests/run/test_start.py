@@ -124,3 +124,30 @@ def test_a_refused_process_does_not_look_through_all_objects_of_torch_before_it_
     assert isinstance(ending, SystemExit)
     assert gc.get_freeze_count() > 1000  # and stays so, as `conftest` has it
     assert capfd.readouterr().err == "mpips: clip: given -1, allowed: a number above 0\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "tolerant", "allowed"),
+    [
+        ({"min_workers": 2}, True, ""),
+        ({"min_workers": 0}, False, ""),
+        ({"min_workers": 4}, True, "given 4 with 3 workers, allowed: 3 at most"),
+        ({"min_workers": 2}, False, "given 2, allowed: 0 under this mpiexec"),
+        ({"min_workers": 2, "mode": "fedavg"}, True, "given 2 with mode fedavg, allowed: 0"),
+        ({"min_workers": 2, "plan": "sharded"}, True, "given 2 with plan sharded, allowed: plan auto or root"),
+        ({"min_workers": 2, "overlap": True, "mode": "async"}, True, "given 2 with overlap, allowed: one of them"),
+        ({"min_workers": 1, "rule": "krum"}, True, "krum with robust.num_byzantine=1 needs 5 contributions, 2 came"),
+    ],
+)
+def test_whether_a_run_can_go_on_without_workers_is_said_at_connect(
+    settings: dict[str, Any], tolerant: bool, allowed: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMPI_MCA_mpi_ft_enable", str(int(tolerant)))
+    config = mpips.Config(**settings)
+    if allowed:
+        with pytest.raises((SystemExit, ConfigError)) as refused:
+            start.check_min_workers(config, 3)
+        assert allowed in capfd.readouterr().err + str(refused.value)
+    else:
+        start.check_min_workers(config, 3)
+    start.check_min_workers(config, 1)  # the script in one process

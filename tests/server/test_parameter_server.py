@@ -16,6 +16,7 @@ from mpips.comm.simulated import World
 from mpips.config import Config, ConfigError, Staleness
 from mpips.model.message import CONTROL_BYTES, NonFiniteError, Stop
 from mpips.server.parameter_server import BatchQueue, UpdateBuffer
+from mpips.server.parameter_server.worker_table import WorkerTable
 from tests.comm.test_mpi import on_mpi
 from tests.helpers.programs import mlp, sha
 
@@ -410,3 +411,37 @@ def test_kept_contributions_and_their_buffers(by_share: bool) -> None:
     assert push.floats[0] == torch.tensor(2.5 / 0.75), "statistics are no steps"
     assert push.limbs[0] == 6
     assert again.count == 0
+
+
+def test_the_queue_deals_out_again_what_a_dead_rank_has_not_pushed() -> None:
+    queue = BatchQueue([1, 2])
+    assert [queue.deal(1) for _ in range(4)] == [0, 1, 2, 3]
+    queue.used(1, 2)  # pushed
+    queue.used(1, 1, pushed=False)
+    queue.lose(1)
+    assert queue.left_by_dead == 2
+    assert [queue.deal(2) for _ in range(3)] == [2, 3, 4]
+    assert queue.left_by_dead == 0
+
+
+def test_the_queue_knows_which_batches_of_the_dead_nobody_takes() -> None:
+    """Numbers beyond the last batch, which a rank returns at its end, are none."""
+    queue = BatchQueue([1, 2, 3])
+    assert [queue.deal(rank) for rank in (1, 2, 3, 2, 3)] == [0, 1, 2, 3, 4]
+    for rank in (2, 3):  # there are three batches
+        queue.used(rank, 1)
+        queue.give_back(rank)
+    queue.lose(1)
+    assert queue.left_by_dead == 1
+    queue.end_loop(over=True)
+    assert queue.left_by_dead == 0
+
+
+def test_a_dead_worker_is_waited_for_in_nothing() -> None:
+    table = WorkerTable([1, 2, 3])
+    table.open, table.clocks = {1, 2, 3}, {1: 5, 2: 9, 3: 7}
+    table.rows[1], table.held, table.told = {"done": 0.0, "stop": 0.0, "want": 0.0}, {1, 2}, {1}
+    table.lose(1)
+    assert (table.open, table.held, table.told, table.present, table.training) == ({2, 3}, {2}, set(), {2, 3}, {2, 3})
+    assert table.slowest == 7
+    assert 1 not in table.rows

@@ -41,11 +41,18 @@ CROWD = {
 
 @dataclass(frozen=True)
 class LaunchCommand:
-    """A command, and the environment variables set for it because the user has not set them."""
+    """A command, and the environment variables set for it because the user has not set them.
+
+    Attributes:
+        ranks: the number of ranks.
+        tolerant: whether MPI lets the others go on when a rank dies.
+        warnings: what is worth a warning.
+    """
 
     command: tuple[str, ...]
     variables: Mapping[str, str]
     ranks: int = 0
+    tolerant: bool = False
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -66,6 +73,7 @@ def launch_command(
     mpi_args: Sequence[str] = (),
     timeout: int | None = None,
     settings: Mapping[str, str] | None = None,
+    tolerant: bool = False,
     environ: Mapping[str, str] = os.environ,
     mpiexec: Mpiexec | None = None,
 ) -> LaunchCommand:
@@ -77,8 +85,13 @@ def launch_command(
         mpi_args: further flags for mpiexec.
         timeout: seconds after which mpiexec ends the run.
         settings: settings of mpips that override all others.
+        tolerant: whether MPI is to let the others go on when a rank dies.
         environ: the environment.
         mpiexec: the mpiexec; by default the one that belongs to this Python.
+
+    Raises:
+        FileNotFoundError: there is no mpiexec.
+        LookupError: it does not let the other ranks live when one dies, and is to.
     """
     mpiexec = mpiexec or find_mpiexec()
     nodes = None if HOST_FLAGS & {argument.split("=")[0] for argument in mpi_args} else _nodes(environ)
@@ -90,8 +103,12 @@ def launch_command(
         chosen[SET] = json.dumps(settings)
         if mpiexec.family == "Open MPI":  # it passes only its own variables to other nodes
             mpi_args = ("-x", SET, *mpi_args)
+    if tolerant:
+        if mpiexec.family != "Open MPI" or mpiexec.major < 5:
+            raise LookupError(f"--ft or min_workers: given with {mpiexec} at {mpiexec.path}, expected Open MPI 5")
+        mpi_args = ("--with-ft", "ulfm", *mpi_args)
     command = (mpiexec.path, "-n", str(size), *mpi_args, sys.executable, *script)
-    return LaunchCommand(command, chosen, size, _crowded(size, nodes))
+    return LaunchCommand(command, chosen, size, tolerant, _crowded(size, nodes))
 
 
 def _variables(mpiexec: Mpiexec, size: int, nodes: int | None, environ: Mapping[str, str]) -> dict[str, str]:

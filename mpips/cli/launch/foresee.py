@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from mpips.cli.launch.command import HOST_FLAGS
-from mpips.config import ConfigError, check_names, check_resume, check_run_dir, foreseen, whence
+from mpips.config import Config, ConfigError, check_names, check_resume, check_run_dir, foreseen, whence
 
 FOLDER_FLAGS = {"-wdir", "--wdir", "-wd"}
 ELSEWHERE = (  # variables of batch systems, and of files that list hosts: ranks may be on other machines
@@ -15,8 +15,8 @@ ELSEWHERE = (  # variables of batch systems, and of files that list hosts: ranks
 )
 
 
-def foresee(settings: Mapping[str, str], script: Sequence[str], mpi_args: Sequence[str]) -> None:
-    """Check what the ranks will be told.
+def foresee(settings: Mapping[str, str], script: Sequence[str], mpi_args: Sequence[str]) -> Config:
+    """Check what the ranks will be told, and return it, as far as it is known here.
 
     Only the ranks can check what the script passes to `connect` or takes through its own parser, what a rule's module contains,
     and whether settings go together. Paths are checked only if rank 0 will be on this machine and in this folder.
@@ -38,3 +38,4 @@ def foresee(settings: Mapping[str, str], script: Sequence[str], mpi_args: Sequen
             check_run_dir(resolved.config.run_dir)
     except ConfigError as error:
         raise whence(error, resolved.origins) from None
+    return resolved.config

@@ -32,6 +32,7 @@ from mpips.process.environment import session_folder, without_secrets
 TICK = 0.1  # seconds between two checks of the run
 AFTER_DONE = 10.0  # seconds for mpiexec to end after all programs have; Open MPI sometimes never does (ULFM)
 DIED = 128  # statuses from here on stand for signals
+AFTER_FAILURE = 3.0  # seconds for the ranks to end after the failure of one, where mpiexec does not end them
 AFTER_EXIT = 1.0  # seconds to wait for the last output once mpiexec has ended
 GRACE = {
     signal.SIGINT: 10.0,
@@ -91,6 +92,7 @@ class Job:
     process: subprocess.Popen[bytes]
     folder: Path
     limit: float  # when --timeout expires; mpiexec enforces it, and the launcher if mpiexec does not
+    tolerant: bool = False  # whether mpiexec lets the other ranks live when one dies
     asked: deque[int] = field(default_factory=deque)  # signals received and not yet forwarded
     preempted: bool = False  # whether a SIGUSR1 waits for the run to begin
     asked_to_end: bool = False  # whether a signal, or the time limit, has asked for the end of the run
@@ -98,11 +100,12 @@ class Job:
     ended_at: float = float("inf")  # wall clock, as in the ranks' failure reports
     kill_at: float = float("inf")
     done_at: float = float("inf")
+    failed_at: float = float("inf")
     exited_at: float = float("inf")
 
     def __post_init__(self) -> None:
         self.selector = selectors.DefaultSelector()
-        self.ranks = Ranks(self.folder, self.selector)
+        self.ranks = Ranks(self.folder, self.selector, self.process.pid if self.tolerant else 0)
         for stream, file in ((1, self.process.stdout), (2, self.process.stderr)):
             assert file is not None
             self.selector.register(file, selectors.EVENT_READ, stream)
@@ -158,9 +161,12 @@ class Job:
         self.ranks.close()
         self.selector.close()
 
-    def mind(self, done: bool) -> None:
-        """Enforce the deadlines: a hang after DONE, the run's time limit, the grace after a signal."""
+    def mind(self, done: bool, failure: str = "") -> None:
+        """Enforce the deadlines: a hang after DONE or after a failure, the run's time limit, the grace after a signal."""
         now = time.monotonic()
+        self.failed_at = min(self.failed_at, now) if failure else float("inf")
+        if not self.ended_by and now > self.failed_at + AFTER_FAILURE:
+            self._end(f"after {failure}")
         self.done_at = min(self.done_at, now) if done else float("inf")
         if not self.ended_by and now > self.done_at + AFTER_DONE:
             self._end(AFTER_END)
@@ -260,7 +266,7 @@ def started(launch: LaunchCommand, folder: Path, timeout: float | None) -> Itera
         ) as mpiexec:
             try:
                 limit = float("inf") if timeout is None else time.monotonic() + timeout
-                job = Job(mpiexec, folder, limit, received)
+                job = Job(mpiexec, folder, limit, launch.tolerant, received)
                 try:
                     yield job
                 finally:
@@ -277,15 +283,27 @@ def follow(job: Job, watch: Watch, view: View, progress: Progress, stderr: Stder
     """Follow the job until it is over: output, signals, events, deadlines."""
     while not job.over():
         for stream, data in job.read():
+            if stream == 2:
+                data = data.replace(b"\0", b"")  # Open MPI ends a message by one, and a log with it is no text
             view.write(stream, data)
             if not job.ended_by:  # output of ranks that are being ended is no failure
                 (stderr.feed if stream == 2 else stderr.hear)(data)
         take(watch, view, progress)
         job.forward(view, begun="start" in progress.latest)
         view.show(progress)
-        job.mind(watch.done() and watch.left() >= watch.ranks)
+        job.mind(watch.done() and watch.left() >= watch.ranks, failed(job, watch, begun="start" in progress.latest))
     take(watch, view, progress)
     view.close(progress)
+
+
+def failed(job: Job, watch: Watch, begun: bool) -> str:
+    """Return the failure after which the ranks are to end, where mpiexec does not end them itself; empty if there is none."""
+    if not job.tolerant:
+        return ""
+    if reports := watch.failures(until=float("inf")):
+        return f"the failure of rank {reports[0]['rank']}"
+    dead = None if begun else job.ranks.first(until=float("inf"))
+    return f"the end of rank {dead.rank}, before the run began" if dead else ""
 
 
 def take(watch: Watch, view: View, progress: Progress) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpips.cli.launch.keeper import is_of
-from mpips.process.lifecycle import stat
+from mpips.process.lifecycle import children, environ, stat
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,15 @@ class Ranks:
     Args:
         folder: the launcher's folder, where ranks leave their process ids.
         selector: becomes readable when a process ends; the owner then calls `note`, the key's data being this object.
+        parent: mpiexec's process, if its children are watched before they have left their ids. MPI's fault tolerance does not
+            end ranks that wait in MPI_Init for one that has died before.
 
     Attributes:
         fallen: the ranks that have ended, in order.
     """
 
-    def __init__(self, folder: Path, selector: selectors.BaseSelector) -> None:
-        self._folder, self._selector = folder, selector
+    def __init__(self, folder: Path, selector: selectors.BaseSelector, parent: int = 0) -> None:
+        self._folder, self._selector, self._parent = folder, selector, parent
         self._known: set[str] = set()
         self._open: dict[int, tuple[int, int]] = {}  # descriptor -> rank and process id
         self.fallen: list[Fallen] = []
@@ -58,6 +60,12 @@ class Ranks:
                 ):  # file half written; process gone; no pidfd_open on this system
                     self._watch(int(path.name.removeprefix("process_")), int(path.read_text()))
                     self._known.add(path.name)
+        for pid in children(self._parent) if self._parent else ():
+            rank = environ(pid).get("OMPI_COMM_WORLD_RANK", "")
+            if rank.isdigit() and f"process_{rank}" not in self._known:
+                with suppress(OSError, AttributeError):
+                    self._watch(int(rank), pid)
+                    self._known.add(f"process_{rank}")
 
     def _watch(self, rank: int, pid: int) -> None:
         """Watch a rank's process."""

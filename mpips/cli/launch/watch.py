@@ -180,14 +180,14 @@ def first_failure(
     A rank that was killed by a signal leaves no report, and the other ranks' reports are consequences.
     """
     ranks = [report["rank"] for report in reports]
-    if stderr.rank is None:  # MPICH's mpiexec names nobody
+    if stderr.rank is None or (reports and stderr.signal is None):  # MPICH's mpiexec names nobody; else who called MPI_Abort
         if fault is not None:
             return Failure(fault.rank, fault.text, len(set(ranks) - {fault.rank}), died=True)
         noticed = fallen is not None and all(float(str(report["time"])) > fallen.time for report in reports)
         if fallen and noticed and fallen.rank not in ranks:
             traceback = "" if reports else "\n".join(stderr.block)
-            text = _ended(fallen.status, stderr.signal, traceback)
-            return Failure(fallen.rank, text, len(ranks), died=text.startswith(BY_SIGNAL))
+            text = _ended(fallen.status, stderr.signal, traceback) or "died"
+            return Failure(fallen.rank, text, len(ranks), died=text.startswith(BY_SIGNAL) or text == "died")
     if stderr.signal is not None and stderr.rank not in ranks and not (stderr.rank is None and reports):
         return Failure(stderr.rank, _ended(-stderr.signal, None, ""), len(ranks), died=True)
     if reports:

@@ -42,7 +42,7 @@ from mpips.model.message.header import (
 )
 from mpips.model.message.pull import Pull
 from mpips.model.message.push import LIMBS, Allocate, Contribution, Fragment, Push, ReducedTail, wire_dtype
-from mpips.model.message.replica import CallError, NonFiniteError, Replica, replicate
+from mpips.model.message.replica import CallError, NonFiniteError, Replica, WorkersLostError, replicate
 
 __all__ = [
     "ADOPT",
@@ -80,6 +80,7 @@ __all__ = [
     "Replica",
     "Stop",
     "WorkerStatus",
+    "WorkersLostError",
     "replicate",
     "wire_dtype",
 ]

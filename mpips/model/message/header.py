@@ -134,6 +134,7 @@ class Control:
         ticket: the index of the batch dealt to this worker; -1 if there is none left.
         preempting: 1 if the run is preempted once all workers have taken the steps of their batches.
         again: 1 if this worker has given its state for the checkpoint and is to repeat its request.
+        chief: the number of the first worker that lives, which validates, prints and tells what all have in common.
     """
 
     round: float = 0
@@ -151,6 +152,7 @@ class Control:
     ticket: float = -1
     preempting: float = 0
     again: float = 0
+    chief: float = 0
 
 
 WORDS = len(vars(Control()))  # float64

@@ -19,6 +19,10 @@ class CallError(RuntimeError):
     """Workers that do not make the same calls, or contradict each other. Names the calls, the workers and their ranks."""
 
 
+class WorkersLostError(CallError):
+    """Workers have died without which the run cannot go on. The message names them and their ranks."""
+
+
 class NonFiniteError(RuntimeError):
     """An update that holds a NaN or Inf. The message names the rank, the tensor and the round."""
 

@@ -19,27 +19,49 @@ class BatchQueue:
 
     def __init__(self, ranks: Iterable[int]) -> None:
         self._dealt: dict[int, deque[int]] = {rank: deque() for rank in ranks}
+        self._unpushed: dict[int, list[int]] = {rank: [] for rank in self._dealt}  # used, but behind no contribution yet
         self._next = 0
         self._returned: list[int] = []  # a heap
+        self._of_dead: set[int] = set()  # those in it that a dead rank has had
+
+    @property
+    def left_by_dead(self) -> int:
+        """The number of batches of dead ranks that nobody has taken; not numbers beyond the last, which living ones return."""
+        last = min((ticket for ticket in self._returned if ticket not in self._of_dead), default=self._next)
+        return sum(ticket < last for ticket in self._of_dead)
 
     def deal(self, rank: int) -> int:
         """Return the number of the next batch for `rank`; returned batches come first."""
         if self._returned:
             ticket = heapq.heappop(self._returned)
+            self._of_dead.discard(ticket)
         else:
             ticket, self._next = self._next, self._next + 1
         self._dealt[rank].append(ticket)
         return ticket
 
-    def used(self, rank: int, count: int) -> None:
-        """Remove the first `count` batches of `rank`, which it has used."""
-        for _ in range(min(count, len(self._dealt[rank]))):
-            self._dealt[rank].popleft()
+    def used(self, rank: int, count: int, pushed: bool = True) -> None:
+        """Remove the first `count` batches of `rank`, which it has used.
+
+        Args:
+            rank: the rank.
+            count: the number of batches.
+            pushed: whether the request has a contribution, which is then that of all batches used so far.
+        """
+        taken = [self._dealt[rank].popleft() for _ in range(min(count, len(self._dealt[rank])))]
+        self._unpushed[rank] = [] if pushed else self._unpushed[rank] + taken
 
     def give_back(self, rank: int) -> None:
         """Return the unused batches of `rank`, which ends, to the queue."""
         while self._dealt[rank]:
             heapq.heappush(self._returned, self._dealt[rank].popleft())
+
+    def lose(self, rank: int) -> None:
+        """Return the batches of `rank`, which has died, to the queue, but for those behind what it has pushed."""
+        self._dealt[rank].extend(self._unpushed[rank])
+        self._unpushed[rank] = []
+        self._of_dead.update(self._dealt[rank])
+        self.give_back(rank)
 
     def end_loop(self, over: bool) -> None:
         """Take back all unused batches.
@@ -54,10 +76,11 @@ class BatchQueue:
 
     def clear(self) -> None:
         """Begin with batch 0."""
-        for dealt in self._dealt.values():
-            dealt.clear()
+        for known in (*self._dealt.values(), *self._unpushed.values()):
+            known.clear()
         self._next = 0
         self._returned.clear()
+        self._of_dead.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the next batch's number and the unused batches, for a checkpoint."""

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+from mpips.comm import RankLost
 from mpips.config import ConfigError
 from mpips.model.message import ROUNDS, Call, Control, Stop
 from mpips.report.run_report import rank_states
@@ -38,6 +40,8 @@ class ParameterServer(Service):
         roll: the workers and their requests.
         dealing: the batches.
     """
+
+    data_of_lost = "its batches are dealt out again"
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -67,6 +71,7 @@ class ParameterServer(Service):
             self.intake.in_round.clear()
         self.control.stop, self.control.culprit, self.control.checkpoint, self.stop_asked = Stop.NO, -1, 0, False
         self.roll.clear()
+        self.roll.gone |= self.lost
         self.broadcast_initial_weights()
 
     def broadcast_initial_weights(self) -> None:
@@ -99,8 +104,10 @@ class ParameterServer(Service):
         push = self.replica.push
         with self._turn:
             while self.roll.open:
-                rank, whole = self.communicator.next_request(push.message, push.tail_at)
-                self.action_listener(rank, whole)
+                with suppress(RankLost):
+                    self.action_listener(*self.communicator.next_request(push.message, push.tail_at))
+                if len(self.communicator.lost) > len(self.lost):
+                    self._go_on()
         self._end_loop()
         if self.fault:
             self.complain()
@@ -176,13 +183,24 @@ class ParameterServer(Service):
             row["round"] = self.control.version % ROUNDS
         self.roll.rows[rank] = row
         self.roll.held.add(rank)
-        self.dealing.used(rank, int(row["tickets"]))
+        self.dealing.used(rank, int(row["tickets"]), pushed=whole)
         if row["done"] or row["stop"] >= 2:
             self.dealing.give_back(rank)
         if whole:
             self.follow([[*row.values()]], self.replica.push.told(), [0] if row["weight"] > 0 else [])
             self.update_parameters(rank, row)
         self._obey({rank: row})
+        self._answer()
+
+    def _go_on(self) -> None:
+        """Go on without workers that have died: the batches that they have not pushed are dealt out again."""
+        before = set(self.lost)
+        self.note_lost()
+        for rank in self.lost - before:
+            self.roll.lose(rank)
+            self.dealing.lose(rank)
+            self.intake.in_round.discard(rank)
+        self.control.chief = self.chief - self.first
         self._answer()
 
     def update_parameters(self, rank: int, row: WorkerStatus) -> bool:
@@ -231,7 +249,7 @@ class ParameterServer(Service):
 
     @property
     def _can_save(self) -> bool:
-        return bool(self.folder) and not self.roll.gone  # a rank that has closed cannot give its state
+        return bool(self.folder) and not self.roll.gone - self.lost  # a rank that has closed cannot give its state
 
     @property
     def _ending(self) -> bool:
@@ -265,7 +283,7 @@ class ParameterServer(Service):
         left = self.roll.left
         last_word = self.control.stop in (Stop.NO, Stop.REQUESTED) and self.control.culprit < 0
         if left and last_word and self._ending and not self.control.checkpoint and self.roll.all_here():
-            self.end(Stop.ENDED if len(left) == self.workers else Stop.LEFT, left)
+            self.end(Stop.ENDED if len(left) == self.workers - len(self.lost) else Stop.LEFT, left)
 
     def _may_answer(self, rank: int) -> bool:
         roll = self.roll
@@ -321,6 +339,10 @@ class ParameterServer(Service):
     def _end_loop(self) -> None:
         self.roll.end_loop(level=not self.control.stop)
         self.replica.buffers.load(self.replica.pull.buffers)
+        if self.lost and not self.control.stop and (count := self.dealing.left_by_dead):
+            message = f"{count} batches of a worker that died are not trained on: the others had come to the end of the loop"
+            self.report.event("warning", message=message)
+            self.report.line(message, always=True)
         self.dealing.end_loop(over=not self.control.stop)
 
     def summary(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class WorkerTable:
         clocks: rank -> its clock, the number of its pushes; at the end of a loop all clocks are set to the furthest one.
         rows: rank -> the row of its last request in this loop.
         open: the ranks that will send another request in this loop.
-        gone: the ranks that have closed.
+        gone: the ranks that have closed or died.
         held: the ranks that wait for an answer.
         told: the ranks that have been asked for their state, for a checkpoint.
     """
@@ -43,9 +43,17 @@ class WorkerTable:
         if level:
             self.clocks = dict.fromkeys(self.clocks, max(self.clocks.values()))
 
+    def lose(self, rank: int) -> None:
+        """Forget a rank that has died; its clock holds nobody back."""
+        self.rows.pop(rank, None)
+        self.gone.add(rank)
+        for known in (self.open, self.held, self.told):
+            known.discard(rank)
+        self.clocks[rank] = max(self.clocks.values())
+
     @property
     def present(self) -> set[int]:
-        """The ranks that have not closed."""
+        """The ranks that have neither closed nor died."""
         return self.clocks.keys() - self.gone
 
     @property

@@ -462,6 +462,12 @@ class MpiCommunicator:
         """See `Communicator`."""
         with self._waits:
             self._await(self.comm.Ibarrier(), patience, None if patience is None else time.monotonic() + patience)
+        self._rest(patience)
+
+    def _rest(self, patience: float | None) -> None:
+        """After the last barrier, the one without a limit, let nobody look whether ranks have ended."""
+        for watch in _watches if patience is None else ():
+            watch.rest()
 
     def _await(self, request: MPI.Request, patience: float | None, until: float | None) -> None:
         """Wait for the end of a barrier, or of a message of one; after the time `until`, end all ranks."""

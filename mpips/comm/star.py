@@ -154,6 +154,7 @@ class StarCommunicator(MpiCommunicator):
             with self._with(SERVER):
                 self.comm.Send(word, SERVER, ARRIVED)
                 self._await(self.comm.Irecv(word, SERVER, RELEASED), patience, until)
+        self._rest(patience)
         if word[0] and patience is None:  # the last word: nobody ends before all have heard it
             self.comm.Shrink().Barrier()
             do_not_finalize()

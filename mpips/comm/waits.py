@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from mpips.comm.flight_recorder import FlightRecorder
-from mpips.process.lifecycle import drain, emit, environ, tell_launcher
+from mpips.process.lifecycle import drain, emit, environ, stat, tell_launcher
 from mpips.report.run_report import LOG
 
 PERIOD = 1.0  # seconds between two messages; shorter waits are not reported
@@ -122,7 +122,8 @@ class Watch:
 
     def __init__(self, mpi: Any, comm: Any, waits: Waits, tolerant: bool = False) -> None:
         self._mpi, self._comm, self._waits, self._tolerant = mpi, comm, waits, tolerant
-        self._survives = False
+        self._survives = self._over = False
+        self._gone: set[int] = set()  # the neighbours whose processes were gone at the last look
         self._neighbours = _processes_here(comm) if tolerant else {}
         self._told = Told(comm.rank, comm.size)
         self._sent: dict[int, Any] = {rank: None for rank in SAYS if rank != comm.rank}
@@ -148,6 +149,10 @@ class Watch:
             survives: whether the run goes on without workers that die. Then such a worker is killed after these seconds.
         """
         self._recorder, self._deadline, self._survives = recorder, deadline, survives
+
+    def rest(self) -> None:
+        """Note that all ranks have met for the last time, after which each may end."""
+        self._over = True
 
     def end_all(self) -> None:
         """Let the thread of each other rank end that rank, where MPI_Abort ends no other: under MPI's fault tolerance."""
@@ -185,8 +190,11 @@ class Watch:
 
     def _note_dead(self) -> None:
         """Note the ranks that have died, and end the run if it does not go on without them."""
-        failed = self._comm.Get_failed() if self._tolerant else None
-        if not failed or failed.size == len(self._told.dead):
+        if not self._tolerant:
+            return
+        failed = self._comm.Get_failed()
+        if failed.size == len(self._told.dead):
+            self._note_ended()
             return
         self._told.dead.update(failed.Translate_ranks(None, self._comm.Get_group()))
         self._comm.Ack_failed(failed.size)
@@ -201,6 +209,17 @@ class Watch:
         else:
             time.sleep(2 * PERIOD)  # until `first` has noticed it, too
         self._abort()
+
+    def _note_ended(self) -> None:
+        """End the run if a rank of this node has ended by itself in the middle of it, of which MPI does not tell."""
+        before, self._gone = self._gone, {n for n, pid in self._neighbours.items() if stat(pid)[:1] in ([], ["Z"], ["X"])}
+        ended = (self._gone & before) - self._told.dead
+        if ended and not self._over:
+            rank, why = min(ended), "has ended in the middle of the run"
+            emit(2, f"mpips: rank {rank} {why}: all end\n")
+            tell_launcher(rank, why, 1, died=True)
+            self.end_all()
+            self._abort()
 
     def _record_everywhere(self) -> None:
         """Let each rank record what it does, unless it has not heard the last message."""

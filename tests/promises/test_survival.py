@@ -197,6 +197,15 @@ def test_a_worker_that_is_stopped_is_killed_after_the_deadline(survive: Start, t
     assert "the run goes on with 2 of 3 workers" in done.stderr
 
 
+@pytest.mark.parametrize("settings", [{}, {"mode": "async"}, {"min_workers": 0}], ids=["rounds", "requests", "not wanted"])
+def test_a_worker_that_ends_by_itself_ends_all(settings: dict[str, Any], survive: Start, tmp_path: Path) -> None:
+    """MPI's fault tolerance does not tell of it."""
+    done = survive("if rank == 2 and ps.round >= 3: open('t', 'w').close(); os._exit(7)", **settings)
+    assert done.returncode == 1
+    assert time.time() - (tmp_path / "t").stat().st_mtime < 10
+    assert "rank 2 has ended in the middle of the run: all end" in done.stderr
+
+
 def test_with_fewer_the_run_ends_and_is_started_again(survive: Start, tmp_path: Path) -> None:
     """From the last checkpoint, with all workers."""
     first = "os.path.exists('killed') or (open('killed', 'w').close(), os.kill(os.getpid(), signal.SIGKILL))"

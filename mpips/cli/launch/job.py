@@ -33,6 +33,7 @@ TICK = 0.1  # seconds between two checks of the run
 AFTER_DONE = 10.0  # seconds for mpiexec to end after all programs have; Open MPI sometimes never does (ULFM)
 DIED = 128  # statuses from here on stand for signals
 AFTER_FAILURE = 3.0  # seconds for the ranks to end after the failure of one, where mpiexec does not end them
+AFTER_ABORT = 1.0  # seconds from SIGTERM to SIGKILL then
 AFTER_EXIT = 1.0  # seconds to wait for the last output once mpiexec has ended
 GRACE = {
     signal.SIGINT: 10.0,
@@ -166,7 +167,7 @@ class Job:
         now = time.monotonic()
         self.failed_at = min(self.failed_at, now) if failure else float("inf")
         if not self.ended_by and now > self.failed_at + AFTER_FAILURE:
-            self._end(f"after {failure}")
+            self._end(f"after {failure}", AFTER_ABORT)
         self.done_at = min(self.done_at, now) if done else float("inf")
         if not self.ended_by and now > self.done_at + AFTER_DONE:
             self._end(AFTER_END)
@@ -177,9 +178,9 @@ class Job:
             end_all(self.folder, patience=0.0)
             self._signal(signal.SIGKILL)
 
-    def _end(self, why: str) -> None:
-        """End the run by SIGTERM, and later by SIGKILL."""
-        self.kill_at = time.monotonic() + AFTER_TERM
+    def _end(self, why: str, patience: float = AFTER_TERM) -> None:
+        """End the run by SIGTERM, and after `patience` seconds by SIGKILL."""
+        self.kill_at = time.monotonic() + patience
         self.ended_by, self.ended_at = why, time.time()
         self._signal(signal.SIGTERM)
 

@@ -214,7 +214,7 @@ class Watch:
         """End the run if a rank of this node has ended by itself in the middle of it, of which MPI does not tell."""
         before, self._gone = self._gone, {n for n, pid in self._neighbours.items() if stat(pid)[:1] in ([], ["Z"], ["X"])}
         ended = (self._gone & before) - self._told.dead
-        if ended and not self._over:
+        if ended and not self._over and self._comm.rank == min(self._neighbours.keys() - self._gone):  # one of a node tells
             rank, why = min(ended), "has ended in the middle of the run"
             emit(2, f"mpips: rank {rank} {why}: all end\n")
             tell_launcher(rank, why, 1, died=True)

@@ -70,7 +70,7 @@ class Loop:
         self._later: float = 0  # samples drawn since the last backward before a draw
         self._latest = worker.place.latest  # the samples of the last step, reused for a second step on a batch
         self._unread = False  # whether ps.shard() was called and no batch drawn since
-        self._stepped_at = (0, 0)  # the loop and the batch of the last step
+        self._stepped_at = (0.0, 0.0)  # the loop and the batch of the last step
         self.cut = False
 
     @property
@@ -116,7 +116,7 @@ class Loop:
 
     def promised(self) -> None:
         """Note that the script has asked for a shard to loop over."""
-        self._unread = not self.replay.loops and self.worker.drawn == 0
+        self._unread = not self.replay.loops and self.worker.status.drawn == 0
 
     def _share(self, data: Any, loop: int, how: tuple[int | None, bool, bool], own: bool) -> Share | Hosting:
         """Return this worker's share of the data."""
@@ -166,9 +166,9 @@ class Loop:
                 self._obey()
                 return
             self._draw(count, samples)
-            worker.digest, worker.drawn = shard.digest if isinstance(shard, Share) else 0, worker.drawn + 1
+            worker.status.digest, worker.status.drawn = shard.digest if isinstance(shard, Share) else 0, worker.status.drawn + 1
             worker.used += 1
-            worker.more = worker.mode.gradients and not worker.mode.requests
+            worker.status.more = worker.mode.gradients and not worker.mode.requests
             try:
                 yield batch
             except GeneratorExit:  # a break, or an exception that may end the run
@@ -178,7 +178,7 @@ class Loop:
                 worker.settle(pay=False)  # code after a break may read the weights
                 raise
             worker.pay()
-            if worker.control.preempting and worker.more:
+            if worker.control.preempting and worker.status.more:
                 worker.barrier(Call.PAUSE)
             if worker.control.stop:
                 self._obey()
@@ -282,7 +282,7 @@ class Loop:
     def _exhausted(self) -> None:
         """Wait until every worker's shard is exhausted."""
         place = self.worker.place
-        place.taken, self.worker.digest, self.worker.more = place.taken + self._taken, 0, False
+        place.taken, self.worker.status.digest, self.worker.status.more = place.taken + self._taken, 0, False
         self._taken, place.samples = 0, self._samples or 0
         self._where = Where.OUTSIDE
         if self.worker.is_chief:
@@ -365,7 +365,7 @@ class Loop:
                 "a step before any loop over a shard: ps.shard(loader) was called, expected a loop over the loader that it "
                 "returned; a loop over the loader that it was given trains every worker on all data"
             )
-        position = worker.begun, worker.drawn
+        position = worker.status.begun, worker.status.drawn
         if position == self._stepped_at and self.inside and worker.config.checkpoint.every:
             raise RuntimeError(
                 f"a second step on a batch with checkpoint.every: given {worker.config.checkpoint.every}, expected 0, as a "
@@ -430,7 +430,7 @@ class Loop:
         """Note that the script ends in the middle of a loop, so that the server learns of it."""
         if self._where is not Where.OUTSIDE:
             self._where = Where.OUTSIDE
-            self.worker.stop = 2
+            self.worker.status.stop = 2
 
 
 def _deal(worker: Worker, shard: Share | Hosting) -> Iterator[tuple[Any, int, float | None]]:

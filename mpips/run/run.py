@@ -143,7 +143,7 @@ class Run:
 
         Validations and checkpoints that are due take place at the end of each epoch.
         """
-        place, self._worker.epochs = self._place, count
+        place, self._worker.status.epochs = self._place, count
         if self._keeping.behind:
             self._keeping.catch_up()
         while place.epoch < count and not self.stopping:
@@ -256,7 +256,7 @@ class Run:
         """Let the following round be about the optimizer `which`."""
         if self._keeping.behind:
             self._keeping.catch_up()
-        self._worker.which = which
+        self._worker.status.which = which
         if self._several:
             number = {p: n for n, p in enumerate(self._worker.replica.flat.parameters)}
             groups = self.optimizers[which].param_groups
@@ -272,9 +272,9 @@ class Run:
             raise ConfigError(f"GradScaler: given one with mode {self.config.mode}, allowed: mode sync; bfloat16 needs none")
         if self._several or self._keeping.behind:
             self.turn_to(which)
-        self._worker.overflow = bool(overflow)
+        self._worker.status.overflow = bool(overflow)
         self._loop.step(*(self._said or (loss, None, {})))
-        self._worker.overflow = False
+        self._worker.status.overflow = False
         return loss
 
     def evaluate(self, which: int, closure: Callable[[], Any] | None) -> Any:
@@ -306,7 +306,7 @@ class Run:
             losses.append(loop.average(loss))
             return loss if self.workers == 1 else loss.detach().new_tensor(losses[-1])
 
-        more, worker.more = worker.more, True  # a run that is preempted takes the whole step
+        more, worker.status.more = worker.status.more, True  # a run that is preempted takes the whole step
         if not isinstance(optimizer, torch.optim.LBFGS):  # others begin with the gradient that is there, as SAM does
             loop.average(None)
         flat.rehang_weights(pulled.clone())
@@ -315,7 +315,7 @@ class Run:
             weights = flat.gathered()
         finally:
             flat.rehang_weights(pulled)
-            worker.more = more
+            worker.status.more = more
         loss_given = self._said[0] if self._said else float("nan")
         loop.adopt(weights, losses[0] if losses else loss_given)
         return result
@@ -430,7 +430,7 @@ class Run:
 
     def stop(self) -> None:
         """End the run on all ranks after the next round."""
-        self._worker.stop = 1
+        self._worker.status.stop = 1
 
     def save(self) -> None:
         """Write a checkpoint now. Every worker calls this at the same place."""
@@ -443,7 +443,7 @@ class Run:
 
     def preempt(self) -> None:
         """Write a checkpoint at the next round and end with status 75, as on SIGUSR1."""
-        self._worker.signalled = True
+        self._worker.status.signal = True
 
     def meet(self, text: str = "") -> str:
         """Wait for all workers, and return the text that worker 0 has given."""

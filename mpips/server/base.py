@@ -24,7 +24,20 @@ from mpips.algorithms.modes import Mode, choose_mode, server_optimizer
 from mpips.comm import Blob, Communicator, broadcast_bytes
 from mpips.config import Config
 from mpips.data import Place
-from mpips.model.message import BEGUN, COLUMNS, DIGEST, DRAWN, LOSS, Call, CallError, Control, Stop, WorkersLostError, replicate
+from mpips.model.message import (
+    BEGUN,
+    COLUMNS,
+    DIGEST,
+    DRAWN,
+    LOSS,
+    WEIGHT,
+    Call,
+    CallError,
+    Control,
+    Stop,
+    WorkersLostError,
+    replicate,
+)
 from mpips.optim import hyperparameters as hyper
 from mpips.optim import snapshot
 from mpips.optim.flat_optimizer import FlatOptimizer, MakeOptimizer, made
@@ -213,21 +226,15 @@ class Service:
             written = not self.lost or self.first + int(self.control.chief) not in self.lost
             buffers.combine(push.floats, push.heard.limbs, self.replica.pull.buffers, integers=written)
 
-    def follow(self, rows: Sequence[Sequence[float]], limbs: Any, stepping: Sequence[int]) -> None:
-        """Take over the workers' hyperparameters if they have changed, and compare the workers' data.
-
-        Sets `fault` if the workers disagree.
+    def follow(self, rows: Sequence[Sequence[float]], limbs: Any) -> None:
+        """Take over the workers' hyperparameters if they have changed. Sets `fault` if the workers disagree.
 
         Args:
             rows: the workers' rows of the tail.
             limbs: array of shape `(workers, width)`, their hyperparameters in limbs.
-            stepping: the indices of the workers that contribute.
         """
-        if not stepping:
-            return
-        if digests := {k: rows[k] for k in stepping if rows[k][DIGEST]}:
-            self._compare_digests(digests)
-        if not self._follows:
+        stepping = [k for k, row in enumerate(rows) if row[WEIGHT]]
+        if not (self._follows and stepping):
             return
         pushed = limbs if len(stepping) == len(limbs) else limbs[stepping]
         if self.mode.local:  # each worker has its own; the first one's are taken
@@ -241,11 +248,12 @@ class Service:
             return
         hyper.write(optimizer, hyper.decode(pushed[0]))
 
-    def _compare_digests(self, rows: Mapping[int, Sequence[float]]) -> None:
-        """Compare the data digests of workers at the same batch of the same loop; set `fault` if they differ."""
+    def compare_data(self, rows: Sequence[Sequence[float]]) -> None:
+        """Set `fault` if workers that contribute, at the same batch of the same loop, have different digests of their data."""
         seen: dict[tuple[float, float], dict[int, float]] = {}
-        for k, row in rows.items():
-            seen.setdefault((row[BEGUN], row[DRAWN]), {})[k] = row[DIGEST]
+        for k, row in enumerate(rows):
+            if row[WEIGHT] and row[DIGEST]:
+                seen.setdefault((row[BEGUN], row[DRAWN]), {})[k] = row[DIGEST]
         for digests in seen.values():
             if len(set(digests.values())) > 1:
                 self.fault = self._other_data(digests)

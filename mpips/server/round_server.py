@@ -23,6 +23,7 @@ from mpips.model.message import (
     BAD,
     CALL,
     COLUMNS,
+    DIGEST,
     DONE,
     EPOCHS,
     LOSS,
@@ -175,9 +176,11 @@ class Server(Service):
         for rank, row in enumerate(rows, self.first):
             if row[ROUND] != expected:
                 raise CommunicatorError(f"rank {rank} is in round {row[ROUND]:.0f}, the server in {self.control.round:.0f}")
-        stepping = [k for k, row in enumerate(rows) if row[WEIGHT] > 0]
-        self.follow(rows, push.heard.told()[self.first :], stepping)
-        return Updates(rows, self._columns, self.first, self.lost)
+        updates = Updates(rows, self._columns, self.first, self.lost)
+        self.follow(rows, push.heard.told()[self.first :])
+        if updates.totals[DIGEST]:
+            self.compare_data(rows)
+        return updates
 
     def _go_on(self, rows: Sequence[list[float]]) -> None:
         """Go on without workers that have died: their rows say that they have no data."""
@@ -189,27 +192,23 @@ class Server(Service):
 
     def update_weights(self, updates: Updates) -> None:
         """Take one server update with the combined gradient, unless there is none or it must not be taken."""
-        if self.combined.faulty or self.combined.refused:
+        totals, combined, mean = updates.totals, self.combined, self.config.reduction == "mean"
+        if combined.faulty or combined.refused:
             self._report_left_out()
-        bad, found, skipped = updates.bad, self.combined.nonfinite, bool(updates.totals[OVERFLOW])
-        self.control.skipped = skipped
-        if skipped:
-            bad, found = {}, {}
-        adopting = {bool(row[ADOPT]) for row in updates.rows if row[WEIGHT]} if updates.totals[ADOPT] else set()
-        if len(adopting) > 1:
-            self.fault = "the workers do not step alike: some by optimizer.step(closure), some without"
-        if bad or found:
-            bad |= found
+        skipped = self.control.skipped = bool(totals[OVERFLOW])
+        bad: dict[int, int] = {}
+        if not skipped and (totals[BAD] or combined.nonfinite):
+            bad = updates.bad | combined.nonfinite
             updates.leave_out(bad)
+        adopts = bool(totals[ADOPT]) and self._agree_on_adoption(updates)
         if isinstance(self.optimizer.torch, Joint):
             self._choose(self.optimizer.torch, {int(row[WHICH]) for row in updates.rows if row[WEIGHT]})
-        if updates.totals[ADOPT] and not updates.totals[WEIGHT]:
-            self.fault = "the worker whose new weights were to be taken over has died"
-        take = updates.totals[WEIGHT] and not (self.combined.refused or found or self.fault or skipped)
-        if take and not (bad and self.config.nonfinite != "drop"):
-            scale = updates.totals[STEPS] / updates.totals[WEIGHT] if self.mode.normalised else 1.0
-            times = updates.totals[WEIGHT] if self.config.reduction == "sum" else 1.0  # makes a sum of the mean
-            self.take(Decision("adopt" if True in adopting else "step", scale, times))
+        weight = totals[WEIGHT]
+        usable = not skipped and (not bad or (self.config.nonfinite == "drop" and not combined.nonfinite))
+        if weight and usable and not (combined.refused or self.fault):
+            scale = totals[STEPS] / weight if self.mode.normalised else 1.0
+            times = 1.0 if mean else weight  # which makes a sum of the mean
+            self.take(Decision("adopt" if adopts else "step", scale, times))
         else:
             self.transport.decide(Decision("skip"))
         if skipped:  # no step is taken, but forward has updated BatchNorm's statistics
@@ -218,6 +217,15 @@ class Server(Service):
             self.handle_nonfinite(bad)
         if self.config.buffers == "server":
             self.replica.buffers.store(self.replica.pull.buffers)
+
+    def _agree_on_adoption(self, updates: Updates) -> bool:
+        """Return whether the contribution is new weights; set `fault` unless the workers agree on that."""
+        kinds = {bool(row[ADOPT]) for row in updates.rows if row[WEIGHT]}
+        if not kinds:
+            self.fault = "the worker whose new weights were to be taken over has died"
+        elif len(kinds) > 1:
+            self.fault = "the workers do not step alike: some by optimizer.step(closure), some without"
+        return True in kinds
 
     def _choose(self, joint: Joint, stepping: set[int]) -> None:
         """Choose the optimizer that this round steps, of several."""

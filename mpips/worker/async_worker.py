@@ -60,7 +60,7 @@ class Client(Worker):
 
     def receive_initial_weights(self) -> None:
         """Receive the initial weights, also when the server starts again; see `Worker`."""
-        self.done, self.stop = False, 0
+        self.status.done, self.status.stop = False, 0
         super().receive_initial_weights()
         self.version = int(self.control.version)
         if self._elastic:
@@ -94,9 +94,9 @@ class Client(Worker):
 
     def _before_push(self, call: Callable[[], object]) -> None:
         """Make a request by `call` that does not report the shard as exhausted, since another push follows."""
-        done, self.done = self.done, False
+        done, self.status.done = self.status.done, False
         call()
-        self.done = done
+        self.status.done = done
 
     def ask(self, weights: bool = True) -> Control:
         """Pull the newest weights, unless the model has them, or something has been computed that is not pushed yet.
@@ -109,10 +109,10 @@ class Client(Worker):
         """
         self.pay()
         asked = bool(self._waiting) and self._receive_answer()  # of the last push
-        if (asked and self.call) or self.control.stop == Stop.PREEMPTED:  # then the server has ended
+        if (asked and self.status.call) or self.control.stop == Stop.PREEMPTED:  # then the server has ended
             return self.control
-        if not self.control.stop or self.call:
-            self._post_request(weights, busy=not self.done)
+        if not self.control.stop or self.status.call:
+            self._post_request(weights, busy=not self.status.done)
             self._receive_answer()
         return self.control
 
@@ -161,9 +161,9 @@ class Client(Worker):
         self.pay()
         if self._waiting:
             self._receive_answer()
-        if self.control.stop or self.stop == BYE:
+        if self.control.stop or self.status.stop == BYE:
             return
-        self.done, self.stop = True, BYE
+        self.status.done, self.status.stop = True, BYE
         self.idle()
 
     def idle(self) -> Control:
@@ -180,7 +180,7 @@ class Client(Worker):
     def _row(self, samples: float = 0, loss: float = 0) -> WorkerStatus:
         row = super()._row(samples, loss)
         row.round, row.tickets, row.want = self.version % ROUNDS, self.used, WEIGHTS * self.update.wants_weights
-        if self._draws and not self.done and len(self._granted) < 1 + self.config.overlap:
+        if self._draws and not self.status.done and len(self._granted) < 1 + self.config.overlap:
             row.want += BATCH
         self._reported, self.used = self._reported + self.used, 0
         return row
@@ -231,8 +231,8 @@ class Client(Worker):
         return self._incoming if self.config.overlap else self._pull.message
 
     def _receive(self, contributed: bool) -> None:
-        if self._waiting and (not self.config.overlap or self.done):
-            self._receive_answer(later=not (self.config.overlap or self.call))  # not within a step
+        if self._waiting and (not self.config.overlap or self.status.done):
+            self._receive_answer(later=not (self.config.overlap or self.status.call))  # not within a step
         self._left = self.communicator.clock()
 
     def _receive_answer(self, later: bool = False) -> bool:

@@ -122,21 +122,11 @@ class Worker:
         update: what this worker computes between pull and push.
         place: where the worker is in its data.
         index, workers: its number, from 0, and the number of workers, of those that share the data of the present loop.
-        done: whether its shard is exhausted, which the server learns in the next round.
+        status: this worker's row of the next message; the server learns what is set here in the next round.
         used: the number of batches used since the last push.
         control: the server's latest control.
-        call: the call that this worker waits in; NONE while it steps.
-        begun: the number of loops over data that it has begun.
-        drawn: the number of batches drawn in the loop in progress.
-        digest: a digest of the data that all workers must agree on; 0 if there is nothing to compare.
-        epochs: the number of epochs of the script's loop; 0 if it is unknown.
-        which: the index of the optimizer that steps, if the script has several.
-        overflow: whether the script's GradScaler has found an Inf or NaN, so that no rank steps.
         common: the random streams that orders of data are drawn from, the same on all workers.
         kept: returns what the script keeps in the checkpoint.
-        more: whether the script may take further steps on the present batch.
-        signalled: set to have the server write a checkpoint and end the run at the next round.
-        stop: 1 to ask the server to end the run, 2 when the script has left its loop.
     """
 
     def __init__(
@@ -168,12 +158,10 @@ class Worker:
         self._elsewhere = communicator.size > 1 and not self.update.apart  # weights are stepped on other ranks, or shared
         self.tally = Tally()
         self.place = Place()
-        self.signalled = self.more = False
-        self.stop = self.used = 0
-        self.done = self._parked = False
-        self.call, self.begun, self.digest, self.drawn, self.epochs = Call.NONE, 0, 0, 0, 0
+        self.status = WorkerStatus()
+        self.used = 0
+        self._parked = False
         self.kept: Callable[[], dict[str, Any]] = dict
-        self.overflow, self.which = False, 0
         self._averaging = (0.0, 0.0)
         self._weight = 0.0  # the last contribution's weight
         self._contributes_common = True  # whether this worker contributes what all workers have in common
@@ -326,7 +314,7 @@ class Worker:
         if self.update.members is not None:
             others = flat.apart(self.update.members)
         self._note(loss, samples, metrics, taken)
-        if not self.update.step(loss, samples, self.control) and not (self.done and self.update.pending):
+        if not self.update.step(loss, samples, self.control) and not (self.status.done and self.update.pending):
             return self.control
         if self.server.transport.ready:
             self._write()
@@ -525,8 +513,8 @@ class Worker:
     def begin(self) -> None:
         """Begin a new loop over the shard."""
         self._unpark()
-        self.begun, self.drawn = self.begun + 1, 0
-        self.done = False
+        self.status.begun, self.status.drawn = self.status.begun + 1, 0
+        self.status.done = False
 
     @property
     def is_chief(self) -> bool:
@@ -582,13 +570,13 @@ class Worker:
         self.settle()
         if call not in (Call.AVERAGE, Call.LEAVE, Call.MEET):  # an optimizer with a closure changes weights in between
             self._look_at_weights()
-        self.call, self.done = call, call != Call.PAUSE  # after a pause there may be more batches
+        self.status.call, self.status.done = call, call != Call.PAUSE  # after a pause there may be more batches
         while True:
             self.idle()
             stop = self.control.stop
             if stop == Stop.PREEMPTED or (stop and call == Call.LOOP) or self._met():
                 break
-        self.call, self.done = Call.NONE, False
+        self.status.call, self.status.done = Call.NONE, False
         self.pay()
         self._park()
 
@@ -597,10 +585,10 @@ class Worker:
         if self.control.active or self.control.call in (Call.NONE, Call.STATE):
             return False
         if self.control.call == Call.AVERAGE:
-            self._take_average(counts=self.call == Call.AVERAGE)
-        elif self.control.call not in (self.call, Call.LOOP):
+            self._take_average(counts=self.status.call == Call.AVERAGE)
+        elif self.control.call not in (self.status.call, Call.LOOP):
             self._take_part({})
-        return self.control.call == self.call
+        return self.control.call == self.status.call
 
     def _take_part(self, given: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         reply: dict[str, Any] = {"chief": self.control.chief}
@@ -695,11 +683,11 @@ class Worker:
     def optimizer_state(self) -> dict[str, Any]:
         """Return the state of the server's optimizer, as `FlatOptimizer.state_dict` does; other workers need not call this."""
         self.settle()
-        self.call = Call.STATE
+        self.status.call = Call.STATE
         self._state: dict[str, Any] = {}
         while not self._state and self.control.stop != Stop.PREEMPTED:
             self.idle()
-        self.call = Call.NONE
+        self.status.call = Call.NONE
         return self._state
 
     def _park(self) -> None:
@@ -753,25 +741,12 @@ class Worker:
             self.update.unpark()
 
     def _row(self, samples: float = 0, loss: float = 0) -> WorkerStatus:
-        now = self.communicator.clock()
-        return WorkerStatus(
-            samples=samples,
-            loss=loss,
-            done=self.done,
-            stop=self.stop,
-            signal=self.signalled,
-            round=self.control.round % ROUNDS,
-            train=now - self._left,
-            wait=self._left - self._begun,
-            call=self.call,
-            begun=self.begun,
-            digest=self.digest,
-            drawn=self.drawn,
-            epochs=self.epochs,
-            which=self.which,
-            overflow=self.overflow,
-            more=self.more,
-        )
+        """Return `status` for the next message, which has these samples and this loss behind it, and no contribution yet."""
+        row, now = self.status, self.communicator.clock()
+        row.samples, row.loss, row.round = samples, loss, self.control.round % ROUNDS
+        row.weight = row.steps = row.bad = row.adopt = 0
+        row.train, row.wait = now - self._left, self._left - self._begun
+        return row
 
     def _send(self) -> None:
         """Note the time at which the push message is handed over; it is sent in the round, see `_receive`."""
@@ -781,7 +756,7 @@ class Worker:
         self.control = self.server.round(contributed)
         if self.control.chief and not self.mode.requests:
             self.update.first = self.is_chief
-        if self.call == Call.LOOP:  # a checkpoint of this round is of the loop's end
+        if self.status.call == Call.LOOP:  # a checkpoint of this round is of the loop's end
             self.place.over = not self.control.active
         self._checkpoint_due = bool(self.control.checkpoint)
         if self.control.call == Call.STATE:

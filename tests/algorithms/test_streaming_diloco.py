@@ -535,7 +535,7 @@ def test_a_16_bit_model_is_always_its_worker_s_own(size: int, mix: float) -> Non
                 ps.step(0.0)
                 update = ps._worker.update
                 assert isinstance(update, Streaming)
-                if not ps._worker.done:
+                if not ps._worker.status.done:
                     assert torch.equal(update.inner.whole.bfloat16(), update.replica.flat.weights)
                     apart += not torch.equal(update.anchor, update.replica.flat.weights.float())
         return apart

@@ -44,7 +44,7 @@ def server_and_workers(
         for step in range(steps):
             loss = F.cross_entropy(model(x[step]), y[step])
             loss.backward()
-            worker.done = step == steps - 1
+            worker.status.done = step == steps - 1
             control = worker.step(loss.item(), samples=8 * e.rank)
             if control.stop:
                 break

@@ -39,7 +39,7 @@ def test_parameters_and_gradients_stay_views_of_the_messages() -> None:
     def work(worker: mpips.Worker) -> None:
         flat, push, pull = worker.replica.flat, worker.replica.push, worker.replica.pull
         for step in range(5):
-            worker.done = step == 4
+            worker.status.done = step == 4
             loss = backward(worker)
             left = flat.grad.clone()
             worker.step(loss, 8)

@@ -187,7 +187,7 @@ class ParameterServer(Service):
         if row["done"] or row["stop"] >= 2:
             self.dealing.give_back(rank)
         if whole:
-            self.follow([[*row.values()]], self.replica.push.told(), [0] if row["weight"] > 0 else [])
+            self.follow([[*row.values()]], self.replica.push.told())
             self.update_parameters(rank, row)
         self._obey({rank: row})
         self._answer()

@@ -20,17 +20,19 @@ A folder allows one save at a time, and any number of readers.
 from mpips.checkpoint.background import Writer, Written, stop_writing
 from mpips.checkpoint.error import CheckpointError
 from mpips.checkpoint.folder import listed, newest, save, set_newer_aside
-from mpips.checkpoint.layout import Leaf, Tree
+from mpips.checkpoint.layout import Leaf, Parts, Tree, joined
 from mpips.checkpoint.reader import load
 from mpips.checkpoint.saved import Saved
 
 __all__ = [
     "CheckpointError",
     "Leaf",
+    "Parts",
     "Saved",
     "Tree",
     "Writer",
     "Written",
+    "joined",
     "listed",
     "load",
     "newest",

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakSet
+
+import numpy as np
 
 from mpips.checkpoint.error import CheckpointError
 from mpips.checkpoint.folder import prune, save_snapshot
 from mpips.checkpoint.layout import Tree
 from mpips.checkpoint.snapshot import Buffer, Snapshot
 
+Memory = bytes | bytearray | memoryview
 _writers: WeakSet[Writer] = WeakSet()  # those of this process
 
 
@@ -75,15 +78,21 @@ class Writer:
         """Whether the thread has written a checkpoint, or failed to, that `wait` has not been called for."""
         return self.writing is not None and self.writing.done()
 
-    def begin(self, step: int, tree: Tree) -> None:
+    def begin(self, step: int, tree: Tree, still: Sequence[Memory] = ()) -> None:
         """Copy a tree, and write it on the thread. Call `wait` before the next write.
+
+        Args:
+            step: the step.
+            tree: the tree.
+            still: memory that nobody changes any more; what lies there is not copied.
 
         Raises:
             ValueError, TypeError: the tree holds something that cannot be stored.
         """
         assert self.writing is None, "two writers"
         snapshot = Snapshot(tree)
-        snapshot.copy(self._buffer)
+        memory = [np.frombuffer(one, np.uint8) for one in still if len(one)]
+        snapshot.copy(self._buffer, [range(one.ctypes.data, one.ctypes.data + len(one)) for one in memory])
         try:
             self.writing = self._thread.submit(self._write, step, snapshot)
         except RuntimeError:  # Python is about to exit, and begins no more threads

@@ -7,7 +7,7 @@ mean.
 | in the tree                     | in the file                                                                          |
 |---------------------------------|--------------------------------------------------------------------------------------|
 | dict                            | object of the index; also a group, if a tensor in it has a dataset of its own        |
-| tensor, ndarray                 | contiguous dataset at its path; with the attribute `dtype` if that is in `BITS`       |
+| tensor, ndarray, `Parts`        | contiguous dataset at its path; with the attribute `dtype` if that is in `BITS`       |
 | smaller than `SMALL` bytes      | a part of `/packed/<dtype>.<number>`, unless it is one of the `NAMED` by name        |
 | a tensor a second time          | hard link to the first dataset                                                       |
 | everything else                 | in the index, see `text`                                                             |
@@ -22,6 +22,7 @@ In the path of a dataset a key's "/" is written %2F, since HDF5 would make group
 
 import struct
 import sys
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -30,7 +31,7 @@ import torch
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Values: TypeAlias = "torch.Tensor | Array"  # of native numbers
-Leaf: TypeAlias = "torch.Tensor | Array | int | float | bool | str | list[Any] | tuple[Any, ...] | None"
+Leaf: TypeAlias = "torch.Tensor | Array | Parts | int | float | bool | str | list[Any] | tuple[Any, ...] | None"
 # dict[str, Tree | Leaf], but such a union would need a cast at every level of indexing.
 Tree: TypeAlias = dict[str, Any]
 
@@ -47,6 +48,31 @@ DEEPEST = 100  # levels of nested dicts; a cyclic tree is refused there
 NATIVE = frozenset(["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
 _NAMES = {np.dtype(name).newbyteorder("<"): name for name in NATIVE}  # numpy computes a dtype's name anew each time
 BITS = {"bool": "uint8", "bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A tensor whose elements lie in several pieces of memory. It is stored, and loaded, as one tensor.
+
+    Attributes:
+        pieces: the elements in C order, as tensors of one dimension and one dtype, on the host.
+        shape: the whole tensor's shape.
+    """
+
+    pieces: "tuple[torch.Tensor, ...]"
+    shape: "tuple[int, ...]"
+
+    def whole(self) -> torch.Tensor:
+        """Return the tensor, copied."""
+        return torch.cat(self.pieces).view(self.shape)
+
+
+def joined(tree: Tree) -> Tree:
+    """Return a tree in which each `Parts` is a tensor."""
+    found: Tree = {}
+    for key, value in tree.items():
+        found[key] = joined(value) if isinstance(value, dict) else value.whole() if isinstance(value, Parts) else value
+    return found
 
 
 def check_key(key: object, where: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from mpips.checkpoint.layout import (
     PACKED,
     SMALL,
     Array,
+    Parts,
     Tree,
     Values,
     check_key,
@@ -83,7 +85,7 @@ class Dataset:
         name: its path in the file.
         dtype: the dtype of its numbers.
         shape: its shape.
-        values: the tensors and arrays that it consists of; several are flattened and put one behind the other.
+        values: the tensors and arrays that it consists of: one behind the other, flattened if they are several.
         tag: the tensor's dtype if the numbers are its bits; else "".
         places: the places in the index to be completed.
     """
@@ -101,27 +103,46 @@ class Dataset:
         return self.dtype.itemsize * math.prod(self.shape)
 
     @property
+    def scattered(self) -> bool:
+        """Whether the values are many small tensors, each with its own place in the index, that must be joined."""
+        return len(self.places) > 1 and len(self.values) > 1
+
+    @property
     def on_gpu(self) -> bool:
         """Whether the values are on a GPU."""
         return isinstance(self.values[0], torch.Tensor) and self.values[0].is_cuda
 
-    def array(self) -> Array:
-        """Return the values in C order: the memory that they are in, if possible, else a copy."""
-        if len(self.values) > 1:
-            return np.concatenate([on_host(value).reshape(-1) for value in self.values])
-        return np.asarray(on_host(self.values[0]), order="C")
+    def arrays(self) -> list[Array]:
+        """Return the values in C order, one behind the other: the memory that they are in, if possible, else a copy."""
+        if self.scattered:
+            return [np.concatenate([on_host(value).reshape(-1) for value in self.values])]
+        return [np.asarray(on_host(value), order="C") for value in self.values]
 
-    def copy(self, memory: Array) -> None:
-        """Copy the values to `memory`, and refer to these from now on."""
-        target = memory[: self.nbytes].view(self.dtype).reshape(self.shape)
-        (first, *others) = self.values
-        if others:
+    def moving(self, still: Sequence[range]) -> list[Values]:
+        """Return the values that may change: those that do not lie in `still`. Small tensors are not looked at one by one."""
+        if not still or self.scattered:
+            return self.values
+        addresses = [-1 if isinstance(value, torch.Tensor) else int(value.ctypes.data) for value in self.values]  # -1: a GPU
+        return [
+            value for value, address in zip(self.values, addresses, strict=True) if not any(address in there for there in still)
+        ]
+
+    def copy(self, memory: Array, moving: Sequence[Values]) -> None:
+        """Copy some of the values to `memory`, one behind the other, and refer to the copies from now on."""
+        if self.scattered:
+            target = memory[: self.nbytes].view(self.dtype)
             np.concatenate([on_host(value).reshape(-1) for value in self.values], out=target)
-        elif self.on_gpu:
-            torch.from_numpy(target).copy_(first, non_blocking=True)  # type: ignore[arg-type]
-        else:
-            np.copyto(target, on_host(first))
-        self.values = [target]
+            self.values = [target]
+            return
+        at, copies = 0, {}
+        for value in moving:
+            target = memory[at : (at := at + value.nbytes)].view(self.dtype).reshape(value.shape)
+            if isinstance(value, torch.Tensor):  # on a GPU
+                torch.from_numpy(target).copy_(value, non_blocking=True)
+            else:
+                np.copyto(target, value)
+            copies[id(value)] = target
+        self.values = [copies.get(id(value), value) for value in self.values]
 
     def settle(self, start: int) -> None:
         """Complete the places in the index, given the dataset's first byte in the file."""
@@ -156,16 +177,20 @@ class Snapshot:
         for number in self._small:
             self._close(number)
 
-    def copy(self, buffer: Buffer) -> None:
-        """Copy all values to the buffer: the tree's tensors may change from now on."""
-        starts, end = [], 0
-        for dataset in self.datasets:
-            starts.append(end)
-            end += -(-dataset.nbytes // _ALIGNED) * _ALIGNED
+    def copy(self, buffer: Buffer, still: Sequence[range] = ()) -> None:
+        """Copy all values to the buffer: the tree's tensors may change from now on.
+
+        Args:
+            buffer: the buffer.
+            still: the addresses of memory that does not change; values there are not copied.
+        """
+        moving = [dataset.moving(still) for dataset in self.datasets]
+        sizes = [-(-sum(value.nbytes for value in values) // _ALIGNED) * _ALIGNED for values in moving]
         gpus = {dataset.values[0].device for dataset in self.datasets if dataset.on_gpu}
-        memory = buffer.of(end, pinned=bool(gpus))
-        for start, dataset in zip(starts, self.datasets, strict=True):
-            dataset.copy(memory[start:])
+        memory, at = buffer.of(sum(sizes), pinned=bool(gpus)), 0
+        for dataset, values, size in zip(self.datasets, moving, sizes, strict=True):
+            dataset.copy(memory[at:], values)
+            at += size
         for gpu in gpus:
             torch.cuda.synchronize(gpu)
 
@@ -178,7 +203,7 @@ class Snapshot:
             check_key(key, path or "/")
             if isinstance(value, dict):
                 found[key] = self._group(value, f"{path}/{escaped(key)}", by_name or (not path and key in BY_NAME), depth - 1)
-            elif isinstance(value, (torch.Tensor, np.ndarray)):
+            elif isinstance(value, (torch.Tensor, np.ndarray, Parts)):
                 found[key] = self._leaf(path, key, value, by_name)
             else:
                 try:
@@ -187,18 +212,21 @@ class Snapshot:
                     raise type(error)(f"{path or '/'}: {key!r}: {error}") from error
         return text.as_object(found)
 
-    def _leaf(self, path: str, key: str, leaf: torch.Tensor | Array, by_name: bool) -> Entry:
+    def _leaf(self, path: str, key: str, leaf: torch.Tensor | Array | Parts, by_name: bool) -> Entry:
         """Add a tensor or an array, and return its entry in the index."""
         name, identity = f"{path}/{escaped(key)}", (by_name, _identity(leaf))
         if identity in self._stored:
             return self._link(name, self._stored[identity])
-        kind, dtype, values = pack(leaf, f"{path or '/'}: {key!r}")
-        place = [dtype, list(values.shape), name, 0, 0]
-        if values.nbytes >= SMALL or dtype.startswith(">") or self._by_name(by_name):
+        pieces = leaf.pieces if isinstance(leaf, Parts) else (leaf,)
+        packed = [pack(one, f"{path or '/'}: {key!r}") for one in pieces]
+        (kind, dtype, first), values, shape = packed[0], [one for _, _, one in packed], tuple(leaf.shape)
+        place = [dtype, list(shape), name, 0, 0]
+        nbytes = sum(value.nbytes for value in values)
+        if nbytes >= SMALL or len(values) > 1 or dtype.startswith(">") or self._by_name(by_name):
             tag = dtype if dtype in BITS else ""
-            self.datasets.append(Dataset(name, stored(kind, dtype), tuple(values.shape), [values], tag, [place]))
+            self.datasets.append(Dataset(name, stored(kind, dtype), shape, values, tag, [place]))
         else:
-            self._add_small(kind, dtype, values, place)
+            self._add_small(kind, dtype, first, place)
         if identity[1] is not None:
             self._stored[identity] = {kind: place}
         return {kind: place}
@@ -237,7 +265,7 @@ class Snapshot:
         self.datasets.append(small)
 
 
-def _identity(leaf: torch.Tensor | Array) -> tuple[Any, ...] | None:
+def _identity(leaf: torch.Tensor | Array | Parts) -> tuple[Any, ...] | None:
     """Return a key that two tensors share if they are the same memory (tied parameters); None if nothing can be shared."""
     if not isinstance(leaf, torch.Tensor) or leaf.layout != torch.strided or leaf.is_meta or leaf.numel() == 0:
         return None

@@ -42,17 +42,18 @@ def write(fd: int, snapshot: Snapshot) -> str:
         done = 0
         for start, dataset in sorted(placed, key=itemgetter(0)):
             _hash_structure(sha, fd, done, start)
-            array = dataset.array()
-            view = array.reshape(-1).view(np.uint8).data
-            for at_once in range(0, len(view), _AT_ONCE):
-                part = view[at_once : at_once + _AT_ONCE]
-                pwrite_all(fd, part, start + at_once)
-                sha.add(part)
-                if end >= LARGE:
-                    begin_writeback(fd, start + at_once, len(part))
-            if dataset.on_gpu or array.flags.owndata:
-                sha.wait()  # a copy is let go before the next one is made
-            done = start + len(view)
+            done = start
+            for array in dataset.arrays():
+                view = array.reshape(-1).view(np.uint8).data
+                for at_once in range(0, len(view), _AT_ONCE):
+                    part = view[at_once : at_once + _AT_ONCE]
+                    pwrite_all(fd, part, done + at_once)
+                    sha.add(part)
+                    if end >= LARGE:
+                        begin_writeback(fd, done + at_once, len(part))
+                if dataset.on_gpu or array.flags.owndata:
+                    sha.wait()  # a copy is let go before the next one is made
+                done += len(view)
         _hash_structure(sha, fd, done, end)
         pwrite_all(fd, memoryview(footer), end)
         sha.add(memoryview(footer))

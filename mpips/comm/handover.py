@@ -23,7 +23,6 @@ from mpips.comm import Blob
 LEAST = 1 << 20  # bytes; fewer are sent sooner
 WORDS = 6  # of the offer: length, process, descriptor, token, machine
 _ALIGNED = 64  # bytes; the token comes first
-_POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # all pages at once, not one by one when they are read
 
 Offer = NDArray[np.int64]
 
@@ -77,7 +76,7 @@ def take(told: Offer) -> memoryview | None:
         memory = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
         try:
             if os.fstat(memory).st_size == _ALIGNED + length and os.pread(memory, 16, 0) == told[3:5].tobytes():
-                mapped = mmap.mmap(memory, _ALIGNED + length, mmap.MAP_SHARED | _POPULATE)
+                mapped = mmap.mmap(memory, _ALIGNED + length, mmap.MAP_SHARED)
                 return memoryview(mapped)[_ALIGNED:]
         finally:
             os.close(memory)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
+from mpips.checkpoint import Parts
 from mpips.comm import Communicator, broadcast_bytes
 from mpips.model.flat import Slot
 from mpips.model.layout import piece, pieces
@@ -180,12 +181,14 @@ class ShardedOptimizer:
     def state_dict(self, elsewhere: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         """Return the whole optimizer's state, as `FlatOptimizer.state_dict`; it does not depend on which rank serves what.
 
+        A tensor that several ranks have parts of is a `Parts`.
+
         Args:
             elsewhere: what `own` returned on the other ranks.
         """
         members = [[self._slots[n].name for n in numbers] for numbers in self._groups]
         state: dict[str, Any] = {}
-        masters: dict[str, Tensor] = {}
+        masters: dict[str, Tensor | Parts] = {}
         for n, slot in enumerate(self._slots):
             parts = {int(at): kept for own in (self.own(), *elsewhere) for at, kept in own.get(str(n), {}).items()}
             if parts:
@@ -217,6 +220,8 @@ def _joined(slot: Slot, parts: list[Any]) -> Any:
         return first
     if len(parts) == 1 and first.shape != slot.shape:
         return first  # of another shape than the tensor, such as Adafactor's rows and columns
+    if torch.empty_strided(slot.shape, slot.stride, device="meta").is_contiguous():
+        return Parts(tuple(part.cpu().reshape(-1) for part in parts), tuple(slot.shape))
     whole = torch.empty_strided(slot.shape, slot.stride, dtype=first.dtype)
     if len(parts) == 1:
         return whole.copy_(first)  # in any memory order: from another rank it comes row by row

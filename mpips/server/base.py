@@ -488,7 +488,8 @@ class Service:
             As `FlatOptimizer.state_dict`.
         """
         blobs = self.communicator.gather_bytes(RankState(-1, Place(), {}).pack())
-        tree = self.transport.optimizer_state([RankState.unpack(blob).slices for blob in blobs if blob])
+        parts = self.transport.optimizer_state([RankState.unpack(blob).slices for blob in blobs if blob])
+        tree = checkpoint.joined(parts)
         broadcast_bytes(self.communicator, RankState(-1, Place(), {}, own=tree).pack())
         return tree
 
@@ -628,7 +629,7 @@ class Service:
         """
         begun = time.perf_counter()
         own = self.worker_state() if self.worker_state else RankState(-1, self.place, rng.capture())
-        blobs = self.communicator.gather_bytes(own.pack())
+        blobs = self.communicator.gather_bytes(*own.parts())
         if self.writer is None:
             return None
         if not self.report.in_place:
@@ -648,7 +649,7 @@ class Service:
         self.end_save()
         self._saved_at = self.communicator.clock()
         if self.training_goes_on and wandb_run is None:
-            self.writer.begin(int(self.control.round), tree)
+            self.writer.begin(int(self.control.round), tree, still=blobs)
             self._saving = begun, time.perf_counter() - begun
             return None
         written = self.writer.write(int(self.control.round), tree)

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 import mpips
-from mpips.checkpoint import CheckpointError, Writer, background, load, newest
+from mpips import checkpoint
+from mpips.checkpoint import CheckpointError, Parts, Writer, background, joined, load, newest
 from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from tests.helpers.programs import data, mlp
@@ -85,6 +86,36 @@ def test_what_changes_while_it_is_written_is_not_in_it(tmp_path: Path) -> None:
         same(load(written.path), tree(number))
     assert writer.wait() is None
     assert [path.name for path in sorted((tmp_path / "made").glob("*.h5"))] == ["round_00000002.h5", "round_00000003.h5"]
+
+
+def test_a_tensor_in_pieces_is_stored_whole_and_what_lies_still_is_not_copied(tmp_path: Path) -> None:
+    whole = torch.arange(7 * 4000.0).view(7, 4000)
+    blob = bytearray(whole[3:].numpy().tobytes())
+    still = torch.frombuffer(blob, dtype=torch.float32)
+    pieces = (whole[:3].reshape(-1).clone(), still, torch.zeros(0))
+    small = torch.tensor([1.0, 2.0, 3.0]).bfloat16()
+    given = {
+        "w": Parts(pieces, (7, 4000)),
+        "still": still.view(4, 4000),
+        "bits": Parts((small[:1], small[1:]), (3,)),
+        "one": small,
+    }
+    held = threading.Event()
+    writer = Writer(tmp_path, 2, before=lambda: held.wait(PATIENCE))
+    writer.begin(1, given, still=[blob])
+    pieces[0].fill_(-1)
+    held.set()
+    writer.wait()
+    assert writer._buffer._memory.nbytes < pieces[0].nbytes + 1024, "only the piece that may change was copied"
+    read = load(newest(tmp_path))
+    assert torch.equal(read["w"], whole)
+    assert torch.equal(read["still"], whole[3:])
+    assert torch.equal(read["bits"], small)
+    assert torch.equal(read["one"], small)
+    (tmp_path / "now").mkdir()
+    checkpoint.save(tmp_path / "now", 1, {"w": given["w"]})
+    assert torch.equal(load(newest(tmp_path / "now"))["w"][3:], whole[3:])
+    assert torch.equal(joined({"a": {"w": given["w"]}, "b": 1})["a"]["w"][3:], whole[3:])
 
 
 def test_memory_is_used_again_and_grows() -> None:

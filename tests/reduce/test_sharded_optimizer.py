@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
+from mpips.checkpoint import joined
 from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.config import Config
@@ -80,9 +81,8 @@ def test_state_is_cut_up_stepped_and_put_together(name: str, ranks: int) -> None
         own.spread(e, e.rank == 0)
         own.step(give_gradients(whole, 2), 1.0, 1.0)
         states = e.gather_bytes(RankState(e.rank, Place(), {}, slices=own.own()).pack() if e.rank else b"")
-        return whole.replica.flat.weights[span].clone(), own.state_dict(
-            [unpacked(blob) for blob in states[1:]]
-        ) if e.rank == 0 else {}
+        found = own.state_dict([unpacked(blob) for blob in states[1:]]) if e.rank == 0 else {}
+        return whole.replica.flat.weights[span].clone(), joined(found)
 
     results = World(ranks).run(program)
     torch.testing.assert_close(torch.cat([weights for weights, _ in results]), expected.replica.flat.weights, rtol=0, atol=0)

@@ -22,6 +22,7 @@ from mpips.comm import SERVER, Apply, Blob, CommunicatorError, RankLost, pieces
 from mpips.comm.mpi import MpiCommunicator, do_not_finalize
 from mpips.comm.node_group import BufferSpec, NodeGroup
 from mpips.comm.staging import memory_of
+from mpips.process.lifecycle import tell_launcher
 from mpips.rules import Needs
 
 STAR, ARRIVED, RELEASED, NOTHING = 4, 5, 6, 7  # tags; smaller ones are those of blobs and requests; nobody sends the last
@@ -196,6 +197,7 @@ class StarCommunicator(MpiCommunicator):
             if error.Get_error_class() not in self._gone:
                 raise
             if rank == SERVER:
+                tell_launcher(SERVER, "died", 1, died=True)  # else this rank's failure could be the first that it hears of
                 raise CommunicatorError("rank 0, the server, has died: the run cannot go on without it") from None
             self.lost |= {rank}
 

@@ -278,12 +278,14 @@ def tell_launcher(rank: int, text: str, status: int, died: bool = False) -> None
         rank: the rank that has failed.
         text: its traceback, or how it failed.
         status: the status with which the run is to end.
-        died: whether the failure is a death, so that the run may be started again.
+        died: whether the failure is a death, so that the run may be started again. Several ranks may notice it; what the rank
+            itself has written stays.
     """
     if folder := os.environ.get("MPIPS_LAUNCH_DIR"):
         facts = {"time": time.time(), "rank": rank, "host": socket.gethostname(), "status": status, "traceback": text}
         facts |= {"died": died}
-        Path(folder, f"failure_{rank}.json").write_text(json.dumps(facts))
+        with suppress(FileExistsError), Path(folder, f"failure_{rank}.json").open("x" if died else "w") as file:
+            file.write(json.dumps(facts))
 
 
 def tell_left(rank: int) -> None:

@@ -5,6 +5,7 @@ Most runs use a fake mpiexec, a shell script that starts one or more copies of t
 
 import dataclasses
 import json
+import math
 import os
 import selectors
 import shlex
@@ -24,6 +25,7 @@ from mpips.cli.launch.ranks import Fallen, Ranks
 from mpips.cli.launch.watch import CLOCKS, Failure, Stderr, Watch, first_failure
 from mpips.cli.screen import Lines
 from mpips.process.environment import Mpiexec, find_mpiexec
+from mpips.process.lifecycle import tell_launcher
 
 pytestmark = pytest.mark.skipif(
     any(int(os.environ.get(name, 1)) > 1 for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")),
@@ -457,6 +459,19 @@ def test_who_aborts_after_a_death_is_not_the_first(reports, rank, died):
     told = [{"rank": 0, "time": time, "traceback": "failed"} for time in reports]
     failure = first_failure(told, heard, None, fell(None))
     assert (failure.rank, failure.died) == (rank, died)
+
+
+def test_a_death_that_others_tell_of_is_described_as_it_was(tmp_path, monkeypatch):
+    """The launcher may note the end of a process later than the ranks do; a report of the rank itself is not replaced."""
+    monkeypatch.setenv("MPIPS_LAUNCH_DIR", str(tmp_path))
+    tell_launcher(0, "died", 1, died=True)
+    tell_launcher(2, "CommunicatorError: rank 0 has died", 1)
+    told = Watch(tmp_path, 4).failures(until=math.inf)
+    late = Fallen(0, -9, time.time())
+    assert first_failure(told, Stderr(), None, late) == Failure(0, "ended by signal 9: Killed", 1, died=True)
+    assert first_failure(told, Stderr()) == Failure(0, "died", 1, died=True)
+    tell_launcher(2, "died", 1, died=True)
+    assert Watch(tmp_path, 4).failures(until=math.inf) == told
 
 
 def test_a_rank_that_ends_before_it_has_left_its_id_is_known_as_a_child_of_mpiexec(tmp_path):

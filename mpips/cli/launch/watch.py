@@ -191,8 +191,10 @@ def first_failure(
     if stderr.signal is not None and stderr.rank not in ranks and not (stderr.rank is None and reports):
         return Failure(stderr.rank, _ended(-stderr.signal, None, ""), len(ranks), died=True)
     if reports:
-        died = bool(reports[0].get("died"))
-        return Failure(int(str(ranks[0])), str(reports[0].get("traceback", "")), len(ranks) - 1, died)
+        died, text = bool(reports[0].get("died")), str(reports[0].get("traceback", ""))
+        if died and fallen and fallen.rank == ranks[0]:  # other ranks have told that it died, and do not know how
+            text = _ended(fallen.status, None, "") or text
+        return Failure(int(str(ranks[0])), text, len(ranks) - 1, died)
     # A rank that has ended with a status of its own is named. Nobody is where mpiexec, or a node, is gone.
     return Failure(stderr.rank, "\n".join(stderr.block), died=stderr.rank is None and not stderr.block)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -44,6 +45,14 @@ class Seat:
             return self._run.evaluate(self._which, closure)
         return self._run.step_once(self._which, closure, overflow)
 
+    def first_step(self, step: Callable[[], Any]) -> Any:
+        """Take the first half of a step that evaluates the loss twice, as SAM's: `step` moves the weights."""
+        return self._run.first_step(self._which, step)
+
+    def second_step(self, step: Callable[[], Any]) -> Any:
+        """Take the second half of a step that evaluates the loss twice."""
+        return self._run.second_step(self._which, step)
+
     def gradients_zeroed(self) -> None:
         """Note that the script has zeroed the gradients of this optimizer's parameters."""
         self._run.gradients_zeroed()
@@ -64,6 +73,23 @@ class Seat:
     def optimizer_state(self) -> dict[int, Any] | None:
         """Return the optimizer's state by parameter index; None if the optimizer has it already."""
         return self._run.state_of(self._which)
+
+
+@dataclass(frozen=True)
+class OwnStep:
+    """A step that every worker takes itself, on weights of its own, as the optimizer evaluates the loss in the middle.
+
+    Attributes:
+        which: the index of the optimizer.
+        pulled: `(numel,)`, the server's weights.
+        more: what the worker's status has said before.
+        taken: False if a resumed run has taken the step before, so that nothing is to be done.
+    """
+
+    which: int
+    pulled: Tensor
+    more: float
+    taken: bool = True
 
 
 class Run:
@@ -90,6 +116,8 @@ class Run:
         clipping.watch(self._worker.replica.flat, self.average)
         self._replay = Replay(self._worker, self._keeping, roles.streams)
         self._loop = Loop(self._worker, self._worker.common, self._replay, preempted, self.print)
+        self._own_step: OwnStep | None = None  # the step in progress that the optimizer takes on this worker
+        self._inside_step = False  # whether its code runs
         self._ended = -1.0  # the round at which `epochs` ended
         self._data: Any = None  # the validation data
         self._said: tuple[float, float | None, Mapping[str, float]] | None = (
@@ -284,19 +312,8 @@ class Run:
         new weights.
         """
         optimizer, loop = self.optimizers[which], self._loop
-        name = type(optimizer).__name__
-        if not self._worker.mode.gradients:
-            raise ConfigError(
-                f"optimizer: given {name}, which steps on the workers, with mode {self.config.mode}, allowed: mode sync"
-            )
         if closure is None and isinstance(optimizer, torch.optim.LBFGS):
             raise ConfigError("optimizer: given LBFGS, whose step needs a closure, allowed: optimizer.step(closure)")
-        self.turn_to(which)
-        self._keeping.own_state.add(which)
-        loop.drain()
-        if loop.made():
-            return closure() if closure else None
-        worker, flat, pulled = self._worker, self._worker.replica.flat, self._worker.replica.flat.weights
         losses: list[float] = []
 
         def averaged_closure() -> Any:
@@ -306,18 +323,69 @@ class Run:
             losses.append(loop.average(loss))
             return loss if self.workers == 1 else loss.detach().new_tensor(losses[-1])
 
-        more, worker.status.more = worker.status.more, True  # a run that is preempted takes the whole step
-        if not isinstance(optimizer, torch.optim.LBFGS):  # others begin with the gradient that is there, as SAM does
-            loop.average(None)
-        flat.rehang_weights(pulled.clone())
+        if not self._begin_own_step(which):
+            self._own_step = None
+            return closure() if closure else None
+        return self._end_own_step(lambda: unhooked(optimizer)(optimizer, *([averaged_closure] if closure else [])), losses)
+
+    def first_step(self, which: int, step: Callable[[], Any]) -> Any:
+        """Take the first half of a step as `evaluate` does; the script evaluates the loss itself, before `second_step`."""
+        if self._inside_step:  # called by the optimizer's own step(closure)
+            return step()
+        return step() if self._begin_own_step(which) else None
+
+    def second_step(self, which: int, step: Callable[[], Any]) -> Any:
+        """Take the second half of a step, with the gradients averaged over all workers; the server takes the new weights."""
+        if self._inside_step:
+            return step()
+        if not self._own_step or self._own_step.which != which:
+            raise RuntimeError("optimizer.second_step(): given no first_step() before it, expected one")
+        if not self._own_step.taken:
+            self._own_step = None
+            return None
+        self._loop.average(None)
+        return self._end_own_step(step, [])
+
+    def _begin_own_step(self, which: int) -> bool:
+        """Let the model have weights of its own; return whether the step is to be taken."""
+        optimizer, loop, worker = self.optimizers[which], self._loop, self._worker
+        if self._own_step:
+            raise RuntimeError("a step after optimizer.first_step(): given another one, expected optimizer.second_step()")
+        if not worker.mode.gradients:
+            raise ConfigError(
+                f"optimizer: given {type(optimizer).__name__}, which steps on the workers, with mode {self.config.mode}, "
+                f"allowed: mode sync"
+            )
+        self.turn_to(which)
+        self._keeping.own_state.add(which)
+        loop.drain()
+        flat, taken = worker.replica.flat, not loop.made()
+        self._own_step = OwnStep(which, flat.weights, worker.status.more, taken)
+        if taken:
+            worker.status.more = True  # a run that is preempted takes the whole step
+            if not isinstance(optimizer, torch.optim.LBFGS):  # others begin with the gradient that is there, as SAM does
+                loop.average(None)
+            flat.rehang_weights(flat.weights.clone())
+        return taken
+
+    def _end_own_step(self, step: Callable[[], Any], losses: list[float]) -> Any:
+        """Take the step, and let the server take the new weights.
+
+        Args:
+            step: steps the model's weights.
+            losses: the losses that the step has evaluated, the first one at the weights before; it may append to them.
+        """
+        own, flat = self._own_step, self._worker.replica.flat
+        assert own
+        self._inside_step = True
         try:
-            result = unhooked(optimizer)(optimizer, *([averaged_closure] if closure else []))
+            result = step()
             weights = flat.gathered()
         finally:
-            flat.rehang_weights(pulled)
-            worker.status.more = more
+            flat.rehang_weights(own.pulled)
+            self._worker.status.more, self._own_step, self._inside_step = own.more, None, False
         loss_given = self._said[0] if self._said else float("nan")
-        loop.adopt(weights, losses[0] if losses else loss_given)
+        self._loop.adopt(weights, losses[0] if losses else loss_given)
         return result
 
     @property

@@ -20,12 +20,20 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from mpips.config import ConfigError
 from mpips.optim.flat_optimizer import kind
 
+HALVES = ("first_step", "second_step")
+
 
 class Stepping(Protocol):
     """The interface that a wrapped optimizer calls; a run implements it."""
 
     def optimizer_step(self, closure: Callable[[], Any] | None, overflow: bool | None = None) -> Any:
         """Push, reduce, step on the server, pull. `overflow` is what a calling GradScaler has found on this rank."""
+
+    def first_step(self, step: Callable[[], Any]) -> Any:
+        """Average the gradients, then take `step`: it moves the weights to where the script evaluates the loss again."""
+
+    def second_step(self, step: Callable[[], Any]) -> Any:
+        """Average the gradients, take `step`, and let the server take the new weights."""
 
     def gradients_zeroed(self) -> None:
         """Note that the script has zeroed the gradients."""
@@ -154,7 +162,20 @@ def _class_of(given: Any) -> Any:
     derived: Any = type(given.__name__, (Wrapped, given), {"given_class": given, "__module__": given.__module__})
     derived.step = _hooked(derived.step)
     derived.zero_grad = _noted(given.zero_grad)
+    if all(hasattr(given, name) for name in HALVES):  # as SAM is commonly written
+        for name in HALVES:
+            setattr(derived, name, _half(getattr(given, name), name))
     return derived
+
+
+def _half(method: Any, name: str) -> Any:
+    """Wrap one half of a step that evaluates the loss twice."""
+
+    @wraps(method)
+    def half(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._mpips, name)(lambda: method(self, *args, **kwargs))
+
+    return half
 
 
 def _noted(zero_grad: Any) -> Any:

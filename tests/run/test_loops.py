@@ -166,6 +166,46 @@ def ascending(model: nn.Module, optimizer: Any, batch: Any) -> Iterator[float]:
         yield 0.0
 
 
+class TwoSteps(SAM):
+    """SAM as in davda54/sam, whose script takes the two halves of a step itself."""
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([p.grad.norm() for p in params]).norm()
+        for p in params:
+            self.state[p]["old"] = p.data.clone()
+            p.add_(p.grad * self.param_groups[0]["rho"] / norm)
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data = self.state[p]["old"]
+        self.base.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.first_step(zero_grad=True)
+        torch.enable_grad()(closure)()
+        self.second_step()
+
+
+def two_steps(model: nn.Module, optimizer: Any, batch: Any) -> Iterator[float]:
+    """The two halves of a step by the script."""
+    for step in range(12):
+        x, y = batch(step)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.first_step(zero_grad=True)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)
+        yield 0.0
+
+
 LOOPS: dict[str, tuple[Any, Any]] = {
     "plain": (plain_loop, adamw),
     "clip the norm": (clip_norm, adamw),
@@ -174,9 +214,26 @@ LOOPS: dict[str, tuple[Any, Any]] = {
     "LBFGS": (closure, lbfgs),
     "SAM": (closure, SAM),
     "SAM, its first gradient the script's": (ascending, AscendingFirst),
+    "SAM in two steps": (two_steps, TwoSteps),
+    "SAM in two steps that its own step takes": (ascending, TwoSteps),
     "GradScaler": (scaled, adamw),
     "rates by hand": (by_hand, adamw),
 }
+
+
+def test_halves_of_a_step_out_of_order_are_refused() -> None:
+    model = mlp().to(D)
+    optimizer = TwoSteps(model.parameters())
+    x, y = batch(0)
+    mpips.connect(model, optimizer)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(RuntimeError, match=r"second_step\(\): given no first_step\(\) before it"):
+        optimizer.second_step()
+    optimizer.first_step()
+    for step in (optimizer.first_step, lambda: optimizer.step(lambda: None)):
+        with pytest.raises(RuntimeError, match=r"expected optimizer.second_step\(\)"):
+            step()
+    optimizer.second_step()
 
 
 @PLACES

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Number
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,7 @@ class Told:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer, self._names = optimizer, keys(optimizer)
+        self._get = itemgetter(*self._names) if len(self._names) > 1 else lambda group: tuple(map(group.get, self._names))
         self._seen: list[Any] = []
         self._in_place = False  # whether a value is a tensor or array, which may change in place
         self.numbers: list[float] = []
@@ -78,7 +80,10 @@ class Told:
 
     def changed(self) -> bool:
         """Read the hyperparameters again; return whether any number differs from before."""
-        now = [list(map(group.get, self._names)) for group in self.optimizer.param_groups]
+        try:
+            now = [self._get(group) for group in self.optimizer.param_groups]
+        except KeyError:  # a group that lacks one
+            now = [tuple(map(group.get, self._names)) for group in self.optimizer.param_groups]
         if not self._in_place and now == self._seen:
             return False
         values = [value for group in now for value in group]

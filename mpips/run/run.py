@@ -300,9 +300,11 @@ class Run:
             raise ConfigError(f"GradScaler: given one with mode {self.config.mode}, allowed: mode sync; bfloat16 needs none")
         if self._several or self._keeping.behind:
             self.turn_to(which)
-        self._worker.status.overflow = bool(overflow)
+        if overflow:
+            self._worker.status.overflow = True
         self._loop.step(*(self._said or (loss, None, {})))
-        self._worker.status.overflow = False
+        if overflow:
+            self._worker.status.overflow = False
         return loss
 
     def evaluate(self, which: int, closure: Callable[[], Any] | None) -> Any:

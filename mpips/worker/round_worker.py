@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 from torch import Tensor, nn
@@ -30,20 +30,24 @@ from mpips.server.rank_state import RankState, for_worker, told_streams, unpack_
 from mpips.worker.remote_server import RemoteServer
 
 
-@dataclass
 class Tally:
-    """The steps since the last push, as sums over samples."""
+    """The steps since the last push, as sums over samples.
 
-    samples: float = 0
-    loss: float = 0
-    metrics: list[float] = field(default_factory=list)
+    Args:
+        metrics: the number of metrics.
+    """
+
+    def __init__(self, metrics: int) -> None:
+        self.samples = self.loss = 0.0
+        self.metrics = [0.0] * metrics
 
     def add(self, loss: float, samples: float, metrics: Sequence[float]) -> None:
-        """Add a step, given its mean loss and its mean metrics."""
-        self.samples += samples
-        self.loss += loss * samples if samples else 0.0
-        sums = [m * samples if samples else 0.0 for m in metrics]
-        self.metrics = [a + b for a, b in zip(self.metrics, sums, strict=True)] if self.metrics else sums
+        """Add a step, given its mean loss and its mean metrics; without metrics, these are 0."""
+        if samples:
+            self.samples += samples
+            self.loss += loss * samples
+            for number, mean in enumerate(metrics):
+                self.metrics[number] += mean * samples
 
 
 class Serving(Protocol):
@@ -156,7 +160,7 @@ class Worker:
         self.update = make_update(mode, self.config, self.replica, communicator.rank, self.index, self.workers, self.inner)
         self.update.here = server is not None
         self._elsewhere = communicator.size > 1 and not self.update.apart  # weights are stepped on other ranks, or shared
-        self.tally = Tally()
+        self.tally = Tally(len(self.config.metrics))
         self.place = Place()
         self.status = WorkerStatus()
         self.used = 0
@@ -209,7 +213,8 @@ class Worker:
             self.remember()
             self.update.load_state_dict(mine.own)
             if tally := mine.own.get("tally"):  # the local steps that are not pushed
-                self.tally = Tally(float(tally["samples"]), float(tally["loss"]), [float(m) for m in tally["metrics"]])
+                self.tally.samples, self.tally.loss = float(tally["samples"]), float(tally["loss"])
+                self.tally.metrics = [float(m) for m in tally["metrics"]]
             self._park()  # until the loop continues
         self.server.place, self.server.worker_state = self.place, self.state
 
@@ -441,7 +446,7 @@ class Worker:
 
     def _note(self, loss: float, samples: float, metrics: Sequence[float], taken: int) -> None:
         self.place.taken += taken
-        self.tally.add(loss, samples, metrics or [0.0] * len(self.config.metrics))
+        self.tally.add(loss, samples, metrics)
 
     def _push(self) -> None:
         self._write()
@@ -449,13 +454,13 @@ class Worker:
 
     def _write(self) -> None:
         """Write the push message: the contribution, and the row with the steps since the last push."""
-        tally, self.tally = self.tally, Tally()
-        row = self._row(samples=tally.samples, loss=tally.loss)
-        self.update.lead = self._contributes_common if self.replica.flat.averaged and self.config.rule == "mean" else None
-        self.update.write(row, tally.metrics or [0.0] * len(self.config.metrics))
+        tally, self.tally = self.tally, Tally(len(self.config.metrics))
+        flat, row = self.replica.flat, self._row(tally.samples, tally.loss)
+        self.update.lead = self._contributes_common if flat.averaged and self.config.rule == "mean" else None
+        self.update.write(row, tally.metrics)
         self._weight = row.weight
-        self.replica.flat.pushed()
-        self.replica.flat.averaged, self.update.lead = False, None
+        flat.pushed()
+        flat.averaged, self.update.lead = False, None
         self.server.transport.push()  # here, not in the round, which with `overlap` waits on a thread for what travels already
 
     def pull(self) -> Control:
@@ -662,8 +667,8 @@ class Worker:
         self.settle()
         self.look_at_hyper()
         self._note(loss, samples, (), taken)
-        tally, self.tally = self.tally, Tally()
-        row, push, replica = self._row(samples=tally.samples, loss=tally.loss), self.replica.push, self.replica
+        tally, self.tally = self.tally, Tally(len(self.config.metrics))
+        row, push, replica = self._row(tally.samples, tally.loss), self.replica.push, self.replica
         row.adopt, row.weight = 1.0, float(self._contributes_common)
         row.steps = row.weight
         push.clear_behind()
@@ -753,16 +758,16 @@ class Worker:
         self._begun = self.communicator.clock()
 
     def _receive(self, contributed: bool) -> None:
-        self.control = self.server.round(contributed)
-        if self.control.chief and not self.mode.requests:
+        control = self.control = self.server.round(contributed)
+        if control.chief:
             self.update.first = self.is_chief
         if self.status.call == Call.LOOP:  # a checkpoint of this round is of the loop's end
-            self.place.over = not self.control.active
-        self._checkpoint_due = bool(self.control.checkpoint)
-        if self.control.call == Call.STATE:
+            self.place.over = not control.active
+        self._checkpoint_due = bool(control.checkpoint)
+        if control.call == Call.STATE:
             self._state = self.server.told_state
         self.update.received()
-        if self._parked or self.control.stop:
+        if self._parked or control.stop:
             self._park()
         members, elsewhere = self.update.members if contributed else None, self._elsewhere
         self.replica.flat.note_weights(elsewhere, members, others=elsewhere)

@@ -29,6 +29,8 @@ class Gradient:
         inner: the worker's own optimizer; None in modes without local steps.
 
     Attributes:
+        index, workers: see above; of the workers that live, from the next loop on.
+        at_connect: the same, of all workers.
         pending: whether there are local steps, or a failure, that have not been pushed. Gradients do not count.
         here: whether the server is on this rank and shares the replica.
     """
@@ -51,6 +53,7 @@ class Gradient:
         inner: FlatOptimizer | None = None,
     ) -> None:
         self.replica, self.rank, self.index, self.workers = replica, rank, index, workers
+        self.at_connect = index, workers
         self.first, self.alone = index == 0, workers == 1
         self.config, self.inner = config or Config(), inner
 

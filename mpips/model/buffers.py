@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from mpips.model.flat import LayoutError, clean, lay_out
 
+LIMBS = 4  # 16-bit pieces of an int64
+
 
 class Buffers:
     """The persistent buffers of a module.
@@ -21,7 +23,8 @@ class Buffers:
     Attributes:
         named: name -> buffer, for all persistent buffers; used for checkpoints.
         names, tensors: the buffers that travel in every round, in a fixed order.
-        float_numel, integer_numel: the number of elements that travel in the push message.
+        float_numel, limb_numel: the number of elements of the push message for floats, and for integers: four 16-bit limbs for
+            each, and one element that says that they are there.
     """
 
     def __init__(self, model: nn.Module, policy: str, wire: torch.dtype) -> None:
@@ -37,7 +40,8 @@ class Buffers:
         for name in self._floats + self._integers:
             self._check(name, wire)
         self._slots, self.float_numel = lay_out((n, moved[n]) for n in self._floats)
-        self.integer_numel = sum(moved[n].numel() for n in self._integers)
+        numel = sum(moved[n].numel() for n in self._integers)
+        self.limb_numel = LIMBS * numel + 1 if numel else 0
 
     @property
     def named(self) -> dict[str, Tensor]:
@@ -60,15 +64,19 @@ class Buffers:
             view.copy_(named[slot.name].detach()).mul_(weight) if weight else view.zero_()
         if first and self._integers:
             numbers = torch.cat([named[n].reshape(-1).to(torch.int64) for n in self._integers])
-            limbs.copy_(numbers.view(torch.int16))
+            limbs[:-1].copy_(numbers.view(torch.int16))
+            limbs[-1] = 1
 
-    def combine(self, floats: Tensor, limbs: Tensor, pull: list[Tensor], integers: bool = True) -> None:
-        """Copy the combined buffers of the push message to the pull message's buffers; integers only if they were written."""
+    def combine(self, floats: Tensor, limbs: Tensor, pull: list[Tensor]) -> None:
+        """Copy the combined buffers of the push message to the pull message's buffers.
+
+        Integers stay if nobody has written them, as the worker that does has died.
+        """
         targets = dict(zip(self.names, pull, strict=True))
         for slot in self._slots:
             targets[slot.name].copy_(slot.view(floats))
-        if self._integers and integers:
-            numbers = limbs.to(torch.int16).view(torch.int64)
+        if len(limbs) and limbs[-1]:
+            numbers = limbs[:-1].to(torch.int16).view(torch.int64)
             sizes = [targets[n].numel() for n in self._integers]
             for name, value in zip(self._integers, torch.split(numbers, sizes), strict=True):
                 targets[name].copy_(value.view(targets[name].shape))

@@ -130,8 +130,10 @@ def check_min_workers(config: Config, workers: int) -> None:
         return
     if given > workers:
         allowed = f"{given} with {workers} workers, allowed: {workers} at most"
-    elif mode.federated:
-        allowed = f"{given} with mode {config.mode}, allowed: 0, as a worker's clients would be gone with it"
+    elif mode.federated and config.rule != "mean":
+        allowed = f"{given} with mode {config.mode} and rule {config.rule}, which combines clients, allowed: rule mean"
+    elif config.mode == "scaffold":
+        allowed = f"{given} with mode scaffold, allowed: 0, as the control variates of a worker's clients would be gone with it"
     elif config.plan == "sharded":
         allowed = f"{given} with plan sharded, allowed: plan auto or root, as a slice's state would be gone with its rank"
     elif config.overlap:

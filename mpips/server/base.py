@@ -90,10 +90,7 @@ class Service:
         validation_data: the data that `load_validation_data` has loaded.
         writer: writes the checkpoints; None without a folder.
         performances: rank -> its numbers of messages and bytes, set by `receive_performances_from_nodes`.
-        data_of_lost: what becomes of the data of a worker that has died, as a text for people.
     """
-
-    data_of_lost = "what is left of its data in this loop is not trained on"
 
     def __init__(
         self,
@@ -223,8 +220,7 @@ class Service:
         """Replace the model's buffers by the combination of all workers' buffers."""
         push, buffers = self.replica.push, self.replica.buffers
         if buffers.names:
-            written = not self.lost or self.first + int(self.control.chief) not in self.lost
-            buffers.combine(push.floats, push.heard.limbs, self.replica.pull.buffers, integers=written)
+            buffers.combine(push.floats, push.heard.limbs, self.replica.pull.buffers)
 
     def follow(self, rows: Sequence[Sequence[float]], limbs: Any) -> None:
         """Take over the workers' hyperparameters if they have changed. Sets `fault` if the workers disagree.
@@ -310,12 +306,18 @@ class Service:
         if present < max(1, needed):
             self.fault = f"{names} died: {present} of {self.workers} are left, min_workers is {needed}; the run ends"
         elif new:
-            left = f"the run goes on with {present} of {self.workers} workers; {self.data_of_lost}"
+            left = f"the run goes on with {present} of {self.workers} workers; {self.data_of_lost()}"
             message = f"{names} died after round {self.control.round:.0f}: {left}"
             self.report.event("warning", message=message)
             self.report.line(message, always=True)
             for rank in new:
                 tell_left(rank)  # the launcher does not wait for its end
+
+    def data_of_lost(self) -> str:
+        """Return what becomes of the data of a worker that has died, as a text for people."""
+        if self.mode.federated:
+            return "its clients of this round do not count, and others host them from the next on"
+        return "what is left of its data in this loop is not trained on"
 
     @property
     def chief(self) -> int:

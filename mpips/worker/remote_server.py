@@ -83,7 +83,8 @@ class RemoteServer:
             raise CallError(broadcast_bytes(self.communicator, b"").decode())
         self.replica.check_finite(control)
         if self.replica.buffers.names and (contributed or control.version > version):
-            written = control.chief == chief  # else the worker that tells integers may have died before it did
+            # else the worker that gives the integers of all may have died before it did; clients begin from the server's
+            written = control.chief == chief or self.mode.federated
             self.replica.buffers.load(self.replica.pull.buffers, integers=written)
         if control.call == Call.STATE:
             self.told_state = self._receive_state()

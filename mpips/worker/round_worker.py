@@ -538,6 +538,7 @@ class Worker:
         """
         index, workers = self._number
         self.index, self.workers = index - sum(number < index for number in lost), workers - len(lost)
+        self.update.index, self.update.workers = self.index, self.workers
 
     def finish(self) -> None:
         """Take part in rounds until every worker's shard is exhausted. The model then has the server's weights."""
@@ -648,8 +649,7 @@ class Worker:
         self._averaging = (sum(row[LOSS] for row in rows), sum(row[SAMPLES] for row in rows))
         replica.flat.take_average(push.gradients, push.present())
         if self.config.buffers == "mean":
-            written = any(rows[self.communicator.rank - self._number[0] + int(self.control.chief)])  # not if it has died
-            replica.buffers.combine(push.floats, push.limbs, [b.data for b in replica.buffers.tensors], integers=written)
+            replica.buffers.combine(push.floats, push.limbs, [b.data for b in replica.buffers.tensors])
         self._contributes_common = next(rank for rank, row in enumerate(rows) if row[WEIGHT]) == self.communicator.rank
 
     def adopt(self, weights: Tensor, loss: float, samples: float, taken: int = 0) -> Control:
@@ -759,7 +759,7 @@ class Worker:
 
     def _receive(self, contributed: bool) -> None:
         control = self.control = self.server.round(contributed)
-        if control.chief:
+        if control.chief and not (self.mode.requests or self.mode.federated):
             self.update.first = self.is_chief
         if self.status.call == Call.LOOP:  # a checkpoint of this round is of the loop's end
             self.place.over = not control.active

@@ -678,6 +678,15 @@ def test_qfedavg_without_a_loss_is_refused() -> None:
         World(1).run(program)
 
 
+@pytest.mark.parametrize("mode", ["fedavg", "qfedavg"])
+def test_the_samples_of_a_batch_are_its_items_unless_the_script_says(mode: str) -> None:
+    """q-FedAvg weighs a client by its mean loss over items, whose last batch is smaller; the metrics weigh all alike."""
+    told = [run(mode=mode, counts=counts, run_dir=f"{mode}-{counts}") for counts in (True, False)]
+    assert torch.equal(*told)
+    rows = [metrics(Path(f"{mode}-{counts}")) for counts in (True, False)]
+    assert [(row["samples"], row["loss"]) for row in rows[0]] == [(row["samples"], row["loss"]) for row in rows[1]]
+
+
 def test_a_round_reports_each_sample_once() -> None:
     for mode, epochs in (("fedavg", 2), ("qfedavg", 2)):
         World(3).run(lambda e, mode=mode, epochs=epochs: ours(e, mode=mode, clients={"epochs": epochs}, run_dir=mode))

@@ -95,9 +95,10 @@ def train(
     epochs: int = 1,
     shuffle: bool = False,
     shard: bool = True,
+    counts: bool = True,
     **settings: Any,
 ) -> Any:
-    """The mpips loop, as a user writes it; the run.
+    """The mpips loop, as a user writes it; the run. If it `counts`, it says how many samples there are in a step.
 
     Over MPI a rank that only serves returns None when it has served, and the others leave here.
     """
@@ -112,7 +113,7 @@ def train(
         for x, y in ps.batches(given, batch_size, shuffle=shuffle, shard=shard):
             loss = F.cross_entropy(model(x), y)
             loss.backward()
-            ps.step(loss, samples=len(x))
+            ps.step(loss, **({"samples": len(x)} if counts else {}))
         ps.validate(lambda: float(model(given[0])[0, 0]) if isinstance(given, tuple) and given and len(given[0]) else 0.0)
     if not simulated:
         ps.close()

@@ -122,7 +122,7 @@ def test_the_first_worker_s_integers_count_even_when_it_has_no_samples() -> None
     net = Counting()
     net.of_int64.copy_(torch.tensor([-5, 2**40]))
     buffers = Buffers(net, "mean", torch.float32)
-    floats, limbs = torch.ones(buffers.float_numel), torch.zeros(4 * buffers.integer_numel)
+    floats, limbs = torch.ones(buffers.float_numel), torch.zeros(buffers.limb_numel)
     buffers.write(floats, limbs, weight=0, first=True)
     pull = dict(zip(buffers.names, (torch.ones_like(t) for t in buffers.tensors), strict=True))
     buffers.combine(floats, limbs, list(pull.values()))
@@ -130,12 +130,24 @@ def test_the_first_worker_s_integers_count_even_when_it_has_no_samples() -> None
     assert pull["of_float32"].tolist() == [0, 0]
 
 
+def test_integers_that_nobody_has_written_stay() -> None:
+    """The worker that gives them has died."""
+    net = Counting()
+    net.of_int64.copy_(torch.tensor([3, 4]))
+    buffers = Buffers(net, "mean", torch.float32)
+    floats, limbs = torch.ones(buffers.float_numel), torch.zeros(buffers.limb_numel)
+    buffers.write(floats, limbs, weight=2, first=False)
+    pull = dict(zip(buffers.names, (torch.ones_like(t) for t in buffers.tensors), strict=True))
+    buffers.combine(floats, limbs, list(pull.values()))
+    assert pull["of_int64"].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("value", [0, 1, -1, 2**24 + 1, 2**31, -(2**31) - 1, 2**53 + 1, 2**63 - 1, -(2**63)])
 def test_every_integer_survives_the_float32_tail(value: int) -> None:
     net = nn.Module()
     net.register_buffer("count", torch.tensor([[value], [~value]]))
     buffers = Buffers(net, "mean", torch.float32)
-    message = torch.zeros(3, 4 * buffers.integer_numel)
+    message = torch.zeros(3, buffers.limb_numel)
     for rank in range(3):
         buffers.write(torch.zeros(0), message[rank], weight=rank, first=rank == 1)
     (pull,) = [torch.zeros_like(t) for t in buffers.tensors]

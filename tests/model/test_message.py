@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mpips.comm.simulated import World
 from mpips.config import Config
+from mpips.model.buffers import LIMBS
 from mpips.model.flat import ALIGNMENT
-from mpips.model.message import COLUMNS, LIMBS, Control, NonFiniteError, Replica, WorkerStatus, replicate, wire_dtype
+from mpips.model.message import COLUMNS, Control, NonFiniteError, Replica, WorkerStatus, replicate, wire_dtype
 from tests.helpers.programs import cnn, mlp
 
 
@@ -41,7 +42,7 @@ def test_the_parts_of_a_push_cover_it_and_do_not_overlap() -> None:
     assert push.body.tolist() == [1.0] * lengths[0] + [2.0] * lengths[1]
     assert push.body.numel() == push.tail_at
     assert push.limbs.data_ptr() == push.message[push.tail_at :].data_ptr()
-    assert lengths[2:] == [LIMBS, 6, 3 * (len(COLUMNS) + 2)]  # one integer buffer, six parameters, three ranks
+    assert lengths[2:] == [LIMBS + 1, 6, 3 * (len(COLUMNS) + 2)]  # one integer buffer, six parameters, three ranks
 
 
 def test_the_parts_of_a_pull_cover_it_and_are_aligned() -> None:

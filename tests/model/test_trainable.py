@@ -18,8 +18,9 @@ from mpips import checkpoint
 from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.config import ConfigError
+from mpips.model.buffers import LIMBS
 from mpips.model.flat import ALIGNMENT, Flat
-from mpips.model.message import COLUMNS, CONTROL_BYTES, LIMBS
+from mpips.model.message import COLUMNS, CONTROL_BYTES
 from mpips.model.trainable import freeze
 from mpips.optim import hyperparameters as hyper
 from tests.helpers.programs import OPTIMIZERS, Transformer, data, in_order, mlp, plain, sha
@@ -200,7 +201,7 @@ def test_a_round_and_the_optimizer_cost_what_is_trained(size: int) -> None:
     assert [r["state"] for r in results] == ([2 * trained] if size == 1 else [0] * (size - 1))  # on the server alone
     padding = tensors * ALIGNMENT
     numbers = len(hyper.read(torch.optim.AdamW([torch.zeros(1)])))
-    tail = 4 * (tensors + size * (len(COLUMNS) + LIMBS * numbers) + LIMBS)
+    tail = 4 * (tensors + size * (len(COLUMNS) + LIMBS * numbers) + LIMBS + 1)
     for result in results:
         assert len(result["rounds"]) == 2 * -(-20 // max(1, size - 1))
         for moved in result["rounds"]:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mpips.data.clients import hosts
 from mpips.model.message import CallError, WorkersLostError
 from mpips.run.connect import _meet_again
 from tests.conftest import ROOT, run
@@ -64,8 +65,10 @@ Start = Callable[..., subprocess.CompletedProcess[str]]
 def survive(tmp_path: Path) -> Start:
     """Start the script by `mpips run --ft`, with a line in its loop, and one behind it."""
 
-    def start(what: str, after: str = "", *, n: int = 4, flags: tuple[str, ...] = ("--ft",), **settings: Any) -> Any:
-        (tmp_path / "train.py").write_text(MODEL + TRAIN.replace("WHAT", what).replace("AFTER", after))
+    def start(
+        what: str, after: str = "", *, n: int = 4, flags: tuple[str, ...] = ("--ft",), script: str = TRAIN, **settings: Any
+    ) -> Any:
+        (tmp_path / "train.py").write_text(MODEL + script.replace("WHAT", what).replace("AFTER", after))
         words = [word for name, value in ({"min_workers": 1} | settings).items() for word in ("--set", f"{name}={value}")]
         command = [sys.executable, "-m", "mpips.cli.main", "run", "-n", str(n), "--timeout", "80", *flags, *words, "train.py"]
         return run(command, tmp_path, timeout=90)
@@ -185,6 +188,88 @@ def test_local_steps_go_on(mode: str, survive: Start, tmp_path: Path) -> None:
     assert (
         sum(float(row["samples"]) for row in metrics(tmp_path)) == ROWS * EPOCHS - 16
     )  # two rounds of the first epoch lack its batches
+
+
+FEDERATED = """
+import mpips
+rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", 0))
+clients = mpips.Clients.by_index((x, y), [range(k, k + n) for k, n in SIZES])
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+ps = mpips.connect(model, optimizer, run_dir="run", checkpoint={"epochs": 0})
+for epoch in ps.epochs(ROUNDS):
+    for number, (a, b) in enumerate(ps.batches(clients, 4, shuffle=False)):
+        optimizer.zero_grad()
+        loss = ((model(a) - b) ** 2).mean()
+        loss.backward()
+        if (rank, epoch, number) == DIES: os.kill(os.getpid(), signal.SIGKILL)
+        ps.step(loss)
+"""
+SIZES = [(0, 12), (12, 10), (21, 16), (37, 4), (41, 20), (61, 10)]
+ROUNDS = 5
+
+
+def federated(mode: str, dead: int, dies: int) -> nn.Module:
+    """The model after rounds of all clients, but for those that `dead`, of three workers, hosted in the round `dies`."""
+    found: dict[str, Any] = {}
+    exec(MODEL, found)
+    model, x, y = (found[name] for name in ("model", "x", "y"))
+    everyone, sizes = list(range(len(SIZES))), [n for _, n in SIZES]
+    for number in range(ROUNDS):
+        hosted = hosts(everyone, 3, False, sizes)
+        counts = [k for k in everyone if number != dies or k not in hosted[dead]]
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        total = float(sum(sizes[k] for k in counts))
+        sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in before.items()}
+        steps = 0.0
+        for k in counts:
+            model.load_state_dict(before)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+            first, n = SIZES[k]
+            batches = [slice(at, min(at + 4, first + n)) for at in range(first, first + n, 4)]
+            for batch in batches:
+                optimizer.zero_grad()
+                ((model(x[batch]) - y[batch]) ** 2).mean().backward()
+                optimizer.step()
+            steps += sizes[k] / total * len(batches)
+            for name, tensor in model.state_dict().items():
+                if tensor.dtype == torch.int64:  # those of the first client, if its worker lives
+                    sums[name] = tensor.double() if k == 0 else sums[name] if 0 in counts else before[name].double()
+                else:
+                    by = len(batches) if mode == "fednova" and not name.endswith(("mean", "var")) else 1
+                    sums[name] += (tensor - before[name]) / by * (sizes[k] / total)
+        for name, tensor in before.items():
+            if tensor.dtype == torch.int64:
+                tensor.copy_(sums[name].long())
+            else:
+                tensor.add_(sums[name] * (steps if mode == "fednova" and not name.endswith(("mean", "var")) else 1))
+        model.load_state_dict(before)
+    return model
+
+
+@pytest.mark.parametrize("memory", ["true", "false"], ids=["in shared memory", "by messages"])
+@pytest.mark.parametrize(("mode", "dead"), [("fedavg", 0), ("fedavg", 2), ("fednova", 1)])
+def test_clients_of_a_dead_worker_move_to_the_others(mode: str, dead: int, memory: str, survive: Start, tmp_path: Path) -> None:
+    given = f"SIZES, ROUNDS, DIES = {SIZES}, {ROUNDS}, ({dead + 1}, 2, 3)\n"
+    done = survive("", script=given + FEDERATED, mode=mode, shared_memory=memory)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 3 workers; its clients of this round do not count, and others host them from the next on" in done.stderr
+    expected, found = federated(mode, dead, dies=2).state_dict(), saved(tmp_path)
+    for name, tensor in expected.items():  # a round's change is a difference of weights here, and a mean of weights there
+        assert torch.allclose(found[name], tensor, rtol=0, atol=1e-10), name
+    everyone = sum(n for _, n in SIZES)
+    lost = sum(SIZES[k][1] for k in hosts(range(6), 3, False, [n for _, n in SIZES])[dead])
+    assert [float(row["samples"]) for row in metrics(tmp_path)] == [everyone] * 2 + [everyone - lost] + [everyone] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"mode": "scaffold"}, "control variates"), ({"mode": "fedavg", "rule": "median"}, "which combines clients")],
+    ids=["scaffold", "a rule of clients"],
+)
+def test_what_would_be_gone_with_a_worker_is_refused(settings: dict[str, Any], said: str, survive: Start) -> None:
+    done = survive("", **settings)
+    assert done.returncode == 2
+    assert said in done.stderr
 
 
 def test_a_worker_that_is_stopped_is_killed_after_the_deadline(survive: Start, tmp_path: Path) -> None:

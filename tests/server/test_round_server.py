@@ -16,7 +16,8 @@ from mpips import checkpoint
 from mpips.comm import CommunicatorError
 from mpips.comm.simulated import SimulatedCommunicator, World
 from mpips.config import Config, EarlyStopping
-from mpips.model.message import COLUMNS, LIMBS, Stop
+from mpips.model.buffers import LIMBS
+from mpips.model.message import COLUMNS, Stop
 from mpips.optim import hyperparameters as hyper
 from mpips.reduce.shared_memory_transport import SharedMemoryTransport
 from mpips.report.run_report import Report

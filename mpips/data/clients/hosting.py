@@ -17,6 +17,7 @@ class Host(Protocol):
     config: Config
     index: int
     workers: int
+    at_connect: tuple[int, int]
     first: bool
     measuring: bool
 
@@ -73,11 +74,11 @@ class Hosting:
         if own and isinstance(data, Clients):
             raise ValueError("shard=False given with Clients, which the workers share; leave it out")
         if own:
-            self.clients = _alone(data, update.index, update.workers)
+            self.clients = _alone(data, *update.at_connect)
         else:
-            self.clients = data if isinstance(data, Clients) else Clients.split(data, update.workers, update.config.seed)
+            self.clients = data if isinstance(data, Clients) else Clients.split(data, update.at_connect[1], update.config.seed)
 
-    def batches(self, place: Place) -> Iterator[tuple[Any, int, bool]]:
+    def batches(self, place: Place) -> Iterator[tuple[Any, int, float]]:
         """Yield batches as `Share.batches` does. A place does not advance, as no checkpoint is written within a round.
 
         Raises:
@@ -86,7 +87,8 @@ class Hosting:
         update, sizes, config = self.update, self.clients.sizes, self.update.config.clients
         drawn = chosen(self.seed, place.epoch, len(sizes), config.fraction)
         filled = drawn if self.own else [k for k in drawn if sizes[k]]
-        hosted = hosts(drawn, update.workers, update.pinned or self.own, sizes)[update.index]
+        index, workers = update.at_connect if self.own else (update.index, update.workers)
+        hosted = hosts(drawn, workers, update.pinned or self.own, sizes)[index]
         update.check(len(drawn))
         update.first = (filled or drawn)[
             0
@@ -101,10 +103,10 @@ class Hosting:
             yield from self._pass(k, place.epoch, config.epochs, self.shuffle, self.drop_last)
             update.end()
 
-    def _pass(self, k: int, round: int, epochs: int, shuffle: bool, drop_last: bool) -> Iterator[tuple[Any, int, bool]]:
+    def _pass(self, k: int, round: int, epochs: int, shuffle: bool, drop_last: bool) -> Iterator[tuple[Any, int, float]]:
         """Yield a client's batches of a number of local epochs."""
-        for batch, _, _ in self.clients.batches(k, round, epochs, self.batch_size, self.seed, shuffle, drop_last):
-            yield batch, 0, False
+        for batch, items, _ in self.clients.batches(k, round, epochs, self.batch_size, self.seed, shuffle, drop_last):
+            yield batch, 0, items
 
 
 def _alone(data: Any, index: int, workers: int) -> Clients:

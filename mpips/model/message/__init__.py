@@ -41,7 +41,7 @@ from mpips.model.message.header import (
     WorkerStatus,
 )
 from mpips.model.message.pull import Pull
-from mpips.model.message.push import LIMBS, Allocate, Contribution, Fragment, Push, ReducedTail, wire_dtype
+from mpips.model.message.push import Allocate, Contribution, Fragment, Push, ReducedTail, wire_dtype
 from mpips.model.message.replica import CallError, NonFiniteError, Replica, WorkersLostError, replicate
 
 __all__ = [
@@ -55,7 +55,6 @@ __all__ = [
     "DONE",
     "DRAWN",
     "EPOCHS",
-    "LIMBS",
     "LOSS",
     "OVERFLOW",
     "ROUND",

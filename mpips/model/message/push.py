@@ -12,11 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpips.model.buffers import Buffers
+from mpips.model.buffers import LIMBS, Buffers
 from mpips.model.flat import Flat
 from mpips.model.message.header import COLUMNS, WEIGHT, WorkerStatus
-
-LIMBS = 4  # 16-bit pieces of an int64
 
 Allocate = Callable[[int, torch.dtype, torch.device], Tensor]
 
@@ -80,7 +78,7 @@ class Push:
             flat.numel,
             buffers.float_numel,
             (vectors - 1) * flat.numel,
-            LIMBS * buffers.integer_numel,
+            buffers.limb_numel,
             len(flat.slots),
             size * LIMBS * numbers,
             size * len(self.columns),

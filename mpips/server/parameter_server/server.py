@@ -41,8 +41,6 @@ class ParameterServer(Service):
         dealing: the batches.
     """
 
-    data_of_lost = "its batches are dealt out again"
-
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         backup = self.config.backup_workers
@@ -55,6 +53,10 @@ class ParameterServer(Service):
         self._owed = False  # a checkpoint is due that the worker on this rank must trigger
         self._started = False
         self._turn = Turn()
+
+    def data_of_lost(self) -> str:
+        """Return what becomes of the data of a worker that has died; see `Service`."""
+        return "its batches are dealt out again"
 
     def create_model(self) -> None:
         """Create the model, and the handling of contributions; see `Service`."""

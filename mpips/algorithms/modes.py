@@ -16,7 +16,8 @@ own.
 | fedavg, fedprox | the change by its clients' local epochs | takes their mean | `clients.fraction`, `.epochs`, `.mu` |
 | scaffold, fednova, qfedavg | the same | as published | `clients.fraction`, `.epochs`, `.q` |
 | fedavgm | the same | momentum | `outer.lr`, `.momentum` |
-| fedadam, fedyogi, fedadagrad | the same | as published, without bias correction | `outer.lr`, `.momentum`, `.beta2`, `.tau` |
+| fedadam, fedyogi | the same | as published, without bias correction | `outer.lr`, `.momentum`, `.beta2`, `.tau` |
+| fedadagrad | the same | as published | `outer.lr`, `.momentum`, `.tau` |
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ class Config:
         default="raise", metadata={"help": "a NaN or Inf update: end the run, leave that worker out, or skip the round"}
     )
     reduction: Literal["mean", "sum"] = field(
-        default="mean", metadata={"help": "sync: what the script's loss does with a batch, and so the round with the workers'"}
+        default="mean",
+        metadata={"help": "sync: what the script's loss is of its batch; gradients are combined alike"},
     )
     clip: float | None = field(default=None, metadata={"help": "the combined gradient's largest global norm"})
     metrics: tuple[str, ...] = field(default=(), metadata={"help": "names of the extra metrics given to step()"})

@@ -160,10 +160,12 @@ def deal(group: NodeGroup, replica: Replica, cut: Granularity) -> None:
 def _takes_slices(rule: Rule, config: Config) -> bool:
     """Return whether each rank may combine its own slices by this rule.
 
-    All rules may, except some that need inner products: those that measure from an origin of their own, which has the whole
-    model's length; in deterministic mode, as the sum of products would depend on which rank serves which slice; and with
-    fragments, whose ends need not be those of slices.
+    All rules may, except those that remember something, whose state would be in parts on all ranks; and some that need inner
+    products: those that measure from an origin of their own, which has the whole model's length; in deterministic mode, as the
+    sum of products would depend on which rank serves which slice; and with fragments, whose ends need not be those of slices.
     """
+    if type(rule).state_dict is not Rule.state_dict:
+        return False
     if rule.needs != "gram":
         return True
     return type(rule).origin is Rule.origin and not config.deterministic and config.local.fragments == 1

@@ -35,7 +35,7 @@ def describe(config: Config, model: nn.Module, optimizer: Optimizer) -> bytes:
     if not given.__module__.startswith("torch.optim."):
         raise ConfigError(
             f"optimizer: given a {given.__name__} to a second connect, allowed: one of torch's there, as the server has left "
-            f"the script; or server_trains"
+            f"the script; or server_trains, in all runs of the script"
         )
     named = dict(module.named_parameters(remove_duplicate=False))
     first: dict[Tensor, str] = {}

@@ -131,7 +131,8 @@ def _connect(
         folder.check_new(config)
     serves = communicator.rank == SERVER and communicator.size > 1 and not config.server_trains
     if again and communicator.size > 1:
-        _meet_again(communicator, blueprint.describe(config, model, optimizer))
+        told = b"another" if config.server_trains else blueprint.describe(config, model, optimizer)
+        _meet_again(communicator, told)
     try:
         roles = Roles(communicator, config, model, optimizer, validate, validation_data, _Process.count)
         while serves:

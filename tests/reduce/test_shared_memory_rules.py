@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import mpips
 from mpips.comm import Communicator
 from mpips.comm.simulated import World
-from mpips.rules import RULES
+from mpips.rules import RULES, Rule
 from tests.helpers.programs import data
 from tests.reduce.test_shared_memory_transport import is_shared, sharing
 
@@ -156,3 +157,45 @@ def test_what_an_idle_rank_has_in_its_memory_is_no_contribution(nonfinite: str, 
         assert version == other == 3
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert "NaN" not in Path("shared/events.jsonl").read_text()
+
+
+class Remembers(Rule):
+    """A mean that grows with each call."""
+
+    needs = "rows"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
+        self.calls += 1
+        out.copy_(torch.stack(list(rows)).mean(0).mul_(1 + 0.1 * self.calls))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.calls = state_dict["calls"]
+
+
+def test_a_rule_that_remembers_is_called_on_one_rank_and_resumed_with_what_it_knows() -> None:
+    """In slices each rank would call its own, of which the checkpoint has rank 0's."""
+
+    def program(e: Communicator, folder: str, epochs: int, **settings: Any) -> list[Tensor]:
+        net = Net()
+        made = torch.optim.SGD(net.parameters(), lr=0.05)
+        rule = f"{__name__}:Remembers"
+        ps = mpips.connect(net, made, communicator=e, rule=rule, plan="sharded", run_dir=folder, **settings)
+        assert not is_shared(ps)
+        for _ in ps.epochs(epochs):
+            for x, y in ps.batches(data(48), 16):
+                F.cross_entropy(net(x), y).backward()
+                made.step()
+                made.zero_grad()
+        return [p.detach().clone() for p in net.parameters()]
+
+    whole = sharing(4).run(partial(program, folder="whole", epochs=4))
+    sharing(4).run(partial(program, folder="parts", epochs=2))
+    parts = sharing(4).run(partial(program, folder="parts", epochs=4, resume="auto"))
+    for ours, theirs in zip(parts[1], whole[1], strict=True):
+        assert torch.equal(ours, theirs)

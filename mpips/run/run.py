@@ -344,6 +344,7 @@ class Run:
             raise RuntimeError("optimizer.second_step(): given no first_step() before it, expected one")
         if not self._own_step.taken:
             self._own_step = None
+            self._worker.replica.flat.clear()  # as the two halves may, which are not executed
             return None
         self._loop.average(None)
         return self._end_own_step(step, [])

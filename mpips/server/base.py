@@ -119,7 +119,7 @@ class Service:
         self.patience: dict[str, Patience] = {}  # by the value's name, in the order of the first validations
         self.values: dict[str, float] = {}  # name -> the last value
         self.place = Place()
-        self.worker_state: Callable[[], RankState] | None = None
+        self.worker_state: Callable[[int | None], RankState] | None = None
         self.validation_data: Any = None
         self.performances: dict[int, dict[str, int]] = {}
         self.last_checkpoint: Path | None = None
@@ -128,6 +128,7 @@ class Service:
         self._saving = 0.0, 0.0  # when the last checkpoint was begun, and how long that has held the round
         self._save_rounds, self._save_seconds = self.config.checkpoint.rounds, self.config.checkpoint.seconds
         self.signalled = self.stop_asked = False
+        self._signalled_by: list[int] = []  # the ranks by which the run is preempted at the end of a batch
         self._job_end, self._slowest = job_end(), 0.0  # when the job ends, and the seconds of the longest round
         self._given, self._make_data, self._measure, self._follows = optimizer, validation_data, validate, follows
         self._waiting: tuple[dict[int, Call], float] = {}, 0.0  # rank -> the call that it waits in, and since when
@@ -284,9 +285,10 @@ class Service:
         """
         if self.control.stop == Stop.PREEMPTED:
             return
-        signalled = [rank for rank, row in rows.items() if row["signal"]] + [0] * self.signalled
+        signalled = [rank for rank, row in rows.items() if row["signal"]] + [0] * self.signalled or self._signalled_by
         if signalled and any(row["more"] and row["call"] not in (Call.PAUSE, Call.LEAVE) for row in rows.values()):
-            self.control.preempting, signalled = True, []  # a resumed run could not take the rest of a batch's steps
+            self.control.preempting = True  # a resumed run could not take the rest of a batch's steps
+            self._signalled_by, signalled = signalled, []  # who may die until then
         left = [rank for rank, row in rows.items() if row["stop"] == 2]
         asked = [rank for rank, row in rows.items() if row["stop"] == 1] + [0] * self.stop_asked
         gone = Stop.ENDED if len(left) == self.workers - len(self.lost) else Stop.LEFT
@@ -462,9 +464,7 @@ class Service:
             common has died, and this is the next one.
         """
         blobs = [bytes(blob) for blob in self.communicator.gather_bytes(given)]
-        if len(self.communicator.lost) > len(self.lost):
-            self.note_lost()
-        if self.first + self.control.chief in self.lost:
+        if self._chief_died(int(self.control.chief)):
             self.control.chief = self.chief - self.first
             blob = json.dumps({"chief": self.control.chief, "stop": int(self.control.stop)}).encode()
         else:
@@ -630,8 +630,7 @@ class Service:
             CheckpointError: this checkpoint, or the one before, could not be written.
         """
         begun = time.perf_counter()
-        own = self.worker_state() if self.worker_state else RankState(-1, self.place, rng.capture())
-        blobs = self.communicator.gather_bytes(*own.parts())
+        blobs = self._gather_states()
         if self.writer is None:
             return None
         if not self.report.in_place:
@@ -639,13 +638,6 @@ class Service:
                 f"{self.report.folder}: the run's folder has been moved or deleted since the run began; the run ends, as "
                 f"part of its files would be in a new one. It can go on from its last checkpoint (--mpips.resume FOLDER)"
             )
-        if len(self.communicator.lost) > len(self.lost):
-            self.note_lost()
-        if self.first + self.control.chief in self.lost:
-            message = "no checkpoint here: the worker whose part it needs died meanwhile"
-            self.report.event("warning", message=message)
-            self.report.line(message, always=True)
-            return None
         tree = self.state_dict(self._states(blobs))
         self.report.flush()  # the checkpoint holds the number of its rows
         self.end_save()
@@ -659,6 +651,39 @@ class Service:
         if wandb_run is not None:
             wandb_run.save(str(written.path))
         return written.path
+
+    def _gather_states(self) -> list[Blob]:
+        """Gather all ranks' states, and again if the worker that gives what all have in common died meanwhile."""
+        chief: int | None = None
+        while True:
+            own = self.worker_state(chief) if self.worker_state else RankState(-1, self.place, rng.capture())
+            blobs = self.communicator.gather_bytes(*own.parts())
+            if not self.config.min_workers:
+                return blobs
+            died = self._chief_died(self.asked_chief if chief is None else chief)
+            if died:
+                chief = self.chief - self.first
+                self.control.chief = chief
+            broadcast_bytes(self.communicator, str(chief).encode() if died else b"")
+            if not died:
+                return blobs
+
+    @property
+    def asked_chief(self) -> int:
+        """The number of the worker that gives what all have in common in the checkpoint in progress, as the workers know it."""
+        return int(self.control.chief)
+
+    def _chief_died(self, chief: int) -> bool:
+        """Note who has died, and return whether worker `chief` has.
+
+        Raises:
+            WorkersLostError: nobody lives.
+        """
+        if len(self.communicator.lost) > len(self.lost):
+            self.note_lost()
+        if len(self.lost) == self.workers:
+            self.complain()
+        return self.first + chief in self.lost
 
     def _states(self, blobs: Sequence[Blob]) -> list[RankState]:
         """Return the ranks' states, the server's first if it does not train, then those of the workers that share the data.

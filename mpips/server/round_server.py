@@ -171,6 +171,7 @@ class Server(Service):
             self.transport.push()
         self.combined = self.transport.reduce(self.control.round)
         rows, expected = push.heard.table()[self.first :], self.control.round % ROUNDS
+        self._died = len(self.communicator.lost) > len(self.lost)  # whether a worker has died in this round
         if self.communicator.lost:
             self._go_on(rows)
         for rank, row in enumerate(rows, self.first):
@@ -184,7 +185,7 @@ class Server(Service):
 
     def _go_on(self, rows: Sequence[list[float]]) -> None:
         """Go on without workers that have died: their rows say that they have no data."""
-        if len(self.communicator.lost) > len(self.lost):
+        if self._died:
             self.note_lost()
         for rank in self.lost:
             row = rows[rank - self.first]
@@ -211,6 +212,8 @@ class Server(Service):
             self.take(Decision("adopt" if adopts else "step", scale, times))
         else:
             self.transport.decide(Decision("skip"))
+        if self._died and totals[SAMPLES] and not (weight or bad or skipped or self.fault):
+            self.fault = "the worker that gave the gradient of all, averaged before the step, has died"
         if skipped:  # no step is taken, but forward has updated BatchNorm's statistics
             self.combine_buffers()
         if bad:
@@ -266,7 +269,7 @@ class Server(Service):
             control.chief = self.chief - self.first
         if counts:
             control.loss = means[0]
-        if totals[SIGNAL] or totals[STOP] or self.signalled or self.stop_asked:
+        if totals[SIGNAL] or totals[STOP] or self.signalled or self.stop_asked or control.preempting:
             self.obey_ranks(updates.results)
         control.checkpoint = bool(self.folder) and (control.stop == Stop.PREEMPTED or (counts and self.is_save_due()))
         control.fault = bool(self.fault)

@@ -287,9 +287,9 @@ class Client(Worker):
             self._unsent, self._ahead = mine.ahead.get("message"), int(mine.ahead["used"])
             self._sent = Place(**mine.ahead["sent"])
 
-    def state(self) -> RankState:
+    def state(self, chief: int | None = None) -> RankState:
         """Return this worker's state, with what it has computed since its last push; see `Worker`."""
-        state = super().state()
+        state = super().state(chief)
         if self._unsent is not None:
             message = self._unsent.clone()
             row = message[-len(self.replica.push.columns) :]

@@ -54,7 +54,7 @@ class RemoteServer:
         self.control = Control()
         self.states = b""
         self.place = Place()
-        self.worker_state: Callable[[], RankState] | None = None
+        self.worker_state: Callable[[int | None], RankState] | None = None
         self.told_state: dict[str, Any] = {}
 
     def begin(self) -> None:
@@ -116,9 +116,14 @@ class RemoteServer:
             broadcast_bytes(self.communicator, b"")  # DONE, or the checkpoint, is written
 
     def save_model(self) -> None:
-        """Send this rank's state for a checkpoint; see `Service.save_model`."""
+        """Send this rank's state for a checkpoint, and again if the server asks for it; see `Service.save_model`."""
         assert self.worker_state
-        self.communicator.gather_bytes(*self.worker_state().parts())
+        chief: int | None = None
+        while True:
+            self.communicator.gather_bytes(*self.worker_state(chief).parts())
+            if not self.config.min_workers or not (told := broadcast_bytes(self.communicator, b"")):
+                return
+            chief = int(told)
 
     def give_performance(self) -> None:
         """Send this rank's traffic to the server, at the end of the run."""

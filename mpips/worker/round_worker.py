@@ -65,7 +65,7 @@ class Serving(Protocol):
     transport: Transport
     states: bytes
     place: Place
-    worker_state: Callable[[], RankState] | None
+    worker_state: Callable[[int | None], RankState] | None
     told_state: dict[str, Any]
 
     def round(self, contributed: bool = True) -> Control:
@@ -169,6 +169,8 @@ class Worker:
         self._averaging = (0.0, 0.0)
         self._weight = 0.0  # the last contribution's weight
         self._contributes_common = True  # whether this worker contributes what all workers have in common
+        # Whether each contributes what all have in common, as one alone may die. Their mean may differ from it in the last bit.
+        self._all_give = self.config.min_workers > 0
         self.control = Control()
         self._kept: Tensor | None = None  # the gradients, saved during an idle round
         self._background: Callable[[], None] | None = None  # waits for a round in the background
@@ -456,7 +458,8 @@ class Worker:
         """Write the push message: the contribution, and the row with the steps since the last push."""
         tally, self.tally = self.tally, Tally(len(self.config.metrics))
         flat, row = self.replica.flat, self._row(tally.samples, tally.loss)
-        self.update.lead = self._contributes_common if flat.averaged and self.config.rule == "mean" else None
+        if flat.averaged and self.config.rule == "mean" and not (self._all_give and self.config.reduction == "mean"):
+            self.update.lead = self._contributes_common
         self.update.write(row, tally.metrics)
         self._weight = row.weight
         flat.pushed()
@@ -619,6 +622,7 @@ class Worker:
             The mean loss over all workers' samples; with `reduction` "sum", the sum of the losses.
         """
         if self.workers == 1 or not self.mode.gradients or self.replica.flat.averaged:
+            self._contributes_common |= self.workers == 1  # the others may have died
             return loss
         self.look_at_hyper()
         adds = self.config.reduction == "sum"
@@ -669,7 +673,7 @@ class Worker:
         self._note(loss, samples, (), taken)
         tally, self.tally = self.tally, Tally(len(self.config.metrics))
         row, push, replica = self._row(tally.samples, tally.loss), self.replica.push, self.replica
-        row.adopt, row.weight = 1.0, float(self._contributes_common)
+        row.adopt, row.weight = 1.0, float(self._contributes_common or self._all_give)
         row.steps = row.weight
         push.clear_behind()
         replica.buffers.write(push.floats, push.limbs, row.weight, self.update.first)
@@ -714,8 +718,14 @@ class Worker:
         if isinstance(self.server, RemoteServer):
             self.server.give_performance()
 
-    def state(self) -> RankState:
-        """Return the state that only this rank has."""
+    def state(self, chief: int | None = None) -> RankState:
+        """Return the state that only this rank has.
+
+        Args:
+            chief: the number of the first worker that lives, if it is another than the control has said.
+        """
+        if chief is not None:
+            self.control.chief = chief
         own = self.replica.buffers.own(self.replica.pull.buffers)
         flat = self.replica.flat
         if flat.pending and self._kept is None:

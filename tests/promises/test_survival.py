@@ -301,6 +301,67 @@ def test_with_fewer_the_run_ends_and_is_started_again(survive: Start, tmp_path: 
     assert [float(row["samples"]) for row in metrics(tmp_path)] == [12.0] * 24
 
 
+VALIDATED = """
+def measure():
+    if rank == DIES[0] and epoch == 1: os.kill(os.getpid(), signal.SIGKILL)
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize("mode", ["sync", "async", "local_sgd"])
+def test_the_worker_that_measures_dies_while_it_does(mode: str, survive: Start, tmp_path: Path) -> None:
+    """The next one measures, and further loops have no place for the dead one."""
+    script = TRAIN.replace("ps = mpips", "DIES = (1,)" + VALIDATED + "ps = mpips").replace(
+        "lambda: float(((model(x) - y) ** 2).mean())", "measure"
+    )
+    done = survive("pass", script=script, mode=mode)
+    assert done.returncode == 0, done.stderr
+    assert "worker 0 (rank 1) died after round" in done.stderr
+    assert "epoch 2, " in done.stdout
+    rows = list(csv.DictReader((tmp_path / "run" / "validations.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+
+
+def test_who_gives_what_all_keep_dies_while_the_last_checkpoint_is_gathered(survive: Start, tmp_path: Path) -> None:
+    """All states are gathered again; the checkpoint has what the next worker keeps."""
+    dies = """
+class Dies(torch.nn.Linear):
+    def state_dict(self, *given, **named):
+        if rank == 1 and float(self.weight) == 2.0: os.kill(os.getpid(), signal.SIGKILL)
+        return super().state_dict(*given, **named)
+"""
+    script = TRAIN.replace("ps = mpips", dies + "ps = mpips").replace("seen = torch.nn.Linear", "seen = Dies")
+    done = survive("pass", script=script)
+    assert done.returncode == 0, done.stderr
+    assert "worker 0 (rank 1) died after round 24" in done.stderr
+    with h5py.File(tmp_path / "run" / "checkpoints" / "round_00000024.h5") as file:
+        assert file["kept"]["seen"]["tensors"]["weight"][()].item() == 2
+    assert (tmp_path / "run" / "DONE").exists()
+
+
+@pytest.mark.parametrize("memory", ["true", "false"], ids=["in shared memory", "by messages"])
+def test_a_gradient_that_all_have_is_not_lost_with_one_of_them(memory: str, survive: Start, tmp_path: Path) -> None:
+    """After clipping by hand all workers have the average; worker 0 dies before the step."""
+    clips = "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)\n        "
+    done = survive(clips + KILL.format(rank=1, at=5), shared_memory=memory)
+    assert done.returncode == 0, done.stderr
+    rows = metrics(tmp_path)
+    assert [float(row["samples"]) for row in rows] == [12.0] * 5 + [8.0] * (3 + 2 * 12)
+    assert [int(row["version"]) for row in rows] == list(range(1, 33)), "a step in each round"
+
+
+def test_who_asks_for_preemption_may_die_before_it(survive: Start, tmp_path: Path) -> None:
+    done = survive("if rank == 2 and ps.round == 5: ps.preempt(); ps.step(loss); os.kill(os.getpid(), signal.SIGKILL)")
+    assert done.returncode == 75, done.stderr
+
+
+def test_all_die_one_after_another_in_a_call(survive: Start, tmp_path: Path) -> None:
+    script = TRAIN.replace("lambda: float(((model(x) - y) ** 2).mean())", "lambda: os.kill(os.getpid(), signal.SIGKILL)")
+    done = survive("pass", script=script)
+    assert done.returncode == 1
+    assert "died: 0 of 3 are left, min_workers is 1; the run ends" in done.stderr
+
+
 @pytest.mark.parametrize("settings", [{}, {"min_workers": 0}, {"mode": "async"}], ids=["rounds", "not wanted", "requests"])
 def test_without_the_server_the_run_ends(settings: dict[str, Any], survive: Start, tmp_path: Path) -> None:
     kill = "if rank == 2 and ps.round >= 4: open('t', 'w').close(); os.kill(int(open('served').read()), signal.SIGKILL)"

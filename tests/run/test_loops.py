@@ -221,6 +221,33 @@ LOOPS: dict[str, tuple[Any, Any]] = {
 }
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["outside of loops", "in a loop"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_step_in_two_halves_is_resumed(size: int, inside: bool) -> None:
+    """The halves are the only ones that zero the gradients, and a resumed run does not execute those that are done."""
+
+    def program(e: Communicator, folder: str, stop: int, **settings: Any) -> list[Tensor]:
+        model = mlp().to(D)
+        optimizer = TwoSteps(model.parameters())
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir=folder, **settings)
+        for _ in ps.epochs(2):
+            for x, y in ps.batches(data(64, D), 16 // ps.workers) if inside else [batch(n) for n in range(4)]:
+                if ps.round == stop:
+                    ps.preempt()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.first_step(zero_grad=True)
+                F.cross_entropy(model(x), y).backward()
+                optimizer.second_step(zero_grad=True)
+        return [p.detach().clone() for p in model.parameters()]
+
+    whole = World(size).run(lambda e: program(e, "whole", -1))
+    with pytest.raises(SystemExit, match="75"):
+        World(size).run(lambda e: program(e, "parts", 5))
+    parts = World(size).run(lambda e: program(e, "parts", -1, resume="auto"))
+    for ours, theirs in zip(parts[-1], whole[-1], strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_halves_of_a_step_out_of_order_are_refused() -> None:
     model = mlp().to(D)
     optimizer = TwoSteps(model.parameters())

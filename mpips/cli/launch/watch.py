@@ -192,7 +192,7 @@ def first_failure(
         return Failure(stderr.rank, _ended(-stderr.signal, None, ""), len(ranks), died=True)
     if reports:
         died, text = bool(reports[0].get("died")), str(reports[0].get("traceback", ""))
-        if died and fallen and fallen.rank == ranks[0]:  # other ranks have told that it died, and do not know how
+        if text == "died" and fallen and fallen.rank == ranks[0]:  # other ranks have told it, and do not know how
             text = _ended(fallen.status, None, "") or text
         return Failure(int(str(ranks[0])), text, len(ranks) - 1, died)
     # A rank that has ended with a status of its own is named. Nobody is where mpiexec, or a node, is gone.

@@ -50,6 +50,7 @@ class ParameterServer(Service):
         ranks = range(self.first, self.first + self.workers)
         self.roll, self.dealing = WorkerTable(ranks), BatchQueue(ranks)
         self._here = Control()  # the answer to a worker on this rank
+        self._asked_chief = 0
         self._owed = False  # a checkpoint is due that the worker on this rank must trigger
         self._started = False
         self._turn = Turn()
@@ -106,10 +107,11 @@ class ParameterServer(Service):
         push = self.replica.push
         with self._turn:
             while self.roll.open:
+                if self.communicator.lost - self.roll.gone:  # noticed here, or in a call or a checkpoint
+                    self._go_on()
+                    continue
                 with suppress(RankLost):
                     self.action_listener(*self.communicator.next_request(push.message, push.tail_at))
-                if len(self.communicator.lost) > len(self.lost):
-                    self._go_on()
         self._end_loop()
         if self.fault:
             self.complain()
@@ -180,6 +182,8 @@ class ParameterServer(Service):
             whole: whether it is whole.
         """
         self.look_at_save()
+        if rank in self.communicator.lost:  # sent before it died; its batches are dealt out again
+            return
         row = dict(zip(self._columns, self.replica.push.rows[0].tolist(), strict=True))
         if rank == self.communicator.rank:
             row["round"] = self.control.version % ROUNDS
@@ -196,9 +200,9 @@ class ParameterServer(Service):
 
     def _go_on(self) -> None:
         """Go on without workers that have died: the batches that they have not pushed are dealt out again."""
-        before = set(self.lost)
-        self.note_lost()
-        for rank in self.lost - before:
+        if self.communicator.lost - self.lost:
+            self.note_lost()
+        for rank in self.lost - self.roll.gone:
             self.roll.lose(rank)
             self.dealing.lose(rank)
             self.intake.in_round.discard(rank)
@@ -248,6 +252,11 @@ class ParameterServer(Service):
         """Whether training goes on after the checkpoint that is due; see `Service`."""
         due = self.control.checkpoint or self._here.checkpoint or self.control.call == Call.EPOCH
         return bool(due) and self.control.stop != Stop.PREEMPTED
+
+    @property
+    def asked_chief(self) -> int:
+        """The chief when the first worker was asked for its state; see `Service`."""
+        return self._asked_chief if self.roll.told else int(self.control.chief)
 
     @property
     def _can_save(self) -> bool:
@@ -307,6 +316,8 @@ class ParameterServer(Service):
         ends = settled and not told and (self._ending or self.roll.closes(rank))
         control.checkpoint = control.again = float(told)
         if told:
+            if not self.roll.told:
+                self._asked_chief = int(control.chief)
             self.roll.told.add(rank)
         if ends:
             self.roll.open.discard(rank)

@@ -171,8 +171,9 @@ def test_two_die_and_a_checkpoint_goes_on_with_all(survive: Start, tmp_path: Pat
 def test_the_batches_of_a_dead_worker_are_dealt_out_again(mode: str, survive: Start, tmp_path: Path) -> None:
     settings = {"local.steps": 2, "staleness.buffer": 2} if mode == "fedbuff" else {}
     steps = "steps = globals().get('steps', 0) + 1\n        "
-    kill = "os.kill(os.getpid(), signal.SIGKILL) if rank == 2 and steps == 4 else time.sleep(0.02 * (rank != 2))"
-    done = survive(steps + kill, mode=mode, **settings)
+    kill = "if rank == 2 and steps == 4: open('gone', 'w').close(); os.kill(os.getpid(), signal.SIGKILL)\n        "
+    others = "while rank != 2 and steps > 5 and not os.path.exists('gone'): time.sleep(0.01)\n        time.sleep(0.02)"
+    done = survive(steps + kill + others, mode=mode, **settings)
     assert done.returncode == 0, done.stderr
     assert "2 of 3 workers; its batches are dealt out again" in done.stderr
     assert "are not trained on" not in done.stderr

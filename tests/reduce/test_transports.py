@@ -51,14 +51,22 @@ class TestTwoNodesInSlices(TestTwoNodesWithOneServer):
     plan = "sharded"
 
 
+class OverMpi(TransportContract):
+    @property
+    def workers(self) -> list[int]:
+        from mpi4py import MPI
+
+        return list(range(1, MPI.COMM_WORLD.size))
+
+
 @pytest.mark.mpi(min_size=4)
-class TestMessagesOverMpi(TransportContract):
+class TestMessagesOverMpi(OverMpi):
     def run(self, program: Program, config: Config) -> list[Any]:
         return on_mpi(lambda e: program(end_of(e, replace(config, shared_memory=False))))
 
 
 @pytest.mark.mpi(min_size=4)
-class TestSharedMemoryOverMpi(TransportContract):
+class TestSharedMemoryOverMpi(OverMpi):
     plan = "sharded"
 
     def run(self, program: Program, config: Config) -> list[Any]:

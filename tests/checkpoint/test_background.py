@@ -355,7 +355,7 @@ def test_a_checkpoint_of_seconds_never_waits_for_one(monkeypatch: pytest.MonkeyP
     def note(ps: mpips.Run) -> None:
         for rank in range(3):
             world.time[rank] = max(world.time[rank], 10.0 * ps.round)
-        if ps.round == 10:
+        if ps.round == 10 and not on.is_set():  # the first worker that comes here
             assert slow.steps == []
             on.set()
 

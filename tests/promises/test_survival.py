@@ -262,17 +262,6 @@ def test_clients_of_a_dead_worker_move_to_the_others(mode: str, dead: int, memor
     assert [float(row["samples"]) for row in metrics(tmp_path)] == [everyone] * 2 + [everyone - lost] + [everyone] * 2
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [({"mode": "scaffold"}, "control variates"), ({"mode": "fedavg", "rule": "median"}, "which combines clients")],
-    ids=["scaffold", "a rule of clients"],
-)
-def test_what_would_be_gone_with_a_worker_is_refused(settings: dict[str, Any], said: str, survive: Start) -> None:
-    done = survive("", **settings)
-    assert done.returncode == 2
-    assert said in done.stderr
-
-
 def test_a_worker_that_is_stopped_is_killed_after_the_deadline(survive: Start, tmp_path: Path) -> None:
     done = survive("if rank == 3 and ps.round == 4: os.kill(os.getpid(), signal.SIGSTOP)", deadline=2)
     assert done.returncode == 0, done.stderr

@@ -280,11 +280,13 @@ def tell_launcher(rank: int, text: str, status: int, died: bool = False) -> None
         status: the status with which the run is to end.
         died: whether the failure is a death, so that the run may be started again. Several ranks may notice it; what the rank
             itself has written stays.
+
+    No error of the disk is raised: whoever calls this is about to end all ranks.
     """
     if folder := os.environ.get("MPIPS_LAUNCH_DIR"):
         facts = {"time": time.time(), "rank": rank, "host": socket.gethostname(), "status": status, "traceback": text}
         facts |= {"died": died}
-        with suppress(FileExistsError), Path(folder, f"failure_{rank}.json").open("x" if died else "w") as file:
+        with suppress(OSError), Path(folder, f"failure_{rank}.json").open("x" if died else "w") as file:
             file.write(json.dumps(facts))
 
 

@@ -474,6 +474,16 @@ def test_a_death_that_others_tell_of_is_described_as_it_was(tmp_path, monkeypatc
     assert Watch(tmp_path, 4).failures(until=math.inf) == told
 
 
+@pytest.mark.parametrize("folder", ["gone", "a file"])
+@pytest.mark.parametrize("died", [False, True])
+def test_no_error_of_the_disk_keeps_a_rank_from_ending_all(folder, died, tmp_path, monkeypatch):
+    """The thread that watches the others would end by it, and everybody wait for ever."""
+    monkeypatch.setenv("MPIPS_LAUNCH_DIR", str(tmp_path / "there"))
+    if folder == "a file":
+        (tmp_path / "there").touch()
+    tell_launcher(2, "died", 1, died=died)
+
+
 def test_a_rank_that_ends_before_it_has_left_its_id_is_known_as_a_child_of_mpiexec(tmp_path):
     environ = {**os.environ, keeper.FOLDER: str(tmp_path), "OMPI_COMM_WORLD_RANK": "3"}
     with selectors.DefaultSelector() as selector, subprocess.Popen(["sleep", "60"], env=environ) as child:

@@ -41,6 +41,7 @@ class Gradient:
     apart: ClassVar[bool] = False  # whether the model's weights differ from the server's between rounds
     members: frozenset[int] | None = None  # the parameters that the round steps; None for all
     lead: bool | None = None  # if all workers have the same contribution: whether this worker's counts; else None
+    examines: bool = False  # whether a contribution is examined even if its reduction will tell
     raw: ClassVar[bool] = True  # whether a push is one contribution, whose weight the reduction may apply
 
     def __init__(
@@ -104,7 +105,7 @@ class Gradient:
         """
         if row.overflow:  # no rank steps
             return metrics
-        found_by_sum = self.replica.push.shared and self.config.rule == "mean"
+        found_by_sum = self.replica.push.shared and self.config.rule == "mean" and not self.examines
         if found_by_sum and self.config.nonfinite != "drop":
             return metrics
         bad = self.replica.flat.first_nonfinite(self.replica.push.gradients)

@@ -21,6 +21,7 @@ from mpips.config import ConfigError
 from mpips.model.flat import unwrap
 from mpips.model.message import Replica
 from mpips.optim import snapshot
+from mpips.optim.foreign import is_torchs, kind, needs_its_own_step, unhooked
 from mpips.optim.joint import Joint
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -28,11 +29,6 @@ HOOKS = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
 )  # the wrapped optimizer runs these, where the script calls step
-
-
-def kind(optimizer: Optimizer) -> type[Optimizer]:
-    """Return the optimizer's class as the script made it; `connect` replaces the class of the script's object by a subclass."""
-    return getattr(type(optimizer), "given_class", type(optimizer))
 
 
 def made(optimizer: Optimizer | MakeOptimizer, model: nn.Module) -> Optimizer:
@@ -103,7 +99,12 @@ class FlatOptimizer:
         stepped = dict(zip(self.replica.flat.parameters, self.weights, strict=True))
         frozen = set(self.replica.flat.frozen.values())
         in_place = self.weights is self.replica.flat.parameters
-        if in_place and not _is_torchs(given):  # a foreign class may hold parameters or another optimizer anywhere
+        on_workers = isinstance(given, (torch.optim.LBFGS, torch.optim.SparseAdam)) or (
+            not self._own and needs_its_own_step(given)
+        )
+        if in_place and not (
+            is_torchs(given) or on_workers
+        ):  # a foreign class may hold parameters or another optimizer anywhere
             for group in given.param_groups:
                 group["params"] = [p for p in group["params"] if p not in frozen]
             return given
@@ -113,7 +114,7 @@ class FlatOptimizer:
         twin.param_groups = groups
         for name in HOOKS:
             setattr(twin, name, OrderedDict())
-        if isinstance(given, (torch.optim.LBFGS, torch.optim.SparseAdam)):  # these step on the workers
+        if on_workers:
             twin.state = defaultdict(dict)
         else:
             self._share_state(twin, given)
@@ -237,39 +238,6 @@ class FlatOptimizer:
             snapshot.check_same("masters", masters, self.saved)
         for name, master in self.saved.items():
             masters[name].copy_(master)
-
-
-def nested(optimizer: Optimizer) -> dict[str, Optimizer]:
-    """Return the optimizers that this one wraps, as SAM and Lookahead do, by attribute name."""
-    return {name: value for name, value in vars(optimizer).items() if isinstance(value, Optimizer)}
-
-
-def unhooked(optimizer: Optimizer) -> Callable[..., Any]:
-    """Return the class's `step` without torch's hook wrapper. The hooks run where the script calls `step`."""
-    step: Any = kind(optimizer).step
-    is_torchs_wrapper = (
-        getattr(step, "__globals__", {}).get("__name__") == "torch.optim.optimizer"
-    )  # and no foreign wrapper around it
-    bare: Callable[..., Any] = (
-        getattr(step, "__wrapped__", step) if is_torchs_wrapper and getattr(step, "hooked", False) else step
-    )
-    return bare
-
-
-def evaluates(optimizer: Optimizer, closure: bool) -> bool:
-    """Return whether every worker takes the same step itself and the server takes over the resulting weights.
-
-    That holds for optimizers that may evaluate the loss several times (`closure`), for optimizers whose state lies in other
-    optimizers that they wrap, and for LBFGS and SparseAdam.
-    """
-    if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
-        return True  # SparseAdam needs the sparse gradients that backward left
-    return not _is_torchs(optimizer) and (closure or bool(nested(optimizer)))
-
-
-def _is_torchs(optimizer: Optimizer) -> bool:
-    """Return whether the optimizer's class is torch's or this package's."""
-    return kind(optimizer).__module__.startswith(("torch.optim.", "mpips."))
 
 
 def step_once(optimizer: Optimizer) -> None:

@@ -50,14 +50,20 @@ def terms(optimizer: Optimizer) -> list[str]:
     return [f"optimizer = {type(optimizer).__name__}", *(f"hyperparameter {name}" for name in names(optimizer))]
 
 
-def write(optimizer: Optimizer, numbers: Sequence[float]) -> None:
-    """Set the hyperparameters to numbers that `read` returned on another rank. Each keeps the type that it has here."""
-    rest = iter(numbers)
+def write(optimizer: Optimizer, numbers: Sequence[float], before: Sequence[float] = ()) -> None:
+    """Set the hyperparameters to numbers that `read` returned on another rank. Each keeps the type that it has here.
+
+    Args:
+        optimizer: the optimizer.
+        numbers: the numbers.
+        before: what was written last. What has not changed since is not written: the optimizer may have changed its own.
+    """
+    rest, last = iter(numbers), iter(before or [float("nan")] * len(numbers))
     for group in optimizer.param_groups:
         for key in keys(optimizer):
             own = numbers_in(group.get(key))
-            new = [next(rest) for _ in own]
-            if new != own and not any(n != n for n in new):
+            new, old = [next(rest) for _ in own], [next(last) for _ in own]
+            if new not in (own, old) and not any(n != n for n in new):
                 group[key] = like(group[key], new)
 
 
@@ -66,6 +72,7 @@ class Told:
 
     Attributes:
         numbers: what `read` returns.
+        before: `numbers` before they changed last.
         limbs: the same numbers, encoded.
     """
 
@@ -75,6 +82,7 @@ class Told:
         self._seen: list[Any] = []
         self._in_place = False  # whether a value is a tensor or array, which may change in place
         self.numbers: list[float] = []
+        self.before: list[float] = []
         self.limbs: Limbs = None
         self.changed()
 
@@ -92,7 +100,7 @@ class Told:
         limbs = encode(numbers)
         if self.limbs is not None and np.array_equal(limbs, self.limbs):
             return False
-        self.numbers, self.limbs = numbers, limbs
+        self.before, self.numbers, self.limbs = self.numbers, numbers, limbs
         return True
 
 

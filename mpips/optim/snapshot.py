@@ -28,7 +28,7 @@ class SnapshotError(ValueError):
 
 
 def to_json(value: Any) -> str:
-    """Return nested dicts (with keys of any type), lists, tuples and numbers as text that `from_json` restores exactly."""
+    """Return nested dicts (keys of any type), lists, tuples, dtypes and numbers as text that `from_json` restores exactly."""
     return json.dumps(_encode(value))
 
 
@@ -37,18 +37,34 @@ def from_json(text: str) -> Any:
     return _decode(json.loads(text))
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """Return torch's dtype of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype {name!r} is none of torch's")
+    return found
+
+
 def _encode(value: Any) -> Any:
     if isinstance(value, Mapping):
         kind = "counter" if isinstance(value, Counter) else "dict"
         return {kind: [[_encode(k), _encode(v)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
         return [_encode(v) for v in value]
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     return value.item() if isinstance(value, (Tensor, np.generic)) else value
 
 
 def _decode(value: Any) -> Any:
     if isinstance(value, dict):
         ((kind, pairs),) = value.items()
+        if kind == "dtype":
+            return dtype_of(pairs)
         items = {_decode(k): _decode(v) for k, v in pairs}
         return Counter(items) if kind == "counter" else items
     return [_decode(v) for v in value] if isinstance(value, list) else value

@@ -20,7 +20,8 @@ from mpips.comm import Communicator, broadcast_bytes
 from mpips.model.flat import Slot
 from mpips.model.layout import piece, pieces
 from mpips.optim import snapshot
-from mpips.optim.flat_optimizer import FlatOptimizer, kind
+from mpips.optim.flat_optimizer import FlatOptimizer
+from mpips.optim.foreign import kind
 from mpips.optim.server_optimizer import FedAdagrad, FedAdam, FedYogi, SetWeights, SlowMo
 
 ELEMENTWISE = {

@@ -134,5 +134,7 @@ def average_by_messages(communicator: Communicator, replica: Replica, rule: Rule
             push.raw = False
             if (weight := push.weight(rank)) not in (0, 1):
                 push.gradients.mul_(weight)
+        if push.weight(rank) == 0:  # in shared memory it may hold anything
+            push.body.zero_()
         bring_together(communicator, push, rule, last, first)
     communicator.broadcast(push.message)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from mpips.config import Config, ConfigError
 from mpips.data import Place
 from mpips.model.flat import unwrap
-from mpips.optim.flat_optimizer import kind
+from mpips.optim.foreign import kind
 from mpips.process import rng
 from mpips.run import keeping
 from mpips.server.rank_state import RankState

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mpips.optim.flat_optimizer import nested
+from mpips.optim.foreign import nested
+from mpips.optim.snapshot import dtype_of
 
 Tree = dict[str, Any]
 OWN, GROUPS = "optimizer ", "param_groups"
@@ -46,10 +48,14 @@ def _to_plain(value: Any, place: str, name: str, tensors: dict[str, Tensor]) -> 
         return value.item()
     if isinstance(value, PLAIN):
         return value
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     under = f"{place}." if place else ""
     if isinstance(value, Mapping):
         items = value.items()
         return {"dict": [[_to_plain(k, place, name, tensors), _to_plain(v, f"{under}{k}", name, tensors)] for k, v in items]}
+    if isinstance(value, deque):
+        return {"deque": [value.maxlen, _to_plain(list(value), place, name, tensors)]}
     if isinstance(value, (list, tuple, set)):
         kind = type(value).__mro__[-2].__name__
         return {kind: [_to_plain(v, f"{under}{at}", name, tensors) for at, v in enumerate(value)]}
@@ -73,6 +79,10 @@ def _from_plain(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         ((kind, items),) = value.items()
         if kind == "dict":
             return {_from_plain(k, tensors): _from_plain(v, tensors) for k, v in items}
+        if kind == "dtype":
+            return dtype_of(items)
+        if kind == "deque":
+            return deque(_from_plain(items[1], tensors), maxlen=items[0])
         return {"list": list, "tuple": tuple, "set": set}[kind](_from_plain(item, tensors) for item in items)
     return value
 

@@ -327,9 +327,10 @@ class Loop:
         worker = self.worker
         if self._where is not Where.INSIDE or worker.control.stop:
             self.drain()
-        if self.made():
+        inside = self._where is Where.INSIDE
+        if self.rehearsing if inside else self.made():
             return
-        self._check_place()
+        self._check_place(inside)
         named = worker.config.metrics
         if (metrics or (named and loss is not None)) and metrics.keys() != set(named):
             raise ValueError(f"step() was given the metrics {sorted(metrics)}, the `metrics` setting names {named}")
@@ -344,8 +345,8 @@ class Loop:
                 raise ValueError(f"mode {worker.config.mode} weighs a client by its loss: got none, expected ps.step(loss)")
             worker.update.measure(value, count)
             return
-        inside = self.inside
-        worker.step(value, count, [float(metrics.get(name, float("nan"))) for name in named], taken)
+        means = [float(metrics.get(name, float("nan"))) for name in named] if named else ()
+        worker.step(value, count, means, taken)
         if worker.control.stop:
             self._obey(later=inside)
         if not inside:
@@ -357,8 +358,12 @@ class Loop:
         if self._where is Where.OUTSIDE:
             self.replay.end_call()
 
-    def _check_place(self) -> None:
-        """Raise RuntimeError for a step that trains on unsharded data, or that a checkpoint could not resume at."""
+    def _check_place(self, inside: bool) -> None:
+        """Raise RuntimeError for a step that trains on unsharded data, or that a checkpoint could not resume at.
+
+        Args:
+            inside: whether the script is inside a loop over its shard.
+        """
         worker = self.worker
         if self._unread:
             raise RuntimeError(
@@ -366,7 +371,7 @@ class Loop:
                 "returned; a loop over the loader that it was given trains every worker on all data"
             )
         position = worker.status.begun, worker.status.drawn
-        if position == self._stepped_at and self.inside and worker.config.checkpoint.every:
+        if position == self._stepped_at and inside and worker.config.checkpoint.every:
             raise RuntimeError(
                 f"a second step on a batch with checkpoint.every: given {worker.config.checkpoint.every}, expected 0, as a "
                 f"run cannot be resumed between the two; checkpoints are written at the ends of epochs, and by ps.save() "
@@ -386,12 +391,21 @@ class Loop:
             self.end_call()
         return average
 
-    def adopt(self, weights: Tensor, loss: float) -> None:
-        """Let the server take weights that the script's optimizer has stepped on every worker."""
+    def adopt(self, weights: Tensor, loss: float, steps: bool = True) -> None:
+        """Let the server take weights that the script's optimizer has stepped on every worker.
+
+        Args:
+            weights: `(numel,)`, the weights.
+            loss: the mean loss of this worker's samples.
+            steps: whether the batches since the last step are behind the weights.
+        """
         self.drain()
-        count, taken = self._count(), self._taken
-        self._taken, self._samples, self.worker.place.samples = 0, 0, 0.0
-        self._note_call(count)
+        count, taken = (self._count(), self._taken) if steps else (0.0, 0)
+        if steps:
+            self._taken, self._samples, self.worker.place.samples = 0, 0, 0.0
+            self._note_call(count)
+        elif self._where is Where.OUTSIDE:
+            self.replay.end_call()
         inside = self.inside
         self.worker.adopt(weights, loss, count, taken)
         self._obey(later=inside)

@@ -69,7 +69,7 @@ class Roles:
         self._count = max(1, count)
         index, self.workers = place_of(communicator, config)
         check_rule(config, self.workers)
-        check_optimizer(optimizer, self.workers)
+        check_optimizer(optimizer, self.workers, config)
         check_faults(config, communicator.size)
         check_min_workers(config, self.workers)
         self._requests = choose_mode(config).requests

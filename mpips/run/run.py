@@ -14,7 +14,8 @@ from mpips.config import ConfigError
 from mpips.data import Place
 from mpips.data.loader import sharded
 from mpips.model.message import Call, Control, Stop
-from mpips.optim.flat_optimizer import FlatOptimizer, evaluates, unhooked
+from mpips.optim.flat_optimizer import FlatOptimizer
+from mpips.optim.foreign import evaluates, needs_its_own_step, unhooked
 from mpips.optim.joint import Joint
 from mpips.run import clipping, failure
 from mpips.run import run_folder as folder
@@ -37,12 +38,14 @@ class Seat:
 
     def __init__(self, run: Run, which: int) -> None:
         self._run, self._which = run, which
-        self._evaluates = {closure: evaluates(run.optimizers[which], closure) for closure in (False, True)}
+        optimizer = run.optimizers[which]
+        own = run.steps_in_rounds and needs_its_own_step(optimizer)
+        self._evaluates = {closure: own or evaluates(optimizer, closure) for closure in (False, True)}
 
     def optimizer_step(self, closure: Callable[[], Any] | None, overflow: bool | None = None) -> Any:
         """Take a step: on the workers for an optimizer that evaluates the loss itself, else by a round."""
         if self._evaluates[closure is not None]:
-            return self._run.evaluate(self._which, closure)
+            return self._run.evaluate(self._which, closure, overflow)
         return self._run.step_once(self._which, closure, overflow)
 
     def first_step(self, step: Callable[[], Any]) -> Any:
@@ -52,6 +55,10 @@ class Seat:
     def second_step(self, step: Callable[[], Any]) -> Any:
         """Take the second half of a step that evaluates the loss twice."""
         return self._run.second_step(self._which, step)
+
+    def swap(self, swap: Callable[[], Any]) -> Any:
+        """Let the optimizer swap the weights in place, as a schedule-free one's `train` and `eval` do."""
+        return self._run.swap(self._which, swap)
 
     def gradients_zeroed(self) -> None:
         """Note that the script has zeroed the gradients of this optimizer's parameters."""
@@ -123,6 +130,11 @@ class Run:
         self._said: tuple[float, float | None, Mapping[str, float]] | None = (
             None  # loss, samples and metrics of the `step` in progress
         )
+
+    @property
+    def steps_in_rounds(self) -> bool:
+        """Whether `optimizer.step()` is a round, in which all workers have the same weights."""
+        return self._worker.mode.gradients
 
     @property
     def _place(self) -> Place:
@@ -307,13 +319,13 @@ class Run:
             self._worker.status.overflow = False
         return loss
 
-    def evaluate(self, which: int, closure: Callable[[], Any] | None) -> Any:
-        """Take a step of an optimizer that may evaluate the loss several times.
+    def evaluate(self, which: int, closure: Callable[[], Any] | None, overflow: bool | None = None) -> Any:
+        """Take a step of an optimizer that may evaluate the loss several times, or that the script looks into.
 
         Every worker takes the same step on weights of its own, with averaged losses and gradients. Then the server takes the
         new weights.
         """
-        optimizer, loop = self.optimizers[which], self._loop
+        optimizer, flat, status = self.optimizers[which], self._worker.replica.flat, self._worker.status
         if closure is None and isinstance(optimizer, torch.optim.LBFGS):
             raise ConfigError("optimizer: given LBFGS, whose step needs a closure, allowed: optimizer.step(closure)")
         losses: list[float] = []
@@ -322,13 +334,28 @@ class Run:
             assert closure
             with torch.enable_grad():
                 loss = closure()
-            losses.append(loop.average(loss))
+            losses.append(self._combine(loss))
             return loss if self.workers == 1 else loss.detach().new_tensor(losses[-1])
 
-        if not self._begin_own_step(which):
-            self._own_step = None
-            return closure() if closure else None
-        return self._end_own_step(lambda: unhooked(optimizer)(optimizer, *([averaged_closure] if closure else [])), losses)
+        def step() -> Any:
+            return None if status.overflow else unhooked(optimizer)(optimizer, *([averaged_closure] if closure else []))
+
+        status.overflow = bool(overflow)
+        try:
+            if not self._begin_own_step(which):
+                self._own_step = None
+                return closure() if closure else None
+            status.overflow = overflow is not None and flat.first_nonfinite(flat.grad) is not None  # the same on all workers
+            return self._end_own_step(step, losses)
+        finally:
+            status.overflow = False
+
+    def _combine(self, loss: Tensor | float | None) -> float:
+        """Average the gradients and the loss over all workers, and clip the gradients; return the loss."""
+        mean = self._loop.average(loss)
+        if self.config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self._worker.replica.flat.parameters, self.config.clip)
+        return mean
 
     def first_step(self, which: int, step: Callable[[], Any]) -> Any:
         """Take the first half of a step as `evaluate` does; the script evaluates the loss itself, before `second_step`."""
@@ -346,11 +373,26 @@ class Run:
             self._own_step = None
             self._worker.replica.flat.clear()  # as the two halves may, which are not executed
             return None
-        self._loop.average(None)
+        self._combine(None)
         return self._end_own_step(step, [])
 
-    def _begin_own_step(self, which: int) -> bool:
-        """Let the model have weights of its own; return whether the step is to be taken."""
+    def swap(self, which: int, swap: Callable[[], Any]) -> Any:
+        """Let the optimizer swap the weights on every worker alike; then the server takes them, in a round without samples."""
+        if self._inside_step:
+            return swap()
+        if not self._begin_own_step(which, averages=False):
+            self._own_step = None
+            return None
+        self._worker.lead()
+        return self._end_own_step(swap, [], steps=False)
+
+    def _begin_own_step(self, which: int, averages: bool = True) -> bool:
+        """Let the model have weights of its own; return whether the step is to be taken.
+
+        Args:
+            which: the index of the optimizer.
+            averages: whether the step may begin with the gradient that is there.
+        """
         optimizer, loop, worker = self.optimizers[which], self._loop, self._worker
         if self._own_step:
             raise RuntimeError("a step after optimizer.first_step(): given another one, expected optimizer.second_step()")
@@ -366,17 +408,18 @@ class Run:
         self._own_step = OwnStep(which, flat.weights, worker.status.more, taken)
         if taken:
             worker.status.more = True  # a run that is preempted takes the whole step
-            if not isinstance(optimizer, torch.optim.LBFGS):  # others begin with the gradient that is there, as SAM does
-                loop.average(None)
+            if averages and not isinstance(optimizer, torch.optim.LBFGS):  # which evaluates it itself
+                self._combine(None)
             flat.rehang_weights(flat.weights.clone())
         return taken
 
-    def _end_own_step(self, step: Callable[[], Any], losses: list[float]) -> Any:
+    def _end_own_step(self, step: Callable[[], Any], losses: list[float], steps: bool = True) -> Any:
         """Take the step, and let the server take the new weights.
 
         Args:
             step: steps the model's weights.
             losses: the losses that the step has evaluated, the first one at the weights before; it may append to them.
+            steps: whether the batches since the last step are behind the new weights.
         """
         own, flat = self._own_step, self._worker.replica.flat
         assert own
@@ -388,7 +431,7 @@ class Run:
             flat.rehang_weights(own.pulled)
             self._worker.status.more, self._own_step, self._inside_step = own.more, None, False
         loss_given = self._said[0] if self._said else float("nan")
-        self._loop.adopt(weights, losses[0] if losses else loss_given)
+        self._loop.adopt(weights, losses[0] if losses else loss_given, steps)
         return result
 
     @property
@@ -550,7 +593,7 @@ class Run:
     @property
     def active(self) -> bool:
         """Whether the optimizer's steps are rounds, which they are from `connect` to `close`."""
-        return isinstance(self.optimizers[0], wrapped.Wrapped)
+        return wrapped.is_wrapped(self.optimizers[0])
 
     @property
     def preempted(self) -> bool:
@@ -591,7 +634,10 @@ class Run:
 
     def leave(self) -> None:
         """Leave the run, as `close` does, without the optimizers' state. Called when Python exits."""
-        if failure.happened() or not self.active:
+        if failure.happened():
+            return
+        self._worker.check_whole()
+        if not self.active:
             return
         for optimizer in self.optimizers:
             wrapped.unwrap(optimizer)

@@ -32,12 +32,14 @@ from mpips.config import (
 )
 from mpips.model.trainable import Trainable, freeze
 from mpips.optim.flat_optimizer import MakeOptimizer, made, step_once
+from mpips.optim.foreign import has_own_numbers, has_plain_state, is_torchs, kind, swaps, trial
 from mpips.optim.joint import Joint
 from mpips.process import lifecycle as process
 from mpips.process.environment import launch
 from mpips.report import stdout
 from mpips.rules import RuleError, choose
 from mpips.run import failure
+from mpips.run.keeping import pack
 from mpips.server.contract import agree_on_settings
 
 Joined = TypeVar("Joined")
@@ -172,8 +174,8 @@ def one_optimizer(
     return Joint(parts, step_once)
 
 
-def check_optimizer(optimizer: Optimizer, workers: int) -> None:
-    """Check that the optimizer can step with this number of workers.
+def check_optimizer(optimizer: Optimizer, workers: int, config: Config) -> None:
+    """Check that the optimizer can step with this number of workers, in this mode.
 
     Raises:
         SystemExit: with status 2 and one line on the screen, if it cannot.
@@ -181,6 +183,26 @@ def check_optimizer(optimizer: Optimizer, workers: int) -> None:
     if workers > 1 and isinstance(optimizer, SparseAdam):
         allowed = "torch.optim.Adam with nn.Embedding(sparse=False), as gradients are brought together dense"
         raise refused(ConfigError(f"optimizer: given SparseAdam with {workers} workers, allowed: {allowed}"))
+    mode, given, allowed = choose_mode(config), f"a {kind(optimizer).__name__}", ""
+    if not mode.gradients and (swaps(optimizer) or not has_plain_state(optimizer)):
+        given, allowed = f"{given} with mode {config.mode}, which swaps weights or has a state that is not plain", "mode sync"
+    elif not (mode.gradients or mode.local) and has_own_numbers(optimizer):
+        given, allowed = f"{given} with mode {config.mode}, whose steps change numbers in its groups", "mode sync"
+    elif why := _not_kept(optimizer):
+        given, allowed = f"{given}, whose state cannot be written to a checkpoint: {why}", "another optimizer"
+    if allowed:
+        raise refused(ConfigError(f"optimizer: given {given}, allowed: {allowed}"))
+
+
+def _not_kept(optimizer: Optimizer) -> str:
+    """Return why the state of an optimizer of another library cannot be kept; else an empty string."""
+    tried = None if is_torchs(optimizer) else trial(optimizer)
+    try:
+        for entries in tried.state.values() if tried else ():
+            pack(entries, "a parameter")
+    except TypeError as error:
+        return str(error)
+    return ""
 
 
 def join(config: Config) -> Communicator:

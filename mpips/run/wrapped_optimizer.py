@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mpips.config import ConfigError
-from mpips.optim.flat_optimizer import kind
+from mpips.optim.foreign import SWAPS, kind
 
 HALVES = ("first_step", "second_step")
 
@@ -34,6 +34,9 @@ class Stepping(Protocol):
 
     def second_step(self, step: Callable[[], Any]) -> Any:
         """Average the gradients, take `step`, and let the server take the new weights."""
+
+    def swap(self, swap: Callable[[], Any]) -> Any:
+        """Call `swap`, which replaces the weights in place, on every worker, and let the server take the new weights."""
 
     def gradients_zeroed(self) -> None:
         """Note that the script has zeroed the gradients."""
@@ -53,7 +56,7 @@ class Stepping(Protocol):
 
 
 class Wrapped:
-    """The base class that `connect` puts in front of the optimizer's own class."""
+    """The methods that `connect` gives the optimizer in the place of its own; see `_derived`."""
 
     given_class: type[Optimizer]
     _mpips: Stepping
@@ -97,7 +100,8 @@ class Wrapped:
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state, wherever its parts are, in a form that plain PyTorch can load."""
         tree = self._mpips.optimizer_state()
-        own: dict[str, Any] = super().state_dict()  # type: ignore[misc]
+        this: Any = self
+        own: dict[str, Any] = self.given_class.state_dict(this)
         if tree is not None:
             own["state"] = own["state"] | tree  # a frozen parameter's, which Adagrad has, is here alone
         return own
@@ -109,7 +113,8 @@ class Wrapped:
             RuntimeError: the state is on another rank's server.
         """
         self._mpips.check_loadable()
-        super().load_state_dict(state_dict)  # type: ignore[misc]
+        this: Any = self
+        self.given_class.load_state_dict(this, state_dict)
         self._mpips.optimizer_loaded()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -119,7 +124,7 @@ class Wrapped:
 
 
 class Barred:
-    """The base class that is put in front of an optimizer's own class when a run has ended that keeps its state."""
+    """The methods of an optimizer whose run has ended and keeps its state; see `_derived`."""
 
     given_class: type[Optimizer]
     _mode: str
@@ -143,7 +148,7 @@ def bar(optimizer: Optimizer, mode: str) -> None:
     """Make an optimizer unusable whose state has stayed with the server of a run in this mode."""
     own: Any = optimizer
     given: Any = kind(optimizer)
-    own.__class__ = type(given.__name__, (Barred, given), {"given_class": given, "__module__": given.__module__})
+    own.__class__ = _derived(Barred, given)
     own._mode = mode
 
 
@@ -156,20 +161,44 @@ def _caller() -> Any:
     return frame.f_locals["self"]
 
 
+def _derived(methods: type, given: Any) -> Any:
+    """Return a class derived from the given optimizer class, with the methods of another class in the place of its own.
+
+    That class is no base of it: an object whose class derives from ABC, say, could not be given the new class.
+    """
+    body = {name: value for name, value in vars(methods).items() if name not in ("__dict__", "__weakref__")}
+    body |= {
+        "given_class": given,
+        "methods": methods,
+        "__module__": given.__module__,
+        "__doc__": given.__doc__,
+        "__slots__": (),
+    }
+    return type(given)(given.__name__, (given,), body)
+
+
+def is_wrapped(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer is one of a run that goes on."""
+    return getattr(type(optimizer), "methods", None) is Wrapped
+
+
 @cache
 def _class_of(given: Any) -> Any:
     """Return the class derived from `Wrapped` and the given optimizer class."""
-    derived: Any = type(given.__name__, (Wrapped, given), {"given_class": given, "__module__": given.__module__})
+    derived: Any = _derived(Wrapped, given)
     derived.step = _hooked(derived.step)
     derived.zero_grad = _noted(given.zero_grad)
     if all(hasattr(given, name) for name in HALVES):  # as SAM is commonly written
         for name in HALVES:
             setattr(derived, name, _half(getattr(given, name), name))
+    if all(callable(getattr(given, name, None)) for name in SWAPS):
+        for name in SWAPS:
+            setattr(derived, name, _half(getattr(given, name), "swap"))
     return derived
 
 
 def _half(method: Any, name: str) -> Any:
-    """Wrap one half of a step that evaluates the loss twice."""
+    """Wrap a method that changes the weights without a step of the server's; `name` is that of the method of `Stepping`."""
 
     @wraps(method)
     def half(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -211,9 +240,9 @@ def wrap(optimizer: Optimizer, run: Stepping) -> None:
     Raises:
         ConfigError: the optimizer's `step` has been replaced, or it belongs to another run that has not ended.
     """
-    if isinstance(optimizer, Barred):
+    if getattr(type(optimizer), "methods", None) is Barred:
         raise ConfigError("optimizer: given one whose state is with the server of an earlier run, allowed: a new one")
-    if isinstance(optimizer, Wrapped):
+    if is_wrapped(optimizer):
         raise ConfigError("optimizer: given one of a run that goes on, allowed: one of its own; end the other by ps.close()")
     step = vars(optimizer).get("step")
     if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
@@ -230,7 +259,7 @@ def wrap(optimizer: Optimizer, run: Stepping) -> None:
 
 def unwrap(optimizer: Optimizer) -> None:
     """Give the optimizer its own class back."""
-    if isinstance(optimizer, Wrapped):
+    if is_wrapped(optimizer):
         own: Any = optimizer
         own.__class__ = kind(optimizer)
         del own._mpips

@@ -133,11 +133,13 @@ class Service:
         self._given, self._make_data, self._measure, self._follows = optimizer, validation_data, validate, follows
         self._waiting: tuple[dict[int, Call], float] = {}, 0.0  # rank -> the call that it waits in, and since when
         self.digest = ""  # the contract's SHA-256
-        self._seen = b""  # the hyperparameters that were taken over last
+        self._told: list[float] = []  # the hyperparameters that were taken over last
+        self._agreed = b""  # those of all workers, if all contributed in the last round
         self.fault = ""
         self.states = b""
         self.kept: dict[str, Any] = {}
         self.told_state: dict[str, Any] = {}
+        self._bad_average = False  # whether the gradients that were averaged last hold a NaN or Inf, which has been reported
         self.optimizer: FlatOptimizer
         self.transport: Transport
         self._columns = COLUMNS + self.config.metrics
@@ -230,20 +232,19 @@ class Service:
             rows: the workers' rows of the tail.
             limbs: array of shape `(workers, width)`, their hyperparameters in limbs.
         """
+        if not self._follows or (told := limbs.tobytes()) == self._agreed:
+            return
         stepping = [k for k, row in enumerate(rows) if row[WEIGHT]]
-        if not (self._follows and stepping):
+        if not stepping:
             return
-        pushed = limbs if len(stepping) == len(limbs) else limbs[stepping]
-        if self.mode.local:  # each worker has its own; the first one's are taken
-            pushed = pushed[:1]
-        seen, self._seen = self._seen, pushed.tobytes()
-        if seen == self._seen:
-            return
-        optimizer = (self.inner or self.optimizer).torch
-        if (pushed != pushed[0]).any():
-            self._report_difference(optimizer, limbs, stepping)
-            return
-        hyper.write(optimizer, hyper.decode(pushed[0]))
+        pushed, optimizer = limbs[stepping], (self.inner or self.optimizer).torch
+        if not self.mode.local:  # there each worker has its own, and the first one's are taken
+            if (pushed != pushed[0]).any():
+                self._report_difference(optimizer, limbs, stepping)
+                return
+            self._agreed = told if len(pushed) == len(limbs) else b""
+        before, self._told = self._told, hyper.decode(pushed[0])
+        hyper.write(optimizer, self._told, before)
 
     def compare_data(self, rows: Sequence[Sequence[float]]) -> None:
         """Set `fault` if workers that contribute, at the same batch of the same loop, have different digests of their data."""

@@ -216,8 +216,9 @@ class Server(Service):
             self.fault = "the worker that gave the gradient of all, averaged before the step, has died"
         if skipped:  # no step is taken, but forward has updated BatchNorm's statistics
             self.combine_buffers()
-        if bad:
+        if bad and not self._bad_average:  # else whose they were has been told
             self.handle_nonfinite(bad)
+        self._bad_average = False
         if self.config.buffers == "server":
             self.replica.buffers.store(self.replica.pull.buffers)
 
@@ -252,6 +253,10 @@ class Server(Service):
         if not self.trains:
             self.replica.push.message.zero_()
         self.transport.average()
+        bad = {rank: int(row[BAD]) - 1 for rank, row in enumerate(self.replica.push.table()) if row[BAD]}
+        if bad:
+            self.handle_nonfinite(bad)
+            self._bad_average = self.config.nonfinite != "drop"
 
     def note(self, updates: Updates) -> None:
         """Update the control and the report after a round."""

@@ -9,6 +9,7 @@ The new weights arrive where the model's parameters are, so there is nothing to 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,21 @@ from mpips.algorithms.modes import choose_mode, make_update, server_optimizer
 from mpips.comm import Communicator
 from mpips.config import Config, ConfigError
 from mpips.data import Common, Part, Place
-from mpips.model.message import LOSS, ROUNDS, SAMPLES, WEIGHT, Call, Control, Replica, Stop, WorkerStatus, replicate
+from mpips.model.message import (
+    BAD,
+    LOSS,
+    ROUNDS,
+    SAMPLES,
+    WEIGHT,
+    Call,
+    CallError,
+    Control,
+    NonFiniteError,
+    Replica,
+    Stop,
+    WorkerStatus,
+    replicate,
+)
 from mpips.optim import hyperparameters as hyper
 from mpips.optim.flat_optimizer import FlatOptimizer, MakeOptimizer, made
 from mpips.process import rng
@@ -177,6 +192,7 @@ class Worker:
         self._checkpoint_due = False  # whether its part of a checkpoint is due
         self._streams: rng.State | None = None
         self._before: Before | None = None  # of a resumed run that has not gone on
+        self._failed: Exception | None = None  # see `check_whole`
         if self.config.overlap and mode.gradients:
             model.register_forward_pre_hook(lambda *_: self.settle())  # deepcopy of the model does not follow it
         self._begun = self._left = communicator.clock()
@@ -350,7 +366,7 @@ class Worker:
             )
         self.replica.push.write_hyper(self.communicator.rank, told.limbs)
         if self.inner:
-            hyper.write(self.inner.torch, told.numbers)
+            hyper.write(self.inner.torch, told.numbers, told.before)
 
     def _look_at_weights(self) -> None:
         """Take over the weights that the script has changed itself, where that is exact.
@@ -413,7 +429,9 @@ class Worker:
 
         Raises:
             NonFiniteError: see `pull`.
+            RuntimeError: see `check_whole`.
         """
+        self.check_whole()
         rest, self._background = self._background, None
         if rest:
             rest()
@@ -430,7 +448,24 @@ class Worker:
         """Take part in the checkpoint that was due in the last round, now that the script has finished its step."""
         if self._checkpoint_due:
             self._checkpoint_due = False
-            self.save()
+            try:
+                self.save()
+            except Exception as error:
+                self._note_failure(error)
+                raise
+
+    def _note_failure(self, error: Exception) -> None:
+        """Note an exception in what all ranks do together: if it is this rank's alone, the others wait for the rest of it."""
+        if self.communicator.size > 1 and not isinstance(error, (CallError, NonFiniteError)):  # which all ranks raise
+            self._failed = error
+
+    def check_whole(self) -> None:
+        """Raise RuntimeError if something has failed before that all ranks do together, and the script has caught that."""
+        if self._failed:
+            raise RuntimeError(
+                f"the run cannot go on after what the script has caught on this rank: the other ranks wait for the rest of it "
+                f"({type(self._failed).__name__}: {self._failed})"
+            ) from self._failed
 
     def push(self, loss: float, samples: float, metrics: Sequence[float] = (), taken: int = 0) -> None:
         """Push the gradient that backward has computed, or what the mode pushes instead, and this rank's row.
@@ -565,7 +600,11 @@ class Worker:
         self.barrier(call)
         reply: dict[str, Any] = {}
         if self.control.stop != Stop.PREEMPTED:
-            reply = self._take_part(given or {})
+            try:
+                reply = self._take_part(given or {})
+            except Exception as error:
+                self._note_failure(error)
+                raise
         if not parked and not self.control.stop:
             self._unpark()
         return reply
@@ -640,7 +679,9 @@ class Worker:
         loss, samples = self._averaging if counts else (0.0, 0.0)
         row, metrics = self._row(samples=samples, loss=loss), [0.0] * len(self.config.metrics)
         if counts:
+            self.update.examines = True  # nobody examines the average
             self.update.write(row, metrics)
+            self.update.examines = False
         else:
             push.message.zero_()
             push.write(self.communicator.rank, row, metrics)
@@ -651,10 +692,16 @@ class Worker:
         if self.config.reduction == "sum":
             push.gradients.mul_(sum(row[WEIGHT] for row in rows))
         self._averaging = (sum(row[LOSS] for row in rows), sum(row[SAMPLES] for row in rows))
+        for bad in [int(row[BAD]) for row in rows if row[BAD]] if self.config.nonfinite != "drop" else []:
+            replica.flat.slots[bad - 1].view(push.gradients).fill_(math.nan)  # that worker's are left out, for a step to come
         replica.flat.take_average(push.gradients, push.present())
         if self.config.buffers == "mean":
             replica.buffers.combine(push.floats, push.limbs, [b.data for b in replica.buffers.tensors])
         self._contributes_common = next(rank for rank, row in enumerate(rows) if row[WEIGHT]) == self.communicator.rank
+
+    def lead(self) -> None:
+        """Let the first worker alone contribute what all workers have in common, in the next `adopt`."""
+        self._contributes_common = self.is_chief
 
     def adopt(self, weights: Tensor, loss: float, samples: float, taken: int = 0) -> Control:
         """Take part in a round in which the server adopts new weights, which are the same on all workers.
@@ -768,7 +815,11 @@ class Worker:
         self._begun = self.communicator.clock()
 
     def _receive(self, contributed: bool) -> None:
-        control = self.control = self.server.round(contributed)
+        try:
+            control = self.control = self.server.round(contributed)
+        except Exception as error:
+            self._note_failure(error)
+            raise
         if control.chief and not (self.mode.requests or self.mode.federated):
             self.update.first = self.is_chief
         if self.status.call == Call.LOOP:  # a checkpoint of this round is of the loop's end

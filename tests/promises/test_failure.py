@@ -277,3 +277,30 @@ def test_whatever_keeps_a_rank_from_saying_why_it_ends_all_end(mpirun: Any, tmp_
     line = f"if rank == 1 and ps.round == 5: open('trouble', 'w').close(); {first}; raise ZeroDivisionError('on purpose')"
     failing(mpirun, tmp_path, trouble(line))
     assert "ZeroDivisionError: on purpose" in (tmp_path / "run" / "logs" / "rank_0001.log").read_text()
+
+
+MOVED_AND_SAVED = "os.rename('run', 'moved') if rank == 0 else None; ps.save()"
+CAUGHT = """
+model = mlp()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+ps = mpips.connect(model, optimizer, run_dir="run", server_trains={trains})
+def measure():
+    raise FileNotFoundError("no validation data")
+x, y = data()
+F.cross_entropy(model(x), y).backward()
+optimizer.step()
+try:
+    {call}
+except Exception as error:
+    open("trouble", "w").close()
+    print("caught", error, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "trains"), [("ps.validate(measure)", False), ("ps.validate(measure)", True), (MOVED_AND_SAVED, True)]
+)
+def test_what_a_script_catches_on_one_rank_ends_all(mpirun: Any, tmp_path: Path, call: str, trains: bool) -> None:
+    """The others wait for the rest of the call, where this rank does not come any more."""
+    done = failing(mpirun, tmp_path, CAUGHT.format(trains=trains, call=call), seconds=10)
+    assert "cannot go on after what the script has caught on this rank" in done.stdout + done.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import mpips
 from mpips.comm import Communicator
 from mpips.comm.simulated import World
+from mpips.model.message import NonFiniteError
 from tests.helpers.programs import Data, data, mlp
 
 D = torch.float64
@@ -589,3 +592,43 @@ def test_losses_that_are_sums(plan: str, how: str, size: int, shares: bool) -> N
     expected = trained(8 * workers, None)
     for weights in World(size, shares=shares).run(program):
         torch.testing.assert_close(weights, expected, atol=1e-10 if how == "LBFGS" else 1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("shares", [False, True], ids=["messages", "shared memory"])
+@pytest.mark.parametrize("nonfinite", ["raise", "drop", "skip"])
+def test_a_nan_in_gradients_that_are_clipped_is_obeyed_and_named(nonfinite: str, shares: bool, tmp_path: Path) -> None:
+    """`clip_grad_norm_` averages the gradients before the step: worker 1's are NaN in the second step of three."""
+
+    def program(e: Communicator) -> Any:
+        model = mlp().double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir=str(tmp_path / "run"), nonfinite=nonfinite)
+        x, y = data(8, torch.float64)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x + ps.worker), y)
+            (loss * float("nan") if (ps.worker, step) == (1, 1) else loss).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+        return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+    if nonfinite == "raise":
+        with pytest.raises(NonFiniteError, match=r"rank 2 has a NaN or Inf in the gradient of 0\.weight"):
+            World(4, shares=shares).run(program)
+        return
+    plain = mlp().double()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    x, y = data(8, torch.float64)
+    for step in range(3):
+        optimizer.zero_grad()
+        workers = [0, 2] if step == 1 else [0, 1, 2]
+        if step == 1 and nonfinite == "skip":
+            continue
+        (sum(F.cross_entropy(plain(x + worker), y) for worker in workers) / len(workers)).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        optimizer.step()
+    for weights in World(4, shares=shares).run(program)[1:]:
+        assert torch.allclose(weights, nn.utils.parameters_to_vector(plain.parameters()), rtol=0, atol=1e-12)
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    told = [event["message"] for event in events if "NaN" in event.get("message", "")]
+    assert told == ["rank 2: NaN or Inf in the gradient of 0.weight"]

@@ -1,0 +1,129 @@
+"""Optimizers of any class: whose class it is, and who is to take its step.
+
+The server steps what it can in the place of the workers. Where the script has to see what a step does besides changing the
+weights, every worker takes the step itself.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from copy import copy
+from numbers import Number
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mpips.checkpoint.snapshot import Snapshot
+from mpips.process import rng
+
+SWAPS = ("train", "eval")  # the methods by which a schedule-free optimizer swaps the weights
+
+
+def kind(optimizer: Optimizer) -> type[Optimizer]:
+    """Return the optimizer's class as the script made it; `connect` replaces the class of the script's object by a subclass."""
+    return getattr(type(optimizer), "given_class", type(optimizer))
+
+
+def is_torchs(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer's class is torch's or this package's."""
+    return kind(optimizer).__module__.startswith(("torch.optim.", "mpips."))
+
+
+def nested(optimizer: Optimizer) -> dict[str, Optimizer]:
+    """Return the optimizers that this one wraps, as SAM and Lookahead do, by attribute name."""
+    return {name: value for name, value in vars(optimizer).items() if isinstance(value, Optimizer)}
+
+
+def unhooked(optimizer: Optimizer) -> Callable[..., Any]:
+    """Return the class's `step` without torch's hook wrapper. The hooks run where the script calls `step`."""
+    step: Any = kind(optimizer).step
+    is_torchs_wrapper = (
+        getattr(step, "__globals__", {}).get("__name__") == "torch.optim.optimizer"
+    )  # and no foreign wrapper around it
+    bare: Callable[..., Any] = (
+        getattr(step, "__wrapped__", step) if is_torchs_wrapper and getattr(step, "hooked", False) else step
+    )
+    return bare
+
+
+def evaluates(optimizer: Optimizer, closure: bool) -> bool:
+    """Return whether every worker takes the same step itself and the server takes over the resulting weights.
+
+    That holds for optimizers that may evaluate the loss several times (`closure`), for optimizers whose state lies in other
+    optimizers that they wrap, and for LBFGS and SparseAdam. In rounds it holds where one `needs_its_own_step`, too.
+    """
+    if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
+        return True  # SparseAdam needs the sparse gradients that backward left
+    return not is_torchs(optimizer) and (closure or bool(nested(optimizer)))
+
+
+def swaps(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer has methods that swap the weights between training and evaluation, as schedule-free ones."""
+    return all(callable(getattr(kind(optimizer), name, None)) for name in SWAPS)
+
+
+def trial(optimizer: Optimizer) -> Optimizer | None:
+    """Return a copy of an optimizer of another library, with a parameter of its own, after two steps.
+
+    None if these fail, or if the optimizer wraps others, which would take the steps in earnest.
+    """
+    if nested(optimizer):
+        return None
+    copied = (list, dict, set)
+    twin, streams = object.__new__(kind(optimizer)), rng.capture()
+    vars(twin).update({k: copy(v) if isinstance(v, copied) else v for k, v in vars(optimizer).items() if k != "step"})
+    twin.state = defaultdict(dict)
+    twin.param_groups = [{**group, "params": [nn.Parameter(torch.ones(2, 2))]} for group in optimizer.param_groups]
+    try:
+        if swaps(optimizer):
+            getattr(twin, SWAPS[0])()
+        for _ in range(2):
+            for group in twin.param_groups:
+                group["params"][0].grad = torch.full((2, 2), 0.1)
+            unhooked(twin)(twin)
+    except Exception:  # of any kind: the class may need what only the script's own parameters have
+        return None
+    finally:
+        rng.restore(streams)
+    return twin
+
+
+def has_own_numbers(optimizer: Optimizer) -> bool:
+    """Return whether a step changes numbers in the optimizer's groups, as Prodigy's, D-Adaptation's and schedule-free ones' do.
+
+    That is found out by a `trial`; if it fails, the answer is False.
+    """
+    tried = None if is_torchs(optimizer) else trial(optimizer)
+    return tried is not None and _numbers_of(tried) != _numbers_of(optimizer)
+
+
+def has_plain_state(optimizer: Optimizer) -> bool:
+    """Return whether another object can hold a parameter's state: tensors and numbers by name, as far as a `trial` tells."""
+    tried = None if is_torchs(optimizer) else trial(optimizer)
+    try:
+        Snapshot({str(at): entries for at, entries in enumerate(tried.state.values())} if tried else {})
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def needs_its_own_step(optimizer: Optimizer) -> bool:
+    """Return whether only the script's own object can take a step as in plain PyTorch."""
+    return swaps(optimizer) or has_own_numbers(optimizer) or not has_plain_state(optimizer)
+
+
+def _numbers_of(optimizer: Optimizer) -> list[dict[str, float]]:
+    """Return the numbers in each group by name, those that are no hyperparameters, too."""
+    kinds = (Number, np.generic)
+    return [
+        {key: float(value) for key, value in group.items() if isinstance(value, kinds) or _is_one_number(value)}
+        for group in optimizer.param_groups
+    ]
+
+
+def _is_one_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1

@@ -6,8 +6,10 @@ weights, every worker takes the step itself.
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from numbers import Number
 from typing import Any
@@ -81,15 +83,22 @@ def trial(optimizer: Optimizer) -> Optimizer | None:
     try:
         if swaps(optimizer):
             getattr(twin, SWAPS[0])()
-        for _ in range(2):
-            for group in twin.param_groups:
-                group["params"][0].grad = torch.full((2, 2), 0.1)
-            unhooked(twin)(twin)
+        with _uncompiled():
+            for _ in range(2):
+                for group in twin.param_groups:
+                    group["params"][0].grad = torch.full((2, 2), 0.1)
+                unhooked(twin)(twin)
     except Exception:  # of any kind: the class may need what only the script's own parameters have
         return None
     finally:
         rng.restore(streams)
     return twin
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Return a context in which functions of `torch.compile` are not compiled, which takes seconds."""
+    compiles = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")  # torch 2.6
+    return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
 
 
 def has_own_numbers(optimizer: Optimizer) -> bool:

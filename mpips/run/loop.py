@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from typing import Any, NoReturn
@@ -17,6 +17,8 @@ from mpips.process import rng
 from mpips.run.replay import Replay
 from mpips.worker.async_worker import Client
 from mpips.worker.round_worker import Worker
+
+Said = tuple[Tensor | float | None, float | None, Mapping[str, float]]  # loss, samples and metrics of a step of the script
 
 
 class Where(Enum):
@@ -320,7 +322,7 @@ class Loop:
         if self.rehearsing or (not self.inside and self.replay.will_be_made()):
             loss.backward()  # type: ignore[no-untyped-call]
             return
-        self.worker.backward(loss, self._count() if samples is None else samples)
+        self.worker.backward(loss, self._count(samples))
 
     def step(self, loss: Tensor | float | None, samples: float | None, metrics: Mapping[str, float]) -> None:
         """Take a step with the gradient that the script has computed; see `Run.step`."""
@@ -331,12 +333,7 @@ class Loop:
         if self.rehearsing if inside else self.made():
             return
         self._check_place(inside)
-        named = worker.config.metrics
-        if (metrics or (named and loss is not None)) and metrics.keys() != set(named):
-            raise ValueError(f"step() was given the metrics {sorted(metrics)}, the `metrics` setting names {named}")
-        count = self._count() if samples is None else samples
-        if count < 0:
-            raise ValueError(f"step() was given samples={count}; expected 0 or more")
+        means, count = self._means(loss, metrics), self._count(samples)
         taken, self._taken, self._samples, worker.place.samples = self._taken, 0, 0, 0.0
         self._note_call(count)
         value = float("nan") if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
@@ -345,12 +342,22 @@ class Loop:
                 raise ValueError(f"mode {worker.config.mode} weighs a client by its loss: got none, expected ps.step(loss)")
             worker.update.measure(value, count)
             return
-        means = [float(metrics.get(name, float("nan"))) for name in named] if named else ()
         worker.step(value, count, means, taken)
         if worker.control.stop:
             self._obey(later=inside)
         if not inside:
             self.end_call()
+
+    def _means(self, loss: Tensor | float | None, metrics: Mapping[str, float]) -> Sequence[float]:
+        """Return the metrics given with a step, in the order of the setting `metrics`; NaN if the script does not say any.
+
+        Raises:
+            ValueError: these are not the metrics that the setting names.
+        """
+        named = self.worker.config.metrics
+        if (metrics or (named and loss is not None)) and metrics.keys() != set(named):
+            raise ValueError(f"step() was given the metrics {sorted(metrics)}, the `metrics` setting names {named}")
+        return [float(metrics.get(name, float("nan"))) for name in named] if named else ()
 
     def _note_call(self, count: float) -> None:
         """Note that the step in progress is in the checkpoint that its round may ask for."""
@@ -379,45 +386,51 @@ class Loop:
             )
         self._stepped_at = position
 
-    def average(self, loss: Tensor | float | None) -> float:
-        """Average the gradients over all workers without a step; see `Worker.average`."""
+    def average(self, loss: Tensor | float | None, samples: float | None = None) -> float:
+        """Average the gradients over all workers without a step; see `Worker.average`. `samples` is as in `step`."""
         self.drain()
         value = 0.0 if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
         within = self.worker.place.calling and not self.replay.pending  # a step that evaluates the loss several times
         if not within and self.made():
             return value
-        average = self.worker.average(value, self._count())
+        average = self.worker.average(value, self._count(samples))
         if not within:
             self.end_call()
         return average
 
-    def adopt(self, weights: Tensor, loss: float, steps: bool = True) -> None:
+    def adopt(self, weights: Tensor, loss: float, said: Said = (None, None, {}), steps: bool = True) -> None:
         """Let the server take weights that the script's optimizer has stepped on every worker.
 
         Args:
             weights: `(numel,)`, the weights.
             loss: the mean loss of this worker's samples.
+            said: the arguments of the script's `ps.step`.
             steps: whether the batches since the last step are behind the weights.
         """
         self.drain()
-        count, taken = (self._count(), self._taken) if steps else (0.0, 0)
+        means = self._means(said[0], said[2])
+        count, taken = (self._count(said[1]), self._taken) if steps else (0.0, 0)
         if steps:
             self._taken, self._samples, self.worker.place.samples = 0, 0, 0.0
             self._note_call(count)
         elif self._where is Where.OUTSIDE:
             self.replay.end_call()
         inside = self.inside
-        self.worker.adopt(weights, loss, count, taken)
+        self.worker.adopt(weights, loss, count, means, taken)
         self._obey(later=inside)
         if not inside:
             self.end_call()
 
-    def _count(self) -> float:
-        """Return the samples behind the gradient: those drawn since the last step. Without a loop, all steps count alike.
+    def _count(self, said: float | None = None) -> float:
+        """Return the samples behind the gradient: `said`, or those drawn since the last step; without a loop steps count alike.
 
         Raises:
-            ValueError: the number is unknown.
+            ValueError: the number is unknown, or negative.
         """
+        if said is not None:
+            if said < 0:
+                raise ValueError(f"step() was given samples={said}; expected 0 or more")
+            return said
         samples = self._latest if self._samples == 0 and not self._taken else self._samples
         if samples is None:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -21,11 +21,13 @@ from mpips.run import clipping, failure
 from mpips.run import run_folder as folder
 from mpips.run import wrapped_optimizer as wrapped
 from mpips.run.keeping import Keeping
-from mpips.run.loop import Batches, Loop
+from mpips.run.loop import Batches, Loop, Said
 from mpips.run.replay import Replay
 from mpips.run.roles import Roles
 from mpips.server.base import measured
 from mpips.worker.async_worker import Client
+
+UNSAID: Said = (None, None, {})
 
 
 class Seat:
@@ -127,9 +129,7 @@ class Run:
         self._inside_step = False  # whether its code runs
         self._ended = -1.0  # the round at which `epochs` ended
         self._data: Any = None  # the validation data
-        self._said: tuple[float, float | None, Mapping[str, float]] | None = (
-            None  # loss, samples and metrics of the `step` in progress
-        )
+        self._said = UNSAID  # of the `step` in progress
 
     @property
     def steps_in_rounds(self) -> bool:
@@ -284,7 +284,7 @@ class Run:
         try:
             self.optimizers[0].step()
         finally:
-            self._said = None
+            self._said = UNSAID
         self._worker.replica.flat.clear()
 
     def gradients_zeroed(self) -> None:
@@ -314,7 +314,7 @@ class Run:
             self.turn_to(which)
         if overflow:
             self._worker.status.overflow = True
-        self._loop.step(*(self._said or (loss, None, {})))
+        self._loop.step(*(self._said if self._said is not UNSAID else (loss, None, {})))
         if overflow:
             self._worker.status.overflow = False
         return loss
@@ -352,7 +352,7 @@ class Run:
 
     def _combine(self, loss: Tensor | float | None) -> float:
         """Average the gradients and the loss over all workers, and clip the gradients; return the loss."""
-        mean = self._loop.average(loss)
+        mean = self._loop.average(loss, self._said[1])
         if self.config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self._worker.replica.flat.parameters, self.config.clip)
         return mean
@@ -377,7 +377,7 @@ class Run:
         return self._end_own_step(step, [])
 
     def swap(self, which: int, swap: Callable[[], Any]) -> Any:
-        """Let the optimizer swap the weights on every worker alike; then the server takes them, in a round without samples."""
+        """Let the optimizer swap the weights on every worker alike; the server takes new ones, in a round without samples."""
         if self._inside_step:
             return swap()
         if not self._begin_own_step(which, averages=False):
@@ -430,8 +430,12 @@ class Run:
         finally:
             flat.rehang_weights(own.pulled)
             self._worker.status.more, self._own_step, self._inside_step = own.more, None, False
-        loss_given = self._said[0] if self._said else float("nan")
-        self._loop.adopt(weights, losses[0] if losses else loss_given, steps)
+        if not steps and torch.equal(weights, own.pulled):  # on all workers: frameworks call `train` before each step
+            self._loop.end_call()
+            return result
+        given = self._said[0]
+        loss = losses[0] if losses else float("nan") if given is None else float(given)
+        self._loop.adopt(weights, loss, self._said, steps)
         return result
 
     @property
@@ -439,12 +443,15 @@ class Run:
         """Whether the last round took no step because a GradScaler had found an Inf or NaN."""
         return bool(self._control.skipped)
 
-    def average(self) -> None:
+    def average(self, samples: float | None = None) -> None:
         """Set every `p.grad` to the average over all workers, for code that needs it before the step, which then uses it.
 
         Every worker calls this between backward and `optimizer.step()`. Torch's clipping functions call it themselves.
+
+        Args:
+            samples: as in `step`; give both the same.
         """
-        self._loop.average(None)
+        self._loop.average(None, samples)
 
     def state_of(self, which: int) -> dict[int, Any] | None:
         """Return the state of the optimizer `which` as its `state_dict` has it; None if the optimizer has it already."""

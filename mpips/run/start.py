@@ -175,11 +175,13 @@ def one_optimizer(
 
 
 def check_optimizer(optimizer: Optimizer, workers: int, config: Config) -> None:
-    """Check that the optimizer can step with this number of workers, in this mode.
+    """Check that the optimizer, or each of several, can step with this number of workers, in this mode.
 
     Raises:
         SystemExit: with status 2 and one line on the screen, if it cannot.
     """
+    for part in optimizer.parts if isinstance(optimizer, Joint) else ():
+        check_optimizer(part, workers, config)
     if workers > 1 and isinstance(optimizer, SparseAdam):
         allowed = "torch.optim.Adam with nn.Embedding(sparse=False), as gradients are brought together dense"
         raise refused(ConfigError(f"optimizer: given SparseAdam with {workers} workers, allowed: {allowed}"))

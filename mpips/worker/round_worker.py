@@ -182,6 +182,7 @@ class Worker:
         self._parked = False
         self.kept: Callable[[], dict[str, Any]] = dict
         self._averaging = (0.0, 0.0)
+        self._averaged_by = 0.0  # this worker's samples in the last average of gradients
         self._weight = 0.0  # the last contribution's weight
         self._contributes_common = True  # whether this worker contributes what all workers have in common
         # Whether each contributes what all have in common, as one alone may die. Their mean may differ from it in the last bit.
@@ -431,7 +432,8 @@ class Worker:
             NonFiniteError: see `pull`.
             RuntimeError: see `check_whole`.
         """
-        self.check_whole()
+        if self._failed:
+            self.check_whole()
         rest, self._background = self._background, None
         if rest:
             rest()
@@ -482,6 +484,11 @@ class Worker:
         self._push()
 
     def _note(self, loss: float, samples: float, metrics: Sequence[float], taken: int) -> None:
+        if self.replica.flat.averaged and samples and samples != self._averaged_by:
+            raise ValueError(
+                f"ps.step(samples={samples:g}) after the gradients were averaged with {self._averaged_by:g} samples of this "
+                f"worker, by ps.average() or torch's clipping; expected ps.average(samples={samples:g}) before that"
+            )
         self.place.taken += taken
         self.tally.add(loss, samples, metrics)
 
@@ -665,7 +672,7 @@ class Worker:
             return loss
         self.look_at_hyper()
         adds = self.config.reduction == "sum"
-        self._averaging = (loss if adds else loss * samples, samples)
+        self._averaging, self._averaged_by = (loss if adds else loss * samples, samples), samples
         self.barrier(Call.AVERAGE)
         return self._averaging[0] if adds else self._averaging[0] / self._averaging[1]
 
@@ -697,19 +704,21 @@ class Worker:
         replica.flat.take_average(push.gradients, push.present())
         if self.config.buffers == "mean":
             replica.buffers.combine(push.floats, push.limbs, [b.data for b in replica.buffers.tensors])
-        self._contributes_common = next(rank for rank, row in enumerate(rows) if row[WEIGHT]) == self.communicator.rank
+        first = next((rank for rank, row in enumerate(rows) if row[WEIGHT]), None)  # None if no gradient is finite
+        self._contributes_common = self.is_chief if first is None else first == self.communicator.rank
 
     def lead(self) -> None:
         """Let the first worker alone contribute what all workers have in common, in the next `adopt`."""
         self._contributes_common = self.is_chief
 
-    def adopt(self, weights: Tensor, loss: float, samples: float, taken: int = 0) -> Control:
+    def adopt(self, weights: Tensor, loss: float, samples: float, metrics: Sequence[float] = (), taken: int = 0) -> Control:
         """Take part in a round in which the server adopts new weights, which are the same on all workers.
 
         Args:
             weights: `(numel,)`, the new weights.
             loss: the mean loss over the samples.
             samples: the number of samples behind the new weights.
+            metrics: as in `step`.
             taken: the number of items of the shard that were used.
 
         Returns:
@@ -717,7 +726,7 @@ class Worker:
         """
         self.settle()
         self.look_at_hyper()
-        self._note(loss, samples, (), taken)
+        self._note(loss, samples, metrics, taken)
         tally, self.tally = self.tally, Tally(len(self.config.metrics))
         row, push, replica = self._row(tally.samples, tally.loss), self.replica.push, self.replica
         row.adopt, row.weight = 1.0, float(self._contributes_common or self._all_give)
@@ -729,7 +738,7 @@ class Worker:
             push.presence.fill_(1)
         elif not push.shared:
             push.body.zero_()
-        push.write(self.communicator.rank, row, [0.0] * len(self.config.metrics))
+        push.write(self.communicator.rank, row, tally.metrics)
         self.server.transport.push()
         self._send()
         self._receive(contributed=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,10 +157,38 @@ def test_weights_numbers_and_evaluations_are_those_of_one_process(make: Any, sha
     optimizer = make(plain.parameters())
     losses = train(plain, optimizer)
     own = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-    for weights, evaluated, numbers in World(4, shares=shares).run(program)[0 if server_trains else 1 :]:
+    for weights, evaluated, numbers in World(4, shares=shares).run(program):
         assert torch.allclose(weights, vector(plain), rtol=0, atol=1e-12)
         assert evaluated == pytest.approx(losses, abs=1e-12)
         assert numbers == own
+
+
+def test_samples_and_metrics_are_those_that_the_script_says(tmp_path: Path) -> None:
+    """Two workers with 1 and 3 samples, by `ps.step`: the step is that of all four, and metrics.csv has their mean."""
+
+    def program(e: Communicator) -> Any:
+        model = net()
+        optimizer = Growing(model.parameters())
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir=str(tmp_path / "run"), metrics=["accuracy"])
+        x, y = data(4, torch.float64)
+        mine = slice(0, 1) if ps.worker == 0 else slice(1, 4)
+        loss = F.cross_entropy(model(x[mine]), y[mine])
+        loss.backward()
+        ps.step(loss, samples=mine.stop - mine.start, accuracy=float(ps.worker))
+        return vector(model), loss.item()
+
+    plain = net()
+    optimizer = Growing(plain.parameters())
+    x, y = data(4, torch.float64)
+    F.cross_entropy(plain(x), y).backward()
+    optimizer.step()
+    (first, one), (second, three) = World(3).run(program)
+    assert torch.allclose(first, vector(plain), rtol=0, atol=1e-12)
+    assert torch.equal(first, second)
+    names, row = (line.split(",") for line in (tmp_path / "run/metrics.csv").read_text().splitlines()[:2])
+    told = dict(zip(names, map(float, row), strict=True))
+    assert (told["samples"], told["accuracy"]) == (4, 0.75)
+    assert told["loss"] == pytest.approx((one + 3 * three) / 4, rel=1e-6)
 
 
 @SHARED
@@ -173,7 +202,7 @@ def test_the_setting_clip_clips_what_the_workers_step_with(shares: bool) -> None
 
     plain = net()
     train(plain, Growing(plain.parameters()), clip=0.05)
-    for weights in World(4, shares=shares).run(program)[1:]:
+    for weights in World(4, shares=shares).run(program):
         assert torch.allclose(weights, vector(plain), rtol=0, atol=1e-12)
 
 
@@ -200,7 +229,7 @@ def test_an_overflow_on_one_worker_skips_the_step_and_its_numbers_on_all(shares:
         x, y = data(12, torch.float64)
         F.cross_entropy(plain(x), y).backward()
         optimizer.step()
-    for weights, steps, scale in World(3, shares=shares).run(program)[1:]:
+    for weights, steps, scale in World(3, shares=shares).run(program):
         assert torch.allclose(weights, vector(plain), rtol=0, atol=1e-12)
         assert (steps, scale) == (2, 8.0)
 
@@ -227,6 +256,20 @@ def test_resumed_it_goes_on_with_what_it_keeps(make: Any, tmp_path: Any) -> None
     resumed = World(3).run(lambda e: program(e, "rest", 4, resume=str(tmp_path / "half")))[1]
     assert torch.equal(resumed[0], whole[0])
     assert resumed[1] == whole[1]
+
+
+def test_a_swap_that_changes_nothing_is_no_round() -> None:
+    """As `train` before each step, which the Hugging Face Trainer calls."""
+
+    def program(e: Communicator) -> int:
+        model = net()
+        optimizer = ScheduleFree(model.parameters())
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
+        train(model, optimizer, ps.worker, ps.workers)
+        return ps.round
+
+    steps, swapped_there_and_back = 10, 2 * 2
+    assert World(3).run(program) == [steps + swapped_there_and_back] * 2
 
 
 def test_a_trial_tells_what_an_optimizer_keeps_and_changes_nothing() -> None:

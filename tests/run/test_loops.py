@@ -627,8 +627,43 @@ def test_a_nan_in_gradients_that_are_clipped_is_obeyed_and_named(nonfinite: str,
         (sum(F.cross_entropy(plain(x + worker), y) for worker in workers) / len(workers)).backward()
         nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
         optimizer.step()
-    for weights in World(4, shares=shares).run(program)[1:]:
+    for weights in World(4, shares=shares).run(program):
         assert torch.allclose(weights, nn.utils.parameters_to_vector(plain.parameters()), rtol=0, atol=1e-12)
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     told = [event["message"] for event in events if "NaN" in event.get("message", "")]
     assert told == ["rank 2: NaN or Inf in the gradient of 0.weight"]
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_samples_that_are_said_after_clipping_must_be_those_of_the_average(said: bool) -> None:
+    """Two workers with 1 and 3 samples: the clipped gradient is their weighted mean, or the step is refused."""
+
+    def program(e: Communicator) -> Any:
+        model = mlp().double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
+        x, y = data(4, torch.float64)
+        mine = slice(0, 1) if ps.worker == 0 else slice(1, 4)
+        loss = F.cross_entropy(model(x[mine]), y[mine])
+        loss.backward()
+        samples = mine.stop - mine.start
+        if said:
+            ps.average(samples=samples)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        ps.step(loss, samples=samples)
+        return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+    if not said:
+        with pytest.raises(
+            ValueError, match=r"ps\.step\(samples=3\) after .* with 1 samples .* expected ps\.average\(samples=3\)"
+        ):
+            World(3).run(program)
+        return
+    plain = mlp().double()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    x, y = data(4, torch.float64)
+    F.cross_entropy(plain(x), y).backward()
+    nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+    optimizer.step()
+    for weights in World(3).run(program):
+        assert torch.allclose(weights, nn.utils.parameters_to_vector(plain.parameters()), rtol=0, atol=1e-12)

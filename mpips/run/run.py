@@ -401,6 +401,11 @@ class Run:
                 f"optimizer: given {type(optimizer).__name__}, which steps on the workers, with mode {self.config.mode}, "
                 f"allowed: mode sync"
             )
+        if worker.missed_steps and isinstance(optimizer, torch.optim.LBFGS):
+            raise RuntimeError(
+                "optimizer.step(closure): given LBFGS on a worker that has taken fewer steps than others, so that its history "
+                "is another; expected as many steps on all workers, as with drop_last=True and equal shares of the data"
+            )
         self.turn_to(which)
         self._keeping.own_state.add(which)
         loop.drain()

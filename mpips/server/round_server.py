@@ -224,8 +224,14 @@ class Server(Service):
 
     def _agree_on_adoption(self, updates: Updates) -> bool:
         """Return whether the contribution is new weights; set `fault` unless the workers agree on that."""
-        kinds = {bool(row[ADOPT]) for row in updates.rows if row[WEIGHT]}
-        if not kinds:
+        kinds, chief = {bool(row[ADOPT]) for row in updates.rows if row[WEIGHT]}, self.chief - self.first
+        if not updates.rows[chief][ADOPT]:  # whose optimizer, the one that a checkpoint has, would lack the step
+            others = ", ".join(str(worker) for worker, row in enumerate(updates.rows) if row[ADOPT])
+            self.fault = (
+                f"worker {chief} does not take a step that worker {others} takes with an optimizer that steps on the workers; "
+                f"expected of worker {chief} every step that any worker takes"
+            )
+        elif not kinds:
             self.fault = "the worker whose new weights were to be taken over has died"
         elif len(kinds) > 1:
             self.fault = "the workers do not step alike: some by optimizer.step(closure), some without"

@@ -144,6 +144,7 @@ class Worker:
         status: this worker's row of the next message; the server learns what is set here in the next round.
         used: the number of batches used since the last push.
         control: the server's latest control.
+        missed_steps: whether other workers have taken steps that this worker has not.
         common: the random streams that orders of data are drawn from, the same on all workers.
         kept: returns what the script keeps in the checkpoint.
     """
@@ -188,6 +189,7 @@ class Worker:
         # Whether each contributes what all have in common, as one alone may die. Their mean may differ from it in the last bit.
         self._all_give = self.config.min_workers > 0
         self.control = Control()
+        self.missed_steps = False
         self._kept: Tensor | None = None  # the gradients, saved during an idle round
         self._background: Callable[[], None] | None = None  # waits for a round in the background
         self._checkpoint_due = False  # whether its part of a checkpoint is due
@@ -432,7 +434,7 @@ class Worker:
             NonFiniteError: see `pull`.
             RuntimeError: see `check_whole`.
         """
-        if self._failed:
+        if self._failed and pay:  # not where an exception leaves a loop
             self.check_whole()
         rest, self._background = self._background, None
         if rest:
@@ -547,7 +549,7 @@ class Worker:
         if self.update.pending:
             self._push()
             return self.pull()
-        flat = self.replica.flat
+        flat, version = self.replica.flat, self.control.version
         if flat.pending:
             flat.collect()
         self._kept = flat.grad.clone() if flat.pending else None
@@ -558,6 +560,7 @@ class Worker:
         if self.replica.wire_is_grad:
             flat.grad.zero_() if self._kept is None else flat.grad.copy_(self._kept)
         self._kept = None
+        self.missed_steps |= self.control.version > version
         return self.control
 
     def begin(self) -> None:

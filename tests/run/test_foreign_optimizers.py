@@ -17,6 +17,7 @@ from torch.optim import Optimizer, lr_scheduler
 import mpips
 from mpips.comm import Communicator
 from mpips.comm.simulated import World
+from mpips.model.message import CallError
 from mpips.optim.foreign import has_own_numbers, has_plain_state
 from tests.helpers.programs import data
 
@@ -317,3 +318,53 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused_at_connect(capsys: Any) 
     with pytest.raises(SystemExit):
         mpips.connect(model, Projecting(model.parameters()), communicator=World(1).ends[0], run_dir="run")
     assert "given a Projecting, whose state cannot be written to a checkpoint" in capsys.readouterr().err
+
+
+def steps_on(make: Any, counts: list[int]) -> Any:
+    """Return each worker's weights and first group after `counts[worker]` steps, then a further one of all."""
+
+    def program(e: Communicator) -> Any:
+        model = net()
+        optimizer = make(model.parameters())
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
+        x, y = data(8, torch.float64)
+        lbfgs = isinstance(optimizer, torch.optim.LBFGS)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        for items in (range(counts[ps.worker]), range(1)):
+            for _ in ps.batches(items, 1, shard=False):
+                if lbfgs:
+                    optimizer.step(closure)
+                else:
+                    closure()
+                    optimizer.step()
+        return vector(model)
+
+    return World(3).run(program)
+
+
+def test_worker_0_may_take_more_steps_than_others() -> None:
+    plain = net()
+    optimizer = Growing(plain.parameters())
+    x, y = data(8, torch.float64)
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    for weights in steps_on(Growing, [3, 2]):
+        assert torch.allclose(weights, vector(plain), rtol=0, atol=1e-12)
+
+
+def test_steps_that_worker_0_would_lack_are_refused() -> None:
+    with pytest.raises(CallError, match="worker 0 does not take a step that worker 1 takes"):
+        steps_on(Growing, [2, 3])
+
+
+def test_lbfgs_is_refused_where_a_worker_lacks_steps() -> None:
+    with pytest.raises(RuntimeError, match="given LBFGS on a worker that has taken fewer steps"):
+        steps_on(torch.optim.LBFGS, [3, 2])

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from dataclasses import dataclass
 from numbers import Number
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -68,13 +70,34 @@ def swaps(optimizer: Optimizer) -> bool:
     return all(callable(getattr(kind(optimizer), name, None)) for name in SWAPS)
 
 
-def trial(optimizer: Optimizer) -> Optimizer | None:
-    """Return a copy of an optimizer of another library, with a parameter of its own, after two steps.
+@dataclass
+class Trial:
+    """What two steps of a copy of an optimizer, with a parameter of its own in each group, have shown.
 
-    None if these fail, or if the optimizer wraps others, which would take the steps in earnest.
+    Attributes:
+        changes: whether they have changed numbers in the groups.
+        states: the state of each parameter afterwards.
     """
-    if nested(optimizer):
-        return None
+
+    changes: bool = False
+    states: Sequence[Any] = ()
+
+
+_trials: WeakKeyDictionary[Optimizer, Trial] = WeakKeyDictionary()
+
+
+def trial(optimizer: Optimizer) -> Trial:
+    """Try an optimizer of another library, once.
+
+    Nothing is known of torch's, which need no trial, of those that wrap others, which would take the steps in earnest, and of
+    those whose steps fail, as they may need what only the script's own parameters have.
+    """
+    if optimizer not in _trials:
+        _trials[optimizer] = Trial() if is_torchs(optimizer) or nested(optimizer) else _try(optimizer)
+    return _trials[optimizer]
+
+
+def _try(optimizer: Optimizer) -> Trial:
     copied = (list, dict, set)
     twin, streams = object.__new__(kind(optimizer)), rng.capture()
     vars(twin).update({k: copy(v) if isinstance(v, copied) else v for k, v in vars(optimizer).items() if k != "step"})
@@ -83,16 +106,17 @@ def trial(optimizer: Optimizer) -> Optimizer | None:
     try:
         if swaps(optimizer):
             getattr(twin, SWAPS[0])()
+        before = _numbers_of(twin)
         with _uncompiled():
             for _ in range(2):
                 for group in twin.param_groups:
                     group["params"][0].grad = torch.full((2, 2), 0.1)
                 unhooked(twin)(twin)
-    except Exception:  # of any kind: the class may need what only the script's own parameters have
-        return None
+    except Exception:  # of any kind
+        return Trial()
     finally:
         rng.restore(streams)
-    return twin
+    return Trial(_numbers_of(twin) != before, list(twin.state.values()))
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -102,19 +126,14 @@ def _uncompiled() -> AbstractContextManager[Any]:
 
 
 def has_own_numbers(optimizer: Optimizer) -> bool:
-    """Return whether a step changes numbers in the optimizer's groups, as Prodigy's, D-Adaptation's and schedule-free ones' do.
-
-    That is found out by a `trial`; if it fails, the answer is False.
-    """
-    tried = None if is_torchs(optimizer) else trial(optimizer)
-    return tried is not None and _numbers_of(tried) != _numbers_of(optimizer)
+    """Return whether a step changes numbers in the optimizer's groups, as those of Prodigy and of schedule-free ones do."""
+    return trial(optimizer).changes
 
 
 def has_plain_state(optimizer: Optimizer) -> bool:
-    """Return whether another object can hold a parameter's state: tensors and numbers by name, as far as a `trial` tells."""
-    tried = None if is_torchs(optimizer) else trial(optimizer)
+    """Return whether another object can hold a parameter's state: tensors and numbers by name."""
     try:
-        Snapshot({str(at): entries for at, entries in enumerate(tried.state.values())} if tried else {})
+        Snapshot({str(at): state for at, state in enumerate(trial(optimizer).states)})
     except (TypeError, ValueError):
         return False
     return True

@@ -32,7 +32,7 @@ from mpips.config import (
 )
 from mpips.model.trainable import Trainable, freeze
 from mpips.optim.flat_optimizer import MakeOptimizer, made, step_once
-from mpips.optim.foreign import has_own_numbers, has_plain_state, is_torchs, kind, swaps, trial
+from mpips.optim.foreign import has_own_numbers, has_plain_state, kind, swaps, trial
 from mpips.optim.joint import Joint
 from mpips.process import lifecycle as process
 from mpips.process.environment import launch
@@ -198,10 +198,9 @@ def check_optimizer(optimizer: Optimizer, workers: int, config: Config) -> None:
 
 def _not_kept(optimizer: Optimizer) -> str:
     """Return why the state of an optimizer of another library cannot be kept; else an empty string."""
-    tried = None if is_torchs(optimizer) else trial(optimizer)
     try:
-        for entries in tried.state.values() if tried else ():
-            pack(entries, "a parameter")
+        for state in trial(optimizer).states:
+            pack(state, "a parameter")
     except TypeError as error:
         return str(error)
     return ""

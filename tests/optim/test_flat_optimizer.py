@@ -398,6 +398,8 @@ def test_whoever_looks_on_sees_every_step(who: str, monkeypatch: pytest.MonkeyPa
         wrapper = functools.wraps(genuine)(lambda *given: seen.append(1) or genuine(*given))
         monkeypatch.setattr(OPTIM.SGD, "step", wrapper)
     mpips.connect(net, made, communicator=World(1).ends[0], run_dir="run")
+    assert Own.seen in (0, 2)  # the trial of a class that is not torch's, with a copy
+    Own.seen = 0
     if who == "post hook":  # it may come after connect as well
         made.register_step_post_hook(lambda *_: seen.append(1))
     try:

@@ -283,6 +283,8 @@ def test_a_trial_tells_what_an_optimizer_keeps_and_changes_nothing() -> None:
     streams = torch.get_rng_state()
     optimizer = Growing(parameters)
     has_own_numbers(optimizer)
+    optimizer.param_groups[0]["lr"] = 0.2  # no reason to try it again
+    assert has_own_numbers(optimizer)
     assert torch.equal(streams, torch.get_rng_state())
     assert optimizer.param_groups[0]["k"] == 0
     assert not optimizer.state

@@ -162,10 +162,13 @@ def one_optimizer(
     """Return the optimizers of a run joined into one.
 
     Raises:
-        SystemExit: with status 2 and one line on the screen, for several optimizers in a mode other than sync.
+        SystemExit: with status 2 and one line on the screen, for several optimizers in a mode other than sync, or none.
     """
     if isinstance(optimizer, Optimizer) or callable(optimizer):
         return made(optimizer, model)
+    if not isinstance(optimizer, (Mapping, Sequence)):
+        allowed = "a torch.optim.Optimizer, or a list or dict of several; not an object around one"
+        raise refused(ConfigError(f"optimizer: given a {type(optimizer).__name__}, allowed: {allowed}"))
     parts = list(optimizer.values() if isinstance(optimizer, Mapping) else optimizer)
     if len(parts) == 1:
         return parts[0]
@@ -186,7 +189,10 @@ def check_optimizer(optimizer: Optimizer, workers: int, config: Config) -> None:
         allowed = "torch.optim.Adam with nn.Embedding(sparse=False), as gradients are brought together dense"
         raise refused(ConfigError(f"optimizer: given SparseAdam with {workers} workers, allowed: {allowed}"))
     mode, given, allowed = choose_mode(config), f"a {kind(optimizer).__name__}", ""
-    if not mode.gradients and (swaps(optimizer) or not has_plain_state(optimizer)):
+    groups = getattr(kind(optimizer), "param_groups", None)
+    if isinstance(groups, property) and groups.fset is None:
+        given, allowed = f"{given}, whose param_groups are those of an optimizer that it wraps", "one with its own"
+    elif not mode.gradients and (swaps(optimizer) or not has_plain_state(optimizer)):
         given, allowed = f"{given} with mode {config.mode}, which swaps weights or has a state that is not plain", "mode sync"
     elif not (mode.gradients or mode.local) and has_own_numbers(optimizer):
         given, allowed = f"{given} with mode {config.mode}, whose steps change numbers in its groups", "mode sync"

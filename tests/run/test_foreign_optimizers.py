@@ -305,6 +305,29 @@ def test_where_it_cannot_be_exact_it_is_refused_at_connect(make: Any, mode: str,
     assert "allowed: mode sync" in line
 
 
+class Around(Optimizer):
+    """Wraps an optimizer, whose groups it shows."""
+
+    param_groups: Any = property(lambda self: self.inside.param_groups)
+
+    def __init__(self, inside: Optimizer) -> None:
+        self.inside, self.state, self.defaults = inside, inside.state, inside.defaults
+
+
+@pytest.mark.parametrize(
+    ("wrap", "line"),
+    [
+        (Around, "optimizer: given a Around, whose param_groups are those of an optimizer that it wraps"),
+        (lambda inside: object(), "optimizer: given a object, allowed: a torch.optim.Optimizer"),
+    ],
+)
+def test_what_is_no_optimizer_of_its_own_is_refused_in_a_line(wrap: Any, line: str, capsys: Any) -> None:
+    model = net()
+    with pytest.raises(SystemExit):
+        mpips.connect(model, wrap(Sign(model.parameters())), communicator=World(1).ends[0], run_dir="run")
+    assert line in capsys.readouterr().err
+
+
 def test_a_state_that_no_checkpoint_can_hold_is_refused_at_connect(capsys: Any) -> None:
     class Projector:
         """Anything but tensors, numbers and texts."""

@@ -183,8 +183,10 @@ def check_optimizer(optimizer: Optimizer, workers: int, config: Config) -> None:
     Raises:
         SystemExit: with status 2 and one line on the screen, if it cannot.
     """
-    for part in optimizer.parts if isinstance(optimizer, Joint) else ():
-        check_optimizer(part, workers, config)
+    if isinstance(optimizer, Joint):
+        for part in optimizer.parts:
+            check_optimizer(part, workers, config)
+        return
     if workers > 1 and isinstance(optimizer, SparseAdam):
         allowed = "torch.optim.Adam with nn.Embedding(sparse=False), as gradients are brought together dense"
         raise refused(ConfigError(f"optimizer: given SparseAdam with {workers} workers, allowed: {allowed}"))

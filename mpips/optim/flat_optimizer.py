@@ -102,9 +102,8 @@ class FlatOptimizer:
         on_workers = isinstance(given, (torch.optim.LBFGS, torch.optim.SparseAdam)) or (
             not self._own and needs_its_own_step(given)
         )
-        if in_place and not (
-            is_torchs(given) or on_workers
-        ):  # a foreign class may hold parameters or another optimizer anywhere
+        # A foreign class may hold parameters or another optimizer anywhere.
+        if in_place and not (is_torchs(given) or on_workers):
             for group in given.param_groups:
                 group["params"] = [p for p in group["params"] if p not in frozen]
             return given

@@ -18,6 +18,7 @@ import mpips
 from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.model.message import CallError
+from mpips.optim import hyperparameters as hyper
 from mpips.optim.foreign import has_own_numbers, has_plain_state
 from tests.helpers.programs import data
 
@@ -303,6 +304,18 @@ def test_where_it_cannot_be_exact_it_is_refused_at_connect(make: Any, mode: str,
     line = capsys.readouterr().err.splitlines()[0]
     assert f"optimizer: given a {make.__name__} with mode {mode}, wh" in line
     assert "allowed: mode sync" in line
+
+
+def test_numbers_that_were_not_changed_elsewhere_are_not_written_over() -> None:
+    """A scheduler has changed the rate on the workers; `d` has grown here."""
+    optimizer = Growing([nn.Parameter(torch.ones(3))], lr=0.1)
+    before = hyper.read(optimizer)
+    optimizer.param_groups[0]["d"] = 0.7
+    told = [0.05 if number == 0.1 else number for number in before]
+    hyper.write(optimizer, told, before)
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["d"]) == (0.05, 0.7)
+    hyper.write(optimizer, told)
+    assert optimizer.param_groups[0]["d"] == 0.5
 
 
 class Around(Optimizer):

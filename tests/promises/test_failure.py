@@ -280,6 +280,7 @@ def test_whatever_keeps_a_rank_from_saying_why_it_ends_all_end(mpirun: Any, tmp_
 
 
 MOVED_AND_SAVED = "os.rename('run', 'moved') if rank == 0 else None; ps.save()"
+MOVED_AND_CLOSED = MOVED_AND_SAVED.replace("save", "close")  # the others have gone on to their end by then
 CAUGHT = """
 model = mlp()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -298,7 +299,8 @@ except Exception as error:
 
 
 @pytest.mark.parametrize(
-    ("call", "trains"), [("ps.validate(measure)", False), ("ps.validate(measure)", True), (MOVED_AND_SAVED, True)]
+    ("call", "trains"),
+    [("ps.validate(measure)", False), ("ps.validate(measure)", True), (MOVED_AND_SAVED, True), (MOVED_AND_CLOSED, True)],
 )
 def test_what_a_script_catches_on_one_rank_ends_all(mpirun: Any, tmp_path: Path, call: str, trains: bool) -> None:
     """The others wait for the rest of the call, where this rank does not come any more."""

@@ -129,19 +129,8 @@ def test_a_nan_is_named_by_rank_tensor_and_round_on_one_screen(mpirun: Any, tmp_
     assert "Traceback" not in done.stderr
 
 
-MISMATCHES = {
-    "shape": ("model = torch.nn.Linear(12, 5 + (rank == 1))", "parameter weight = torch.float32 (5, 12)"),
+MISMATCHES = {  # more of them are in tests/server/test_contract.py
     "dtype": ("model = mlp().to(torch.float64 if rank == 1 else torch.float32)", "parameter 0.weight = torch.float32"),
-    "order": (
-        "order = ['a', 'b'] if rank == 1 else ['b', 'a']\n"
-        "model = torch.nn.Sequential(); [model.add_module(n, torch.nn.Linear(12, 12)) for n in order]",
-        "parameter b.weight",
-    ),
-    "frozen": ("model = mlp(); model[0].bias.requires_grad_(rank != 1)", "parameter 0.bias"),
-    "buffer": (
-        "model = mlp(); model.register_buffer('scale', torch.ones(1 + (rank == 1)))",
-        "buffer scale = torch.float32 (1,)",
-    ),
     "version": ("model = mlp()\nif rank == 1: mpips.__version__ = '9.9'", "version of mpips = "),
 }
 

@@ -57,7 +57,7 @@ def assert_same_runs(a: Path, b: Path) -> None:
     assert (a / "metrics.csv").read_bytes() == (b / "metrics.csv").read_bytes()
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
 def test_one_process_killed_and_resumed(optimizer: str, solo: Any, tmp_path: Path) -> None:
     flags = ["--optimizer", optimizer, "--model", "dropout"]
     whole = solo(SCRIPT, *flags, "--run_dir", "whole")

@@ -23,6 +23,7 @@ import os
 import random
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -42,7 +43,9 @@ from mpips.run import run_folder
 from tests.helpers.programs import metrics, sha
 
 SEEDS = int(os.environ.get("SIMULATED_SEEDS", "1000"))  # .ci/run plays 10,000
+SECONDS = 60 * float(os.environ.get("SIMULATED_MINUTES", "inf"))  # and no more than there is time for, on a slow machine
 CHUNK = 250
+PLAYED_FOR = [0.0]  # seconds, by this process
 ITEMS, EPOCHS = 8, 2
 SGD, ADAM = "sgd", "adam"
 
@@ -280,12 +283,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
 def test_whatever_goes_wrong_the_run_ends_as_if_it_had_not(first: int, quick: None, record_property: Any) -> None:
+    if PLAYED_FOR[0] > SECONDS:
+        pytest.skip(f"seeds from {first} on: SIMULATED_MINUTES are over")
     record_property("faults", CHUNK)
+    begin = time.monotonic()
     for seed in range(first, first + CHUNK):
         try:
             play(seed)
         except BaseException as error:
             pytest.fail(f"seed {seed}: {WAYS[random.Random(seed).randrange(len(WAYS))]}: {type(error).__name__}: {error}")
+    PLAYED_FOR[0] += time.monotonic() - begin
 
 
 if __name__ == "__main__":

@@ -856,9 +856,8 @@ def test_gradients_are_averaged_as_by_messages(chosen: str) -> None:
             size = 4 + 3 * ps.worker + step
             made.zero_grad()
             F.cross_entropy(model(x[step : step + size]), y[step : step + size]).backward()
-            if step == 2:
-                ps.average()
-            else:
+            ps.average(samples=size)
+            if step != 2:
                 nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             ps.step(0.0, samples=size)
         assert is_shared(ps) == ("plan" in settings)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
+import torch
 from torch import nn
 
+import mpips
 from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.config import Config
@@ -29,6 +32,35 @@ def test_it_names_every_tensor_setting_and_version() -> None:
     for key in Config().settings().keys() - {"run_dir", "resume", "chaos"}:
         assert f"setting {key} = " in text
     assert "version of torch = " in text
+
+
+MISMATCHES: dict[str, tuple[Callable[[int], nn.Module], str]] = {
+    "shape": (lambda rank: nn.Linear(12, 5 + (rank == 1)), "parameter weight = torch.float32 (5, 12)"),
+    "order": (lambda rank: nn.ModuleDict({n: nn.Linear(4, 4) for n in ("ab" if rank == 1 else "ba")}), "parameter b.weight"),
+    "frozen": (lambda rank: with_frozen(mlp(), rank != 1), "parameter 0.bias"),
+    "buffer": (lambda rank: with_buffer(mlp(), 1 + (rank == 1)), "buffer scale = torch.float32 (1,)"),
+}
+
+
+def with_frozen(model: nn.Sequential, trained: bool) -> nn.Module:
+    model[0].bias.requires_grad_(trained)
+    return model
+
+
+def with_buffer(model: nn.Module, size: int) -> nn.Module:
+    model.register_buffer("scale", torch.ones(size))
+    return model
+
+
+@pytest.mark.parametrize("what", MISMATCHES)
+def test_a_mismatch_names_rank_and_first_difference(what: str) -> None:
+    make, line = MISMATCHES[what]
+
+    def program(e: Communicator) -> None:
+        mpips.connect(make(e.rank), lambda p: torch.optim.SGD(p, lr=1.0), run_dir="run", communicator=e)
+
+    with pytest.raises(contract.ContractError, match=re.escape(f"rank 0 has `{line}") + ".*rank 1 has `"):
+        World(3).run(program)
 
 
 def test_all_ranks_raise_the_same_text_and_nothing_moves() -> None:

@@ -465,7 +465,7 @@ class Run:
             return None
         if worker.inner:
             return None if worker.replica.wire_is_grad else self._numbered(which, worker.inner.state_dict())
-        if self._server and self._server.transport.steps_whole and worker.replica.wire_is_grad:
+        if self._communicator.size == 1:
             return None
         if isinstance(worker, Client):
             raise RuntimeError(

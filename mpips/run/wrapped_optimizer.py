@@ -118,9 +118,13 @@ class Wrapped:
         self._mpips.optimizer_loaded()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy or pickle the optimizer as one of its own class, without mpips."""
+        """Copy or pickle the optimizer as one of its own class, without mpips, and with the whole state."""
         own: Any = self
-        return copyreg.__newobj__, (self.given_class,), own.__getstate__()  # type: ignore[attr-defined]
+        parts, tree = own.__getstate__(), self._mpips.optimizer_state()
+        if tree is not None:
+            parameters = [p for group in own.param_groups for p in group["params"]]
+            parts = parts | {"state": parts["state"] | {parameters[number]: state for number, state in tree.items()}}
+        return copyreg._reconstructor, (self.given_class, object, None), parts  # type: ignore[attr-defined]
 
 
 class Barred:

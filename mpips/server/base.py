@@ -375,7 +375,7 @@ class Service:
             return Call.AVERAGE
         measures = calls.get(self.chief) != Call.LEAVE or self._measure is not None  # whether who measures takes part
         if len(present) > 1 or (Call.VALIDATE in present and not measures):
-            self.fault = self._different_calls(calls)
+            self.fault = self.different_calls(calls)
             return Call.NONE
         return present.pop() if present else Call.LEAVE
 
@@ -390,7 +390,7 @@ class Service:
             if call in (Call.NONE, Call.LOOP, Call.LEAVE, Call.STATE):
                 continue
             if any(self._has_passed(call, row, other) for other in rows.values() if not other["call"]):
-                self.fault = self._different_calls({rank: Call(int(other["call"])) for rank, other in rows.items()})
+                self.fault = self.different_calls({rank: Call(int(other["call"])) for rank, other in rows.items()})
                 return
 
     @staticmethod
@@ -422,9 +422,12 @@ class Service:
             where.setdefault(call, []).append(f"{rank - self.first} (rank {rank})")
         return "; ".join(f"worker{'s' * (len(who) > 1)} {', '.join(who)} at {call.text}" for call, who in where.items())
 
-    def _different_calls(self, calls: Mapping[int, Call]) -> str:
-        there = self._where(calls)
-        return f"the workers do not make the same calls: {there}. Every worker must make each of these calls, in the same order"
+    def different_calls(self, calls: Mapping[int, Call]) -> str:
+        """Return the fault of workers that are in these calls, by rank, and cannot meet."""
+        there, what = self._where(calls), "each of these calls, in the same order"
+        if Call.STATE in calls.values():
+            what = "the call of state_dict() at the same place, and worker 0 alone may save what it returns"
+        return f"the workers do not make the same calls: {there}. Every worker must make {what}"
 
     def complain(self) -> None:
         """Broadcast `fault` to all ranks, which expect it.

@@ -296,8 +296,11 @@ class Server(Service):
     def _check_calls(self, updates: Updates) -> None:
         """Set the control's call if all workers wait in the same one; else look for workers that can never meet."""
         rows = updates.results
-        if Call.STATE in {row["call"] for row in rows.values()}:
+        calls = {Call(int(row["call"])) for row in rows.values() if not (row["done"] and not row["call"])}
+        if Call.STATE in calls:
             self.control.call = Call.STATE
+            if Call.NONE in calls:  # a step without the contribution of who waits
+                self.fault = self.different_calls({rank: Call(int(row["call"])) for rank, row in rows.items()})
         elif not self.control.active:
             self.control.call = self.agree_on_call(rows)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import mpips
 from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.config import ConfigError
+from mpips.model.message import CallError
 from tests.helpers.programs import data, mlp, sha
 
 SHARED = pytest.mark.parametrize("shares", [False, True], ids=["messages", "shared memory"])
@@ -101,6 +103,52 @@ def test_state_dict_is_whole_and_plain_pytorch_loads_it(shares: bool, plan: str,
         assert other.state[p]["exp_avg"].shape == p.shape
         assert float(other.state[p]["step"]) == 4
         assert bool(other.state[p]["exp_avg"].any())
+
+
+@SHARED
+@pytest.mark.parametrize("plan", ["root", "sharded"])
+@pytest.mark.parametrize("trains", [False, True], ids=["rank 0 serves", "rank 0 trains"])
+def test_state_dict_between_two_steps_changes_no_bit(shares: bool, plan: str, trains: bool) -> None:
+    """All workers ask for it, and the state is that after as many steps; so is a pickled optimizer's, and a copy's."""
+
+    def program(e: Communicator, asks: bool) -> str:
+        model = mlp()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir=f"run{asks}", plan=plan, server_trains=trains)
+        for step in range(5):
+            x, y = (t[ps.worker :: ps.workers] for t in data(16))
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if asks:
+                tree = optimizer.state_dict()["state"]
+                assert [float(state["step"]) for state in tree.values()] == [step + 1] * 4
+                for own in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+                    assert type(own) is torch.optim.Adam
+                    for mine, theirs in zip(own.state.values(), tree.values(), strict=True):
+                        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+        return sha(model)
+
+    assert World(3, shares=shares).run(lambda e: program(e, True)) == World(3, shares=shares).run(lambda e: program(e, False))
+
+
+@SHARED
+@pytest.mark.parametrize("trains", [False, True], ids=["rank 0 serves", "rank 0 trains"])
+@pytest.mark.parametrize("who", [0, 1])
+def test_state_dict_on_one_worker_while_another_steps_ends_the_run(shares: bool, trains: bool, who: int) -> None:
+    """The step of the others would lack its contribution."""
+
+    def program(e: Communicator) -> None:
+        model = mlp()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run", server_trains=trains)
+        for step in range(4):
+            one_step(model, optimizer)
+            if step == 1 and ps.worker == who:
+                optimizer.state_dict()
+
+    with pytest.raises(CallError, match=rf"worker {who} \(rank \d\) at optimizer.state_dict\(\).*Every worker .*state_dict"):
+        World(3, shares=shares).run(program)
 
 
 def test_hooks_run_once_a_step_where_the_script_calls_it() -> None:

@@ -17,7 +17,7 @@ from mpips.config.groups import Checkpointing, Clients, EarlyStopping, Local, Ou
 
 TAKEN = (  # names that a metric cannot have: they are columns of the messages and of the report
     *("samples", "weight", "loss", "bad", "done", "stop", "signal", "round", "train", "wait", "steps", "tickets", "want"),
-    *("call", "begun", "digest", "drawn", "which", "adopt", "overflow", "more"),
+    *("call", "begun", "digest", "drawn", "which", "adopt", "overflow", "more", "stepped"),
     *("epoch", "version", "lr", "time", "event", "rank", "ranks", "epochs", "samples_per_s", "self"),
     *("null", "true", "false"),  # YAML writes these in quotes
 )

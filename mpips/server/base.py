@@ -131,6 +131,7 @@ class Service:
         self._signalled_by: list[int] = []  # the ranks by which the run is preempted at the end of a batch
         self._job_end, self._slowest = job_end(), 0.0  # when the job ends, and the seconds of the longest round
         self._given, self._make_data, self._measure, self._follows = optimizer, validation_data, validate, follows
+        self._told_without_steps = self._alone = False  # `_alone`: loops over a shard where others have ended
         self._waiting: tuple[dict[int, Call], float] = {}, 0.0  # rank -> the call that it waits in, and since when
         self.digest = ""  # the contract's SHA-256
         self._told: list[float] = []  # the hyperparameters that were taken over last
@@ -374,7 +375,9 @@ class Service:
         if present == {Call.AVERAGE, Call.LOOP}:  # a worker without batches has no part in the average
             return Call.AVERAGE
         measures = calls.get(self.chief) != Call.LEAVE or self._measure is not None  # whether who measures takes part
-        if len(present) > 1 or (Call.VALIDATE in present and not measures):
+        self._alone |= Call.BEGIN in present and Call.LEAVE in calls.values()  # nobody takes the part of who has left
+        apart = self._alone and self._told_without_steps
+        if len(present) > 1 or apart or (Call.VALIDATE in present and not measures):
             self.fault = self.different_calls(calls)
             return Call.NONE
         return present.pop() if present else Call.LEAVE
@@ -414,6 +417,30 @@ class Service:
             self._waiting = waiting, math.inf
             message = f"{self._where(calls)}; who waits goes on when all workers make that call"
             self.report.event("warning", message=message)
+            self.report.line(message, always=True)
+
+    def name_without_steps(self, rows: Mapping[int, Mapping[str, float]]) -> None:
+        """Warn once of workers that loop over their shards without a step where others take steps.
+
+        Sets `fault` if the others have ended, and had no part in this loop.
+
+        Args:
+            rows: rank -> its row of the tail, by column.
+        """
+        stepping = any(row["stepped"] and not row["call"] for row in rows.values())
+        if self._alone and stepping:
+            self.fault = self.different_calls({rank: Call(int(row["call"])) for rank, row in rows.items()})
+        if self._told_without_steps or not stepping:
+            return
+        without = [rank for rank, row in rows.items() if row["call"] == Call.LOOP and row["drawn"] and not row["stepped"]]
+        if without:
+            self._told_without_steps = True
+            who = ", ".join(f"{rank - self.first} (rank {rank})" for rank in without)
+            message = (
+                f"worker {who} has looped over its shard without a step, and others take steps in that loop; all workers make "
+                f"the same loops over a shard: evaluate in ps.validate(), or over data that are not given to ps.shard()"
+            )
+            self.report.event("warning", message=message, round=self.control.round)
             self.report.line(message, always=True)
 
     def _where(self, calls: Mapping[int, Call]) -> str:

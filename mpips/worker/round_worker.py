@@ -492,6 +492,7 @@ class Worker:
                 f"worker, by ps.average() or torch's clipping; expected ps.average(samples={samples:g}) before that"
             )
         self.place.taken += taken
+        self.status.stepped = 1
         self.tally.add(loss, samples, metrics)
 
     def _push(self) -> None:
@@ -566,7 +567,7 @@ class Worker:
     def begin(self) -> None:
         """Begin a new loop over the shard."""
         self._unpark()
-        self.status.begun, self.status.drawn = self.status.begun + 1, 0
+        self.status.begun, self.status.drawn, self.status.stepped = self.status.begun + 1, 0, 0
         self.status.done = False
 
     @property

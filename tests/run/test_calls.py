@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import mpips
 from mpips import checkpoint
 from mpips.comm import Communicator
 from mpips.comm.simulated import World
+from mpips.model.message import CallError
 from mpips.server import base as service
 from tests.helpers.programs import data, metrics, mlp
 
@@ -58,6 +60,44 @@ def test_a_call_of_one_worker_is_named_with_who_is_where(call: Any, name: str, w
     line = rf"the workers do not make the same calls: .*worker 0 \(rank 1\) at {name}; worker 1 \(rank 2\) at"
     with pytest.raises(RuntimeError, match=line):
         World(3, shares=shares).run(lambda e: one_rank_alone(e, call, where))
+
+
+def looping(e: Communicator, evaluates: str, loops: int = 2) -> bool:
+    """Loop over a shard, in which worker 0 alone evaluates as well: its first batch before, or all after each loop or the last.
+
+    Returns:
+        Whether worker 0 has come to its end.
+    """
+    model = mlp()
+    ps = mpips.connect(model, sgd, communicator=e, run_dir="run")
+    loader = ps.shard(DataLoader(TensorDataset(*data(48)), 8))
+    if evaluates == "first" and ps.worker == 0:
+        next(iter(loader))
+    for number in range(loops if ps.worker == 0 else 2):
+        steps(ps, model, loader)
+        if ps.worker == 0 and (evaluates == "each" or (evaluates == "last" and number == 1)):
+            list(loader)
+    return ps.worker == 0
+
+
+@pytest.mark.parametrize("evaluates", ["first", "each"])
+def test_a_loop_over_its_shard_of_one_worker_is_said_and_then_refused(
+    evaluates: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others train in that loop without it, and it would train in one more without them."""
+    line = r"worker 0 \(rank 1\) at the beginning of a loop over its shard; worker 1 \(rank 2\) at the end of its script"
+    with pytest.raises(CallError, match=line):
+        World(3).run(lambda e: looping(e, evaluates))
+    assert capsys.readouterr().out.count("worker 0 (rank 1) has looped over its shard without a step") == 1
+
+
+def test_steps_in_a_loop_over_its_shard_after_the_others_have_ended_are_refused() -> None:
+    with pytest.raises(CallError, match=r"worker 0 \(rank 1\) at a step; worker 1 \(rank 2\) at the end of its script"):
+        World(3).run(lambda e: looping(e, "never", loops=3))
+
+
+def test_a_last_look_at_its_shard_is_one_worker_s_own_affair() -> None:
+    assert World(3).run(lambda e: looping(e, "last")) == [True, False]
 
 
 def test_clipping_on_one_worker_alone_is_named() -> None:

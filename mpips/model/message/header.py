@@ -36,6 +36,7 @@ class WorkerStatus:
         adopt: 1 if the contribution is new weights, which the server takes as they are.
         overflow: 1 if the script's GradScaler has found an Inf or NaN: no rank is to step.
         more: 1 if the script may take further steps on this worker's present batch.
+        stepped: 1 if this worker has taken a step in the present loop.
     """
 
     samples: float = 0
@@ -60,11 +61,12 @@ class WorkerStatus:
     adopt: float = 0
     overflow: float = 0
     more: float = 0
+    stepped: float = 0
 
 
 COLUMNS = tuple(vars(WorkerStatus()))
 SAMPLES, WEIGHT, LOSS, BAD, DONE, STOP, SIGNAL, ROUND, TRAIN, WAIT, STEPS, TICKETS, WANT = range(13)  # indices of the columns
-CALL, BEGUN, DIGEST, DRAWN, EPOCHS, WHICH, ADOPT, OVERFLOW, MORE = range(13, len(COLUMNS))
+CALL, BEGUN, DIGEST, DRAWN, EPOCHS, WHICH, ADOPT, OVERFLOW, MORE, STEPPED = range(13, len(COLUMNS))
 
 
 class Call(IntEnum):

@@ -147,6 +147,7 @@ class Flat:
         self.sparse = False  # whether sparse gradients are left as they are
         self.averaged = False  # whether the gradients are averages over all workers
         self.accumulated = False  # whether backward has accumulated a gradient since this was set to False
+        self._left: dict[int, int] = {}  # digests of gradients as backward has left them
         for number, p in enumerate(self.parameters):
             p.register_post_accumulate_grad_hook(partial(self._accumulated, number))  # type: ignore[no-untyped-call]
         if hold:
@@ -218,6 +219,8 @@ class Flat:
             return
         if p.grad is not self._views[number]:
             self._bring(number, p)
+        if self._sums:
+            self._left[number] = _digest(self._views[number])
         if self.watch:
             self.watch(number)
 
@@ -235,6 +238,25 @@ class Flat:
             if seen:
                 self._touched.add(number)
         self.averaged = True
+
+    @property
+    def examined(self) -> bool:
+        """Whether `changed_gradient` has something to look at."""
+        return bool(self._left)
+
+    def changed_gradient(self) -> int | None:
+        """Return the index of a parameter whose gradient the script has changed since backward; None if there is none.
+
+        It is looked for in the rounds in which digests of the weights are taken, see `note_weights`.
+        """
+        left, self._left = self._left, {}
+        if self.averaged:
+            return None
+        for number, digest in left.items():
+            gradient = self.parameters[number].grad
+            if gradient is not None and number in self._touched and _digest(gradient) != digest:
+                return number
+        return None
 
     def collect(self) -> list[bool]:
         """Copy gradients that autograd or the user has put elsewhere back into the flat buffer.

@@ -124,6 +124,7 @@ class Run:
             wrapped.wrap(optimizer, Seat(self, which))
         clipping.watch(self._worker.replica.flat, self.average)
         self._replay = Replay(self._worker, self._keeping, roles.streams)
+        self._told_of_gradients = False
         self._loop = Loop(self._worker, self._worker.common, self._replay, preempted, self.print)
         self._own_step: OwnStep | None = None  # the step in progress that the optimizer takes on this worker
         self._inside_step = False  # whether its code runs
@@ -312,12 +313,31 @@ class Run:
             raise ConfigError(f"GradScaler: given one with mode {self.config.mode}, allowed: mode sync; bfloat16 needs none")
         if self._several or self._keeping.behind:
             self.turn_to(which)
+        if self._worker.replica.flat.examined:
+            self._look_at_gradients(scaled=overflow is not None)
         if overflow:
             self._worker.status.overflow = True
         self._loop.step(*(self._said if self._said is not UNSAID else (loss, None, {})))
         if overflow:
             self._worker.status.overflow = False
         return loss
+
+    def _look_at_gradients(self, scaled: bool) -> None:
+        """Say once that the script has changed its own gradients, where it may mean the average of all workers'.
+
+        Args:
+            scaled: whether a GradScaler has changed them.
+        """
+        flat = self._worker.replica.flat
+        changed = flat.changed_gradient()
+        if changed is None or scaled or self.workers == 1 or self._told_of_gradients:
+            return
+        self._told_of_gradients = True
+        self.print(
+            f"mpips: the script changes the gradient of {flat.slots[changed].name} between backward and the step, on each "
+            f"worker its own, before they are averaged. That is right for masks, noise and factors; for clipping, signs and "
+            f"norms call ps.average() before it"
+        )
 
     def evaluate(self, which: int, closure: Callable[[], Any] | None, overflow: bool | None = None) -> Any:
         """Take a step of an optimizer that may evaluate the loss several times, or that the script looks into.

@@ -151,6 +151,43 @@ def test_state_dict_on_one_worker_while_another_steps_ends_the_run(shares: bool,
         World(3, shares=shares).run(program)
 
 
+BY_HAND: dict[str, Any] = {
+    "in place": lambda p: p.grad.clamp_(-0.01, 0.01),
+    "through data": lambda p: p.grad.data.clamp_(-0.01, 0.01),
+    "assigned": lambda p: setattr(p, "grad", p.grad.sign()),
+    "zeroed after all": lambda p: p.grad.zero_(),
+}
+NOTHING: dict[str, Any] = {
+    "read": lambda p: p.grad.norm(),
+    "copied": lambda p: setattr(p, "grad", p.grad.clone()),
+    "dropped": lambda p: setattr(p, "grad", None),
+}
+
+
+@SHARED
+@pytest.mark.parametrize("what", [*BY_HAND, *NOTHING, "averaged", "one worker"])
+def test_gradients_that_each_worker_changes_by_hand_are_said(
+    what: str, shares: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def program(e: Communicator) -> None:
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
+        x, y = data(16)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            if what == "averaged":
+                ps.average()
+            for p in model.parameters():
+                (BY_HAND | NOTHING).get(what, BY_HAND["in place"])(p)
+            optimizer.step()
+
+    World(2 if what == "one worker" else 3, shares=shares).run(program)
+    said = capsys.readouterr().out.count("the script changes the gradient of ")
+    assert said == (what in BY_HAND)
+
+
 def test_hooks_run_once_a_step_where_the_script_calls_it() -> None:
     model, optimizer, _ = connected()
     seen = []

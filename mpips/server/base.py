@@ -131,7 +131,8 @@ class Service:
         self._signalled_by: list[int] = []  # the ranks by which the run is preempted at the end of a batch
         self._job_end, self._slowest = job_end(), 0.0  # when the job ends, and the seconds of the longest round
         self._given, self._make_data, self._measure, self._follows = optimizer, validation_data, validate, follows
-        self._told_without_steps = self._alone = False  # `_alone`: loops over a shard where others have ended
+        self._apart = False  # whether a worker has looped over its shard without a step where others have taken steps
+        self._alone = self._told_alone = False  # whether workers loop over their shards where others have ended
         self._waiting: tuple[dict[int, Call], float] = {}, 0.0  # rank -> the call that it waits in, and since when
         self.digest = ""  # the contract's SHA-256
         self._told: list[float] = []  # the hyperparameters that were taken over last
@@ -376,7 +377,7 @@ class Service:
             return Call.AVERAGE
         measures = calls.get(self.chief) != Call.LEAVE or self._measure is not None  # whether who measures takes part
         self._alone |= Call.BEGIN in present and Call.LEAVE in calls.values()  # nobody takes the part of who has left
-        apart = self._alone and self._told_without_steps
+        apart = self._alone and self._apart
         if len(present) > 1 or apart or (Call.VALIDATE in present and not measures):
             self.fault = self.different_calls(calls)
             return Call.NONE
@@ -419,29 +420,34 @@ class Service:
             self.report.event("warning", message=message)
             self.report.line(message, always=True)
 
-    def name_without_steps(self, rows: Mapping[int, Mapping[str, float]]) -> None:
-        """Warn once of workers that loop over their shards without a step where others take steps.
+    def name_apart(self, rows: Mapping[int, Mapping[str, float]]) -> None:
+        """Warn of workers whose loops over their shards are not those of the others, once of each kind.
 
-        Sets `fault` if the others have ended, and had no part in this loop.
+        Either they take no step in a loop in which others do, or they step in one that others, who have ended, do not make.
 
         Args:
             rows: rank -> its row of the tail, by column.
         """
-        stepping = any(row["stepped"] and not row["call"] for row in rows.values())
-        if self._alone and stepping:
-            self.fault = self.different_calls({rank: Call(int(row["call"])) for rank, row in rows.items()})
-        if self._told_without_steps or not stepping:
+        if not any(row["stepped"] and not row["call"] for row in rows.values()):
             return
         without = [rank for rank, row in rows.items() if row["call"] == Call.LOOP and row["drawn"] and not row["stepped"]]
-        if without:
-            self._told_without_steps = True
-            who = ", ".join(f"{rank - self.first} (rank {rank})" for rank in without)
-            message = (
-                f"worker {who} has looped over its shard without a step, and others take steps in that loop; all workers make "
-                f"the same loops over a shard: evaluate in ps.validate(), or over data that are not given to ps.shard()"
+        if without and not self._apart:
+            self._apart = True
+            self._warn_of(
+                without,
+                "looped over its shard without a step, and others take steps in that loop; all workers make the same loops "
+                "over a shard: evaluate in ps.validate(), or over data that are not given to ps.shard()",
             )
-            self.report.event("warning", message=message, round=self.control.round)
-            self.report.line(message, always=True)
+        if self._alone and not self._told_alone:
+            self._told_alone = True
+            left = [rank for rank, row in rows.items() if row["call"] == Call.LEAVE]
+            self._warn_of(left, "come to the end of its script, and the others go on without its part of the data")
+
+    def _warn_of(self, ranks: Sequence[int], what: str) -> None:
+        who = ", ".join(f"{rank - self.first} (rank {rank})" for rank in ranks)
+        message = f"worker {who} has {what}"
+        self.report.event("warning", message=message, round=self.control.round)
+        self.report.line(message, always=True)
 
     def _where(self, calls: Mapping[int, Call]) -> str:
         where: dict[Call, list[str]] = {}

@@ -306,7 +306,7 @@ class Server(Service):
         else:
             self.find_apart(rows)
             self.name_waiting(rows)
-            self.name_without_steps(rows)
+            self.name_apart(rows)
         self.report.epochs = int(max(row[EPOCHS] for row in updates.rows)) or None
 
     def send_updates(self, weights: Tensor | None = None) -> None:

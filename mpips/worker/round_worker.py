@@ -196,6 +196,7 @@ class Worker:
         self._streams: rng.State | None = None
         self._before: Before | None = None  # of a resumed run that has not gone on
         self._failed: Exception | None = None  # see `check_whole`
+        self._answering = False  # whether this worker measures for ps.validate()
         if self.config.overlap and mode.gradients:
             model.register_forward_pre_hook(lambda *_: self.settle())  # deepcopy of the model does not follow it
         self._begun = self._left = communicator.clock()
@@ -332,6 +333,7 @@ class Worker:
         Raises:
             NonFiniteError: see `pull`.
         """
+        self._check_free("a step")
         self.settle()
         self._unpark()  # a step outside of loops starts from this worker's own weights, too
         self.look_at_hyper()
@@ -413,12 +415,24 @@ class Worker:
         """
         flat = self.replica.flat
         before = flat.sums() if self._elsewhere else []
-        yield
+        self._answering = True
+        try:
+            yield
+        finally:
+            self._answering = False
         if before:
             for number, (now, then) in enumerate(zip(flat.sums(), before, strict=True)):
                 if now != then and number not in flat.renormalised:
                     self._refuse(number, "put back at the end of what ps.validate() is given the weights that were there")
             flat.note_weights(moved=False)
+
+    def _check_free(self, what: str) -> None:
+        """Raise RuntimeError inside what the script has given to ps.validate(): the other ranks wait for its result alone."""
+        if self._answering and self.communicator.size > 1:
+            raise RuntimeError(
+                f"{what} inside what ps.validate() measures, on worker 0 alone; expected none there: evaluate over the loader "
+                f"itself, not what ps.shard() has returned, and step and save outside"
+            )
 
     def _send_and_receive(self) -> None:
         self._send()
@@ -566,6 +580,7 @@ class Worker:
 
     def begin(self) -> None:
         """Begin a new loop over the shard."""
+        self._check_free("a loop over a shard")
         self._unpark()
         self.status.begun, self.status.drawn, self.status.stepped = self.status.begun + 1, 0, 0
         self.status.done = False
@@ -625,7 +640,9 @@ class Worker:
 
         Raises:
             CallError: the other workers do not make this call.
+            RuntimeError: see `_check_free`.
         """
+        self._check_free(call.text)
         self.settle()
         if call not in (Call.AVERAGE, Call.LEAVE, Call.MEET):  # an optimizer with a closure changes weights in between
             self._look_at_weights()
@@ -751,6 +768,7 @@ class Worker:
 
     def optimizer_state(self) -> dict[str, Any]:
         """Return the state of the server's optimizer, as `FlatOptimizer.state_dict` does; other workers need not call this."""
+        self._check_free(Call.STATE.text)
         self.settle()
         self.status.call = Call.STATE
         self._state: dict[str, Any] = {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,38 @@ def test_a_loop_over_a_shard_that_another_worker_does_not_make_is_said(capsys: p
 
 def test_a_last_look_at_its_shard_is_one_worker_s_own_affair() -> None:
     assert World(3).run(lambda e: looping(e, "last")) == [True, False]
+
+
+INSIDE: dict[str, Callable[[mpips.Run, Any, Any], Any]] = {
+    "a loop over a shard": lambda ps, loader, _: list(loader),
+    "ps.save()": lambda ps, *_: ps.save(),
+    "ps.validate()": lambda ps, *_: ps.validate(lambda: 1.0),
+    "optimizer.state_dict()": lambda ps, _, optimizer: optimizer.state_dict(),
+    "a step": lambda ps, _, optimizer: optimizer.step(),
+}
+
+
+@PLACES
+@pytest.mark.parametrize(
+    ("what", "mode"),
+    [(what, mode) for what in INSIDE for mode in ("sync", "diloco", "async") if mode == "sync" or "state_dict" not in what],
+)
+def test_what_all_ranks_do_together_is_refused_inside_what_validate_measures(what: str, mode: str, shares: bool) -> None:
+    """Worker 0 measures alone, and the others wait for the number."""
+
+    def program(e: Communicator) -> None:
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run", mode=mode)
+        loader = ps.shard(DataLoader(TensorDataset(*data(48)), 8))
+        for x, y in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        ps.validate(lambda: (INSIDE[what](ps, loader, optimizer), 1.0)[1])
+
+    with pytest.raises(RuntimeError, match=rf"{re.escape(what)} inside what ps\.validate\(\) measures, on worker 0 alone"):
+        World(3, shares=shares).run(program)
 
 
 def test_clipping_on_one_worker_alone_is_named() -> None:

@@ -33,6 +33,7 @@ ROWS = {  # how a row begins, and the test of it; of frameworks' own launches do
     "`GradScaler`": "test_a_loop_is_that_of_one_process",
     "`optimizer.step(closure)`": "test_a_loop_is_that_of_one_process",
     "LBFGS": "test_a_loop_is_that_of_one_process",
+    "Prodigy": "test_weights_numbers_and_evaluations_are_those_of_one_process",
     "`SparseAdam`": "test_sparse_gradients_with_sparse_adam_are_plain_pytorch_s",
     "work by hand": "test_a_converted_line_is_that_of_one_process",
     "two models": "test_several_models_and_optimizers_in_one_run",

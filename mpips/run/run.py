@@ -26,6 +26,7 @@ from mpips.run.replay import Replay
 from mpips.run.roles import Roles
 from mpips.server.base import measured
 from mpips.worker.async_worker import Client
+from mpips.worker.round_worker import KEEPING
 
 UNSAID: Said = (None, None, {})
 
@@ -227,8 +228,10 @@ class Run:
 
         Raises:
             TypeError: an object lacks these methods, or its state holds something that a checkpoint cannot hold.
+            RuntimeError: its `state_dict` calls what all ranks do together, such as the optimizer's.
         """
-        self._keeping.keep(objects)
+        with self._worker.alone(*KEEPING):
+            self._keeping.keep(objects)
 
     def batches(
         self, data: Any, batch_size: int | None = None, *, shuffle: bool = True, drop_last: bool = False, shard: bool = True

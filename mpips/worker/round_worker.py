@@ -44,6 +44,8 @@ from mpips.reduce.transport import Transport
 from mpips.server.rank_state import RankState, for_worker, told_streams, unpack_all
 from mpips.worker.remote_server import RemoteServer
 
+KEEPING = "the state_dict() of what ps.keep() is given", "leave it out; what connect() was given is in the checkpoint"
+
 
 class Tally:
     """The steps since the last push, as sums over samples.
@@ -196,7 +198,7 @@ class Worker:
         self._streams: rng.State | None = None
         self._before: Before | None = None  # of a resumed run that has not gone on
         self._failed: Exception | None = None  # see `check_whole`
-        self._answering = False  # whether this worker measures for ps.validate()
+        self._alone_in: tuple[str, str] | None = None  # see `alone`
         if self.config.overlap and mode.gradients:
             model.register_forward_pre_hook(lambda *_: self.settle())  # deepcopy of the model does not follow it
         self._begun = self._left = communicator.clock()
@@ -333,7 +335,7 @@ class Worker:
         Raises:
             NonFiniteError: see `pull`.
         """
-        self._check_free("a step")
+        self._check_together("a step")
         self.settle()
         self._unpark()  # a step outside of loops starts from this worker's own weights, too
         self.look_at_hyper()
@@ -415,24 +417,36 @@ class Worker:
         """
         flat = self.replica.flat
         before = flat.sums() if self._elsewhere else []
-        self._answering = True
-        try:
+        with self.alone(
+            "what ps.validate() measures",
+            "evaluate over the loader itself, not what ps.shard() has returned; step and save outside",
+        ):
             yield
-        finally:
-            self._answering = False
         if before:
             for number, (now, then) in enumerate(zip(flat.sums(), before, strict=True)):
                 if now != then and number not in flat.renormalised:
                     self._refuse(number, "put back at the end of what ps.validate() is given the weights that were there")
             flat.note_weights(moved=False)
 
-    def _check_free(self, what: str) -> None:
-        """Raise RuntimeError inside what the script has given to ps.validate(): the other ranks wait for its result alone."""
-        if self._answering and self.communicator.size > 1:
-            raise RuntimeError(
-                f"{what} inside what ps.validate() measures, on worker 0 alone; expected none there: evaluate over the loader "
-                f"itself, not what ps.shard() has returned, and step and save outside"
-            )
+    @contextmanager
+    def alone(self, where: str, instead: str) -> Iterator[None]:
+        """Refuse within the context what all ranks do together, as this worker alone is there.
+
+        Args:
+            where: what the context is, for the message.
+            instead: what to do instead.
+        """
+        before, self._alone_in = self._alone_in, (where, instead)
+        try:
+            yield
+        finally:
+            self._alone_in = before
+
+    def _check_together(self, what: str) -> None:
+        """Raise RuntimeError within `alone`, if there are other ranks."""
+        if self._alone_in and self.communicator.size > 1:
+            where, instead = self._alone_in
+            raise RuntimeError(f"{what} inside {where}, on worker 0 alone; expected none there: {instead}")
 
     def _send_and_receive(self) -> None:
         self._send()
@@ -580,7 +594,7 @@ class Worker:
 
     def begin(self) -> None:
         """Begin a new loop over the shard."""
-        self._check_free("a loop over a shard")
+        self._check_together("a loop over a shard")
         self._unpark()
         self.status.begun, self.status.drawn, self.status.stepped = self.status.begun + 1, 0, 0
         self.status.done = False
@@ -640,9 +654,9 @@ class Worker:
 
         Raises:
             CallError: the other workers do not make this call.
-            RuntimeError: see `_check_free`.
+            RuntimeError: see `_check_together`.
         """
-        self._check_free(call.text)
+        self._check_together(call.text)
         self.settle()
         if call not in (Call.AVERAGE, Call.LEAVE, Call.MEET):  # an optimizer with a closure changes weights in between
             self._look_at_weights()
@@ -768,7 +782,7 @@ class Worker:
 
     def optimizer_state(self) -> dict[str, Any]:
         """Return the state of the server's optimizer, as `FlatOptimizer.state_dict` does; other workers need not call this."""
-        self._check_free(Call.STATE.text)
+        self._check_together(Call.STATE.text)
         self.settle()
         self.status.call = Call.STATE
         self._state: dict[str, Any] = {}
@@ -796,6 +810,10 @@ class Worker:
         if isinstance(self.server, RemoteServer):
             self.server.give_performance()
 
+    def _kept_state(self) -> dict[str, Any]:
+        with self.alone(*KEEPING):
+            return self.kept()
+
     def state(self, chief: int | None = None) -> RankState:
         """Return the state that only this rank has.
 
@@ -820,7 +838,7 @@ class Worker:
             pending,
             self.update.state_dict() | ({"tally": vars(self.tally)} if self.tally.samples else {}),
             slices,
-            kept=self.kept() if first else {},
+            kept=self._kept_state() if first else {},
             orders=self.common.state_dict(),
             frozen=flat.changed_frozen() if first and self.communicator.size > 1 else {},
         )

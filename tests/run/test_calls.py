@@ -136,6 +136,35 @@ def test_what_all_ranks_do_together_is_refused_inside_what_validate_measures(wha
         World(3, shares=shares).run(program)
 
 
+class Whole:
+    """A script's object whose state has the optimizer's, or as many numbers as there are batches in a shard."""
+
+    def __init__(self, of: Any) -> None:
+        self.of = of
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"of": self.of.state_dict() if isinstance(self.of, torch.optim.Optimizer) else len(list(self.of))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("what", ["optimizer.state_dict()", "a loop over a shard"])
+def test_what_all_ranks_do_together_is_refused_in_the_state_of_what_is_kept(what: str) -> None:
+    """Worker 0 alone gives that state, when a checkpoint is due."""
+
+    def program(e: Communicator) -> None:
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
+        loader = ps.shard(DataLoader(TensorDataset(*data(48)), 8))
+        ps.keep(trainer=Whole(loader if "loop" in what else optimizer))
+
+    with pytest.raises(RuntimeError, match=rf"{re.escape(what)} inside the state_dict\(\) of what ps\.keep\(\) is given"):
+        World(3).run(program)
+    World(1).run(program)
+
+
 def test_clipping_on_one_worker_alone_is_named() -> None:
     def program(e: Communicator) -> None:
         model = mlp()

@@ -208,6 +208,7 @@ class Flat:
     def clear(self) -> None:
         """Set every gradient to None. The flat gradient keeps its contents; the next backward overwrites them."""
         self._touched.clear()
+        self._left.clear()
         for p in self.parameters:
             p.grad = None
 
@@ -355,6 +356,7 @@ class Flat:
 
     def resume(self, gradients: Mapping[str, Tensor]) -> None:
         """Restore gradients, by name, that were accumulated but not pushed."""
+        self._left.clear()
         for number, (slot, p) in enumerate(zip(self.slots, self.parameters, strict=True)):
             if slot.name in gradients:
                 p.grad = slot.view(self.grad).copy_(gradients[slot.name])

@@ -316,7 +316,7 @@ class Run:
             raise ConfigError(f"GradScaler: given one with mode {self.config.mode}, allowed: mode sync; bfloat16 needs none")
         if self._several or self._keeping.behind:
             self.turn_to(which)
-        if self._worker.replica.flat.examined:
+        if self._worker.replica.flat.examined and not (self._loop.rehearsing or self._replay.pending):
             self._look_at_gradients(scaled=overflow is not None)
         if overflow:
             self._worker.status.overflow = True

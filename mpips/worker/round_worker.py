@@ -721,9 +721,10 @@ class Worker:
         loss, samples = self._averaging if counts else (0.0, 0.0)
         row, metrics = self._row(samples=samples, loss=loss), [0.0] * len(self.config.metrics)
         if counts:
+            members, self.update.members = self.update.members, None  # whichever of several optimizers has stepped last
             self.update.examines = True  # nobody examines the average
             self.update.write(row, metrics)
-            self.update.examines = False
+            self.update.examines, self.update.members = False, members
         else:
             push.message.zero_()
             push.write(self.communicator.rank, row, metrics)
@@ -864,6 +865,7 @@ class Worker:
         self._begun = self.communicator.clock()
 
     def _receive(self, contributed: bool) -> None:
+        version = self.control.version
         try:
             control = self.control = self.server.round(contributed)
         except Exception as error:
@@ -880,7 +882,8 @@ class Worker:
         if self._parked or control.stop:
             self._park()
         members, elsewhere = self.update.members if contributed else None, self._elsewhere
-        self.replica.flat.note_weights(elsewhere, members, others=elsewhere)
+        moved = elsewhere and (contributed or control.version > version)
+        self.replica.flat.note_weights(moved, members, others=elsewhere)
         self._left = self.communicator.clock()
 
 

@@ -330,6 +330,43 @@ def test_several_models_and_optimizers_in_one_run(how: str, size: int, shares: b
             torch.testing.assert_close(state["state"][number]["exp_avg"], kept["exp_avg"], atol=1e-14, rtol=0)
 
 
+def clipped(g: nn.Module, d: nn.Module, og: Any, od: Any, mine: Callable[[Tensor], Tensor], how: str) -> None:
+    """Steps of both, with gradients that are clipped; the generator's goes back through what was computed before a clipping."""
+    for step in range(6):
+        noise = torch.Generator().manual_seed(step)
+        x, z = (mine(torch.randn(16, 2, generator=noise, dtype=D)) for _ in range(2))
+        made = g(z)
+        od.zero_grad()
+        (F.softplus(-d(x)) + F.softplus(d(made.detach()))).mean().backward()
+        if how != "both at once":
+            nn.utils.clip_grad_norm_(d.parameters(), 0.02)
+            od.step()
+        og.zero_grad()
+        F.softplus(-d(made)).mean().backward()
+        if how == "both at once":
+            nn.utils.clip_grad_norm_([*g.parameters(), *d.parameters()], 0.02)
+            od.step()
+        elif how == "each":
+            nn.utils.clip_grad_value_(g.parameters(), 0.001)
+        og.step()
+
+
+@PLACES
+@pytest.mark.parametrize("how", ["each", "one", "both at once"])
+def test_clipping_with_several_optimizers_is_that_of_one_process(how: str, size: int, shares: bool) -> None:
+    def program(e: Communicator) -> list[Tensor]:
+        g, d, og, od = gan()
+        ps = mpips.connect([g, d], [og, od], communicator=e, run_dir="run")
+        clipped(g, d, og, od, lambda t: t[ps.worker :: ps.workers], how)
+        return [p.detach().clone() for p in [*g.parameters(), *d.parameters()]]
+
+    g, d, og, od = gan()
+    clipped(g, d, og, od, lambda t: t, how)
+    for weights in World(size, shares=shares).run(program):
+        for ours, theirs in zip(weights, [*g.parameters(), *d.parameters()], strict=True):
+            torch.testing.assert_close(ours, theirs.detach(), atol=1e-14 if size > 2 else 0, rtol=0)
+
+
 def test_workers_that_step_other_optimizers_are_told() -> None:
     def program(e: Communicator) -> None:
         g, d, og, od = gan()

@@ -21,6 +21,9 @@ from mpips.worker.round_worker import Worker
 Said = tuple[Tensor | float | None, float | None, Mapping[str, float]]  # loss, samples and metrics of a step of the script
 
 
+BARREN = 10_000  # loops without a batch, behind the end of the run, after which a script is taken for one that never ends
+
+
 class Where(Enum):
     """Where the script is: outside a loop over its shard, inside one, or broken out of one."""
 
@@ -74,6 +77,7 @@ class Loop:
         self._unread = False  # whether ps.shard() was called and no batch drawn since
         self._stepped_at = (0.0, 0.0)  # the loop and the batch of the last step
         self.cut = False
+        self._barren = 0  # loops that the script has begun since the run has ended
 
     @property
     def inside(self) -> bool:
@@ -95,6 +99,13 @@ class Loop:
         self._unread = False
         loop = self.replay.next_loop()
         if worker.control.stop:
+            self._barren += 1
+            if self._barren > BARREN:
+                raise RuntimeError(
+                    f"the run has ended after round {worker.control.round:.0f}, as another worker has left or it was to stop; "
+                    f"the script has begun {BARREN} loops over its shard since, which have no batches: expected loops that end "
+                    f"(while not ps.stopping)"
+                )
             return
         if loop < place.loop or place.over or (place.broke and place.calling):
             try:

@@ -367,6 +367,28 @@ def test_clipping_with_several_optimizers_is_that_of_one_process(how: str, size:
             torch.testing.assert_close(ours, theirs.detach(), atol=1e-14 if size > 2 else 0, rtol=0)
 
 
+def test_a_script_that_waits_for_batches_of_a_run_that_has_ended_is_ended() -> None:
+    """Of 25 items worker 0 has 4 batches a loop and worker 1 has 3: worker 0 comes to its eighth step first."""
+
+    def endless(loader: Any) -> Iterator[Any]:
+        while True:
+            yield from loader
+
+    def program(e: Communicator) -> None:
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
+        batches = endless(ps.shard(DataLoader(TensorDataset(*data(25)), 4)))
+        for _ in range(8):
+            x, y = next(batches)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    with pytest.raises(RuntimeError, match=r"has begun 10000 loops over its shard since.*while not ps\.stopping"):
+        World(3).run(program)
+
+
 def test_workers_that_step_other_optimizers_are_told() -> None:
     def program(e: Communicator) -> None:
         g, d, og, od = gan()

@@ -581,7 +581,7 @@ class Worker:
         flat, version = self.replica.flat, self.control.version
         if flat.pending:
             flat.collect()
-        self._kept = flat.grad.clone() if flat.pending else None
+        self._kept = flat.grad.clone() if flat.pending or flat.gradients() else None
         self.update.write_nothing(self._row(), len(self.config.metrics))
         self.server.transport.push()
         self._send()

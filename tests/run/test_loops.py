@@ -389,6 +389,28 @@ def test_a_script_that_waits_for_batches_of_a_run_that_has_ended_is_ended() -> N
         World(3).run(program)
 
 
+@PLACES
+def test_gradients_that_are_never_cleared_grow_from_loop_to_loop(size: int, shares: bool) -> None:
+    def train(model: nn.Module, optimizer: Any, loader: Any) -> list[Tensor]:
+        for _ in range(3):
+            for x, y in loader:
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    def program(e: Communicator) -> list[Tensor]:
+        model = mlp().to(D)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
+        return train(model, optimizer, ps.shard(DataLoader(TensorDataset(*data(48, D)), 24 // ps.workers)))
+
+    model = mlp().to(D)
+    expected = train(model, torch.optim.SGD(model.parameters(), lr=0.01), DataLoader(TensorDataset(*data(48, D)), 24))
+    for weights in World(size, shares=shares).run(program):
+        for ours, theirs in zip(weights, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-14 if size > 2 else 0, rtol=0)
+
+
 def test_workers_that_step_other_optimizers_are_told() -> None:
     def program(e: Communicator) -> None:
         g, d, og, od = gan()

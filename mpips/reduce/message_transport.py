@@ -29,7 +29,7 @@ class MessageTransport:
         clip: the largest norm of the combined gradient; None does not clip.
     """
 
-    plan, how, encodes, steps_whole = "root", "messages", False, True
+    plan, how, encodes = "root", "messages", False
     ready: BucketReadiness | None = None
 
     def __init__(

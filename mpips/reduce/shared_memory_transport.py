@@ -71,7 +71,6 @@ class SharedMemoryTransport:
         self.plan = "sharded" if group.sharded else "root"
         self.how = _how(group)
         self.encodes = not (self._alone or group.spec.codec.exact)
-        self.steps_whole = not isinstance(optimizer, ShardedOptimizer)
         self._combiner = Combiner(replica.push, rule, first, rounded)
         self._sums = rule.needs == "sum"
         self._gram: Gram | None = None  # set in the first pass of a rule that needs inner products

@@ -50,14 +50,12 @@ class Transport(Protocol):
         how: how contributions are brought together, as a text for people.
         encodes: whether messages are encoded by a codec that is not exact.
         ready: the buckets that are complete during backward, if buckets travel before its end; else None.
-        steps_whole: whether rank 0 steps the whole model by the optimizer that it was given.
     """
 
     plan: str
     how: str
     encodes: bool
     ready: BucketReadiness | None
-    steps_whole: bool
 
     def begin(self, weight: float) -> None:
         """Start to reduce buckets as soon as `ready` says that their gradients are complete.

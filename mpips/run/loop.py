@@ -21,7 +21,7 @@ from mpips.worker.round_worker import Worker
 Said = tuple[Tensor | float | None, float | None, Mapping[str, float]]  # loss, samples and metrics of a step of the script
 
 
-BARREN = 10_000  # loops without a batch, behind the end of the run, after which a script is taken for one that never ends
+BARREN = 1_000_000  # loops without a batch, after the end of the run, by which a script is taken for one that never ends
 
 
 class Where(Enum):

@@ -782,7 +782,13 @@ class Worker:
         return self.control
 
     def optimizer_state(self) -> dict[str, Any]:
-        """Return the state of the server's optimizer, as `FlatOptimizer.state_dict` does; other workers need not call this."""
+        """Return the state of the server's optimizer, as `FlatOptimizer.state_dict` does.
+
+        Other workers call this, too, or wait in another call.
+
+        Raises:
+            CallError: another worker takes a step.
+        """
         self._check_together(Call.STATE.text)
         self.settle()
         self.status.call = Call.STATE

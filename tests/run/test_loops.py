@@ -17,6 +17,7 @@ import mpips
 from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.model.message import NonFiniteError
+from mpips.run import loop
 from tests.helpers.programs import Data, data, mlp
 
 D = torch.float64
@@ -367,8 +368,9 @@ def test_clipping_with_several_optimizers_is_that_of_one_process(how: str, size:
             torch.testing.assert_close(ours, theirs.detach(), atol=1e-14 if size > 2 else 0, rtol=0)
 
 
-def test_a_script_that_waits_for_batches_of_a_run_that_has_ended_is_ended() -> None:
+def test_a_script_that_waits_for_batches_of_a_run_that_has_ended_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 25 items worker 0 has 4 batches a loop and worker 1 has 3: worker 0 comes to its eighth step first."""
+    monkeypatch.setattr(loop, "BARREN", 100)
 
     def endless(loader: Any) -> Iterator[Any]:
         while True:
@@ -385,7 +387,7 @@ def test_a_script_that_waits_for_batches_of_a_run_that_has_ended_is_ended() -> N
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
 
-    with pytest.raises(RuntimeError, match=r"has begun 10000 loops over its shard since.*while not ps\.stopping"):
+    with pytest.raises(RuntimeError, match=r"has begun 100 loops over its shard since.*while not ps\.stopping"):
         World(3).run(program)
 
 

@@ -148,6 +148,7 @@ class Flat:
         self.averaged = False  # whether the gradients are averages over all workers
         self.accumulated = False  # whether backward has accumulated a gradient since this was set to False
         self._left: dict[int, int] = {}  # digests of gradients as backward has left them
+        self._hooked: int | None = None  # a parameter whose gradient a hook of the script's has changed
         for number, p in enumerate(self.parameters):
             p.register_post_accumulate_grad_hook(partial(self._accumulated, number))  # type: ignore[no-untyped-call]
         if hold:
@@ -245,14 +246,31 @@ class Flat:
         """Whether `changed_gradient` has something to look at."""
         return bool(self._left)
 
+    def _watch_hooks(self) -> None:
+        """Let the script's hooks on parameters (`Tensor.register_hook`) be compared with what they are given."""
+        for number, p in enumerate(self.parameters):
+            for key, hook in (p._backward_hooks or {}).items():
+                if getattr(hook, "func", None) != self._call_hook:
+                    p._backward_hooks[key] = partial(self._call_hook, number, hook)  # type: ignore[index]
+
+    def _call_hook(self, number: int, hook: Callable[[Tensor], Tensor | None], gradient: Tensor) -> Tensor | None:
+        """Call a hook of the script's; in watched rounds note whether it changes the gradient."""
+        watched = self._sums and gradient.layout is torch.strided
+        before = _digest(gradient) if watched else 0
+        changed = hook(gradient)
+        if watched and _digest(gradient if changed is None else changed) != before:
+            self._hooked = number
+        return changed
+
     def changed_gradient(self) -> int | None:
-        """Return the index of a parameter whose gradient the script has changed since backward; None if there is none.
+        """Return the index of a parameter whose gradient the script has changed, itself or by a hook; None if there is none.
 
         It is looked for in the rounds in which digests of the weights are taken, see `note_weights`.
         """
         left, self._left = self._left, {}
-        if self.averaged:
-            return None
+        hooked, self._hooked = self._hooked, None
+        if self.averaged or hooked is not None:
+            return hooked
         for number, digest in left.items():
             gradient = self.parameters[number].grad
             if gradient is not None and number in self._touched and _digest(gradient) != digest:
@@ -336,6 +354,8 @@ class Flat:
         """
         self._noted += 1
         self._sums = self.sums() if others and self._noted in WATCHED else []
+        if self._sums:
+            self._watch_hooks()
         if moved:
             stepped = self.parameters if members is None else [self.parameters[number] for number in members]
             torch.autograd.graph.increment_version(stepped)
@@ -383,6 +403,10 @@ class Flat:
     def holds(self, gradient: Tensor) -> bool:
         """Return whether `gradient` is one of the flat gradient's views."""
         return any(gradient is view for view in self._views)
+
+    def trains(self, p: Tensor) -> bool:
+        """Return whether `p` is one of the parameters."""
+        return any(p is own for own in self.parameters)
 
     def any_gradient(self) -> bool:
         """Return whether a gradient is pending that the script has neither removed nor zeroed."""

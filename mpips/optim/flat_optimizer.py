@@ -185,7 +185,7 @@ class FlatOptimizer:
         ]
         for p, new, _ in replaced:
             p.grad = new
-        if clip is not None:
+        if clip is not None and any(present):
             nn.utils.clip_grad_norm_(self.weights, clip)
         self.move(scale)
         for p, _, old in replaced:

@@ -1,13 +1,15 @@
 """Torch's clipping functions on a run's gradients: they must see the average of all workers' gradients.
 
-`clip_grad_norm_`, `clip_grad_value_` and their parts first group the gradients that they are given. The grouping function that
-they call is replaced here by one that averages the gradients before, however the script has imported the clipping functions.
+`clip_grad_norm_`, `clip_grad_value_` and their parts first measure or group the gradients that they are given. The two
+functions that they call for that are replaced here by ones that average the gradients before, however the script has imported
+the clipping functions.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,15 +17,17 @@ from torch.nn.utils import clip_grad
 
 from mpips.model.flat import Flat
 
-NAME = "_group_tensors_by_device_and_dtype"
-_group: Callable[..., Any] = getattr(clip_grad, NAME)
+GROUP, NORM = "_group_tensors_by_device_and_dtype", "_get_total_norm"
+_group: Callable[..., Any] = getattr(clip_grad, GROUP)
+_norm: Callable[..., Any] = getattr(clip_grad, NORM)
 _runs: weakref.WeakKeyDictionary[Flat, weakref.WeakMethod[Callable[[], None]]] = weakref.WeakKeyDictionary()
 
 
 def watch(flat: Flat, average: Callable[[], None]) -> None:
     """Call the method `average` whenever torch is about to clip gradients that lie in `flat`."""
     _runs[flat] = weakref.WeakMethod(average)
-    setattr(clip_grad, NAME, _grouped)
+    setattr(clip_grad, GROUP, _grouped)
+    setattr(clip_grad, NORM, _measured)
 
 
 def unwatch(flat: Flat) -> None:
@@ -31,14 +35,68 @@ def unwatch(flat: Flat) -> None:
     _runs.pop(flat, None)
 
 
+def _measured(tensors: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
+    """Average watched gradients over the workers, then return their norm as torch does."""
+    given = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    return _norm(given + _averaged(given), *args, **kwargs)
+
+
 def _grouped(tensorlists: list[list[Tensor]], *args: Any, **kwargs: Any) -> Any:
     """Average watched gradients over the workers, then group them as torch does."""
+    tensorlists[0] += _averaged(tensorlists[0])
+    return _group(tensorlists, *args, **kwargs) if tensorlists[0] else {}  # torch would fail without any gradient
+
+
+def _averaged(given: Sequence[Tensor]) -> list[Tensor]:
+    """Average watched gradients over the workers.
+
+    Args:
+        given: the gradients that the script clips or measures.
+
+    Returns:
+        The gradients that belong to them and were None on this worker: only other workers had them.
+
+    Raises:
+        RuntimeError: it cannot be known which belong to them.
+    """
+    parameters, more = _parameters(), list[Tensor]()
     for flat, method in list(_runs.items()):
         average = method()
-        if average and any(flat.holds(gradient) for gradient in tensorlists[0]):
+        ours = any(map(flat.holds, given)) if given else any(map(flat.trains, parameters or ()))
+        if average and ours and not flat.averaged:
             before = {id(gradient) for gradient in flat.gradients()}
             average()
-            tensorlists[0] += [
-                gradient for gradient in flat.gradients() if id(gradient) not in before
-            ]  # only other workers had these
-    return _group(tensorlists, *args, **kwargs)
+            found = [gradient for gradient in flat.gradients() if id(gradient) not in before]
+            more += _meant(found, parameters, {id(gradient) for gradient in given} >= before)
+    return more
+
+
+def _meant(found: list[Tensor], parameters: Sequence[Tensor] | None, whole: bool) -> list[Tensor]:
+    """Return those of the gradients that belong to the parameters that the script clips.
+
+    Args:
+        found: the gradients.
+        parameters: the parameters; None if they are not known.
+        whole: whether the script has given all other gradients of the run.
+    """
+    if parameters is not None:
+        own = {id(p.grad) for p in parameters}
+        return [gradient for gradient in found if id(gradient) in own]
+    if whole or not found:
+        return found
+    raise RuntimeError(
+        "the clipping or norm of some gradients, where other workers have gradients that are None on this one: given tensors "
+        "or a generator, which do not tell whether those belong to it; expected a list of parameters (clip_grad_norm_, "
+        "clip_grad_value_), or ps.average() before it"
+    )
+
+
+def _parameters() -> Sequence[Tensor] | None:
+    """Return the parameters that the calling function of torch's was given; None if they cannot be known."""
+    frame = sys._getframe(2)
+    while frame.f_back and (frame.f_globals is globals() or frame.f_globals.get("__name__", "").startswith("torch.")):
+        parameters = frame.f_locals.get("parameters")
+        if isinstance(parameters, (list, tuple)):
+            return parameters
+        frame = frame.f_back
+    return None

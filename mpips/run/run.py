@@ -337,9 +337,9 @@ class Run:
             return
         self._told_of_gradients = True
         self.print(
-            f"mpips: the script changes the gradient of {flat.slots[changed].name} between backward and the step, on each "
-            f"worker its own, before they are averaged. That is right for masks, noise and factors; for clipping, signs and "
-            f"norms call ps.average() before it"
+            f"mpips: the script changes the gradient of {flat.slots[changed].name} between backward and the step, or in a "
+            f"hook, on each worker its own, before they are averaged. That is right for masks, noise and factors; for "
+            f"clipping, signs and norms call ps.average() after backward, and change p.grad then"
         )
 
     def evaluate(self, which: int, closure: Callable[[], Any] | None, overflow: bool | None = None) -> Any:

@@ -335,9 +335,11 @@ class Worker:
         Raises:
             NonFiniteError: see `pull`.
         """
-        self._check_together("a step")
+        if self._alone_in:
+            self._check_together("a step")
         self.settle()
-        self._unpark()  # a step outside of loops starts from this worker's own weights, too
+        if self._parked:  # a step outside of loops starts from this worker's own weights, too
+            self._unpark()
         self.look_at_hyper()
         self._look_at_weights()
         flat, others = self.replica.flat, {}
@@ -464,10 +466,10 @@ class Worker:
         """
         if self._failed and pay:  # not where an exception leaves a loop
             self.check_whole()
-        rest, self._background = self._background, None
-        if rest:
+        if self._background:
+            rest, self._background = self._background, None
             rest()
-        if pay and self._checkpoint_due:
+        if self._checkpoint_due and pay:
             self.pay()
         self._streams = None
 

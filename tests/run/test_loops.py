@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,61 @@ def test_clipping_with_several_optimizers_is_that_of_one_process(how: str, size:
     for weights in World(size, shares=shares).run(program):
         for ours, theirs in zip(weights, [*g.parameters(), *d.parameters()], strict=True):
             torch.testing.assert_close(ours, theirs.detach(), atol=1e-14 if size > 2 else 0, rtol=0)
+
+
+class Branched(nn.Module):
+    """A model of whose two branches each batch uses one or both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.a, self.b = nn.Linear(3, 2, dtype=D), nn.Linear(3, 2, dtype=D)
+
+    def forward(self, x: Tensor, branches: str) -> Tensor:
+        return sum((getattr(self, name)(x).square().mean() for name in branches), torch.zeros((), dtype=D))
+
+
+@PLACES
+@pytest.mark.parametrize("uses", [["a", "b", "ab"], ["b", "a", "ab"], ["", "ab", "b"]])
+@pytest.mark.parametrize("how", ["norms", "values"])
+def test_clipping_parts_of_a_model_that_not_every_worker_uses(how: str, uses: list[str], size: int, shares: bool) -> None:
+    """Each part is clipped on all workers, also where the gradients of that part are None on this one."""
+
+    def steps(model: Branched, optimizer: Any, loss_of: Callable[[int], Tensor]) -> list[float]:
+        norms = []
+        for step in range(3):
+            optimizer.zero_grad()
+            if (loss := loss_of(step)).requires_grad:
+                loss.backward()
+            for part in (model.a, model.b):
+                if how == "norms":
+                    norms.append(float(nn.utils.clip_grad_norm_(part.parameters(), 0.05)))
+                    continue
+                with suppress(RuntimeError):  # torch's, in one process without any gradient
+                    nn.utils.clip_grad_value_(list(part.parameters()), 0.01)
+            optimizer.step()
+        return norms
+
+    x = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(1), dtype=D)
+    workers = max(1, size - 1)
+
+    def program(e: Communicator) -> Any:
+        model = Branched()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
+        norms = steps(model, optimizer, lambda step: model(x[step] + ps.worker, uses[(ps.worker + step) % 3]))
+        return norms, [p.detach().clone() for p in model.parameters()]
+
+    plain = Branched()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.3)
+
+    def joined(step: int) -> Tensor:
+        return sum(plain(x[step] + w, uses[(w + step) % 3]) for w in range(workers)) / workers
+
+    expected = steps(plain, optimizer, joined)
+    for norms, weights in World(size, shares=shares).run(program):
+        assert norms == pytest.approx(expected, abs=1e-12)
+        torch.testing.assert_close(weights, [p.detach() for p in plain.parameters()], atol=1e-12, rtol=0)
 
 
 def test_a_script_that_waits_for_batches_of_a_run_that_has_ended_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

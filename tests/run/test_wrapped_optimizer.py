@@ -164,6 +164,45 @@ NOTHING: dict[str, Any] = {
 }
 
 
+HOOKS: dict[str, tuple[Any, bool]] = {
+    "clipped": (lambda grad: grad.clamp(-0.01, 0.01), True),
+    "clipped in place": (lambda grad: print(grad.clamp_(-0.01, 0.01)), True),
+    "read": (lambda grad: print(grad.norm()), False),
+}
+
+
+@SHARED
+@pytest.mark.parametrize("when", ["before connect", "after connect", "removed"])
+@pytest.mark.parametrize("what", HOOKS)
+def test_gradients_that_a_hook_changes_on_each_worker_are_said(
+    what: str, when: str, shares: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hook, changes = HOOKS[what]
+
+    def program(e: Communicator) -> list[int]:
+        model, called = mlp(), [0]
+
+        def counted(grad: torch.Tensor) -> Any:
+            called[0] += 1
+            return hook(grad)
+
+        handles = [p.register_hook(counted) for p in model.parameters()] if when == "before connect" else []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        mpips.connect(model, optimizer, communicator=e, run_dir="run")
+        if when != "before connect":
+            handles = [p.register_hook(counted) for p in model.parameters()]
+        for _ in range(3):
+            if when == "removed":
+                for handle in handles:
+                    handle.remove()
+            one_step(model, optimizer)
+        return called
+
+    calls = World(3, shares=shares).run(program)
+    assert calls == [[0 if when == "removed" else 3 * len(list(mlp().parameters()))]] * 2
+    assert capsys.readouterr().out.count("the script changes the gradient of ") == (changes and when != "removed")
+
+
 @SHARED
 @pytest.mark.parametrize("what", [*BY_HAND, *NOTHING, "averaged", "one worker"])
 def test_gradients_that_each_worker_changes_by_hand_are_said(

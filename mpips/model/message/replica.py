@@ -120,10 +120,10 @@ class Replica:
         In shared memory a round about a fragment pushes `push` itself, with all other parameters marked as absent. A fragment's
         result is copied back to `push` by `spill`.
         """
-        self.active = None
+        if len(self.fragments) == 1:
+            return self.push
         push = self.fragments[int(round) % len(self.fragments)]
-        if not isinstance(push, Fragment):
-            return push
+        assert isinstance(push, Fragment)
         if self.push.shared:
             push.confine()
             self.active = push.span

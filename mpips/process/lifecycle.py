@@ -41,6 +41,7 @@ LOOK_EVERY = 1.0  # seconds between two checks that the launcher lives
 PATIENCE = 10.0  # seconds to wait for the rank that has left to end this one
 DRAIN = 2.0  # seconds at most for the launcher to read what this rank has written
 RELAY = 0.1  # seconds for a launcher's daemon to send on what it has read
+SEGMENTS = ("sm_segment.", "vader_segment.", "mpich_shm_")  # how the names of MPI libraries' files in shared memory begin
 ANSWER = 30.0  # seconds after MPI's initialisation for all ranks to say whether they have joined; some may not run mpips
 
 closed: set[int] = set()  # descriptors among 0 to 2 that were closed when mpips was imported
@@ -196,6 +197,9 @@ def join() -> None:
     if missing := _attend(True, float("inf")):
         time.sleep(PATIENCE)
         raise RuntimeError(_text(missing[0], "another node"))
+    if folder := os.environ.get("MPIPS_LAUNCH_DIR"):
+        with suppress(OSError):
+            Path(folder, f"memory_{os.getpid()}").write_text("\n".join(map(str, segments())))
     if launcher := _launcher():
         threading.Thread(target=_watch, args=(launcher,), name="mpips-launcher", daemon=True).start()
 
@@ -318,7 +322,18 @@ def _watch(launcher: int) -> None:
         time.sleep(LOOK_EVERY)
     emit(2, f"mpips: mpiexec (process {launcher}) is gone: this rank ends\n")
     shutil.rmtree(session_folder(os.environ, launcher), ignore_errors=True)  # it cannot do so itself
+    for path in segments():
+        path.unlink(missing_ok=True)
     os._exit(1)
+
+
+def segments() -> list[Path]:
+    """Return the files in shared memory that this process's MPI library has mapped; one that is killed leaves them there."""
+    with suppress(OSError):
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        mapped = {line.split(maxsplit=5)[-1] for line in lines if "/dev/shm/" in line}
+        return [Path(name) for name in sorted(mapped) if Path(name).name.startswith(SEGMENTS) and os.path.exists(name)]
+    return []
 
 
 def stat(pid: int) -> list[str]:

@@ -238,3 +238,45 @@ def test_a_rank_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGKILL)
     assert gone
     assert sorted(path.name for path in tmp_path.glob("ompi.*")) == ["ompi.1"]
+
+
+MAPPED = """
+import os, time
+import mpips
+from mpips.process import lifecycle
+mpips.join(mpips.configure())
+with open(f"mapped_{os.getpid()}.part", "w") as file:
+    print(lifecycle._launcher(), *lifecycle.segments(), sep="\\n", file=file)
+os.rename(file.name, file.name.removesuffix(".part"))
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("library", ["openmpi", "mpich"])
+@pytest.mark.parametrize("how", ["mpiexec", "mpips run"])
+def test_a_killed_mpiexec_leaves_nothing_in_shared_memory(how: str, library: str, tmp_path: Path) -> None:
+    """The MPI library's own files stay there for ever: nobody else knows of them."""
+    if library == "mpich" and not MPICH.exists():
+        pytest.skip("no Python with MPICH")
+    interpreter = str(MPICH) if library == "mpich" else sys.executable
+    (tmp_path / "script.py").write_text(MAPPED)
+    command = [*mpiexec_of(interpreter), "-n", "2", interpreter, "script.py"]
+    if how == "mpips run":
+        command = [str(Path(interpreter).with_name("mpips")), "run", "-n", "2", "script.py"]
+    environ = launch_environment() | {"TMPDIR": str(tmp_path)}
+    quiet = subprocess.DEVNULL
+    launcher = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=quiet, stderr=quiet)
+    until = time.monotonic() + 60
+    while len(told := list(tmp_path.glob("mapped_*[0-9]"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    ranks = [int(path.name.partition("_")[2]) for path in told]
+    (mpiexec, *first), (_, *second) = (path.read_text().split() for path in told)
+    files = [Path(name) for name in {*first, *second}]
+    assert files
+    assert all(path.exists() for path in files)
+    os.kill(int(mpiexec), signal.SIGKILL)
+    launcher.wait(30)
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < until + 30:
+        time.sleep(0.05)
+    assert [path for path in files if path.exists()] == []
+    assert list(tmp_path.glob("ompi.*")) == []

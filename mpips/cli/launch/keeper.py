@@ -63,8 +63,11 @@ def end_all(folder: Path, *, patience: float) -> None:
         time.sleep(LOOK_EVERY)
     for _ in range(50):  # processes may be created meanwhile
         if not _signal_all(folder, signal.SIGKILL):
-            return
+            break
         time.sleep(LOOK_EVERY)
+    for file in folder.glob("memory_*"):  # what the ranks' MPI library leaves in shared memory when it is killed
+        for name in file.read_text().splitlines():
+            Path(name).unlink(missing_ok=True)
 
 
 def _signal_all(folder: Path, number: signal.Signals) -> int:

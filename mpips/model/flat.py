@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, zip_longest
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -359,7 +360,7 @@ class Flat:
         if moved:
             stepped = self.parameters if members is None else [self.parameters[number] for number in members]
             torch.autograd.graph.increment_version(stepped)
-        self._versions = [p._version for p in self.parameters]
+        self._versions = list(map(_version, self.parameters))
 
     def sums(self) -> list[int]:
         """Return a digest of each parameter."""
@@ -367,7 +368,7 @@ class Flat:
 
     def changed_weights(self) -> list[int]:
         """Return the indices of the parameters that the script has changed in place since `note_weights`."""
-        now = [p._version for p in self.parameters]
+        now = list(map(_version, self.parameters))
         if self._sums and self._sums != (sums := self.sums()):
             return [n for n, (a, b) in enumerate(zip(sums, self._sums, strict=True)) if a != b]
         if now == self._versions or not self._versions:
@@ -422,6 +423,9 @@ class Flat:
     def named(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Return an iterator over the names of the slots and their views of `flat`."""
         return ((slot.name, slot.view(flat)) for slot in self.slots)
+
+
+_version = attrgetter("_version")
 
 
 def _digest(tensor: Tensor) -> int:

@@ -179,9 +179,10 @@ class FlatOptimizer:
         if times != 1:
             self.replica.push.gradients.mul_(times)
         grads = self._grads if clip is None else self._clipped
-        gradients = [grad if seen else None for grad, seen in zip(grads, present, strict=True)]
         replaced = [  # on this rank the script's own gradients may be in p.grad
-            (p, new, old) for p, new in zip(self.weights, gradients, strict=True) if (old := p.grad) is not new
+            (p, new, old)
+            for p, grad, seen in zip(self.weights, grads, present, strict=True)
+            if (old := p.grad) is not (new := grad if seen else None)
         ]
         for p, new, _ in replaced:
             p.grad = new

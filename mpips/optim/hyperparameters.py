@@ -89,7 +89,7 @@ class Told:
     def changed(self) -> bool:
         """Read the hyperparameters again; return whether any number differs from before."""
         try:
-            now = [self._get(group) for group in self.optimizer.param_groups]
+            now = list(map(self._get, self.optimizer.param_groups))
         except KeyError:  # a group that lacks one
             now = [tuple(map(group.get, self._names)) for group in self.optimizer.param_groups]
         if not self._in_place and now == self._seen:

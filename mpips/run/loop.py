@@ -24,6 +24,11 @@ Said = tuple[Tensor | float | None, float | None, Mapping[str, float]]  # loss, 
 BARREN = 1_000_000  # loops without a batch, after the end of the run, by which a script is taken for one that never ends
 
 
+def as_number(loss: Tensor | float) -> float:
+    """Return a loss as a number."""
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
+
+
 class Where(Enum):
     """Where the script is: outside a loop over its shard, inside one, or broken out of one."""
 
@@ -337,17 +342,18 @@ class Loop:
 
     def step(self, loss: Tensor | float | None, samples: float | None, metrics: Mapping[str, float]) -> None:
         """Take a step with the gradient that the script has computed; see `Run.step`."""
-        worker = self.worker
-        if self._where is not Where.INSIDE or worker.control.stop:
+        worker, inside = self.worker, self._where is Where.INSIDE
+        if not inside or worker.control.stop:
             self.drain()
-        inside = self._where is Where.INSIDE
+            inside = self.inside
         if self.rehearsing if inside else self.made():
             return
         self._check_place(inside)
-        means, count = self._means(loss, metrics), self._count(samples)
+        means = self._means(loss, metrics) if metrics or worker.config.metrics else ()
+        count = self._count(samples)
         taken, self._taken, self._samples, worker.place.samples = self._taken, 0, 0, 0.0
         self._note_call(count)
-        value = float("nan") if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
+        value = float("nan") if loss is None else as_number(loss)
         if isinstance(worker.update, FedAvg) and worker.update.measuring:
             if loss is None:
                 raise ValueError(f"mode {worker.config.mode} weighs a client by its loss: got none, expected ps.step(loss)")
@@ -368,7 +374,7 @@ class Loop:
         named = self.worker.config.metrics
         if (metrics or (named and loss is not None)) and metrics.keys() != set(named):
             raise ValueError(f"step() was given the metrics {sorted(metrics)}, the `metrics` setting names {named}")
-        return [float(metrics.get(name, float("nan"))) for name in named] if named else ()
+        return [float(metrics.get(name, float("nan"))) for name in named]
 
     def _note_call(self, count: float) -> None:
         """Note that the step in progress is in the checkpoint that its round may ask for."""
@@ -400,7 +406,7 @@ class Loop:
     def average(self, loss: Tensor | float | None, samples: float | None = None) -> float:
         """Average the gradients over all workers without a step; see `Worker.average`. `samples` is as in `step`."""
         self.drain()
-        value = 0.0 if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss)
+        value = 0.0 if loss is None else as_number(loss)
         within = self.worker.place.calling and not self.replay.pending  # a step that evaluates the loss several times
         if not within and self.made():
             return value

@@ -3,103 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mpips.config import ConfigError
 from mpips.data import Place
 from mpips.data.loader import sharded
 from mpips.model.message import Call, Control, Stop
-from mpips.optim.flat_optimizer import FlatOptimizer
-from mpips.optim.foreign import evaluates, needs_its_own_step, unhooked
 from mpips.optim.joint import Joint
 from mpips.run import clipping, failure
 from mpips.run import run_folder as folder
 from mpips.run import wrapped_optimizer as wrapped
 from mpips.run.keeping import Keeping
-from mpips.run.loop import Batches, Loop, Said
+from mpips.run.loop import Batches, Loop
 from mpips.run.replay import Replay
 from mpips.run.roles import Roles
+from mpips.run.steps import UNSAID, Steps
 from mpips.server.base import measured
 from mpips.worker.async_worker import Client
 from mpips.worker.round_worker import KEEPING
-
-UNSAID: Said = (None, None, {})
-
-
-class Seat:
-    """One optimizer's interface to the run, see `wrapped.Stepping`.
-
-    Args:
-        run: the run.
-        which: the index of the optimizer among those given to `connect`.
-    """
-
-    def __init__(self, run: Run, which: int) -> None:
-        self._run, self._which = run, which
-        optimizer = run.optimizers[which]
-        own = run.steps_in_rounds and needs_its_own_step(optimizer)
-        self._evaluates = {closure: own or evaluates(optimizer, closure) for closure in (False, True)}
-
-    def optimizer_step(self, closure: Callable[[], Any] | None, overflow: bool | None = None) -> Any:
-        """Take a step: on the workers for an optimizer that evaluates the loss itself, else by a round."""
-        if self._evaluates[closure is not None]:
-            return self._run.evaluate(self._which, closure, overflow)
-        return self._run.step_once(self._which, closure, overflow)
-
-    def first_step(self, step: Callable[[], Any]) -> Any:
-        """Take the first half of a step that evaluates the loss twice, as SAM's: `step` moves the weights."""
-        return self._run.first_step(self._which, step)
-
-    def second_step(self, step: Callable[[], Any]) -> Any:
-        """Take the second half of a step that evaluates the loss twice."""
-        return self._run.second_step(self._which, step)
-
-    def swap(self, swap: Callable[[], Any]) -> Any:
-        """Let the optimizer swap the weights in place, as a schedule-free one's `train` and `eval` do."""
-        return self._run.swap(self._which, swap)
-
-    def gradients_zeroed(self) -> None:
-        """Note that the script has zeroed the gradients of this optimizer's parameters."""
-        self._run.gradients_zeroed()
-
-    @property
-    def skipped(self) -> bool:
-        """Whether the last round took no step because a GradScaler had found an Inf or NaN."""
-        return self._run.skipped
-
-    def check_loadable(self) -> None:
-        """Raise RuntimeError if the state that steps this optimizer is on another rank."""
-        self._run.check_loadable(self._which)
-
-    def optimizer_loaded(self) -> None:
-        """Take over the state that the script has loaded."""
-        self._run.take_over_state(self._which)
-
-    def optimizer_state(self) -> dict[int, Any] | None:
-        """Return the optimizer's state by parameter index; None if the optimizer has it already."""
-        return self._run.state_of(self._which)
-
-
-@dataclass(frozen=True)
-class OwnStep:
-    """A step that every worker takes itself, on weights of its own, as the optimizer evaluates the loss in the middle.
-
-    Attributes:
-        which: the index of the optimizer.
-        pulled: `(numel,)`, the server's weights.
-        more: what the worker's status has said before.
-        taken: False if a resumed run has taken the step before, so that nothing is to be done.
-    """
-
-    which: int
-    pulled: Tensor
-    more: float
-    taken: bool = True
 
 
 class Run:
@@ -115,28 +39,19 @@ class Run:
         assert roles.worker
         self.config, self.folder, self._roles = roles.config, roles.folder, roles
         self.optimizers = roles.optimizer.parts if isinstance(roles.optimizer, Joint) else [roles.optimizer]
-        self._communicator, self._server, self._worker = roles.communicator, roles.server, roles.worker
-        self._several = len(self.optimizers) > 1
+        self._worker = roles.worker
         self._keeping = Keeping(roles.kept, self.optimizers, self.print)
         self._worker.kept = self._keeping.state_dict
         self._values: dict[str, float] = roles.resumed.get("values", {})
         self._worker.replica.flat.sparse = any(isinstance(o, torch.optim.SparseAdam) for o in self.optimizers)
-        for which, optimizer in enumerate(self.optimizers):
-            wrapped.wrap(optimizer, Seat(self, which))
         clipping.watch(self._worker.replica.flat, self.average)
         self._replay = Replay(self._worker, self._keeping, roles.streams)
-        self._told_of_gradients = False
         self._loop = Loop(self._worker, self._worker.common, self._replay, preempted, self.print)
-        self._own_step: OwnStep | None = None  # the step in progress that the optimizer takes on this worker
-        self._inside_step = False  # whether its code runs
+        self._steps = Steps(roles, self._keeping, self._loop, self.print)
+        for which, optimizer in enumerate(self.optimizers):
+            wrapped.wrap(optimizer, self._steps, which)
         self._ended = -1.0  # the round at which `epochs` ended
         self._data: Any = None  # the validation data
-        self._said = UNSAID  # of the `step` in progress
-
-    @property
-    def steps_in_rounds(self) -> bool:
-        """Whether `optimizer.step()` is a round, in which all workers have the same weights."""
-        return self._worker.mode.gradients
 
     @property
     def _place(self) -> Place:
@@ -282,194 +197,19 @@ class Run:
             NonFiniteError: on all ranks, if some rank's gradient holds a NaN or Inf and `nonfinite` is "raise".
             RuntimeError: the run has several optimizers; call the `step` of one of them.
         """
-        if self._several:
+        if len(self.optimizers) > 1:
             raise RuntimeError("ps.step() in a run of several optimizers: call the step of the one that is meant")
-        self._said = float(loss.detach() if isinstance(loss, Tensor) else loss), samples, metrics
+        self._steps.said = loss, samples, metrics
         try:
             self.optimizers[0].step()
         finally:
-            self._said = UNSAID
+            self._steps.said = UNSAID
         self._worker.replica.flat.clear()
-
-    def gradients_zeroed(self) -> None:
-        """Count no samples for gradients that the script throws away; with several optimizers, those of others may stay."""
-        if not self._several:
-            self._loop.drop_gradients()
-
-    def turn_to(self, which: int) -> None:
-        """Let the following round be about the optimizer `which`."""
-        if self._keeping.behind:
-            self._keeping.catch_up()
-        self._worker.status.which = which
-        if self._several:
-            number = {p: n for n, p in enumerate(self._worker.replica.flat.parameters)}
-            groups = self.optimizers[which].param_groups
-            self._worker.update.members = frozenset(number[p] for group in groups for p in group["params"] if p in number)
-
-    def step_once(self, which: int, closure: Callable[[], Any] | None, overflow: bool | None) -> Any:
-        """Take a round for `optimizer.step()`, with an optimizer that evaluates the loss at most once; return the loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if overflow is not None and not self._worker.mode.gradients:
-            raise ConfigError(f"GradScaler: given one with mode {self.config.mode}, allowed: mode sync; bfloat16 needs none")
-        if self._several or self._keeping.behind:
-            self.turn_to(which)
-        if self._worker.replica.flat.examined and not (self._loop.rehearsing or self._replay.pending):
-            self._look_at_gradients(scaled=overflow is not None)
-        if overflow:
-            self._worker.status.overflow = True
-        self._loop.step(*(self._said if self._said is not UNSAID else (loss, None, {})))
-        if overflow:
-            self._worker.status.overflow = False
-        return loss
-
-    def _look_at_gradients(self, scaled: bool) -> None:
-        """Say once that the script has changed its own gradients, where it may mean the average of all workers'.
-
-        Args:
-            scaled: whether a GradScaler has changed them.
-        """
-        flat = self._worker.replica.flat
-        changed = flat.changed_gradient()
-        if changed is None or scaled or self.workers == 1 or self._told_of_gradients:
-            return
-        self._told_of_gradients = True
-        self.print(
-            f"mpips: the script changes the gradient of {flat.slots[changed].name} between backward and the step, or in a "
-            f"hook, on each worker its own, before they are averaged. That is right for masks, noise and factors; for "
-            f"clipping, signs and norms call ps.average() after backward, and change p.grad then"
-        )
-
-    def evaluate(self, which: int, closure: Callable[[], Any] | None, overflow: bool | None = None) -> Any:
-        """Take a step of an optimizer that may evaluate the loss several times, or that the script looks into.
-
-        Every worker takes the same step on weights of its own, with averaged losses and gradients. Then the server takes the
-        new weights.
-        """
-        optimizer, flat, status = self.optimizers[which], self._worker.replica.flat, self._worker.status
-        if closure is None and isinstance(optimizer, torch.optim.LBFGS):
-            raise ConfigError("optimizer: given LBFGS, whose step needs a closure, allowed: optimizer.step(closure)")
-        losses: list[float] = []
-
-        def averaged_closure() -> Any:
-            assert closure
-            with torch.enable_grad():
-                loss = closure()
-            losses.append(self._combine(loss))
-            return loss if self.workers == 1 else loss.detach().new_tensor(losses[-1])
-
-        def step() -> Any:
-            return None if status.overflow else unhooked(optimizer)(optimizer, *([averaged_closure] if closure else []))
-
-        status.overflow = bool(overflow)
-        try:
-            if not self._begin_own_step(which):
-                self._own_step = None
-                return closure() if closure else None
-            status.overflow = overflow is not None and flat.first_nonfinite(flat.grad) is not None  # the same on all workers
-            return self._end_own_step(step, losses)
-        finally:
-            status.overflow = False
-
-    def _combine(self, loss: Tensor | float | None) -> float:
-        """Average the gradients and the loss over all workers, and clip the gradients; return the loss."""
-        mean = self._loop.average(loss, self._said[1])
-        if self.config.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self._worker.replica.flat.parameters, self.config.clip)
-        return mean
-
-    def first_step(self, which: int, step: Callable[[], Any]) -> Any:
-        """Take the first half of a step as `evaluate` does; the script evaluates the loss itself, before `second_step`."""
-        if self._inside_step:  # called by the optimizer's own step(closure)
-            return step()
-        return step() if self._begin_own_step(which) else None
-
-    def second_step(self, which: int, step: Callable[[], Any]) -> Any:
-        """Take the second half of a step, with the gradients averaged over all workers; the server takes the new weights."""
-        if self._inside_step:
-            return step()
-        if not self._own_step or self._own_step.which != which:
-            raise RuntimeError("optimizer.second_step(): given no first_step() before it, expected one")
-        if not self._own_step.taken:
-            self._own_step = None
-            self._worker.replica.flat.clear()  # as the two halves may, which are not executed
-            return None
-        self._combine(None)
-        return self._end_own_step(step, [])
-
-    def swap(self, which: int, swap: Callable[[], Any]) -> Any:
-        """Let the optimizer swap the weights on every worker alike; the server takes new ones, in a round without samples."""
-        if self._inside_step:
-            return swap()
-        if not self._begin_own_step(which, averages=False):
-            self._own_step = None
-            return None
-        self._worker.lead()
-        return self._end_own_step(swap, [], steps=False)
-
-    def _begin_own_step(self, which: int, averages: bool = True) -> bool:
-        """Let the model have weights of its own; return whether the step is to be taken.
-
-        Args:
-            which: the index of the optimizer.
-            averages: whether the step may begin with the gradient that is there.
-        """
-        optimizer, loop, worker = self.optimizers[which], self._loop, self._worker
-        if self._own_step:
-            raise RuntimeError("a step after optimizer.first_step(): given another one, expected optimizer.second_step()")
-        if not worker.mode.gradients:
-            raise ConfigError(
-                f"optimizer: given {type(optimizer).__name__}, which steps on the workers, with mode {self.config.mode}, "
-                f"allowed: mode sync"
-            )
-        if worker.missed_steps and isinstance(optimizer, torch.optim.LBFGS):
-            raise RuntimeError(
-                "optimizer.step(closure): given LBFGS on a worker that has taken fewer steps than others, so that its history "
-                "is another; expected as many steps on all workers, as with drop_last=True and equal shares of the data"
-            )
-        self.turn_to(which)
-        self._keeping.own_state.add(which)
-        loop.drain()
-        flat, taken = worker.replica.flat, not loop.made()
-        self._own_step = OwnStep(which, flat.weights, worker.status.more, taken)
-        if taken:
-            worker.status.more = True  # a run that is preempted takes the whole step
-            if averages and not isinstance(optimizer, torch.optim.LBFGS):  # which evaluates it itself
-                self._combine(None)
-            flat.rehang_weights(flat.weights.clone())
-        return taken
-
-    def _end_own_step(self, step: Callable[[], Any], losses: list[float], steps: bool = True) -> Any:
-        """Take the step, and let the server take the new weights.
-
-        Args:
-            step: steps the model's weights.
-            losses: the losses that the step has evaluated, the first one at the weights before; it may append to them.
-            steps: whether the batches since the last step are behind the new weights.
-        """
-        own, flat = self._own_step, self._worker.replica.flat
-        assert own
-        self._inside_step = True
-        try:
-            result = step()
-            weights = flat.gathered()
-        finally:
-            flat.rehang_weights(own.pulled)
-            self._worker.status.more, self._own_step, self._inside_step = own.more, None, False
-        if not steps and torch.equal(weights, own.pulled):  # on all workers: frameworks call `train` before each step
-            self._loop.end_call()
-            return result
-        given = self._said[0]
-        loss = losses[0] if losses else float("nan") if given is None else float(given)
-        self._loop.adopt(weights, loss, self._said, steps)
-        return result
 
     @property
     def skipped(self) -> bool:
         """Whether the last round took no step because a GradScaler had found an Inf or NaN."""
-        return bool(self._control.skipped)
+        return self._steps.skipped
 
     def average(self, samples: float | None = None) -> None:
         """Set every `p.grad` to the average over all workers, for code that needs it before the step, which then uses it.
@@ -480,52 +220,6 @@ class Run:
             samples: as in `step`; give both the same.
         """
         self._loop.average(None, samples)
-
-    def state_of(self, which: int) -> dict[int, Any] | None:
-        """Return the state of the optimizer `which` as its `state_dict` has it; None if the optimizer has it already."""
-        worker = self._worker
-        if which in self._keeping.own_state:
-            return None
-        if worker.inner:
-            return None if worker.replica.wire_is_grad else self._numbered(which, worker.inner.state_dict())
-        if self._communicator.size == 1:
-            return None
-        if isinstance(worker, Client):
-            raise RuntimeError(
-                f"optimizer.state_dict() in mode {self.config.mode}, where the server answers one worker at a time; the state "
-                f"is in the checkpoints (ps.save())"
-            )
-        self._loop.made()
-        tree = worker.optimizer_state()
-        self._loop.obey()
-        self._loop.end_call()
-        return self._numbered(which, tree)
-
-    def _steps_with(self, which: int) -> FlatOptimizer | None:
-        """Return the optimizer that steps on this rank in place of the script's; None if there is none."""
-        if which in self._keeping.own_state:
-            return None
-        worker, server = self._worker, self._server
-        return worker.inner or (server.optimizer if server and self._communicator.size == 1 else None)
-
-    def check_loadable(self, which: int) -> None:
-        """Raise RuntimeError if the state of the optimizer `which` is on another rank's server."""
-        if which not in self._keeping.own_state and self._steps_with(which) is None:
-            raise RuntimeError(
-                "optimizer.load_state_dict() after connect: the state lies with the server, expected to be loaded before "
-                "connect; a run goes on from its checkpoint by --mpips.resume auto"
-            )
-
-    def take_over_state(self, which: int) -> None:
-        """Give the state that the script has loaded into the optimizer `which` to the optimizer that steps in its place."""
-        if stepping := self._steps_with(which):
-            stepping.take_state(self.optimizers[which], which)
-
-    def _numbered(self, which: int, tree: dict[str, Any]) -> dict[int, Any]:
-        """Return an optimizer's state by parameter index, given its tree by name."""
-        flat = self._worker.replica.flat
-        names: dict[Tensor, str] = {p: slot.name for p, slot in zip(flat.parameters, flat.slots, strict=True)}
-        return wrapped.by_number(tree["optimizer"]["state"], self.optimizers[which], names)
 
     def validate(self, measure: Callable[..., Any] | None = None, name: str = "validation") -> Any:
         """Measure the model on worker 0 with the server's weights, and let the server decide whether to stop.
@@ -561,7 +255,7 @@ class Run:
 
     def _check_frozen(self) -> None:
         """Raise RuntimeError if the server would measure a model whose frozen parameters the workers have changed."""
-        if self._roles.measures and self.worker == 0 and not self._server:
+        if self._roles.measures and self.worker == 0 and not self._roles.server:
             for name in self._worker.replica.flat.changed_frozen():
                 raise RuntimeError(
                     f"connect(..., validate=...) measures on the server, but the script has changed {name}, which is frozen, "
@@ -658,7 +352,7 @@ class Run:
         if failure.happened() or not self.active:
             return
         stays = isinstance(self._worker, Client) and not self._worker.inner
-        given = [None if stays or self.preempted else self.state_of(which) for which in range(len(self.optimizers))]
+        given = [None if stays or self.preempted else self._steps.state_of(which) for which in range(len(self.optimizers))]
         self.leave()
         for optimizer, state in zip(self.optimizers, given, strict=True):
             if stays:

@@ -10,7 +10,7 @@ import copyreg
 import sys
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.amp.grad_scaler import OptState
@@ -19,47 +19,17 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from mpips.config import ConfigError
 from mpips.optim.foreign import SWAPS, kind
+from mpips.run.steps import Steps
 
 HALVES = ("first_step", "second_step")
-
-
-class Stepping(Protocol):
-    """The interface that a wrapped optimizer calls; a run implements it."""
-
-    def optimizer_step(self, closure: Callable[[], Any] | None, overflow: bool | None = None) -> Any:
-        """Push, reduce, step on the server, pull. `overflow` is what a calling GradScaler has found on this rank."""
-
-    def first_step(self, step: Callable[[], Any]) -> Any:
-        """Average the gradients, then take `step`: it moves the weights to where the script evaluates the loss again."""
-
-    def second_step(self, step: Callable[[], Any]) -> Any:
-        """Average the gradients, take `step`, and let the server take the new weights."""
-
-    def swap(self, swap: Callable[[], Any]) -> Any:
-        """Call `swap`, which replaces the weights in place, on every worker, and let the server take the new weights."""
-
-    def gradients_zeroed(self) -> None:
-        """Note that the script has zeroed the gradients."""
-
-    @property
-    def skipped(self) -> bool:
-        """Whether the last round took no step because a GradScaler had found an Inf or NaN."""
-
-    def check_loadable(self) -> None:
-        """Raise RuntimeError if a state that the script loads would not reach the optimizer that steps."""
-
-    def optimizer_loaded(self) -> None:
-        """Take over the state that the script has loaded."""
-
-    def optimizer_state(self) -> dict[int, Any] | None:
-        """Return the state as in `state_dict`, by parameter index; None if the optimizer has it already."""
 
 
 class Wrapped:
     """The methods that `connect` gives the optimizer in the place of its own; see `_derived`."""
 
     given_class: type[Optimizer]
-    _mpips: Stepping
+    _mpips: Steps
+    _which: int  # the number among the optimizers given to `connect`
     _step_supports_amp_scaling = True  # GradScaler then calls `step` whether it has found an Inf or not
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -72,14 +42,14 @@ class Wrapped:
         self._opt_called = True  # torch's schedulers warn if they step before this is set
         found = vars(self).get("found_inf")  # set by a GradScaler that calls this
         if found is None:
-            return self._mpips.optimizer_step(closure)
+            return self._mpips.optimizer_step(self._which, closure)
         scaler = _caller()
         state = scaler._per_optimizer_states[id(self)]
         if vars(self)["grad_scale"] is not None:  # the script has not called unscale_
             state["stage"] = OptState.READY
             scaler.unscale_(self)
         overflow = sum(float(tensor) for tensor in state["found_inf_per_device"].values()) > 0
-        self._mpips.optimizer_step(None, overflow=overflow)
+        self._mpips.optimizer_step(self._which, None, overflow)
         for tensor in state["found_inf_per_device"].values():
             tensor.fill_(float(self._mpips.skipped))  # found by any worker, so that update() agrees on all
         return None
@@ -99,7 +69,7 @@ class Wrapped:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state, wherever its parts are, in a form that plain PyTorch can load."""
-        tree = self._mpips.optimizer_state()
+        tree = self._mpips.state_of(self._which)
         this: Any = self
         own: dict[str, Any] = self.given_class.state_dict(this)
         if tree is not None:
@@ -112,15 +82,15 @@ class Wrapped:
         Raises:
             RuntimeError: the state is on another rank's server.
         """
-        self._mpips.check_loadable()
+        self._mpips.check_loadable(self._which)
         this: Any = self
         self.given_class.load_state_dict(this, state_dict)
-        self._mpips.optimizer_loaded()
+        self._mpips.take_over_state(self._which)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy or pickle the optimizer as one of its own class, without mpips, and with the whole state."""
         own: Any = self
-        parts, tree = own.__getstate__(), self._mpips.optimizer_state()
+        parts, tree = own.__getstate__(), self._mpips.state_of(self._which)
         if tree is not None:
             parameters = [p for group in own.param_groups for p in group["params"]]
             parts = parts | {"state": parts["state"] | {parameters[number]: state for number, state in tree.items()}}
@@ -202,11 +172,11 @@ def _class_of(given: Any) -> Any:
 
 
 def _half(method: Any, name: str) -> Any:
-    """Wrap a method that changes the weights without a step of the server's; `name` is that of the method of `Stepping`."""
+    """Wrap a method that changes the weights without a step of the server's; `name` is that of the method of `Steps`."""
 
     @wraps(method)
     def half(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._mpips, name)(lambda: method(self, *args, **kwargs))
+        return getattr(self._mpips, name)(self._which, lambda: method(self, *args, **kwargs))
 
     return half
 
@@ -238,8 +208,8 @@ def _hooked(step: Any) -> Any:
     return stepping
 
 
-def wrap(optimizer: Optimizer, run: Stepping) -> None:
-    """Make the optimizer's `step` a round of `run`.
+def wrap(optimizer: Optimizer, steps: Steps, which: int) -> None:
+    """Let `steps` take the optimizer's steps, by its number `which` among those of the run.
 
     Raises:
         ConfigError: the optimizer's `step` has been replaced, or it belongs to another run that has not ended.
@@ -258,7 +228,7 @@ def wrap(optimizer: Optimizer, run: Stepping) -> None:
     own: Any = optimizer
     given: Any = type(own)
     own.__class__ = _class_of(given)
-    own._mpips = run
+    own._mpips, own._which = steps, which
 
 
 def unwrap(optimizer: Optimizer) -> None:
@@ -266,16 +236,4 @@ def unwrap(optimizer: Optimizer) -> None:
     if is_wrapped(optimizer):
         own: Any = optimizer
         own.__class__ = kind(optimizer)
-        del own._mpips
-
-
-def by_number(tree: dict[str, Any], optimizer: Optimizer, names: dict[torch.Tensor, str]) -> dict[int, Any]:
-    """Return a checkpoint's optimizer state, which is by name, with the keys of `state_dict`.
-
-    Args:
-        tree: name -> state.
-        optimizer: the script's optimizer.
-        names: the names of its parameters.
-    """
-    order = [names.get(p) for group in optimizer.param_groups for p in group["params"]]
-    return {number: dict(tree[name]) for number, name in enumerate(order) if name in tree}
+        del own._mpips, own._which

@@ -884,7 +884,7 @@ class Worker:
         if self.status.call == Call.LOOP:  # a checkpoint of this round is of the loop's end
             self.place.over = not control.active
         self._checkpoint_due = bool(control.checkpoint)
-        if control.call == Call.STATE:
+        if control.call and control.call == Call.STATE:
             self._state = self.server.told_state
         self.update.received()
         if self._parked or control.stop:

@@ -82,6 +82,7 @@ class Loop:
         self._unread = False  # whether ps.shard() was called and no batch drawn since
         self._stepped_at = (0.0, 0.0)  # the loop and the batch of the last step
         self.cut = False
+        self._told_of_part = False
         self._barren = 0  # loops that the script has begun since the run has ended
 
     @property
@@ -206,7 +207,19 @@ class Loop:
         worker.settle()
         self._obey()
         if not worker.control.stop:
+            if isinstance(shard, Share) and not (own or self._told_of_part):
+                self._look_for_step()
             self._exhausted()
+
+    def _look_for_step(self) -> None:
+        """Say once that the script has gone through a shard without a step, as to measure: it has seen one part of the data."""
+        worker = self.worker
+        if worker.workers > 1 and not (worker.status.stepped or worker.replica.flat.pending) and worker.status.drawn:
+            self._told_of_part = True
+            self._tell(
+                "mpips: a loop over a shard has ended without a step: each worker has seen its own part of the data, and what "
+                "it has measured is of that part; evaluate in ps.validate(), or over data that are not given to ps.shard()"
+            )
 
     def _recognise(self, shard: Share | Hosting, resumed: bool) -> None:
         """Note which data the loop is over, and say so if they are not those of the checkpoint."""

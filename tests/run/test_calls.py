@@ -93,6 +93,41 @@ def test_a_loop_over_its_shard_of_one_worker_is_said_and_then_refused(
     assert capsys.readouterr().out.count("worker 0 (rank 1) has looped over its shard without a step") == 1
 
 
+USES: dict[str, tuple[Callable[[Any, Any, Any, Any], object], bool]] = {
+    "measures": (lambda ps, model, loader, optimizer: [model(x) for x, _ in ps.shard(loader)], True),
+    "measures all": (lambda ps, model, loader, optimizer: [model(x) for x, _ in loader], False),
+    "measures its own": (lambda ps, model, loader, optimizer: [model(x) for x, _ in ps.batches(loader, shard=False)], False),
+    "looks at one": (lambda ps, model, loader, optimizer: next(iter(ps.shard(loader))), False),
+    "collects gradients": (
+        lambda ps, model, loader, optimizer: (
+            [F.cross_entropy(model(x), y).backward() for x, y in ps.shard(loader)],
+            optimizer.step(),
+        ),
+        False,
+    ),
+    "steps": (lambda ps, model, loader, optimizer: steps(ps, model, ps.shard(loader)), False),
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("use", USES)
+def test_a_loop_over_a_shard_that_measures_its_part_is_said(use: str, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Worker 0 prints what it has measured: a half of the test data was taken for all of them."""
+
+    def program(e: Communicator) -> None:
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
+        for _ in range(2):
+            USES[use][0](ps, model, DataLoader(TensorDataset(*data(48)), 8), optimizer)
+
+    World(workers + 1).run(program)
+    said = capsys.readouterr().out.count(
+        "mpips: a loop over a shard has ended without a step: each worker has seen its own part"
+    )
+    assert said == (USES[use][1] and workers > 1)
+
+
 def test_a_loop_over_a_shard_that_another_worker_does_not_make_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert World(3).run(lambda e: looping(e, "never", loops=3)) == [True, False]
     assert (

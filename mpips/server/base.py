@@ -25,10 +25,7 @@ from mpips.comm import Blob, Communicator, broadcast_bytes
 from mpips.config import Config
 from mpips.data import Place
 from mpips.model.message import (
-    BEGUN,
     COLUMNS,
-    DIGEST,
-    DRAWN,
     LOSS,
     WEIGHT,
     Call,
@@ -49,11 +46,11 @@ from mpips.reduce.transport import Decision, Transport
 from mpips.report.run_report import Report, number
 from mpips.rules import choose
 from mpips.server import contract
+from mpips.server.agreement import Agreement
 from mpips.server.early_stopping import Patience
 from mpips.server.rank_state import RankState, pack_all, told_streams
 
 JOB_END = 20.0  # seconds before the job's end, besides rounds and a checkpoint, at which the run is preempted
-WAITING = 3.0  # seconds until a warning names the workers that wait for others
 
 
 class Service:
@@ -131,9 +128,7 @@ class Service:
         self._signalled_by: list[int] = []  # the ranks by which the run is preempted at the end of a batch
         self._job_end, self._slowest = job_end(), 0.0  # when the job ends, and the seconds of the longest round
         self._given, self._make_data, self._measure, self._follows = optimizer, validation_data, validate, follows
-        self._apart = False  # whether a worker has looped over its shard without a step where others have taken steps
-        self._alone = self._told_alone = False  # whether workers loop over their shards where others have ended
-        self._waiting: tuple[dict[int, Call], float] = {}, 0.0  # rank -> the call that it waits in, and since when
+        self.agreement = Agreement(self.first, communicator.clock, self._warn)
         self.digest = ""  # the contract's SHA-256
         self._told: list[float] = []  # the hyperparameters that were taken over last
         self._agreed = b""  # those of all workers, if all contributed in the last round
@@ -248,16 +243,6 @@ class Service:
         before, self._told = self._told, hyper.decode(pushed[0])
         hyper.write(optimizer, self._told, before)
 
-    def compare_data(self, rows: Sequence[Sequence[float]]) -> None:
-        """Set `fault` if workers that contribute, at the same batch of the same loop, have different digests of their data."""
-        seen: dict[tuple[float, float], dict[int, float]] = {}
-        for k, row in enumerate(rows):
-            if row[WEIGHT] and row[DIGEST]:
-                seen.setdefault((row[BEGUN], row[DRAWN]), {})[k] = row[DIGEST]
-        for digests in seen.values():
-            if len(set(digests.values())) > 1:
-                self.fault = self._other_data(digests)
-
     def _report_difference(self, optimizer: Optimizer, limbs: Any, stepping: Sequence[int]) -> None:
         one = stepping[0]
         other = next(k for k in stepping if (limbs[k] != limbs[one]).any())
@@ -347,120 +332,20 @@ class Service:
         self.control.stop = why
         self.report.stopped(why.name.lower(), int(self.control.round), ranks)
 
-    def _other_data(self, digests: Mapping[int, float]) -> str:
-        first = next(iter(digests))
-        other = next(k for k in digests if digests[k] != digests[first])
-        return (
-            f"the workers do not have the same data: worker {first} (rank {first + self.first}) and worker {other} (rank "
-            f"{other + self.first}) have drawn other items, or from other data. Seed what makes the data and their order alike "
-            f"on all workers before connect (torch.manual_seed, random_split(..., generator=...)); or, for data that are each "
-            f"worker's own, say shard=False"
-        )
-
     def send_stop_signal(self) -> None:
         """Broadcast the control between rounds, with the request to stop if there is one."""
         if self.stop_asked and not self.control.stop:
             self.end(Stop.REQUESTED, [0])
         self.transport.tell(self.control)
 
-    def agree_on_call(self, rows: Mapping[int, Mapping[str, float]]) -> Call:
-        """Return the call that all workers wait in, apart from workers at the end of their script.
-
-        Sets `fault` and returns NONE if the workers wait in different calls.
-
-        Args:
-            rows: rank -> its row of the tail, by column.
-        """
-        calls = {rank: Call(int(row["call"])) for rank, row in rows.items()}
-        present = {call for call in calls.values() if call != Call.LEAVE}
-        if present == {Call.AVERAGE, Call.LOOP}:  # a worker without batches has no part in the average
-            return Call.AVERAGE
-        measures = calls.get(self.chief) != Call.LEAVE or self._measure is not None  # whether who measures takes part
-        self._alone |= Call.BEGIN in present and Call.LEAVE in calls.values()  # nobody takes the part of who has left
-        apart = self._alone and self._apart
-        if len(present) > 1 or apart or (Call.VALIDATE in present and not measures):
-            self.fault = self.different_calls(calls)
-            return Call.NONE
-        return present.pop() if present else Call.LEAVE
-
-    def find_apart(self, rows: Mapping[int, Mapping[str, float]]) -> None:
-        """Set `fault` if a worker waits in a call that another worker can no longer make.
-
-        Args:
-            rows: rank -> its row of the tail, by column.
-        """
-        for row in rows.values():
-            call = Call(int(row["call"]))
-            if call in (Call.NONE, Call.LOOP, Call.LEAVE, Call.STATE):
-                continue
-            if any(self._has_passed(call, row, other) for other in rows.values() if not other["call"]):
-                self.fault = self.different_calls({rank: Call(int(other["call"])) for rank, other in rows.items()})
-                return
-
-    @staticmethod
-    def _has_passed(call: Call, row: Mapping[str, float], other: Mapping[str, float]) -> bool:
-        """Return whether a worker that steps, with the row `other`, can no longer make the call that another waits in."""
-        return other["begun"] > row["begun"] or (call == Call.AVERAGE and other["weight"] > 0)
-
-    def name_waiting(self, rows: Mapping[int, Mapping[str, float]]) -> None:
-        """Warn once, after WAITING seconds, which workers wait for which; workers may take different numbers of steps.
-
-        Args:
-            rows: rank -> its row of the tail, by column.
-        """
-        calls = {rank: Call(int(row["call"])) for rank, row in rows.items()}
-        free = (Call.NONE, Call.LOOP, Call.LEAVE, Call.STATE)
-        waiting: dict[int, Call] = {rank: call for rank, call in calls.items() if call not in free}
-        now = self.communicator.clock()
-        if waiting != self._waiting[0]:
-            self._waiting = waiting, now
-        elif waiting and now - self._waiting[1] > WAITING:
-            self._waiting = waiting, math.inf
-            message = f"{self._where(calls)}; who waits goes on when all workers make that call"
-            self.report.event("warning", message=message)
-            self.report.line(message, always=True)
-
-    def name_apart(self, rows: Mapping[int, Mapping[str, float]]) -> None:
-        """Warn of workers whose loops over their shards are not those of the others, once of each kind.
-
-        Either they take no step in a loop in which others do, or they step in one that others, who have ended, do not make.
-
-        Args:
-            rows: rank -> its row of the tail, by column.
-        """
-        if not any(row["stepped"] and not row["call"] for row in rows.values()):
-            return
-        without = [rank for rank, row in rows.items() if row["call"] == Call.LOOP and row["drawn"] and not row["stepped"]]
-        if without and not self._apart:
-            self._apart = True
-            self._warn_of(
-                without,
-                "looped over its shard without a step, and others take steps in that loop; all workers make the same loops "
-                "over a shard: evaluate in ps.validate(), or over data that are not given to ps.shard()",
-            )
-        if self._alone and not self._told_alone:
-            self._told_alone = True
-            left = [rank for rank, row in rows.items() if row["call"] == Call.LEAVE]
-            self._warn_of(left, "come to the end of its script, and the others go on without its part of the data")
-
-    def _warn_of(self, ranks: Sequence[int], what: str) -> None:
-        who = ", ".join(f"{rank - self.first} (rank {rank})" for rank in ranks)
-        message = f"worker {who} has {what}"
+    def _warn(self, message: str) -> None:
         self.report.event("warning", message=message, round=self.control.round)
         self.report.line(message, always=True)
 
-    def _where(self, calls: Mapping[int, Call]) -> str:
-        where: dict[Call, list[str]] = {}
-        for rank, call in calls.items():
-            where.setdefault(call, []).append(f"{rank - self.first} (rank {rank})")
-        return "; ".join(f"worker{'s' * (len(who) > 1)} {', '.join(who)} at {call.text}" for call, who in where.items())
-
-    def different_calls(self, calls: Mapping[int, Call]) -> str:
-        """Return the fault of workers that are in these calls, by rank, and cannot meet."""
-        there, what = self._where(calls), "each of these calls, in the same order"
-        if Call.STATE in calls.values():
-            what = "the call of state_dict() at the same place, and worker 0 alone may save what it returns"
-        return f"the workers do not make the same calls: {there}. Every worker must make {what}"
+    @property
+    def measurer(self) -> int | None:
+        """The rank that measures in `ps.validate`; None if the server does."""
+        return None if self._measure is not None else self.chief
 
     def complain(self) -> None:
         """Broadcast `fault` to all ranks, which expect it.

@@ -180,7 +180,7 @@ class Server(Service):
         updates = Updates(rows, self._columns, self.first, self.lost)
         self.follow(rows, push.heard.told()[self.first :])
         if updates.totals[DIGEST]:
-            self.compare_data(rows)
+            self.fault = self.agreement.compare_data(rows) or self.fault
         return updates
 
     def _go_on(self, rows: Sequence[list[float]]) -> None:
@@ -274,7 +274,9 @@ class Server(Service):
         control.active = len(updates.rows) - totals[DONE]
         control.call = Call.NONE
         if totals[CALL]:
-            self._check_calls(updates)
+            control.call, fault = self.agreement.look(updates.results, control.active, self.measurer)
+            self.fault = fault or self.fault
+            self.report.epochs = int(max(row[EPOCHS] for row in updates.rows)) or None
         control.lr = self.lr
         if self.lost:
             control.chief = self.chief - self.first
@@ -292,22 +294,6 @@ class Server(Service):
         speed, self._last = samples / max(now - self._last, 1e-9), now
         row = (control.round, self.place.epoch, control.version, samples, means[0], control.lr, *means[1:])
         self.report.round(row, speed, lambda: rank_states(updates.results, self.trains))
-
-    def _check_calls(self, updates: Updates) -> None:
-        """Set the control's call if all workers wait in the same one; else look for workers that can never meet."""
-        rows = updates.results
-        calls = {Call(int(row["call"])) for row in rows.values() if not (row["done"] and not row["call"])}
-        if Call.STATE in calls:
-            self.control.call = Call.STATE
-            if Call.NONE in calls:  # a step without the contribution of who waits
-                self.fault = self.different_calls({rank: Call(int(row["call"])) for rank, row in rows.items()})
-        elif not self.control.active:
-            self.control.call = self.agree_on_call(rows)
-        else:
-            self.find_apart(rows)
-            self.name_waiting(rows)
-            self.name_apart(rows)
-        self.report.epochs = int(max(row[EPOCHS] for row in updates.rows)) or None
 
     def send_updates(self, weights: Tensor | None = None) -> None:
         """Send the control and the weights to all ranks; called after `note`.

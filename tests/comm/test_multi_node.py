@@ -853,7 +853,7 @@ def drawing(folder: str, epochs: int, **settings: Any) -> tuple[list[str], list[
                 ps.step(loss)
             ps.validate(lambda: float(net(data(30)[0]).sum()))
             ps.save()
-        return sha(net), ps._server.report.values if ps._server else None
+        return sha(net), ps._roles.server.report.values if ps._roles.server else None
 
     found = on_nodes([2, 1]).run(program)
     return [weights for weights, _ in found], found[0][1]

@@ -134,7 +134,7 @@ def program(communicator: Any, settings: dict[str, Any], script: dict[str, Any],
             if not skipped and (not script["accumulates"] or number % 2 == 0):
                 ps.step(loss)
         scheduler.step()
-    rows = [tuple(row.values()) for row in metrics(Path(folder))] if ps._server else []
+    rows = [tuple(row.values()) for row in metrics(Path(folder))] if ps._roles.server else []
     return {name: tensor.clone() for name, tensor in net.state_dict().items()}, repr(rows)
 
 

@@ -324,8 +324,8 @@ def drawing(folder: str, draws: str, epochs: int, **settings: Any) -> tuple[str,
         if draws == "two loops":
             loop()
             torch.rand(1)
-    assert ps._server
-    return sha(net), ps._server.report.values
+    assert ps._roles.server
+    return sha(net), ps._roles.server.report.values
 
 
 @pytest.mark.parametrize("draws", ["nothing", "before", "validating", "saving", "two loops"])
@@ -453,7 +453,7 @@ def between(communicator: Any, folder: str, preempt_at: int = -1, **settings: An
         line()
         ps.validate(lambda: 0.5 + float(torch.rand(1)), "second")
         scheduler.step()
-    table = [tuple(row.values()) for row in metrics(Path(folder))] if ps._server else []
+    table = [tuple(row.values()) for row in metrics(Path(folder))] if ps._roles.server else []
     return [sha(net), sha(average), optimizer.param_groups[0]["lr"], scheduler.last_epoch, float(torch.rand(1)), repr(table)]
 
 

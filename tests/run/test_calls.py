@@ -21,7 +21,7 @@ from mpips import checkpoint
 from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.model.message import CallError
-from mpips.server import base as service
+from mpips.server import agreement
 from tests.helpers.programs import data, metrics, mlp
 
 PLACES = pytest.mark.parametrize("shares", [False, True], ids=["messages", "shared memory"])
@@ -570,7 +570,7 @@ finally:
 
 def test_who_waits_for_whom_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Where a worker takes more steps than others that is no fault, but nobody has to guess."""
-    monkeypatch.setattr(service, "WAITING", -1.0)
+    monkeypatch.setattr(agreement, "WAITING", -1.0)
 
     def program(e: Communicator) -> int:
         model = nn.Linear(2, 1)

@@ -206,8 +206,8 @@ def test_a_folder_that_is_moved_or_deleted_in_mid_run_ends_it_by_name(what: str)
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
             if number == 9:
-                assert ps._server
-                ps._server.end_save()
+                assert ps._roles.server
+                ps._roles.server.end_save()
                 shutil.rmtree("run") if what == "deleted" else Path("run").rename("moved")
                 if what == "replaced":
                     shutil.copytree("moved", "run")

@@ -228,7 +228,7 @@ def test_write_results_and_performances(server_trains: bool, tmp_path: Path) -> 
             ps.validate(lambda: 0.5)
         e.traffic["broadcast calls"] -= 2  # the word that DONE is written comes after it
         e.traffic["broadcast bytes"] -= 8
-        return dict(e.traffic), ps._server and ps._server.performances
+        return dict(e.traffic), ps._roles.server and ps._roles.server.performances
 
     (traffic, performances), *_ = results = World(3).run(program)
     done = json.loads((tmp_path / "run" / "DONE").read_text())

@@ -287,7 +287,9 @@ class ParameterServer(Service):
         rows = {rank: self.roll.row(rank) for rank in sorted(self.roll.present)}
         if training or not rows or not all("call" in row for row in rows.values()):
             return Call.NONE
-        return self.agree_on_call(rows)
+        call, fault = self.agreement.meet(rows, self.measurer)
+        self.fault = fault or self.fault
+        return call
 
     def _conclude(self) -> None:
         """End the run if the loop ends and ranks have left it, since these take part in nothing further."""

@@ -580,19 +580,26 @@ class Worker:
         if self.update.pending:
             self._push()
             return self.pull()
-        flat, version = self.replica.flat, self.control.version
+        version = self.control.version
+        with self._gradients_kept():
+            self.update.write_nothing(self._row(), len(self.config.metrics))
+            self.server.transport.push()
+            self._send()
+            self._receive(contributed=False)
+        self.missed_steps |= self.control.version > version
+        return self.control
+
+    @contextmanager
+    def _gradients_kept(self) -> Iterator[None]:
+        """Keep this worker's gradients while the push message, in which they may lie, is used for something else."""
+        flat = self.replica.flat
         if flat.pending:
             flat.collect()
         self._kept = flat.grad.clone() if flat.pending or flat.gradients() else None
-        self.update.write_nothing(self._row(), len(self.config.metrics))
-        self.server.transport.push()
-        self._send()
-        self._receive(contributed=False)
+        yield
         if self.replica.wire_is_grad:
             flat.grad.zero_() if self._kept is None else flat.grad.copy_(self._kept)
         self._kept = None
-        self.missed_steps |= self.control.version > version
-        return self.control
 
     def begin(self) -> None:
         """Begin a new loop over the shard."""
@@ -676,8 +683,10 @@ class Worker:
         """Return whether all workers wait in this worker's call. At the end of the script, take part in other calls."""
         if self.control.active or self.control.call in (Call.NONE, Call.STATE):
             return False
-        if self.control.call == Call.AVERAGE:
-            self._take_average(counts=self.status.call == Call.AVERAGE)
+        if self.control.call == Call.AVERAGE and self.status.call != Call.AVERAGE:
+            self._take_no_part_in_average()
+        elif self.control.call == Call.AVERAGE:
+            self._take_average()
         elif self.control.call not in (self.status.call, Call.LOOP):
             self._take_part({})
         return self.control.call == self.status.call
@@ -713,26 +722,25 @@ class Worker:
         self.barrier(Call.AVERAGE)
         return self._averaging[0] if adds else self._averaging[0] / self._averaging[1]
 
-    def _take_average(self, counts: bool) -> None:
-        """Take part in the combination of gradients.
-
-        Args:
-            counts: whether this worker contributes; if not, its gradients stay.
-        """
-        replica, push = self.replica, self.replica.push
-        loss, samples = self._averaging if counts else (0.0, 0.0)
-        row, metrics = self._row(samples=samples, loss=loss), [0.0] * len(self.config.metrics)
-        if counts:
-            members, self.update.members = self.update.members, None  # whichever of several optimizers has stepped last
-            self.update.examines = True  # nobody examines the average
-            self.update.write(row, metrics)
-            self.update.examines, self.update.members = False, members
-        else:
+    def _take_no_part_in_average(self) -> None:
+        """Take part in the combination of the other workers' gradients, with nothing."""
+        push = self.replica.push
+        with self._gradients_kept():
+            row = self._row()
             push.message.zero_()
-            push.write(self.communicator.rank, row, metrics)
+            push.write(self.communicator.rank, row, [0.0] * len(self.config.metrics))
+            self.server.average()
+
+    def _take_average(self) -> None:
+        """Take part in the combination of gradients, with this worker's."""
+        replica, push = self.replica, self.replica.push
+        loss, samples = self._averaging
+        row, metrics = self._row(samples=samples, loss=loss), [0.0] * len(self.config.metrics)
+        members, self.update.members = self.update.members, None  # whichever of several optimizers has stepped last
+        self.update.examines = True  # nobody examines the average
+        self.update.write(row, metrics)
+        self.update.examines, self.update.members = False, members
         self.server.average()
-        if not counts:
-            return
         rows = push.table()
         if self.config.reduction == "sum":
             push.gradients.mul_(sum(row[WEIGHT] for row in rows))

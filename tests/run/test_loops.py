@@ -469,6 +469,33 @@ def test_gradients_that_are_never_cleared_grow_from_loop_to_loop(size: int, shar
             torch.testing.assert_close(ours, theirs, atol=1e-14 if size > 2 else 0, rtol=0)
 
 
+@pytest.mark.parametrize("shares", [False, True], ids=["messages", "shared memory"])
+@pytest.mark.parametrize("how", ["clipped", "averaged", "stepped"])
+def test_gradients_of_a_last_window_stay_while_others_average(how: str, shares: bool) -> None:
+    """Of seven batches worker 0 has four and worker 1 three: when that one has ended its loop, the other averages and steps."""
+
+    def program(e: Communicator) -> tuple[int, Any]:
+        model = nn.Linear(2, 1, bias=False).to(D)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
+        items = torch.arange(14, dtype=D).view(7, 2)
+        seen, last = 0, None
+        for seen, (x,) in enumerate(ps.shard(DataLoader(TensorDataset(items), 1)), 1):
+            model(x).sum().backward()
+            last = x  # the gradient
+            if seen % 2 == 0:
+                if how == "clipped":
+                    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                elif how == "averaged":
+                    ps.average()
+                optimizer.step()
+                optimizer.zero_grad()
+        grad = model.weight.grad
+        return seen, (grad is None if seen == 4 else grad is not None and torch.equal(grad, last))
+
+    assert World(3, shares=shares).run(program) == [(4, True), (3, True)]
+
+
 def test_workers_that_step_other_optimizers_are_told() -> None:
     def program(e: Communicator) -> None:
         g, d, og, od = gan()

@@ -127,7 +127,7 @@ class Gradient:
         push.write(self.rank, row, [0.0] * metrics)
 
     def received(self) -> None:
-        """React to the server's weights, which are now in the model."""
+        """React to the server's new weights, in the pull message."""
 
     def park(self) -> None:
         """Put the server's weights into the model, at the end of a loop."""

@@ -42,7 +42,7 @@ def save(folder: Path, step: int, tree: Tree, keep: int = 3) -> Path:
 
 
 def save_snapshot(folder: Path, step: int, snapshot: Snapshot) -> Path:
-    """Write a snapshot as the checkpoint of `step`, and return its path; see `save`."""
+    """Write a snapshot as `save` does, but keep all older checkpoints; return its path."""
     path = Path(folder) / f"round_{step:08d}.h5"
     try:
         _remove_stale(path.parent)

@@ -87,7 +87,7 @@ def fsync(fd: int) -> None:
 
 
 def begin_writeback(fd: int, offset: int, size: int) -> None:
-    """Let the disk begin with what was written to a part of the file, which the kernel would put off until it is synced."""
+    """Start the writeback of a part of the file now, not at the next fsync; clean pages leave the page cache."""
     with suppress(OSError):  # only a hint
         os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 

@@ -42,7 +42,7 @@ class Codec:
     def decode(self, encoded: Tensor, device: torch.device) -> Tensor:
         """Return the decoded values, of shape `(n,)`, on a device.
 
-        Their dtype can be added to `dtype`. They may share the memory of `encoded`.
+        They can be added to a tensor of `dtype`, and may share the memory of `encoded`.
         """
         return encoded.to(device, non_blocking=True)
 

@@ -139,7 +139,7 @@ def _library() -> Any:
 
 
 def survives_deaths() -> bool:
-    """Return whether the others go on when a rank dies: whether Open MPI 5 was started with its fault tolerance (ULFM)."""
+    """Return whether Open MPI's fault tolerance (ULFM) is on, by which the other ranks go on when one dies."""
     return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true")  # noqa: SIM112  Open MPI's own name
 
 

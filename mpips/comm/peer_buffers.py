@@ -59,7 +59,7 @@ class PeerBuffers:
         return found
 
     def store(self, part: slice, total: Tensor) -> None:
-        """Copy a part's result, in the first row that `rows_of` returned, to `combined`. In host memory it is there already."""
+        """Copy `total`, the result for a part, to `combined`; do nothing in host memory, where `total` lies there already."""
 
     def assign(self, buckets: Sequence[Sequence[slice]]) -> None:
         """Note which rank serves what: for each bucket, a slice for each rank. In host memory this is not needed."""

@@ -27,7 +27,7 @@ class Schedule(Generic[E]):
     """The turns of the ranks: which run, which wait and for what, which have ended.
 
     Args:
-        ends: by rank, what its program is called with.
+        ends: each rank's communicator, by rank.
         seed: the seed of the schedule.
 
     Attributes:

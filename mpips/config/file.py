@@ -104,7 +104,7 @@ def _value(event: Any, events: Iterator[Any], depth: int) -> Any:
 
 
 def _name(event: Any) -> str:
-    """Return the name that an event gives."""
+    """Return the name in a YAML event."""
     if not isinstance(event, yaml.ScalarEvent):
         raise FileError(f"{_line(event)}: a list or more settings in the place of a name")
     return str(_value(event, iter(()), 0))

@@ -79,7 +79,7 @@ class Loaded:
         return self._noted(iter(iterated.loader), turns.notes, taken, undivided, iterated)
 
     def _noted(self, batches: Iterator[Any], notes: deque[Note], taken: int, undivided: bool, iterated: Iterated) -> Found:
-        """Yield the loader's batches with their notes."""
+        """Yield the batches with their notes; see `_passed_by` for a loader that does not ask its sampler."""
         counts, begun = self._double.counts, False
         try:
             for batch in batches:

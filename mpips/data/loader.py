@@ -48,9 +48,9 @@ def base_of(loader: Any) -> DataLoader[Any]:
 
 
 class Seed:
-    """The seed of a loader's worker processes, drawn from the common streams where torch would draw it.
+    """A DataLoader's base seed, drawn from the common streams at the moment at which torch would draw it.
 
-    Each rank's worker processes get a seed of their own, derived from it.
+    The worker of number 0 keeps the seed; the others use seeds derived from it.
 
     Args:
         loader: the loader. If it has a generator of its own, the seed is drawn from that.

@@ -43,7 +43,7 @@ class Note(NamedTuple):
 
 
 Found = Iterator[tuple[Any, Note]]  # batches, each with its note
-Order = list[tuple[Any, Note]]  # batches of indices, each with its note, each with its note
+Order = list[tuple[Any, Note]]  # batches of indices, each with its note
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ steps, wherever a twin can be made.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from mpips.config import ConfigError
 from mpips.model.flat import unwrap
 from mpips.model.message import Replica
 from mpips.optim import snapshot
-from mpips.optim.foreign import is_torchs, kind, needs_its_own_step, unhooked
+from mpips.optim.foreign import is_torchs, kind, needs_its_own_step, step_once
 from mpips.optim.joint import Joint
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -188,7 +186,7 @@ class FlatOptimizer:
             p.grad = new
         if clip is not None and any(present):
             nn.utils.clip_grad_norm_(self.weights, clip)
-        self.move(scale)
+        step_once(self.torch, scale)
         for p, _, old in replaced:
             p.grad = old
         if not self.replica.wire_is_grad:
@@ -199,27 +197,6 @@ class FlatOptimizer:
         self.whole.copy_(self.replica.push.gradients)
         if not self.replica.wire_is_grad:
             self.replica.pull.weights.copy_(self._whole)
-
-    def skip(self) -> None:
-        """Take no step in this round."""
-
-    def move(self, scale: float) -> None:
-        """Take one step of the optimizer, with the learning rates multiplied by `scale`."""
-        if scale == 1:
-            step_once(self.torch)
-            return
-        with self._scaled(scale):
-            step_once(self.torch)
-
-    @contextmanager
-    def _scaled(self, scale: float) -> Iterator[None]:
-        """Multiply the learning rates by `scale` within the context."""
-        rates = [group["lr"] for group in self.torch.param_groups]
-        for group, rate in zip(self.torch.param_groups, rates, strict=True):
-            group["lr"] = rate * scale
-        yield
-        for group, rate in zip(self.torch.param_groups, rates, strict=True):
-            group["lr"] = rate
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state and the master weights, by parameter name, for a checkpoint."""
@@ -238,52 +215,6 @@ class FlatOptimizer:
             snapshot.check_same("masters", masters, self.saved)
         for name, master in self.saved.items():
             masters[name].copy_(master)
-
-
-def step_once(optimizer: Optimizer) -> None:
-    """Take one step of the optimizer, without hooks: they run where the script calls `step`.
-
-    The step of a class of torch's runs without torch's wrappers for profiling and differentiability, unless those are in use.
-    The wrappers take half the time of a step of a small model.
-    """
-    step = kind(optimizer).step
-    bare = _unwrapped(step)
-    profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-    if bare is None or profiled or optimizer.defaults.get("differentiable"):
-        _step_alone(optimizer)
-        return
-    graded = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(False)  # what no_grad calls, at a tenth of its time
-    try:
-        bare(optimizer)
-    finally:
-        torch._C._set_grad_enabled(graded)
-
-
-def _step_alone(optimizer: Optimizer) -> None:
-    """Take a step without a closure, of any class.
-
-    Raises:
-        ConfigError: the class's step needs a closure.
-    """
-    try:
-        unhooked(optimizer)(optimizer)
-    except (AssertionError, TypeError) as error:
-        why = str(error) or type(error).__name__
-        raise ConfigError(
-            f"optimizer: given a {kind(optimizer).__name__}, whose step fails without a closure ({why}); allowed: "
-            f"optimizer.step(closure) in the place of optimizer.step() and ps.step()"
-        ) from error
-
-
-@cache
-def _unwrapped(step: Any) -> Callable[[Optimizer], object] | None:
-    """Return the step of one of torch's classes without its wrappers; None for other classes, or with a foreign wrapper."""
-    while step.__module__.startswith("torch.optim.") and hasattr(step, "__wrapped__"):
-        if not step.__globals__["__name__"].startswith("torch."):
-            return None
-        step = step.__wrapped__
-    return step if step.__module__.startswith("torch.optim.") else None
 
 
 def _in_dtype(value: Any, dtype: torch.dtype) -> Any:

@@ -127,7 +127,7 @@ def numbers_in(value: Any) -> list[float]:
 
 
 def like(own: Any, new: list[float]) -> Any:
-    """Return the numbers `new` in the type of the present value `own`; an int may become a float, as from lr=1 to 0.5."""
+    """Return `new` in the type of `own`: a tensor is filled in place, an int may become a float, as from lr=1 to 0.5."""
     if isinstance(own, (tuple, list)):
         rest = iter(new)
         return type(own)(like(o, [next(rest) for _ in numbers_in(o)]) for o in own)

@@ -155,7 +155,7 @@ LAUNCHERS = (
 
 
 class Launch(NamedTuple):
-    """What the launcher has told this process before MPI starts; None for what it does not say, or if two launchers differ.
+    """What the launcher has told this process before MPI starts; None for what the launcher has not told, see `launch`.
 
     Attributes:
         launcher: the launcher; None if there is none.
@@ -234,7 +234,11 @@ class Mpiexec:
 
 
 def find_mpiexec() -> Mpiexec:
-    """Return the mpiexec that belongs to this Python: the one in its folder, else the one on PATH."""
+    """Return the mpiexec that belongs to this Python: the one in its folder, else the one on PATH.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     # The path is not resolved: a virtual environment's python is a link, but its mpiexec lies beside the link.
     beside = Path(sys.executable).parent
     for folder in (str(beside), None):

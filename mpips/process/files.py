@@ -12,6 +12,6 @@ def private(path: str, flags: int) -> int:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a file, created for its owner alone."""
+    """Write a file; a new one has mode 0600."""
     with open(path, "wb", opener=private) as file:
         file.write(data)

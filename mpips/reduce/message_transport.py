@@ -55,7 +55,8 @@ class MessageTransport:
     def reduce(self, round: float) -> AggregationResult:
         """Aggregate by messages; see `Transport`."""
         self._round = round
-        push = self.replica.push_for(round)
+        push = self.replica.fragment(round)
+        push.fill()
         found = self._aggregate(push)
         if self._optimizer is None:
             return found

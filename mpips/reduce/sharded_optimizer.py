@@ -21,7 +21,7 @@ from mpips.model.flat import Slot
 from mpips.model.layout import piece, pieces
 from mpips.optim import snapshot
 from mpips.optim.flat_optimizer import FlatOptimizer
-from mpips.optim.foreign import kind
+from mpips.optim.foreign import kind, step_once
 from mpips.optim.server_optimizer import FedAdagrad, FedAdam, FedYogi, SetWeights, SlowMo
 
 ELEMENTWISE = {
@@ -69,7 +69,7 @@ class ShardedOptimizer:
         weights: Callable[[slice], Tensor] | None = None,
         masters: bool = False,
     ) -> None:
-        self.torch, self._whole = whole.torch, whole
+        self.torch = whole.torch
         self._weights, self._masters = weights or (lambda part: whole.whole[part]), masters
         self._slots: Sequence[Slot] = whole.replica.flat.slots
         self._spans, self._gradients, self._piece = spans, gradients, piece(gradients.device)
@@ -122,7 +122,7 @@ class ShardedOptimizer:
         for n, cut in self._pieces.items():
             for p, gradient, _ in cut:
                 p.grad = gradient.mul_(factor) if factor != 1 and present[n] else gradient if present[n] else None
-        self._whole.move(scale)
+        step_once(self.torch, scale)
 
     def adopt(self) -> None:
         """Take the combined contribution as the new weights."""

@@ -20,7 +20,7 @@ from mpips.comm.reduce_scatter import ReduceScatterGroup
 from mpips.model.bucket_ready import BucketReadiness
 from mpips.model.finite import all_finite, is_finite
 from mpips.model.layout import both
-from mpips.model.message import BAD, WEIGHT, Control, Replica
+from mpips.model.message import BAD, WEIGHT, Control, Fragment, Replica
 from mpips.optim import hyperparameters as hyper
 from mpips.optim.flat_optimizer import FlatOptimizer
 from mpips.reduce.aggregate import NOTHING, AggregationResult
@@ -116,7 +116,10 @@ class SharedMemoryTransport:
 
     def reduce(self, round: float) -> AggregationResult:
         """Combine this rank's slices, or wait until the thread of `begin` has; see `Transport`."""
-        self.replica.push_for(round)
+        fragment = self.replica.fragment(round)
+        if isinstance(fragment, Fragment):
+            fragment.confine()
+            self._active = fragment.span
         begun, self._begun = self._begun, None
         if begun:
             begun[1]()
@@ -144,7 +147,6 @@ class SharedMemoryTransport:
 
     def _combine(self, weight: float, ready: BucketReadiness | None) -> None:
         self._combiner.begin(weights=None if self._alone else lambda: self.group.sample_weights.tolist())
-        self._active = self.replica.active
         if self._faulty:
             self.faults.fill_(math.inf)
         self._faulty = False
@@ -265,7 +267,8 @@ class SharedMemoryTransport:
         self._tell(STEPPED, scale, times)
         factor = times
         if self._clip is not None:
-            norms = [norm * times for norm in self._norms(self.group.report(self._measure(present), "sum").tolist())]
+            measured = self.group.report(self._measure(present), "sum").tolist()
+            norms = [(norm if self._alone else math.sqrt(norm)) * times for norm in measured]
             seen = [norm for norm, there in zip(norms, present, strict=False) if there]
             factor *= _factor(seen, self._clip, self._push.message)
             self._tell(STEPPED, scale, factor)
@@ -317,10 +320,6 @@ class SharedMemoryTransport:
                 elif self._alone and span.start <= slot.offset + slot.numel // 2 < span.stop:
                     norms[n] = _norm(slot.shaped(self.group.buffers.gathered(slot.span)))
         return norms
-
-    def _norms(self, measured: list[float]) -> list[float]:
-        """Return the norms of whole tensors, given the sum of what all ranks have measured."""
-        return [math.sqrt(square) for square in measured] if not self._alone else measured
 
     def pull(self, control: Control | None = None, weights: Tensor | None = None) -> None:
         """Complete the pull message in place; between nodes it is sent. See `Transport`."""

@@ -95,7 +95,7 @@ class Transport(Protocol):
         """
 
     def pull(self, control: Control | None = None, weights: Tensor | None = None) -> None:
-        """Send the pull message to every rank.
+        """Give every rank the pull message.
 
         Args:
             control: the control, at the server; None on other ranks.

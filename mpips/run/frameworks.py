@@ -217,7 +217,7 @@ def _following(sharing: Sharing) -> Any:
 def accelerate(accelerator: Any, model: nn.Module, optimizer: Optimizer, loader: Any, **settings: Any) -> Run:
     """Let a script with an `accelerate.Accelerator` train on all workers. Call this before `accelerator.prepare`.
 
-    When the script prepares `loader` it gets this worker's share of it. Everything else is prepared as in one process: a loader
+    When the script prepares `loader`, that yields this worker's share. Everything else is prepared as in one process: a loader
     for evaluation yields all data on each worker. `accelerator.is_main_process` is true on worker 0 only.
 
     Args:

@@ -390,7 +390,7 @@ class Loop:
         return [float(metrics.get(name, float("nan"))) for name in named]
 
     def _note_call(self, count: float) -> None:
-        """Note that the step in progress is in the checkpoint that its round may ask for."""
+        """Count this step, of `count` samples, as done in a checkpoint of its round."""
         self.worker.place.latest = self._latest = count
         if self._where is Where.OUTSIDE:
             self.replay.end_call()

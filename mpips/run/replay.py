@@ -66,7 +66,7 @@ class Replay:
         self.go_on(loop == place.loop - 1 and not place.begun and not place.over and not place.between)
 
     def call(self) -> bool:
-        """Begin a call outside loops. Return whether it was made before the checkpoint: then nothing is to be done."""
+        """Count a step or call outside loops; return whether it is in the checkpoint already, and is to be skipped."""
         place, number = self._worker.place, self._calls
         self._calls += 1
         if self.pending:

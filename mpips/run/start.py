@@ -31,8 +31,8 @@ from mpips.config import (
     whence,
 )
 from mpips.model.trainable import Trainable, freeze
-from mpips.optim.flat_optimizer import MakeOptimizer, made, step_once
-from mpips.optim.foreign import has_own_numbers, has_plain_state, kind, swaps, trial
+from mpips.optim.flat_optimizer import MakeOptimizer, made
+from mpips.optim.foreign import has_own_numbers, has_plain_state, kind, step_once, swaps, trial
 from mpips.optim.joint import Joint
 from mpips.process import lifecycle as process
 from mpips.process.environment import launch

@@ -65,7 +65,7 @@ class Service:
         folder: the folder for checkpoints; None writes none.
         report: receives metrics and events.
         validation_data: makes the validation data, called on the server alone.
-        validate: measures the model on the server at the end of each epoch; called as the `measure` of `validate` is.
+        validate: measures the model on the server at the end of each epoch; called as `measured` says.
         follows: whether the workers push their optimizer's hyperparameters, and the server's optimizer takes these over.
 
     Attributes:
@@ -203,9 +203,12 @@ class Service:
                 "warning", message=f"comm_dtype: {self.config.comm_dtype} is for plan sharded on several nodes; not used here"
             )
 
-    def take(self, decision: Decision) -> None:
-        """Take one server update with the combined contribution in the push message."""
+    def decide(self, decision: Decision) -> None:
+        """Let every rank carry out the decision about the combined contribution; a step is counted, and buffers are combined."""
         push, pull = self.replica.push, self.replica.pull
+        if decision.action == "skip":
+            self.transport.decide(decision)
+            return
         if self.inner and self.optimizer.torch:
             for group in self.optimizer.torch.param_groups:
                 if "inner_lr" in group:  # SlowMo's gamma
@@ -765,7 +768,7 @@ class Service:
         self.report.restore(metrics, validations, path.parent.parent)
 
     def _check_run(self, path: Path, run: str, count: int) -> None:
-        """Raise SnapshotError if the checkpoint is of another run of its script, or of another run in this run's folder."""
+        """Raise SnapshotError if `run` is not its script's run number `count`, or not the run of the folder that it lies in."""
         if number(run) != count:
             raise snapshot.SnapshotError(
                 f"of its script's run number {number(run)}, this is number {count}; expected --mpips.resume auto, by which "

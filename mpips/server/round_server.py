@@ -209,9 +209,9 @@ class Server(Service):
         if weight and usable and not (combined.refused or self.fault):
             scale = totals[STEPS] / weight if self.mode.normalised else 1.0
             times = 1.0 if mean else weight  # which makes a sum of the mean
-            self.take(Decision("adopt" if adopts else "step", scale, times))
+            self.decide(Decision("adopt" if adopts else "step", scale, times))
         else:
-            self.transport.decide(Decision("skip"))
+            self.decide(Decision("skip"))
         if self._died and totals[SAMPLES] and not (weight or bad or skipped or self.fault):
             self.fault = "the worker that gave the gradient of all, averaged before the step, has died"
         if skipped:  # no step is taken, but forward has updated BatchNorm's statistics

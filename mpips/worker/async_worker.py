@@ -210,7 +210,7 @@ class Client(Worker):
             self._receive_answer()
         super()._push()
 
-    def _send(self) -> None:
+    def _hand_over(self) -> None:
         self._begun = self.communicator.clock()
         if self._waiting:
             self._before_push(partial(self._receive_answer, later=True))

@@ -451,7 +451,7 @@ class Worker:
             raise RuntimeError(f"{what} inside {where}, on worker 0 alone; expected none there: {instead}")
 
     def _send_and_receive(self) -> None:
-        self._send()
+        self._hand_over()
         self._receive(contributed=True)
 
     def settle(self, pay: bool = True) -> None:
@@ -527,7 +527,7 @@ class Worker:
 
     def _push(self) -> None:
         self._write()
-        self._send()
+        self._hand_over()
 
     def _write(self) -> None:
         """Write the push message: the contribution, and the row with the steps since the last push."""
@@ -584,7 +584,7 @@ class Worker:
         with self._gradients_kept():
             self.update.write_nothing(self._row(), len(self.config.metrics))
             self.server.transport.push()
-            self._send()
+            self._hand_over()
             self._receive(contributed=False)
         self.missed_steps |= self.control.version > version
         return self.control
@@ -786,7 +786,7 @@ class Worker:
             push.body.zero_()
         push.write(self.communicator.rank, row, tally.metrics)
         self.server.transport.push()
-        self._send()
+        self._hand_over()
         self._receive(contributed=True)
         replica.flat.clear()
         return self.control
@@ -876,7 +876,7 @@ class Worker:
         row.train, row.wait = now - self._left, self._left - self._begun
         return row
 
-    def _send(self) -> None:
+    def _hand_over(self) -> None:
         """Note the time at which the push message is handed over; it is sent in the round, see `_receive`."""
         self._begun = self.communicator.clock()
 

@@ -366,7 +366,8 @@ def test_a_fragment_takes_its_part_and_gives_it_back() -> None:
         whole.copy_(torch.arange(1.0, 1 + len(whole)))
         replica.push.presence.fill_(1)
         before = whole.clone()
-        assert replica.push_for(number + 30) is fragment
+        assert replica.fragment(number + 30) is fragment
+        fragment.fill()
         assert torch.equal(fragment.gradients, before[fragment.span])
         for part in ("floats", "limbs", "rows"):
             assert torch.equal(getattr(fragment, part), getattr(replica.push, part))

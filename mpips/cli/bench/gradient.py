@@ -42,7 +42,7 @@ class Gradient:
 
 
 class Loss(torch.autograd.Function):
-    """A loss whose backward yields such a gradient in new tensors, as the backward of layers does."""
+    """A zero loss whose backward returns the next values of a `Gradient` in new tensors, as layers do."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Gradient, *parts: Tensor) -> Tensor:

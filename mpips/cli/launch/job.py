@@ -308,7 +308,7 @@ def failed(job: Job, watch: Watch, begun: bool) -> str:
 
 
 def take(watch: Watch, view: View, progress: Progress) -> None:
-    """Read the new events."""
+    """Pass new events on."""
     while events := watch.events():
         for event in events:
             progress.update(event)

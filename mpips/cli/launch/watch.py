@@ -153,7 +153,7 @@ class Watch:
         return len(list(self.folder.glob("left_*")))
 
     def fault(self) -> Failure | None:
-        """Return the first rank that has crashed, with the traceback that it left; None if there is none."""
+        """Return the first rank with a traceback of faulthandler's, and that; None without one, as under Open MPI."""
         found = [path for path in self.folder.glob("fault_*") if path.stat().st_size]
         if not found:
             return None

@@ -72,7 +72,7 @@ class Job:
 
     @property
     def size(self) -> int:
-        """The number of ranks."""
+        """The number of ranks of all nodes."""
         return self.nodes * self.ranks
 
     @property

@@ -10,7 +10,7 @@ import torch
 
 
 def permutation(n: int, *parts: str | int) -> np.ndarray:
-    """Return the numbers below n in an order that depends on `parts` only."""
+    """Return a permutation of range(n), seeded by a hash of `parts`."""
     generator = torch.Generator().manual_seed(seed_of(*parts))
     order: np.ndarray = torch.randperm(n, generator=generator).numpy()
     return order

@@ -135,6 +135,9 @@ class Push:
         """Return the weight in the rank's row."""
         return float((self.rows if self._numbers is None else self._numbers)[rank, WEIGHT])
 
+    def fill(self) -> None:
+        """Copy this part from the whole message. It is there already, unless this is a `Fragment`."""
+
     def spill(self) -> None:
         """Copy the result of the round into the whole message. It is there already, unless this is a `Fragment`."""
 

@@ -41,8 +41,6 @@ class Replica:
         apart: whether the model's weights have memory of their own instead of being views of the pull message.
         handed: whether the gradients were copied to the push message one by one during backward.
         keeps_push: whether no other rank writes to this rank's push message in a round.
-        active: the slice of the flat buffer that the round is about, if ranks share memory and it is not the whole buffer; else
-            None.
     """
 
     def __init__(
@@ -62,7 +60,6 @@ class Replica:
         flat.attach_weights(self.pull.weights)
         self.wire_is_grad = self.push.message.dtype == flat.dtype
         self.apart = self.handed = self.keeps_push = False
-        self.active: slice | None = None
         flat.attach_grad(self.push.gradients if self.wire_is_grad else flat.zeros())
 
     def move(self, push: Tensor, pull: Tensor, fill: bool, apart: bool, raw: bool) -> None:
@@ -114,27 +111,13 @@ class Replica:
         memory = allocate(length, push.message.dtype, push.message.device)  # shared by all fragments: one travels at a time
         self.fragments = [Fragment(push, *where, memory) for where in zip(slots, spans, strict=True)]
 
-    def push_for(self, round: float) -> Push:
-        """Return the message to push in this round: `push`, or the round's fragment, filled from `push`.
-
-        In shared memory a round about a fragment pushes `push` itself, with all other parameters marked as absent. A fragment's
-        result is copied back to `push` by `spill`.
-        """
-        if len(self.fragments) == 1:
-            return self.push
-        push = self.fragments[int(round) % len(self.fragments)]
-        assert isinstance(push, Fragment)
-        if self.push.shared:
-            push.confine()
-            self.active = push.span
-            return self.push
-        push.fill()
-        return push
+    def fragment(self, round: float) -> Push:
+        """Return the part of the push message that a round is about: `push` itself, unless it has been cut."""
+        return self.fragments[int(round) % len(self.fragments)]
 
     def pull_for(self, round: float) -> list[Tensor]:
         """Return the parts of the pull message that travel in this round."""
-        count = len(self.fragments)
-        return [self.pull.message] if count == 1 else self.pull.parts(self.fragments[int(round) % count].span)
+        return [self.pull.message] if len(self.fragments) == 1 else self.pull.parts(self.fragment(round).span)
 
     def clear(self) -> None:
         """Empty the push message: set it to zero, and gradients to None."""

@@ -99,7 +99,7 @@ class PendingUpdates:
         changed = self._needed > 1 or self.sent.compensation
         overflow = replica.flat.first_nonfinite(replica.push.gradients) if changed else None
         if overflow is None:
-            self._service.take(Decision("step", scale))
+            self._service.decide(Decision("step", scale))
         else:
             self._service.handle_nonfinite({self._service.communicator.rank: overflow})
 

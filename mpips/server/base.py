@@ -204,7 +204,7 @@ class Service:
             )
 
     def decide(self, decision: Decision) -> None:
-        """Let every rank carry out the decision about the combined contribution; a step is counted, and buffers are combined."""
+        """Let every rank carry out the decision on the combined contribution; a step is counted, and buffers are combined."""
         push, pull = self.replica.push, self.replica.pull
         if decision.action == "skip":
             self.transport.decide(decision)

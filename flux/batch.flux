@@ -52,8 +52,8 @@ while start; step=$!; do
   while kill -0 "$step" 2>/dev/null; do wait "$step"; done # the signal ends `wait`, not the step
   wait "$step"
   status=$?
-  # Above 128: a rank, or the step, was killed. Whatever ends by itself is left to its user.
-  ((status > 128 && retries-- > 0)) && [[ ! $timer ]] || break
+  # From 129 to 192: a rank, or the step, was killed by a signal. Whatever ends by itself is left to its user.
+  ((status > 128 && status < 193 && retries-- > 0)) && [[ ! $timer ]] || break
   echo "mpips: a rank was killed (status $status): the ranks start again from the newest checkpoint in $run_dir"
 done
 [[ $timer ]] && kill "$timer" 2>/dev/null

@@ -296,7 +296,8 @@ def run_verb(options: argparse.Namespace) -> int:
 def inspect_verb(options: argparse.Namespace) -> int:
     """Show the contents of a checkpoint."""
     path, tree = _load(options.file)
-    counted = {id(leaf): math.prod(leaf.shape) for leaf in tree.get("parameters", {}).values()}  # tied parameters count once
+    leaves = [leaf for leaf in _group(tree, "parameters").values() if hasattr(leaf, "shape")]
+    counted = {id(leaf): math.prod(leaf.shape) for leaf in leaves}  # tied parameters count once
     facts = {"file": str(path), "bytes": path.stat().st_size, "sha256": "verified"}
     facts |= {name: tree.get(name) for name in ("round", "version", "epoch")}
     facts["parameters"] = sum(counted.values())
@@ -336,9 +337,21 @@ def _described(tree: Mapping[str, Any]) -> dict[str, Any]:
             else leaf for name, leaf in tree.items()}  # fmt: skip
 
 
+def _group(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a group of the tree; an empty one where it has none of this name."""
+    found = tree.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _shown(name: str) -> str:
+    """Return a name as it may be printed: a terminal obeys what a hostile file may have in it."""
+    return name if name.isprintable() else repr(name)
+
+
 def _outline(tree: Mapping[str, Any], indent: str = "  ") -> Iterator[str]:
     """Yield one line for each group, tensor and value of the tree."""
-    for name, leaf in tree.items():
+    for key, leaf in tree.items():
+        name = _shown(key)
         if isinstance(leaf, Mapping):
             yield f"{indent}{name}/"
             yield from _outline(leaf, indent + "  ")
@@ -376,8 +389,10 @@ def _load(path: Path) -> tuple[Path, dict[str, Any]]:
 def export_verb(options: argparse.Namespace) -> int:
     """Write the model of a checkpoint as a state dict."""
     path, tree = _load(options.file)
-    if not tree.get("parameters"):
-        raise VerbError(f"{path}: holds no parameters, only {', '.join(tree) or 'nothing'}; give a run's checkpoint")
+    if not _group(tree, "parameters"):
+        raise VerbError(
+            f"{path}: holds no parameters, only {', '.join(map(_shown, tree)) or 'nothing'}; give a run's checkpoint"
+        )
     state = _state_dict(tree)
     target: Path = options.to
     if not target.absolute().parent.is_dir():
@@ -403,7 +418,8 @@ def _state_dict(tree: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return parameters and buffers under the names that `load_state_dict` expects. Tied parameters stay one tensor."""
     import torch
 
-    return {name: torch.as_tensor(leaf) for name, leaf in {**tree["parameters"], **tree.get("buffers", {})}.items()}
+    named = {**_group(tree, "parameters"), **_group(tree, "buffers")}
+    return {name: torch.as_tensor(leaf) for name, leaf in named.items()}
 
 
 def _write_pt(state: dict[str, torch.Tensor], path: Path) -> None:

@@ -38,8 +38,9 @@ def verdicts(given: Path) -> Iterator[Verdict]:
     """
     paths = checkpoint.listed(folder_of(given))[::-1] if given.is_dir() else [given]
     for path in paths:
-        run = run_id(path.parent.parent) if given.is_dir() else ""
-        yield _verdict(path, run)
+        verdict = _verdict(path, run_id(path.parent.parent) if given.is_dir() else "")
+        if path.exists() or not (verdict.why and given.is_dir()):  # else a run that goes on has pruned it meanwhile
+            yield verdict
 
 
 def folder_of(given: Path) -> Path:
@@ -49,16 +50,19 @@ def folder_of(given: Path) -> Path:
 
 
 def _verdict(path: Path, run: str) -> Verdict:
+    size = 0
     try:
         size = path.stat().st_size
         tree = checkpoint.load(path)
-        number, other = tree["round"], tree.get("run", run)
+        number, other = int(tree["round"]), tree.get("run", run)
+    except (KeyError, TypeError, ValueError):
+        return Verdict(path, size, None, "it holds no round: no run has written it")
     except checkpoint.CheckpointError as error:
         return Verdict(path, size, None, str(error).removeprefix(f"{path}: "))
     except OSError as error:
         return Verdict(path, 0, None, error.strerror or str(error))
     foreign = f"it is of run {other}, its folder of run {run}" if run and other != run else ""
-    return Verdict(path, size, int(number), foreign)
+    return Verdict(path, size, number, foreign)
 
 
 def resumed_from(given: Path, found: list[Verdict]) -> str:

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -190,8 +191,12 @@ def launch(environ: Mapping[str, str] | None = None) -> Launch:
 
 
 def job_end() -> float:
-    """Return when the scheduler ends this job, in seconds since the epoch; infinity if it does not say."""
-    return float(_number(os.environ.get("SLURM_JOB_END_TIME", "")) or math.inf)
+    """Return when the scheduler ends this job, in seconds since the epoch; infinity if it does not say.
+
+    A time that is past is another job's: the variable lives on in a shell or tmux that was started in that job.
+    """
+    end = float(_number(os.environ.get("SLURM_JOB_END_TIME", "")) or math.inf)
+    return end if end > time.time() else math.inf
 
 
 def _told(launcher: Launcher, environ: Mapping[str, str]) -> Launch:

@@ -9,6 +9,7 @@ The package imports this module, so it imports little except the standard librar
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import ctypes
 import faulthandler
@@ -50,6 +51,7 @@ _joined = False  # whether this process has joined the other ranks
 _guarded = False  # whether an uncaught exception ends all ranks already
 _asked = False  # whether SIGUSR1 has come
 _note: Callable[[], None] | None = None
+_spares_children = False  # whether SIGUSR1 is kept from the processes that this one starts
 
 
 def begin() -> None:
@@ -58,6 +60,7 @@ def begin() -> None:
     with suppress(ValueError):  # not in the main thread
         if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
             signal.signal(signal.SIGUSR1, _preempt)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # in a process that a run's script has started
             atexit.register(_ignore_preemption)
     launched = launch()
     if launched.launcher and launched.size != 1 and not _is_of_a_rank():
@@ -147,6 +150,28 @@ def on_preemption(note: Callable[[], None]) -> None:
     _note = note
     if _asked:
         note()
+    if launch().launcher and not _spares_children:
+        _spare_children()
+
+
+def _spare_children() -> None:
+    """Take SIGUSR1 on a thread, and block it on this one: what this process starts inherits that.
+
+    mpiexec and srun send a signal to all processes of a rank, and it would kill those that do not know it: workers of a
+    DataLoader that are spawned, a tracker's helper.
+    """
+    global _spares_children
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGUSR1) is _preempt:
+        _spares_children = True
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        threading.Thread(target=_pass_preemption_on, name="mpips-preemption", daemon=True).start()
+
+
+def _pass_preemption_on() -> None:
+    """Let the main thread handle each SIGUSR1, by whatever handler it has then."""
+    while True:
+        signal.sigwait({signal.SIGUSR1})
+        _thread.interrupt_main(signal.SIGUSR1)
 
 
 def preempted() -> bool:
@@ -320,17 +345,19 @@ def _watch(launcher: int) -> None:
     """End this rank soon after its launcher: a rank that waits in shared memory would not notice."""
     while _alive(launcher):
         time.sleep(LOOK_EVERY)
-    emit(2, f"mpips: mpiexec (process {launcher}) is gone: this rank ends\n")
-    shutil.rmtree(session_folder(os.environ, launcher), ignore_errors=True)  # it cannot do so itself
-    for path in segments():
-        path.unlink(missing_ok=True)
-    os._exit(1)
+    try:
+        emit(2, f"mpips: mpiexec (process {launcher}) is gone: this rank ends\n")
+        shutil.rmtree(session_folder(os.environ, launcher), ignore_errors=True)  # it cannot do so itself
+        for path in segments():
+            path.unlink(missing_ok=True)
+    finally:
+        os._exit(1)
 
 
 def segments() -> list[Path]:
     """Return the files in shared memory that this process's MPI library has mapped; one that is killed leaves them there."""
     with suppress(OSError):
-        lines = Path("/proc/self/maps").read_text().splitlines()
+        lines = os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines()
         mapped = {line.split(maxsplit=5)[-1] for line in lines if "/dev/shm/" in line}
         return [Path(name) for name in sorted(mapped) if Path(name).name.startswith(SEGMENTS) and os.path.exists(name)]
     return []
@@ -339,7 +366,7 @@ def segments() -> list[Path]:
 def stat(pid: int) -> list[str]:
     """Return a process's fields of /proc/PID/stat (proc(5)), from its state on; an empty list if there is no such process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return os.fsdecode(Path(f"/proc/{pid}/stat").read_bytes()).rsplit(")", 1)[1].split()
     except OSError:
         return []
 

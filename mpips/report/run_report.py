@@ -386,14 +386,15 @@ class Report:
                 self.event("warning", message=warning)
 
     def _tell_launcher(self, folder: Path) -> None:
-        """Tell the launcher the folders of the script's first run and of its latest one."""
+        """Tell the launcher, if its folder is on this machine, the folders of the script's first run and of its latest one."""
         if launch := os.environ.get("MPIPS_LAUNCH_DIR"):
             for told in (Path(launch, "run_dir"), Path(launch, "latest_run_dir")):
                 if told.name == "run_dir" and told.exists():
                     continue
-                temporary = told.with_name(f".{told.name}")
-                temporary.write_bytes(os.fsencode(folder))
-                temporary.replace(told)
+                with suppress(OSError):
+                    temporary = told.with_name(f".{told.name}")
+                    temporary.write_bytes(os.fsencode(folder))
+                    temporary.replace(told)
 
 
 def _loss(value: float) -> str:

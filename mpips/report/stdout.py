@@ -30,7 +30,11 @@ def write(text: str) -> None:
     if 1 in process.closed:
         raise OutputError("stdout is closed, expected a terminal, file or pipe")
     try:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except UnicodeEncodeError:  # a path, say, that the stream's encoding has no form of
+            coding = sys.stdout.encoding
+            print(text.encode(coding, "backslashreplace").decode(coding), flush=True)
     except BrokenPipeError:
         _forget()
         raise OutputError("", CUT) from None

@@ -129,10 +129,11 @@ class Roles:
         if self.communicator.rank == SERVER:
             checkpoint.stop_writing()
             where, start = folder.folders(self.config.run_dir, self.config.resume, self._count)
-            run = report.run_id(where) if start and folder.holds_run(where) else report.new_id(self._count)
             try:
-                report.log_to(where, SERVER, run)
                 folder.hold(where)
+                start = folder.newest_now(where, start, self.config.resume)
+                run = report.run_id(where) if start and folder.holds_run(where) else report.new_id(self._count)
+                report.log_to(where, SERVER, run)
             except OSError as error:
                 raise no_folder(str(where), error) from error
             agreed = json.dumps([str(where), start and str(start), run]).encode()

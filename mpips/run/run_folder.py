@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mpips import checkpoint
 from mpips.config import ANSWERS, Config, ConfigError
+from mpips.process.lifecycle import emit
 from mpips.report.run_report import script_name
 
 _used: set[str] = set()  # run folders that this process has used
@@ -42,7 +43,7 @@ def new_folder(count: int = 1) -> Path:
 
 
 def hold(folder: Path) -> None:
-    """Lock a run's folder until `release`, or until this process ends, so that no other run writes to it.
+    """Lock a run's folder until `release`, or until this process ends, so that no other run writes to it. Make it if need be.
 
     Raises:
         ConfigError: another run has locked it.
@@ -50,6 +51,7 @@ def hold(folder: Path) -> None:
     path = folder / ".lock"
     if path in _held:
         return
+    folder.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,8 +62,9 @@ def hold(folder: Path) -> None:
             f"run_dir: given {str(folder)!r}, which {owner} writes to, allowed: for each run a folder of its own, by "
             f"--mpips.run_dir"
         ) from error
-    except OSError:  # the file system has no locks
+    except OSError as error:
         os.close(file)
+        emit(2, f"mpips: {str(folder)!r} cannot be locked ({error.strerror}): see that no other run writes to it\n")
         return
     _held[path] = file
     os.ftruncate(file, 0)
@@ -170,6 +173,18 @@ def folders(run_dir: str | None, resume: str, count: int = 1) -> tuple[Path, Pat
     if given and holds_run(given):
         raise _holds_another(given, "none, which is to go on in the checkpoint's own")
     return given or own or new_folder(count), start
+
+
+def newest_now(folder: Path, start: Path | None, resume: str) -> Path | None:
+    """Return the checkpoint to resume from, now that the folder is locked: another run may have written since `folders`.
+
+    Args:
+        folder: the run folder.
+        start: the checkpoint that `folders` has found.
+        resume: the setting.
+    """
+    chosen = resume == "auto" or (start is not None and start.parent == folder / "checkpoints" and Path(resume).is_dir())
+    return _newest(folder, resume) if chosen else start
 
 
 def _holds_another(given: Path, instead: str) -> ConfigError:

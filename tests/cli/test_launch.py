@@ -202,6 +202,10 @@ def script_command(folder, source):
         ("run_dir(); fail(1, 'boom', status=1); sys.exit(2)", 1),
         ("run_dir(); done()", 0),
         ("run_dir(); done(); sys.exit(3)", 3),  # after its run the script failed by itself
+        ("run_dir(); done(); (launch / 'left_0').touch(); sys.exit(-1)", 255),
+        ("run_dir(); done(); (launch / 'left_0').touch(); sys.exit(200)", 200),
+        ("run_dir(); done(); (launch / 'left_0').touch(); print(NAMED, file=sys.stderr); sys.exit(139)", 139),
+        ("run_dir(); done(); (launch / 'left_0').touch(); sys.exit(139)", 0),  # mpiexec says so of a signal
         ("run_dir()", 1),
         ("run_dir(); sys.exit(75)", 75),
         ("run_dir(); done(); fail(1, 'the final test'); sys.exit(1)", 1),
@@ -213,7 +217,7 @@ def script_command(folder, source):
     ],
 )
 def test_exit_status(fake, source, status):
-    assert fake(source).exit == status
+    assert fake(f"NAMED = 'Process name: [prterun-x-1@1,0]'\n{source}").exit == status
 
 
 def test_outcome_tells_how_far_the_run_came(fake, tmp_path):

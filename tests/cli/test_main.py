@@ -361,3 +361,38 @@ def test_env_is_a_block_to_paste(monkeypatch):
     text = "\n".join(cli._listing(facts))
     assert "  MPIPS_MODE: sync" in text
     assert "private" not in text
+
+
+ODD = [
+    {"round": "x"},
+    {"round": [1]},
+    {},
+    {"round": 1, "parameters": 5},
+    {"round": 1, "parameters": {"w": 3.0}, "buffers": 3},
+    {"round": 1, "a\x1b[2J\n": {"b\x07": 1}},
+]
+
+
+@pytest.mark.parametrize("tree", ODD)
+@pytest.mark.parametrize("verb", ["verify", "inspect", "export"])
+def test_what_no_run_writes_ends_no_verb_in_a_traceback(verb, tree, tmp_path, capsys):
+    """A right digest says who has written it no more than a right name does; a terminal obeys what is in a name."""
+    path = checkpoint.save(tmp_path, 1, tree)
+    status = cli.main([verb, str(path), *(["--to", str(tmp_path / "x.pt")] if verb == "export" else [])])
+    out, err = capsys.readouterr()
+    assert status in (0, 1)
+    assert not {"\x1b", "\x07"} & {*out, *err}
+    assert (verb == "verify" and not isinstance(tree.get("round", 0), int)) <= ("it holds no round" in out)
+
+
+def test_verify_says_nothing_of_what_a_run_has_pruned_meanwhile(run_folder, capsys, monkeypatch):
+    load = checkpoint.load
+
+    def pruned(path):
+        if path.name == "round_00000110.h5":
+            path.unlink()
+        return load(path)
+
+    monkeypatch.setattr(checkpoint, "load", pruned)
+    assert cli.main(["verify", str(run_folder)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["round_00000120.h5", "resume"]

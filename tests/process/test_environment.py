@@ -1,7 +1,9 @@
 """What is read from the machine: the right mpiexec, the right commit, and no secret."""
 
+import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -173,3 +175,11 @@ def test_environment_knows_versions_and_cores():
 def test_a_child_that_hangs_is_given_up(monkeypatch):
     monkeypatch.setattr(environment, "CHILD_TIMEOUT", 0.2)
     assert environment._output(["sleep", "20"]) is None
+
+
+def test_the_end_of_a_job_that_has_ended_is_another_job_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tmux that was started in a job keeps its variables: every run was preempted after two rounds, when resumed, too."""
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) - 60))
+    assert environment.job_end() == math.inf
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 60))
+    assert environment.job_end() < time.time() + 61

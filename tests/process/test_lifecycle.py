@@ -280,3 +280,46 @@ def test_a_killed_mpiexec_leaves_nothing_in_shared_memory(how: str, library: str
         time.sleep(0.05)
     assert [path for path in files if path.exists()] == []
     assert list(tmp_path.glob("ompi.*")) == []
+
+
+STARTS = """
+import subprocess, time
+import torch
+import mpips
+
+def main():
+    model = torch.nn.Linear(4, 1)
+    ps = mpips.connect(model, torch.optim.SGD(model.parameters(), lr=0.01), run_dir="run")
+    data = torch.utils.data.TensorDataset(torch.randn(4000, 4))
+    loader = torch.utils.data.DataLoader(data, 4, num_workers=1, multiprocessing_context="forkserver")
+    helper = subprocess.Popen(["sleep", "60"])
+    try:
+        for number, (x,) in enumerate(ps.shard(loader)):
+            loss = model(x).square().mean()
+            loss.backward()
+            ps.step(loss)
+            if number == 3:
+                open("up", "w").close()
+            time.sleep(0.05)
+    finally:
+        print("helper", helper.poll(), flush=True)
+        helper.kill()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_preemption_kills_none_of_the_processes_that_a_rank_has_started(tmp_path: Path) -> None:
+    """mpiexec signals whole process groups: a spawned worker of a DataLoader died of it, and the run with it."""
+    (tmp_path / "script.py").write_text(STARTS)
+    command = [*mpiexec_of(sys.executable), "-n", "2", sys.executable, "script.py"]
+    environ, quiet = launch_environment() | {"TMPDIR": str(tmp_path)}, subprocess.DEVNULL
+    started = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=quiet, text=True)
+    until = time.monotonic() + 60
+    while not (tmp_path / "up").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    started.send_signal(signal.SIGUSR1)
+    said, _ = started.communicate(timeout=60)
+    assert (started.returncode, "helper None" in said) == (75, True)
+    assert list((tmp_path / "run" / "checkpoints").glob("*.h5"))

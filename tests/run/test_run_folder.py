@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -285,6 +286,36 @@ def test_auto_goes_on_with_the_line_of_the_last_resume_and_every_file_says_whose
         foreign.with_name(foreign.name + end).write_bytes(text.replace(b"00000006.h5", b"00000009.h5") if end else text)
     with pytest.raises(SnapshotError, match=f"round_00000009.h5: of run {run}, its folder of run {report.run_id(folder_)}"):
         train("auto")
+
+
+def test_a_resume_sees_what_another_run_has_written_until_the_folder_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job before, still at its end, was undone: its last rounds went aside, and were trained again."""
+    train("no", 4)
+    late, hidden = Path("run/checkpoints"), Path("hidden")
+    hidden.mkdir()
+    for path in late.glob("round_0000000[34].*"):
+        path.rename(hidden / path.name)
+    lock = folder.hold
+
+    def hold(given: Path) -> None:
+        for path in list(hidden.iterdir()):
+            path.rename(late / path.name)
+        lock(given)
+
+    monkeypatch.setattr(folder, "hold", hold)
+    train("auto")
+    events = [json.loads(line) for line in Path("run/events.jsonl").read_text().splitlines()]
+    assert [event["round"] for event in events if event["event"] == "resume"] == [4]
+    assert not Path("run/checkpoints/aside.1").exists()
+
+
+def test_a_folder_that_cannot_be_locked_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(folder.fcntl, "lockf", refuse)
+    folder.hold(Path("run"))
+    assert "'run' cannot be locked (Function not implemented): see that no other run" in capsys.readouterr().err
 
 
 FOLDS = """

@@ -31,7 +31,7 @@ from mpips.process.environment import session_folder, without_secrets
 
 TICK = 0.1  # seconds between two checks of the run
 AFTER_DONE = 10.0  # seconds for mpiexec to end after all programs have; Open MPI sometimes never does (ULFM)
-DIED = 128  # statuses from here on stand for signals
+SIGNALS = range(129, 193)  # statuses that stand for signals, if mpiexec names no rank that has ended with one
 AFTER_FAILURE = 3.0  # seconds for the ranks to end after the failure of one, where mpiexec does not end them
 AFTER_ABORT = 1.0  # seconds from SIGTERM to SIGKILL then
 AFTER_EXIT = 1.0  # seconds to wait for the last output once mpiexec has ended
@@ -211,7 +211,9 @@ def attempt(launch: LaunchCommand, view: View, *, timeout: float | None = None, 
             follow(job, watch, view, progress, stderr)
         reports = watch.failures(until=job.ended_at)
         failure = first_failure(reports, stderr, watch.fault(), job.ranks.first(until=job.ended_at))
-        status = exit_status(job, watch, reports, died=stderr.signal is not None)
+        code = job.process.returncode
+        died = stderr.signal is not None or (code in SIGNALS and stderr.rank is None)
+        status = exit_status(job, watch, reports, died)
         if status == 0 and watch.run_dir():
             view.tell(f"run folder {watch.run_dir()}")
             if checkpoint := progress.result()["checkpoint"]:
@@ -315,7 +317,7 @@ def take(watch: Watch, view: View, progress: Progress) -> None:
             view.note(event)
 
 
-def exit_status(job: Job, watch: Watch, reports: list[dict[str, object]], *, died: bool) -> int:
+def exit_status(job: Job, watch: Watch, reports: list[dict[str, object]], died: bool) -> int:
     """Return 0, 1, 2, 75, or the status with which the script has ended after its run.
 
     DONE means that the run is complete. After DONE, only a crash or hang in MPI's finalisation is ignored.
@@ -324,10 +326,9 @@ def exit_status(job: Job, watch: Watch, reports: list[dict[str, object]], *, die
         job: the job that is over.
         watch: the run's files.
         reports: the ranks' failure reports.
-        died: whether a rank was ended by a signal, which MPICH's mpiexec reports as an ordinary status.
+        died: whether a rank was ended by a signal, and not with a status of its own.
     """
     code = job.process.returncode
-    died = died or code >= DIED
     if reports:
         return int(str(reports[0]["status"]))
     if code in (PREEMPTED, BAD_CONFIGURATION):

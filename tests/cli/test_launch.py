@@ -787,3 +787,23 @@ def test_real_timeout(real, tmp_path):
     status, output = Launcher(tmp_path, SLEEP, flags=["--timeout", "1"]).end()
     assert status == 1
     assert output.endswith("mpips: the run was ended by --timeout\n")
+
+
+def test_a_reader_that_does_not_read_keeps_nothing_from_ending_the_run(tmp_path, fake_mpiexec):
+    """A pager, Ctrl-S, a stopped tee: the launcher waited to write, and heard neither the time limit nor signals."""
+    launcher = Launcher(tmp_path, UP + "while True: print('x' * 10_000, flush=True)\n", mpiexec=fake_mpiexec).up()
+    time.sleep(1)  # the pipe is full, and so is what the launcher keeps
+    for _ in range(2):
+        launcher.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+    assert launcher.process.wait(15) == 1
+    assert launcher.all_gone()
+    launcher.process.stdout.close()
+
+
+def test_output_that_is_read_late_is_whole(tmp_path, fake_mpiexec):
+    launcher = Launcher(tmp_path, UP + "for n in range(3000): print(n, '~' * 1000, flush=True)\n", mpiexec=fake_mpiexec)
+    launcher.up()
+    time.sleep(3)
+    _, output = launcher.end()
+    assert output.count("~") == 2 * 3000 * 1000

@@ -24,7 +24,7 @@ from mpips.cli.launch.command import LaunchCommand
 from mpips.cli.launch.keeper import AFTER_TERM, FOLDER, end_all, kept
 from mpips.cli.launch.ranks import Ranks
 from mpips.cli.launch.watch import Failure, Stderr, Watch, first_failure
-from mpips.cli.screen import Progress, Tail, View
+from mpips.cli.screen import Progress, Tail, View, outlet
 from mpips.config import BAD_CONFIGURATION
 from mpips.process import lifecycle as process
 from mpips.process.environment import session_folder, without_secrets
@@ -111,11 +111,14 @@ class Job:
             assert file is not None
             self.selector.register(file, selectors.EVENT_READ, stream)
 
-    def read(self) -> Iterator[tuple[int, bytes]]:
-        """Yield (stream, bytes) for the output that comes within a tick."""
+    def read(self, held_up: bool) -> Iterator[tuple[int, bytes]]:
+        """Yield (stream, bytes) for the output that comes within a tick; none if the launcher's own output is held up."""
         self.ranks.look()
-        if not self.selector.get_map():
+        if held_up or not self.selector.get_map():
             time.sleep(TICK)
+        if held_up:
+            self.exited_at = float("inf")  # what has not been read yet is still to come
+            return
         for key, _ in self.selector.select(TICK):
             if key.data is self.ranks:
                 self.ranks.note(key.fd)
@@ -284,19 +287,30 @@ def started(launch: LaunchCommand, folder: Path, timeout: float | None) -> Itera
 
 def follow(job: Job, watch: Watch, view: View, progress: Progress, stderr: Stderr) -> None:
     """Follow the job until it is over: output, signals, events, deadlines."""
-    while not job.over():
-        for stream, data in job.read():
-            if stream == 2:
-                data = data.replace(b"\0", b"")  # Open MPI ends a message by one, and a log with it is no text
-            view.write(stream, data)
-            if not job.ended_by:  # output of ranks that are being ended is no failure
-                (stderr.feed if stream == 2 else stderr.hear)(data)
+    with outlet.behind():
+        while not job.over():
+            for stream, data in job.read(held_up=outlet.full and not job.asked_to_end):
+                if stream == 2:
+                    data = data.replace(b"\0", b"")  # Open MPI ends a message by one, and a log with it is no text
+                view.write(stream, data)
+                if not job.ended_by:  # output of ranks that are being ended is no failure
+                    (stderr.feed if stream == 2 else stderr.hear)(data)
+            take(watch, view, progress)
+            job.forward(view, begun="start" in progress.latest)
+            view.show(progress)
+            job.mind(watch.done() and watch.left() >= watch.ranks, failed(job, watch, begun="start" in progress.latest))
         take(watch, view, progress)
-        job.forward(view, begun="start" in progress.latest)
-        view.show(progress)
-        job.mind(watch.done() and watch.left() >= watch.ranks, failed(job, watch, begun="start" in progress.latest))
-    take(watch, view, progress)
-    view.close(progress)
+        view.close(progress)
+        _wait_for_reader(job)
+
+
+def _wait_for_reader(job: Job) -> None:
+    """Wait until all output is written; not for long if the run has been asked to end, as the reader may never read."""
+    until = float("inf")
+    while outlet.waiting and time.monotonic() < until:
+        if job.asked or job.asked_to_end:
+            until = min(until, time.monotonic() + AFTER_EXIT)
+        time.sleep(TICK / 10)
 
 
 def failed(job: Job, watch: Watch, begun: bool) -> str:

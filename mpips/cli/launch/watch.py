@@ -30,6 +30,7 @@ BLAME = (
 # MPICH's message on stdout: it has a signal, but names a process that mpiexec itself has ended.
 HYDRA = re.compile(rb"TERMINATED WITH THE EXIT STRING: [^\n]*\(signal (?P<signal>\d+)\)")
 LONGEST = 200  # bytes of that message
+LONGEST_LINE = 1 << 16  # bytes of a line that are looked at
 BY_SIGNAL = "ended by signal"  # how the text of such a failure begins
 
 
@@ -74,7 +75,8 @@ class Stderr:
 
     def feed(self, data: bytes) -> None:
         """Search output from stderr, which may come in parts of lines."""
-        *lines, self.half = (self.half + data).split(b"\n")
+        *lines, rest = (self.half + data).split(b"\n")
+        self.half = rest.rpartition(b"\r")[2][-LONGEST_LINE:]  # a progress bar writes one line for ever
         for line in lines:
             text = line.decode(errors="replace").rstrip("\r")
             self._traceback(text)

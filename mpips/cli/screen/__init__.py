@@ -13,10 +13,10 @@ import time
 from typing import Protocol
 
 from mpips.cli.screen.frame import frame
+from mpips.cli.screen.output import outlet
 from mpips.cli.screen.progress import Event, Progress, Tail, describe, progress_line
-from mpips.process.lifecycle import emit
 
-__all__ = ["Lines", "Progress", "Screen", "Tail", "View", "view"]
+__all__ = ["Lines", "Progress", "Screen", "Tail", "View", "outlet", "view"]
 
 LINE_EVERY = 10.0  # seconds between progress lines without a terminal, so that a batch log stays readable
 DRAW_EVERY = 0.2  # seconds between two live frames
@@ -52,13 +52,13 @@ class Lines:
 
     def write(self, stream: int, data: bytes) -> None:
         """Pass the bytes on."""
-        emit(stream, data)
+        outlet.emit(stream, data)
         self.half = 0 if data.endswith(b"\n") else stream
 
     def tell(self, text: str) -> None:
         """Print a message on a line of its own, after ending a rank's half line."""
         self._end_line()
-        emit(2, f"mpips: {text}\n")
+        outlet.emit(2, f"mpips: {text}\n")
 
     def note(self, event: Event) -> None:
         """Print a line for an event that matters in a log."""
@@ -80,7 +80,7 @@ class Lines:
     def _end_line(self) -> None:
         """End a rank's half line, if there is one."""
         if self.half:
-            emit(self.half, b"\n")
+            outlet.emit(self.half, b"\n")
         self.half = 0
 
 
@@ -103,7 +103,7 @@ class Screen:
     def write(self, stream: int, data: bytes) -> None:
         """Print whole lines above the region; a half line waits for its end."""
         if stream == 2 and not sys.stderr.isatty():
-            return emit(2, data)
+            return outlet.emit(2, data)
         complete = data.rfind(b"\n") + 1
         lines, self.halves[stream] = self.halves[stream] + data[:complete], data[complete:]
         if not complete:
@@ -114,7 +114,7 @@ class Screen:
     def tell(self, text: str) -> None:
         """Print a message on a line above the region."""
         line = f"mpips: {text}\n".encode("utf-8", "surrogateescape")
-        return self._draw(above=line) if sys.stderr.isatty() else emit(2, line)
+        return self._draw(above=line) if sys.stderr.isatty() else outlet.emit(2, line)
 
     def note(self, event: Event) -> None:
         """Print warnings and errors, which must not disappear from the region's latest events."""
@@ -123,7 +123,7 @@ class Screen:
 
     def show(self, progress: Progress) -> None:
         """Draw a new frame, a few times a second."""
-        if time.monotonic() >= self.next_frame:
+        if time.monotonic() >= self.next_frame and not outlet.waiting:
             self.next_frame = time.monotonic() + DRAW_EVERY
             self._render(progress)
             self._draw()
@@ -150,7 +150,7 @@ class Screen:
         rows = sum(max(1, -(-line // width)) for line in self.drawn)
         erase = f"\r\x1b[{rows}A\x1b[J" if rows else ""
         below = "".join(f"\x1b[0m{line}\x1b[0m\n" for line in self.frame)
-        emit(1, erase.encode() + above + below.encode("utf-8", "surrogateescape"))
+        outlet.emit(1, erase.encode() + above + below.encode("utf-8", "surrogateescape"))
         self.drawn = [Text.from_ansi(line).cell_len for line in self.frame]
 
 

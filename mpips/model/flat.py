@@ -148,6 +148,8 @@ class Flat:
         self.sparse = False  # whether sparse gradients are left as they are
         self.averaged = False  # whether the gradients are averages over all workers
         self.accumulated = False  # whether backward has accumulated a gradient since this was set to False
+        self._left_at = -1  # the version counter of the flat gradient after the last accumulation
+        self.dropped = False  # whether the script has removed gradients that were pending, before the last backward
         self._left: dict[int, int] = {}  # digests of gradients as backward has left them
         self._hooked: int | None = None  # a parameter whose gradient a hook of the script's has changed
         for number, p in enumerate(self.parameters):
@@ -201,11 +203,12 @@ class Flat:
         grads = ((number, p.grad) for number, p in enumerate(self.parameters) if number not in members)
         return {number: grad.detach().clone() for number, grad in grads if grad is not None}
 
-    def put_back(self, gradients: Mapping[int, Tensor]) -> None:
-        """Give parameters back the gradients that `apart` returned."""
+    def put_back(self, gradients: Mapping[int, Tensor], used: Collection[int] = ()) -> None:
+        """Give parameters back the gradients that `apart` returned. Those of the parameters `used` are pending no more."""
         for number, gradient in gradients.items():
             self.parameters[number].grad = self._views[number].copy_(gradient)
-            self._touched.add(number)
+            if number not in used:
+                self._touched.add(number)
 
     def clear(self) -> None:
         """Set every gradient to None. The flat gradient keeps its contents; the next backward overwrites them."""
@@ -217,11 +220,16 @@ class Flat:
     def _accumulated(self, number: int, p: nn.Parameter) -> None:
         """Copy a gradient that autograd has just accumulated into the flat buffer, while the gradient is still in the cache."""
         self.averaged, self.accumulated = False, True
+        if number in self._touched and p.grad is not self._views[number] and p.grad is not None:
+            self.dropped |= (
+                not p.grad.requires_grad and p.grad.layout is torch.strided
+            )  # with create_graph torch makes new ones
         self._touched.add(number)
         if self.sparse and p.grad is not None and p.grad.is_sparse:
             return
         if p.grad is not self._views[number]:
             self._bring(number, p)
+        self._left_at = self.grad._version
         if self._sums:
             self._left[number] = _digest(self._views[number])
         if self.watch:
@@ -297,10 +305,7 @@ class Flat:
                     f"{self.slots[number].name} has left the flat buffer; move or cast the model and assign to p.data before "
                     f"connect, not after it"
                 )
-            if p.grad is view:  # written in place, by backward (which calls the hook) or by the script
-                present.append(number in self._touched or bool(view.any()))
-            else:
-                present.append(self._bring(number, p))
+            present.append(p.grad is view or self._bring(number, p))
         return present
 
     def _bring(self, number: int, p: nn.Parameter) -> bool:
@@ -308,11 +313,12 @@ class Flat:
         view, grad = self._views[number], p.grad
         if grad is None:
             view.zero_()
-        elif not _same_memory(grad, view):
+            return False
+        if not _same_memory(grad, view):
             dense = grad if grad.layout is torch.strided else grad.to_dense()
             view.copy_(dense.detach() if dense.requires_grad else dense)  # as with create_graph
         p.grad = view
-        return grad is not None
+        return True
 
     def _check_still_ours(self) -> None:
         """Raise LayoutError unless the model still trains the parameters it had at `connect`.
@@ -323,7 +329,8 @@ class Flat:
             raise LayoutError(f"after connect {thawed} was unfrozen; freeze and unfreeze parameters before connect")
         if self._checked == _registered[0]:
             return
-        now = [(clean(n), p) for n, p in self.model.named_parameters() if p.requires_grad]
+        ours = set(self.parameters)  # of which some may be frozen for a while
+        now = [(clean(n), p) for n, p in self.model.named_parameters() if p.requires_grad or p in ours]
         expected = [(slot.name, p) for slot, p in zip(self.slots, self.parameters, strict=True)]
         for (name, parameter), (other, current) in zip_longest(expected, now, fillvalue=("nothing", None)):
             if parameter is not current:
@@ -410,9 +417,10 @@ class Flat:
         return any(p is own for own in self.parameters)
 
     def any_gradient(self) -> bool:
-        """Return whether a gradient is pending that the script has neither removed nor zeroed."""
+        """Return whether a gradient is pending that the script has neither removed nor zeroed; backward may have left zeros."""
+        as_left = self.grad._version == self._left_at
         grads = (self.parameters[number].grad for number in self._touched)
-        return any(grad is not None and bool(grad.any()) for grad in grads)
+        return any(grad is not None and (as_left or bool(grad.any())) for grad in grads)
 
     def first_nonfinite(self, flat: Tensor) -> int | None:
         """Return the index of the first slot of `flat` that holds a NaN or Inf, or None."""

@@ -245,6 +245,8 @@ class Loop:
     def _draw(self, count: int, samples: float | None) -> None:
         """Note a drawn batch. If nothing remains of the gradients of earlier batches, forget their samples."""
         flat = self.worker.replica.flat
+        if flat.dropped:
+            self._heed_dropped()
         if self._samples and not flat.any_gradient():
             self._samples = 0
         if flat.accumulated:
@@ -252,6 +254,13 @@ class Loop:
         self._taken += count
         self._later += samples or 0
         self._samples = None if samples is None or self._samples is None else self._samples + samples
+
+    def _heed_dropped(self) -> None:
+        """Forget the samples behind gradients that the script has removed itself, as `model.zero_grad()` does."""
+        flat = self.worker.replica.flat
+        if flat.dropped and self._samples and self.worker.update.members is None:  # several optimizers may have others still
+            self._samples = min(self._samples, self._later)
+        flat.dropped = False
 
     def drop_gradients(self) -> None:
         """Forget the samples behind gradients that the script has just zeroed, if they were not pushed."""
@@ -461,6 +470,8 @@ class Loop:
             if said < 0:
                 raise ValueError(f"step() was given samples={said}; expected 0 or more")
             return said
+        if self.worker.replica.flat.dropped:
+            self._heed_dropped()
         samples = self._latest if self._samples == 0 and not self._taken else self._samples
         if samples is None:
             raise ValueError(

@@ -75,7 +75,7 @@ class Steps:
 
     def gradients_zeroed(self) -> None:
         """Count no samples for gradients that the script throws away; with several optimizers, those of others may stay."""
-        if not self._several:
+        if not self._several or not self._flat.gradients():
             self._loop.drop_gradients()
 
     def optimizer_step(self, which: int, closure: Callable[[], Any] | None, overflow: bool | None = None) -> Any:

@@ -775,6 +775,7 @@ class Worker:
         self._note(loss, samples, metrics, taken)
         tally, self.tally = self.tally, Tally(len(self.config.metrics))
         row, push, replica = self._row(tally.samples, tally.loss), self.replica.push, self.replica
+        left = replica.flat.apart(())  # as after any step they stay, and another optimizer may step with some of them
         row.adopt, row.weight = 1.0, float(self._contributes_common or self._all_give)
         row.steps = row.weight
         push.clear_behind()
@@ -788,7 +789,9 @@ class Worker:
         self.server.transport.push()
         self._hand_over()
         self._receive(contributed=True)
+        members = self.update.members or range(len(replica.flat.slots))
         replica.flat.clear()
+        replica.flat.put_back(left, used=members)
         return self.control
 
     def optimizer_state(self) -> dict[str, Any]:

@@ -1,0 +1,203 @@
+"""Which gradients a step uses, and the samples behind them: as plain PyTorch has them in `p.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+
+import mpips
+from mpips.comm import Communicator
+from mpips.comm.simulated import World
+from tests.helpers.programs import data, mlp
+
+D = torch.float64
+PLACES = pytest.mark.parametrize(
+    ("size", "shares", "trains"),
+    [(1, False, False), (3, False, False), (3, True, False), (5, True, False), (2, False, True), (2, True, True)],
+)
+Connect = Callable[..., Any]  # (model, optimizers) -> a function that shards a loader with the joined batch's size
+
+
+class Branches(nn.Module):
+    """Two layers, of which each batch uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4, dtype=D), nn.Linear(3, 4, dtype=D)
+
+    def forward(self, x: Tensor, number: int) -> Tensor:
+        return self.a(x) if number % 2 else self.b(x)
+
+
+class Growing(Optimizer):
+    """Changes a number in its groups, as Prodigy does, so that every worker takes its step."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1, "d": 0.5, "k": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["k"] += 1
+            group["d"] *= 1 + 1 / group["k"]
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=group["lr"] * group["d"])
+
+
+def zeroed(connect: Connect, by: str) -> Any:
+    """Gradients that are zeroed and not removed: torch steps on the zeros, with momentum and weight decay."""
+    model = Branches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=0.1)
+    for _ in range(2):
+        for number, (x, y) in enumerate(connect(model, optimizer)(TensorDataset(*four(64)), 16)):
+            if by == "hand":
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p.grad.zero_()
+            else:
+                optimizer.zero_grad(set_to_none=by == "none")
+            F.cross_entropy(model(x, number), y).backward()
+            optimizer.step()
+    return model
+
+
+def thrown_away(connect: Connect, by: str) -> Any:
+    """The half window that an epoch leaves is thrown away at the beginning of the next."""
+    model = mlp().to(D)
+    parts = [list(model.parameters())[:2], list(model.parameters())[2:]] if by == "two" else [list(model.parameters())]
+    optimizers = [torch.optim.SGD(part, lr=0.5) for part in parts]
+    for _ in range(3):
+        for number, (x, y) in enumerate(connect(model, optimizers)(TensorDataset(*data(37, D)), 16)):
+            if number % 2 == 0 and by == "model":
+                model.zero_grad()
+            elif number % 2 == 0 and by == "hand":
+                for p in model.parameters():
+                    p.grad = None
+            elif number % 2 == 0:
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+            (F.cross_entropy(model(x), y) / 2).backward()
+            if number % 2:
+                for optimizer in optimizers:
+                    optimizer.step()
+    return model
+
+
+def hinge(connect: Connect, by: str) -> Any:
+    """A batch whose gradient is zero counts in its window; worker 0's part of the first batch has no hinge loss."""
+    model = nn.Linear(2, 1, bias=False, dtype=D)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 0.0]]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(32, 2, generator=torch.Generator().manual_seed(3), dtype=D)
+    x[0:16:2, 0] = 5.0
+    for _ in range(3):
+        for number, (batch,) in enumerate(connect(model, optimizer)(TensorDataset(x), 16)):
+            (F.relu(1 - model(batch)).mean() / 2).backward()
+            if number % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+    return model
+
+
+def own_step_first(connect: Connect, by: str) -> Any:
+    """One backward for two optimizers, of which the first steps on the workers."""
+    model = mlp().to(D)
+    parameters = list(model.parameters())
+    optimizers = [Growing(parameters[:2]), torch.optim.SGD(parameters[2:], lr=0.1)]
+    for x, y in connect(model, optimizers)(TensorDataset(*data(64, D)), 16):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    return model
+
+
+def frozen_at_first(connect: Connect, by: str) -> Any:
+    """As CycleGAN: the discriminator is frozen while the generator steps, in the first step too."""
+    torch.manual_seed(0)
+    g, d = nn.Linear(3, 3, dtype=D), nn.Linear(3, 1, dtype=D)
+    og, od = torch.optim.Adam(g.parameters(), lr=1e-2), torch.optim.Adam(d.parameters(), lr=1e-2)
+    for x, _ in connect([g, d], [og, od])(TensorDataset(*four(64)), 16):
+        d.requires_grad_(False)
+        og.zero_grad()
+        F.softplus(-d(g(x))).mean().backward()
+        og.step()
+        d.requires_grad_(True)
+        od.zero_grad()
+        (F.softplus(-d(x)) + F.softplus(d(g(x).detach()))).mean().backward()
+        od.step()
+    return nn.ModuleList([g, d])
+
+
+def four(n: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(n, 3, generator=generator, dtype=D), torch.randint(0, 4, (n,), generator=generator)
+
+
+IDIOMS = [
+    *[(zeroed, by) for by in ("zeros", "hand", "none")],
+    *[(thrown_away, by) for by in ("model", "hand", "optimizer", "two")],
+    (hinge, ""),
+    (own_step_first, ""),
+    (frozen_at_first, ""),
+]
+
+
+@PLACES
+@pytest.mark.parametrize(("program", "by"), IDIOMS)
+def test_a_step_uses_the_gradients_of_one_process(program: Any, by: str, size: int, shares: bool, trains: bool) -> None:
+    torch.manual_seed(5)
+    expected = program(lambda *_: lambda dataset, batch: DataLoader(dataset, batch), by)
+
+    def connected(e: Communicator) -> Connect:
+        runs: list[mpips.Run] = []
+
+        def connect(model: Any, optimizer: Any) -> Any:
+            if not runs:
+                runs.append(mpips.connect(model, optimizer, communicator=e, run_dir="run", server_trains=trains))
+            return lambda dataset, batch: runs[0].shard(DataLoader(dataset, batch // runs[0].workers))
+
+        return connect
+
+    def on_rank(e: Communicator) -> list[Tensor]:
+        torch.manual_seed(5)
+        return [p.detach().clone() for p in program(connected(e), by).parameters()]
+
+    for weights in World(size, shares=shares).run(on_rank):
+        torch.testing.assert_close(weights, [p.detach() for p in expected.parameters()], atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_second_step_on_the_gradients_of_an_own_step_is_that_of_one_process(cleared: bool) -> None:
+    """Its gradients stay after the step, as torch leaves them: they were gone, and the second step did nothing."""
+
+    def train(model: nn.Module, optimizer: Optimizer, batches: Any) -> list[Tensor]:
+        for x, y in batches:
+            if cleared:
+                optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    def program(e: Communicator) -> list[Tensor]:
+        model = mlp().to(D)
+        optimizer = Growing(model.parameters())
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
+        return train(model, optimizer, ps.shard(DataLoader(TensorDataset(*data(64, D)), 16 // ps.workers)))
+
+    plain = mlp().to(D)
+    expected = train(plain, Growing(plain.parameters()), DataLoader(TensorDataset(*data(64, D)), 16))
+    for size in (1, 3):
+        for weights in World(size).run(program):
+            torch.testing.assert_close(weights, expected, atol=1e-13, rtol=0)

@@ -52,6 +52,7 @@ ROWS = {  # how a row begins, and the test of it; of frameworks' own launches do
     "`test()`": "test_a_dedicated_server_executes_no_line_after_connect_but_atexit",
     "`print`": "test_the_worker_s_number_is_there_before_connect",
     "a loss that is a mean over tokens": "test_a_converted_line_is_that_of_one_process",
+    "a batch drawn ahead": "test_samples_that_may_be_of_another_step_are_said",
     "MPI of its own": "test_mpi_of_the_script_s_own_without_the_server",
     "Horovod": "horovod examples/pytorch/pytorch_mnist.py",
     "`device =": "test_each_rank_of_a_node_has_its_own_gpu_under_every_launcher",

@@ -206,7 +206,8 @@ class Flat:
     def put_back(self, gradients: Mapping[int, Tensor], used: Collection[int] = ()) -> None:
         """Give parameters back the gradients that `apart` returned. Those of the parameters `used` are pending no more."""
         for number, gradient in gradients.items():
-            self.parameters[number].grad = self._views[number].copy_(gradient)
+            sparse = gradient.layout is not torch.strided  # of SparseAdam, which needs it as it is
+            self.parameters[number].grad = gradient if sparse else self._views[number].copy_(gradient)
             if number not in used:
                 self._touched.add(number)
 

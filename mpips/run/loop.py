@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
+from threading import get_ident
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -82,7 +83,11 @@ class Loop:
         self._unread = False  # whether ps.shard() was called and no batch drawn since
         self._stepped_at = (0.0, 0.0)  # the loop and the batch of the last step
         self.cut = False
-        self._told_of_part = False
+        self._told_of_part = self._doubted = False
+        self._size: float | None = None  # items of the batch drawn last
+        self._uneven = False  # whether batches differ in size
+        self._passed = False  # whether a batch was drawn after another one without a backward between them
+        self._drawn_by = 0  # the thread that has drawn the last batch
         self._barren = 0  # loops that the script has begun since the run has ended
 
     @property
@@ -245,15 +250,42 @@ class Loop:
     def _draw(self, count: int, samples: float | None) -> None:
         """Note a drawn batch. If nothing remains of the gradients of earlier batches, forget their samples."""
         flat = self.worker.replica.flat
+        self._drawn_by = get_ident()
         if flat.dropped:
             self._heed_dropped()
+        self._passed |= bool(self._samples) and not flat.accumulated
         if self._samples and not flat.any_gradient():
             self._samples = 0
+        if samples != self._size and self._size is not None:
+            self._uneven = True
+            if self._samples:
+                self._doubt(
+                    f"gradients of batches of different sizes ({self._size:g} and {samples or 0:g} items on this worker) are "
+                    f"accumulated for one step: one process takes the mean of the batches' means, workers weigh it by their "
+                    f"samples; for the same give batches of one size (drop_last=True)"
+                )
+        self._size = samples
         if flat.accumulated:
             self._later, flat.accumulated = 0, False
         self._taken += count
         self._later += samples or 0
         self._samples = None if samples is None or self._samples is None else self._samples + samples
+
+    def _doubt(self, what: str) -> None:
+        """Say once, where workers weigh their gradients by samples, that the numbers may not be those of one process."""
+        if self.worker.workers > 1 and self.worker.mode.gradients and not self._doubted:
+            self._doubted = True
+            self._tell(f"mpips: {what}")
+
+    def _look_at_samples(self, inside: bool) -> None:
+        """Say once that a step's samples may be those of another batch: batches differ in size, and the last one is counted."""
+        flat = self.worker.replica.flat
+        late = flat.pending and (self._passed or not flat.accumulated)
+        if late or (not inside and self._samples == 0 and not self._taken):
+            self._doubt(
+                "batches differ in size, and a step's is taken to be the one that was drawn last; where it is another one, as "
+                "with a batch drawn ahead, joined batches or a list of them, say ps.step(loss, samples=n)"
+            )
 
     def _heed_dropped(self) -> None:
         """Forget the samples behind gradients that the script has removed itself, as `model.zero_grad()` does."""
@@ -371,6 +403,8 @@ class Loop:
         if self.rehearsing if inside else self.made():
             return
         self._check_place(inside)
+        if self._uneven and samples is None:
+            self._look_at_samples(inside)
         means = self._means(loss, metrics) if metrics or worker.config.metrics else ()
         count = self._count(samples)
         taken, self._taken, self._samples, worker.place.samples = self._taken, 0, 0, 0.0
@@ -415,6 +449,11 @@ class Loop:
             raise RuntimeError(
                 "a step before any loop over a shard: ps.shard(loader) was called, expected a loop over the loader that it "
                 "returned; a loop over the loader that it was given trains every worker on all data"
+            )
+        if inside and self._drawn_by != get_ident():
+            raise RuntimeError(
+                "a step on another thread than the loop over the shard, which that thread may end meanwhile: expected both on "
+                "one; a DataLoader prefetches by num_workers"
             )
         position = worker.status.begun, worker.status.drawn
         if position == self._stepped_at and inside and worker.config.checkpoint.every:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -201,3 +203,108 @@ def test_a_second_step_on_the_gradients_of_an_own_step_is_that_of_one_process(cl
     for size in (1, 3):
         for weights in World(size).run(program):
             torch.testing.assert_close(weights, expected, atol=1e-13, rtol=0)
+
+
+def ahead(ps: Any, model: nn.Module, optimizer: Any, loader: Any) -> None:
+    """The next batch is drawn before the backward of this one."""
+    batches = iter(loader)
+    following = next(batches)
+    while following is not None:
+        (x, y), following = following, next(batches, None)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def late(ps: Any, model: nn.Module, optimizer: Any, loader: Any) -> None:
+    """A step at the beginning of the next iteration."""
+    for x, y in loader:
+        optimizer.step()
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def listed(ps: Any, model: nn.Module, optimizer: Any, loader: Any) -> None:
+    for x, y in list(loader):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def window(ps: Any, model: nn.Module, optimizer: Any, loader: Any) -> None:
+    for number, (x, y) in enumerate(loader, 1):
+        F.cross_entropy(model(x), y).backward()
+        if number % 2 == 0 or number == len(loader):
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def usual(ps: Any, model: nn.Module, optimizer: Any, loader: Any) -> None:
+    for x, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def functional(ps: Any, model: nn.Module, optimizer: Any, loader: Any) -> None:
+    for x, y in loader:
+        parameters = list(model.parameters())
+        found = torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
+        for p, gradient in zip(parameters, found, strict=True):
+            p.grad = gradient
+        optimizer.step()
+
+
+def said(ps: Any, model: nn.Module, optimizer: Any, loader: Any) -> None:
+    for x, y in list(loader):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        ps.step(loss, samples=len(x))
+
+
+@pytest.mark.parametrize(
+    ("program", "line"),
+    [
+        (ahead, "batches differ in size"),
+        (late, "batches differ in size"),
+        (listed, "batches differ in size"),
+        (window, "gradients of batches of different sizes (8 and 3 items on this worker)"),
+        (usual, ""),
+        (functional, ""),
+        (said, ""),
+    ],
+)
+@pytest.mark.parametrize("items", [53, 64])
+def test_samples_that_may_be_of_another_step_are_said(
+    program: Any, line: str, items: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 53 items the last batch has 3 and 2: workers weigh by them, and one process does not, or by other ones."""
+
+    def on_rank(e: Communicator) -> None:
+        model = mlp().to(D)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
+        for _ in range(2):
+            program(ps, model, optimizer, ps.shard(DataLoader(TensorDataset(*data(items, D)), 16 // ps.workers)))
+
+    World(3).run(on_rank)
+    out = capsys.readouterr().out
+    assert ("mpips: batches differ" in out or "mpips: gradients of batches" in out) == bool(line and items == 53)
+    assert out.count(f"mpips: {line}") == 1 or not line or items == 64
+
+
+def test_a_loop_on_another_thread_than_the_steps_is_refused() -> None:
+    """A thread that fetches batches ahead comes to the end of the loop, and of the rounds, while the script steps."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ps = mpips.connect(model, optimizer, communicator=World(1).ends[0], run_dir="run")
+    fetched: queue.Queue[Any] = queue.Queue(2)
+    batches = iter(ps.shard(DataLoader(TensorDataset(*data(32)), 4)))
+    thread = threading.Thread(target=lambda: fetched.put(next(batches)))
+    thread.start()
+    x, y = fetched.get()
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="a step on another thread than the loop over the shard"):
+        optimizer.step()
+    thread.join()

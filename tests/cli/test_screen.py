@@ -163,7 +163,7 @@ class Terminal:
 def terminal(monkeypatch):
     terminal = Terminal(100)
     monkeypatch.setattr(screen, "_size", lambda: (terminal.width, 24))
-    monkeypatch.setattr(screen, "emit", lambda stream, data: terminal.feed(data))
+    monkeypatch.setattr(screen.outlet, "emit", lambda stream, data: terminal.feed(data))
     monkeypatch.setattr(screen, "DRAW_EVERY", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     return terminal
@@ -254,7 +254,7 @@ def test_the_live_screen_needs_a_real_terminal(monkeypatch, tty, term, json_want
 def test_no_color_is_respected(terminal, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     sent = []
-    monkeypatch.setattr(screen, "emit", lambda stream, data: sent.append(data))
+    monkeypatch.setattr(screen.outlet, "emit", lambda stream, data: sent.append(data))
     Screen().show(progressed(START, round_event()))
     assert b"training" in b"".join(sent)
     assert not re.search(rb"\x1b\[[0-9;]*3[0-7]m", b"".join(sent))

@@ -351,7 +351,6 @@ def test_streamed_batches_count_their_samples() -> None:
     [
         lambda model: model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True),
         lambda model: setattr(model[0], "weight", nn.Parameter(model[0].weight.detach().clone())),
-        lambda model: model[0].weight.requires_grad_(False),
     ],
 )
 def test_parameters_changed_after_connect_are_an_error_and_not_silence(change: Any) -> None:

@@ -43,7 +43,8 @@ def _measured(tensors: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> 
 
 def _grouped(tensorlists: list[list[Tensor]], *args: Any, **kwargs: Any) -> Any:
     """Average watched gradients over the workers, then group them as torch does."""
-    tensorlists[0] += _averaged(tensorlists[0])
+    if not _is_measured():
+        tensorlists[0] += _averaged(tensorlists[0])
     return _group(tensorlists, *args, **kwargs) if tensorlists[0] else {}  # torch would fail without any gradient
 
 
@@ -63,7 +64,7 @@ def _averaged(given: Sequence[Tensor]) -> list[Tensor]:
     for flat, method in list(_runs.items()):
         average = method()
         ours = any(map(flat.holds, given)) if given else any(map(flat.trains, parameters or ()))
-        if average and ours and not flat.averaged:
+        if average and ours:
             before = {id(gradient) for gradient in flat.gradients()}
             average()
             found = [gradient for gradient in flat.gradients() if id(gradient) not in before]
@@ -89,6 +90,19 @@ def _meant(found: list[Tensor], parameters: Sequence[Tensor] | None, whole: bool
         "or a generator, which do not tell whether those belong to it; expected a list of parameters (clip_grad_norm_, "
         "clip_grad_value_), or ps.average() before it"
     )
+
+
+def _is_measured() -> bool:
+    """Return whether torch groups within a function that has averaged by `_measured`: a call of the script's counts once.
+
+    A resumed run counts calls, and averages nothing in those that are done.
+    """
+    frame = sys._getframe(2)
+    while frame.f_back and (frame.f_globals is globals() or frame.f_globals.get("__name__", "").startswith("torch.")):
+        if frame.f_code.co_name in ("_measured", "clip_grad_norm_"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _parameters() -> Sequence[Tensor] | None:

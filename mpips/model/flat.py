@@ -222,9 +222,8 @@ class Flat:
         """Copy a gradient that autograd has just accumulated into the flat buffer, while the gradient is still in the cache."""
         self.averaged, self.accumulated = False, True
         if number in self._touched and p.grad is not self._views[number] and p.grad is not None:
-            self.dropped |= (
-                not p.grad.requires_grad and p.grad.layout is torch.strided
-            )  # with create_graph torch makes new ones
+            # With create_graph torch makes new gradients; sparse ones are never views.
+            self.dropped |= not p.grad.requires_grad and p.grad.layout is torch.strided
         self._touched.add(number)
         if self.sparse and p.grad is not None and p.grad.is_sparse:
             return

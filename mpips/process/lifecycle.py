@@ -224,7 +224,7 @@ def join() -> None:
         raise RuntimeError(_text(missing[0], "another node"))
     if folder := os.environ.get("MPIPS_LAUNCH_DIR"):
         with suppress(OSError):
-            Path(folder, f"memory_{os.getpid()}").write_text("\n".join(map(str, segments())))
+            Path(folder, f"memory_{os.getpid()}").write_bytes(b"\n".join(map(os.fsencode, segments())))
     if launcher := _launcher():
         threading.Thread(target=_watch, args=(launcher,), name="mpips-launcher", daemon=True).start()
 

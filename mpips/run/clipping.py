@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -97,20 +98,20 @@ def _is_measured() -> bool:
 
     A resumed run counts calls, and averages nothing in those that are done.
     """
-    frame = sys._getframe(2)
-    while frame.f_back and (frame.f_globals is globals() or frame.f_globals.get("__name__", "").startswith("torch.")):
-        if frame.f_code.co_name in ("_measured", "clip_grad_norm_"):
-            return True
-        frame = frame.f_back
-    return False
+    return any(frame.f_code.co_name in ("_measured", "clip_grad_norm_") for frame in _frames())
 
 
 def _parameters() -> Sequence[Tensor] | None:
     """Return the parameters that the calling function of torch's was given; None if they cannot be known."""
-    frame = sys._getframe(2)
-    while frame.f_back and (frame.f_globals is globals() or frame.f_globals.get("__name__", "").startswith("torch.")):
-        parameters = frame.f_locals.get("parameters")
-        if isinstance(parameters, (list, tuple)):
-            return parameters
-        frame = frame.f_back
+    for frame in _frames():
+        if frame.f_globals is not globals() and isinstance(found := frame.f_locals.get("parameters"), (list, tuple)):
+            return found
     return None
+
+
+def _frames() -> Iterator[FrameType]:
+    """Yield the frames of torch's functions, and of this module's, that lead from the script to here."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame and (frame.f_globals is globals() or frame.f_globals.get("__name__", "").startswith("torch.")):
+        yield frame
+        frame = frame.f_back

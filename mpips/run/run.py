@@ -47,7 +47,7 @@ class Run:
         clipping.watch(self._worker.replica.flat, self.average)
         self._replay = Replay(self._worker, self._keeping, roles.streams)
         self._loop = Loop(self._worker, self._worker.common, self._replay, preempted, self.print)
-        self._steps = Steps(roles, self._keeping, self._loop, self.print)
+        self._steps = Steps(roles, self.optimizers, self._keeping, self._loop, self.print)
         for which, optimizer in enumerate(self.optimizers):
             wrapped.wrap(optimizer, self._steps, which)
         self._ended = -1.0  # the round at which `epochs` ended

@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from mpips.config import ConfigError
 from mpips.optim.flat_optimizer import FlatOptimizer
 from mpips.optim.foreign import evaluates, needs_its_own_step, unhooked
-from mpips.optim.joint import Joint
 from mpips.run.keeping import Keeping
 from mpips.run.loop import Loop, Said, as_number
 from mpips.run.roles import Roles
@@ -46,18 +46,21 @@ class Steps:
 
     Args:
         roles: this rank's parts in the run.
+        optimizers: the script's optimizers.
         keeping: what the script keeps.
         loop: the script's loops over data.
         tell: prints a line on worker 0.
 
     Attributes:
-        optimizers: the script's optimizers.
+        optimizers: see above.
         said: what the script says by `ps.step` of the step in progress.
     """
 
-    def __init__(self, roles: Roles, keeping: Keeping, loop: Loop, tell: Callable[[str], object]) -> None:
+    def __init__(
+        self, roles: Roles, optimizers: Sequence[Optimizer], keeping: Keeping, loop: Loop, tell: Callable[[str], object]
+    ) -> None:
         assert roles.worker
-        self.optimizers = roles.optimizer.parts if isinstance(roles.optimizer, Joint) else [roles.optimizer]
+        self.optimizers = optimizers
         self._config, self._server, self._worker = roles.config, roles.server, roles.worker
         self._flat, self._alone = roles.worker.replica.flat, roles.communicator.size == 1
         self._keeping, self._loop, self._tell = keeping, loop, tell
@@ -68,7 +71,7 @@ class Steps:
         self._told_of_gradients = False
         self.said = UNSAID
 
-    def _evaluated(self, optimizer: torch.optim.Optimizer) -> tuple[bool, bool]:
+    def _evaluated(self, optimizer: Optimizer) -> tuple[bool, bool]:
         """Return whether `evaluate` takes the optimizer's steps: those without a closure, and those with one."""
         own = self._worker.mode.gradients and needs_its_own_step(optimizer)
         return own or evaluates(optimizer, False), own or evaluates(optimizer, True)

@@ -6,12 +6,14 @@ resumable.py --optimizer adam --epochs 3 [--die-at ROUND [--die-once]] [mpips fl
 import argparse
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import mpips
+from mpips.process.lifecycle import preempted
 from tests.helpers.programs import OPTIMIZERS, cnn, data, dropout_mlp, sha
 
 parser = argparse.ArgumentParser()
@@ -44,5 +46,7 @@ for _ in ps.epochs(args.epochs):
             os.kill(os.getpid(), signal.SIGKILL)
         if 0 <= args.preempt_at <= ps.round and rank == args.die_rank:
             os.kill(os.getpid(), signal.SIGUSR1)
+            while not preempted():  # a thread takes it
+                time.sleep(0.001)
     ps.validate(lambda: 0.1 * ps.round)
 ps.print("weights", sha(model))

@@ -98,7 +98,7 @@ def test_preempted_then_resumed(mpirun: Any, tmp_path: Path) -> None:
     early = mpirun(3, SCRIPT, *given, "--run_dir", "early", "--preempt-at", 13, "--die-rank", 2)
     assert early.returncode == 75, early.stdout + early.stderr
     assert "preempted" in early.stdout
-    assert last(tmp_path / "early")["round"] in (14, 15), "a thread takes the signal, while the script goes on"
+    assert last(tmp_path / "early")["round"] == 14
     resumed = mpirun(3, SCRIPT, *given, "--run_dir", "early", "--resume", "auto")
     assert weights(resumed.stdout) == weights(whole.stdout)
     assert_same_runs(tmp_path / "whole", tmp_path / "early")

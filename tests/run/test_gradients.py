@@ -18,6 +18,7 @@ import mpips
 from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from tests.helpers.programs import data, mlp
+from tests.run.test_foreign_optimizers import Growing
 
 D = torch.float64
 PLACES = pytest.mark.parametrize(
@@ -36,22 +37,6 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor, number: int) -> Tensor:
         return self.a(x) if number % 2 else self.b(x)
-
-
-class Growing(Optimizer):
-    """Changes a number in its groups, as Prodigy does, so that every worker takes its step."""
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {"lr": 0.1, "d": 0.5, "k": 0})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            group["k"] += 1
-            group["d"] *= 1 + 1 / group["k"]
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.sub_(p.grad, alpha=group["lr"] * group["d"])
 
 
 def zeroed(connect: Connect, by: str) -> Any:

@@ -66,8 +66,9 @@ def end_all(folder: Path, *, patience: float) -> None:
             break
         time.sleep(LOOK_EVERY)
     for file in folder.glob("memory_*"):  # what the ranks' MPI library leaves in shared memory when it is killed
-        for name in file.read_text().splitlines():
-            Path(name).unlink(missing_ok=True)
+        for name in file.read_bytes().splitlines():
+            with suppress(OSError):
+                os.unlink(name)
 
 
 def _signal_all(folder: Path, number: signal.Signals) -> int:

@@ -391,6 +391,15 @@ class Flat:
                 self._touched.add(number)
                 self.accumulated = True
 
+    def held(self) -> list[int]:
+        """Return the indices of the parameters that have a gradient which is not pending: stepped with, or zeroed since."""
+        return [number for number, p in enumerate(self.parameters) if p.grad is not None and number not in self._touched]
+
+    def hold(self, numbers: Iterable[int]) -> None:
+        """Give the parameters of these indices a gradient of zeros: whoever zeroes gradients steps with those."""
+        for number in numbers:
+            self.parameters[number].grad = self._views[number].zero_()
+
     def pushed(self) -> None:
         """Note that the gradients have been pushed; none is pending."""
         self._touched.clear()

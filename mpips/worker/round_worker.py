@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -117,11 +118,13 @@ class Before:
 
     Attributes:
         gradients: the gradients by name that are not pushed yet; empty if none are.
+        held: the indices of the parameters with another gradient.
         sums: a digest of each parameter.
         buffers: a copy of each buffer, by name.
     """
 
     gradients: dict[str, Tensor]
+    held: list[int]
     sums: list[int]
     buffers: dict[str, Tensor]
 
@@ -234,6 +237,7 @@ class Worker:
         self.replica.flat.note_frozen()
         if mine is not None:
             self.replica.flat.resume(mine.gradients)
+            self.replica.flat.hold(map(int, mine.own.get("held", ())))
             self.remember()
             self.update.load_state_dict(mine.own)
             if tally := mine.own.get("tally"):  # the local steps that are not pushed
@@ -254,7 +258,7 @@ class Worker:
         flat = self.replica.flat
         gradients = {name: tensor.clone() for name, tensor in flat.unpushed(flat.grad).items()}
         buffers = {name: buffer.clone() for name, buffer in self.replica.buffers.named.items()}
-        self._before = Before(gradients, self._sums_now(), buffers)
+        self._before = Before(gradients, flat.held(), self._sums_now(), buffers)
 
     def put_back(self, gradients: bool) -> None:
         """Put back what `remember` has found.
@@ -278,6 +282,7 @@ class Worker:
         if gradients or before.gradients:
             flat.clear()
             flat.resume(before.gradients)
+            flat.hold(before.held)
         else:
             flat.pushed()
 
@@ -842,21 +847,25 @@ class Worker:
         """
         if chief is not None:
             self.control.chief = chief
-        own = self.replica.buffers.own(self.replica.pull.buffers)
+        buffers = self.replica.buffers.own(self.replica.pull.buffers)
         flat = self.replica.flat
         if flat.pending and self._kept is None:
             flat.collect()
         waiting = self._kept if self._kept is not None else flat.grad
         pending = flat.unpushed(waiting)
         slices = {} if self.update.here else self.server.transport.optimizer_shard()
-        first = self.is_chief
+        first, own = self.is_chief, self.update.state_dict()
+        if self.tally.samples:
+            own |= {"tally": vars(self.tally)}
+        if held := flat.held():
+            own |= {"held": torch.tensor(held)}
         return RankState(
             self.index,
             self.place,
             (None if self.place.calling else self._streams) or rng.capture(),
-            own,
+            buffers,
             pending,
-            self.update.state_dict() | ({"tally": vars(self.tally)} if self.tally.samples else {}),
+            own,
             slices,
             kept=self._kept_state() if first else {},
             orders=self.common.state_dict(),

@@ -190,6 +190,30 @@ def test_a_second_step_on_the_gradients_of_an_own_step_is_that_of_one_process(cl
             torch.testing.assert_close(weights, expected, atol=1e-13, rtol=0)
 
 
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("to_none", [False, True])
+def test_gradients_that_are_zeroed_are_there_after_a_resume(to_none: bool, shares: bool) -> None:
+    """A parameter that the next batch does not use is stepped with zeros, if it had a gradient before the checkpoint."""
+
+    def train(e: Communicator, folder: str, resume: str) -> list[Tensor]:
+        model = Branches()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+        checkpoints = {"every": 1, "epochs": 0, "keep": 9}
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir=folder, resume=resume, checkpoint=checkpoints)
+        for _ in range(2):
+            for x, y in ps.shard(DataLoader(TensorDataset(*four(64)), 16 // ps.workers)):
+                optimizer.zero_grad(set_to_none=to_none)
+                F.cross_entropy(model(x, ps.round // 2), y).backward()
+                optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    whole = World(3, shares=shares).run(lambda e: train(e, "whole", "no"))
+    for at in range(1, 8):
+        from_there = f"whole/checkpoints/round_{at:08d}.h5"
+        again = World(3, shares=shares).run(lambda e, at=at, from_there=from_there: train(e, f"from-{at}", from_there))
+        torch.testing.assert_close(again, whole, atol=0, rtol=0)
+
+
 def ahead(ps: Any, model: nn.Module, optimizer: Any, loader: Any) -> None:
     """The next batch is drawn before the backward of this one."""
     batches = iter(loader)

@@ -73,8 +73,6 @@ class Gradient:
         """
         flat, push = self.replica.flat, self.replica.push
         present = flat.collect()
-        if self.members is not None:  # one of several optimizers steps
-            present = [seen and number in self.members for number, seen in enumerate(present)]
         if not self.replica.wire_is_grad and not self.replica.handed:
             push.gradients.copy_(flat.grad)
         self.replica.handed = False
@@ -190,7 +188,7 @@ class LocalSteps(Gradient):
                 self._taken += 1
             else:
                 self._bad = bad
-        flat.clear()
+        flat.spend()
         return self._bad is not None or self.due(control)
 
     def due(self, control: Control) -> bool:

@@ -6,7 +6,9 @@ the same code path, and give the same bits, as on parameters that were allocated
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, zip_longest
@@ -152,6 +154,7 @@ class Flat:
         self.dropped = False  # whether the script has removed gradients that were pending, before the last backward
         self._left: dict[int, int] = {}  # digests of gradients as backward has left them
         self._hooked: int | None = None  # a parameter whose gradient a hook of the script's has changed
+        self._spent: set[int] = set()  # the parameters whose gradient was not there any more after a step, see `spend`
         for number, p in enumerate(self.parameters):
             p.register_post_accumulate_grad_hook(partial(self._accumulated, number))  # type: ignore[no-untyped-call]
         if hold:
@@ -198,13 +201,16 @@ class Flat:
         """Return each parameter's view of `flat`; for the flat gradient, the very objects that are in `p.grad`."""
         return self._views if flat.data_ptr() == self.grad.data_ptr() else [slot.view(flat) for slot in self.slots]
 
-    def apart(self, members: Collection[int]) -> dict[int, Tensor]:
-        """Return copies of the gradients, by index, of all parameters except `members`."""
-        grads = ((number, p.grad) for number, p in enumerate(self.parameters) if number not in members)
-        return {number: grad.detach().clone() for number, grad in grads if grad is not None}
+    def take_out(self, members: Collection[int]) -> dict[int, Tensor]:
+        """Take out the gradients of all parameters except `members`; return copies by index."""
+        taken = {}
+        for number, p in enumerate(self.parameters):
+            if p.grad is not None and number not in members:
+                taken[number], p.grad = p.grad.detach().clone(), None
+        return taken
 
     def put_back(self, gradients: Mapping[int, Tensor], used: Collection[int] = ()) -> None:
-        """Give parameters back the gradients that `apart` returned. Those of the parameters `used` are pending no more."""
+        """Give parameters back the gradients that `take_out` returned. Those of the parameters `used` are pending no more."""
         for number, gradient in gradients.items():
             sparse = gradient.layout is not torch.strided  # of SparseAdam, which needs it as it is
             self.parameters[number].grad = gradient if sparse else self._views[number].copy_(gradient)
@@ -218,6 +224,57 @@ class Flat:
         for p in self.parameters:
             p.grad = None
 
+    def spend(self, numbers: Iterable[int] | None = None) -> None:
+        """Mark gradients whose memory a step has used for something else. The first element is NaN until they are zeroed.
+
+        So a script that zeroes gradients does so as in one process, and one that uses them again is found out.
+
+        Args:
+            numbers: the indices of the parameters; None for all that have a gradient, none of which is pending then.
+        """
+        if numbers is None:
+            self._touched.clear()
+            self._left.clear()
+            numbers = [number for number, p in enumerate(self.parameters) if p.grad is not None]
+        at = [self.slots[number].offset for number in numbers if self.parameters[number].numel()]
+        if at:
+            self.grad.index_fill_(0, torch.tensor(at, device=self.device), math.nan)
+        for number in numbers:
+            self.parameters[number].grad = self._views[number]
+        self._spent.update(numbers)
+
+    def spent(self) -> set[int]:
+        """Return the indices of the parameters whose gradient is spent, and not zeroed since; see `spend`."""
+        if self._spent:
+            self._spent = {number for number in self._spent if self._is_spent(number)}
+        return self._spent
+
+    def _is_spent(self, number: int) -> bool:
+        view = self._views[number]
+        return self.parameters[number].grad is view and bool(view.flatten()[:1].isnan().any())
+
+    def check_spent(self, members: Collection[int] | None = None) -> None:
+        """Raise RuntimeError for gradients that are to be used again, or were added to, and are spent.
+
+        Args:
+            members: the indices of the parameters whose gradients are used; None for all.
+        """
+        for number in sorted(self.spent() if members is None else self.spent() & set(members)):
+            raise RuntimeError(
+                f"the gradient of {self.slots[number].name} from before the last step is to be used again, and is not there: "
+                f"the step has used its memory on this rank, or it is not in the checkpoint; expected optimizer.zero_grad() "
+                f"between a step and the next backward, and one step for a gradient"
+            )
+
+    @contextmanager
+    def without_spent(self) -> Iterator[None]:
+        """Take spent gradients for absent within the context."""
+        spent = sorted(self.spent())
+        for number in spent:
+            self.parameters[number].grad = None
+        yield
+        self.spend(spent)
+
     def _accumulated(self, number: int, p: nn.Parameter) -> None:
         """Copy a gradient that autograd has just accumulated into the flat buffer, while the gradient is still in the cache."""
         self.averaged, self.accumulated = False, True
@@ -228,6 +285,7 @@ class Flat:
         if self.sparse and p.grad is not None and p.grad.is_sparse:
             return
         if p.grad is not self._views[number]:
+            self._spent.discard(number)
             self._bring(number, p)
         self._left_at = self.grad._version
         if self._sums:
@@ -391,14 +449,18 @@ class Flat:
                 self._touched.add(number)
                 self.accumulated = True
 
-    def held(self) -> list[int]:
-        """Return the indices of the parameters that have a gradient which is not pending: stepped with, or zeroed since."""
-        return [number for number, p in enumerate(self.parameters) if p.grad is not None and number not in self._touched]
+    def held(self) -> list[tuple[int, bool]]:
+        """Return the parameters that have a gradient which is not pending: their indices, and whether it is zero."""
+        grads = ((number, p.grad) for number, p in enumerate(self.parameters) if number not in self._touched)
+        return [(number, not (grad.to_dense() if grad.is_sparse else grad).any()) for number, grad in grads if grad is not None]
 
-    def hold(self, numbers: Iterable[int]) -> None:
-        """Give the parameters of these indices a gradient of zeros: whoever zeroes gradients steps with those."""
-        for number in numbers:
-            self.parameters[number].grad = self._views[number].zero_()
+    def hold(self, held: Iterable[Sequence[int]]) -> None:
+        """Give the parameters that `held` returned a gradient again: zeros, with which a step may be taken, or a spent one."""
+        held = [(int(number), bool(zero)) for number, zero in held]
+        self.spend([number for number, zero in held if not zero])
+        for number, zero in held:
+            if zero:
+                self.parameters[number].grad = self._views[number].zero_()
 
     def pushed(self) -> None:
         """Note that the gradients have been pushed; none is pending."""
@@ -416,6 +478,11 @@ class Flat:
     def gradients(self) -> list[Tensor]:
         """Return the gradients that are not None."""
         return [p.grad for p in self.parameters if p.grad is not None]
+
+    def numbers(self, gradients: Iterable[Tensor]) -> list[int]:
+        """Return the indices of those parameters whose gradient's view is among `gradients`."""
+        given = set(map(id, gradients))
+        return [number for number, view in enumerate(self._views) if id(view) in given]
 
     def holds(self, gradient: Tensor) -> bool:
         """Return whether `gradient` is one of the flat gradient's views."""

@@ -66,6 +66,7 @@ def _averaged(given: Sequence[Tensor]) -> list[Tensor]:
         average = method()
         ours = any(map(flat.holds, given)) if given else any(map(flat.trains, parameters or ()))
         if average and ours:
+            flat.check_spent(flat.numbers(given))
             before = {id(gradient) for gradient in flat.gradients()}
             average()
             found = [gradient for gradient in flat.gradients() if id(gradient) not in before]

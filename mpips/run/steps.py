@@ -162,6 +162,7 @@ class Steps:
 
     def _combine(self, loss: Tensor | float | None) -> float:
         """Average the gradients and the loss over all workers, and clip the gradients; return the loss."""
+        self._flat.check_spent(self._worker.update.members)
         mean = self._loop.average(loss, self.said[1])
         if self._config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self._flat.parameters, self._config.clip)

@@ -136,7 +136,7 @@ class Service:
         self.states = b""
         self.kept: dict[str, Any] = {}
         self.told_state: dict[str, Any] = {}
-        self._bad_average = False  # whether the gradients that were averaged last hold a NaN or Inf, which has been reported
+        self._bad_average: dict[int, int] = {}  # as `bad` of `Updates`, of the gradients that were averaged last
         self.optimizer: FlatOptimizer
         self.transport: Transport
         self._columns = COLUMNS + self.config.metrics

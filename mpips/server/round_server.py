@@ -216,9 +216,10 @@ class Server(Service):
             self.fault = "the worker that gave the gradient of all, averaged before the step, has died"
         if skipped:  # no step is taken, but forward has updated BatchNorm's statistics
             self.combine_buffers()
-        if bad and not self._bad_average:  # else whose they were has been told
-            self.handle_nonfinite(bad)
-        self._bad_average = False
+        if bad:
+            self.handle_nonfinite(self._bad_average or bad)
+        if weight or skipped or bad:
+            self._bad_average = {}
         if self.config.buffers == "server":
             self.replica.buffers.store(self.replica.pull.buffers)
 
@@ -260,9 +261,10 @@ class Server(Service):
             self.replica.push.message.zero_()
         self.transport.average()
         bad = {rank: int(row[BAD]) - 1 for rank, row in enumerate(self.replica.push.table()) if row[BAD]}
-        if bad:
+        if self.config.nonfinite != "drop":  # the average is NaN, and the script may take no step with it
+            self._bad_average = bad and (self._bad_average or bad)  # the first of several evaluations tells whose it was
+        elif bad:
             self.handle_nonfinite(bad)
-            self._bad_average = self.config.nonfinite != "drop"
 
     def note(self, updates: Updates) -> None:
         """Update the control and the report after a round."""

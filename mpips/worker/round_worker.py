@@ -118,13 +118,13 @@ class Before:
 
     Attributes:
         gradients: the gradients by name that are not pushed yet; empty if none are.
-        held: the indices of the parameters with another gradient.
+        held: the parameters with another gradient, see `Flat.held`.
         sums: a digest of each parameter.
         buffers: a copy of each buffer, by name.
     """
 
     gradients: dict[str, Tensor]
-    held: list[int]
+    held: list[tuple[int, bool]]
     sums: list[int]
     buffers: dict[str, Tensor]
 
@@ -237,7 +237,7 @@ class Worker:
         self.replica.flat.note_frozen()
         if mine is not None:
             self.replica.flat.resume(mine.gradients)
-            self.replica.flat.hold(map(int, mine.own.get("held", ())))
+            self.replica.flat.hold(mine.own.get("held", ()))
             self.remember()
             self.update.load_state_dict(mine.own)
             if tally := mine.own.get("tally"):  # the local steps that are not pushed
@@ -347,22 +347,22 @@ class Worker:
             self._unpark()
         self.look_at_hyper()
         self._look_at_weights()
-        flat, others = self.replica.flat, {}
-        if self.update.members is not None:
-            others = flat.apart(self.update.members)
+        flat, members = self.replica.flat, self.update.members
+        flat.check_spent(members)
+        others = {} if members is None else flat.take_out(members)
         self._note(loss, samples, metrics, taken)
         if not self.update.step(loss, samples, self.control) and not (self.status.done and self.update.pending):
+            flat.put_back(others)
             return self.control
         if self.server.transport.ready:
             self._write()
-            self.replica.flat.clear()  # the script must not see gradients that are under way
+            flat.clear()  # the script must not see gradients that are under way
             self._streams = rng.capture()  # later draws belong to the next round
             self._background = self.communicator.run_async(self._send_and_receive)
             return self.control
         self._push()
         self.pull()
-        if others:
-            flat.put_back(others)
+        flat.put_back(others)
         return self.control
 
     def look_at_hyper(self) -> None:
@@ -547,7 +547,7 @@ class Worker:
         self.server.transport.push()  # here, not in the round, which with `overlap` waits on a thread for what travels already
 
     def pull(self) -> Control:
-        """Receive the new weights and the control. Gradients are then None, unless they are still what backward has computed.
+        """Receive the new weights and the control. Gradients are then spent, unless they are what backward has computed.
 
         Returns:
             The control.
@@ -562,7 +562,7 @@ class Worker:
                 self.replica.flat.grad.div_(self._weight)  # undoes the weighting
             self.replica.flat.pushed()
         else:
-            self.replica.flat.clear()
+            self.replica.flat.spend()
         return self.control
 
     @property
@@ -724,8 +724,10 @@ class Worker:
         self.look_at_hyper()
         adds = self.config.reduction == "sum"
         self._averaging, self._averaged_by = (loss if adds else loss * samples, samples), samples
-        self.barrier(Call.AVERAGE)
-        return self._averaging[0] if adds else self._averaging[0] / self._averaging[1]
+        with self.replica.flat.without_spent():
+            self.barrier(Call.AVERAGE)
+        total, count = self._averaging
+        return total if adds else total / count if count else math.nan  # no samples: no worker's gradient is finite
 
     def _take_no_part_in_average(self) -> None:
         """Take part in the combination of the other workers' gradients, with nothing."""
@@ -780,7 +782,7 @@ class Worker:
         self._note(loss, samples, metrics, taken)
         tally, self.tally = self.tally, Tally(len(self.config.metrics))
         row, push, replica = self._row(tally.samples, tally.loss), self.replica.push, self.replica
-        left = replica.flat.apart(())  # as after any step they stay, and another optimizer may step with some of them
+        left = replica.flat.take_out(())  # as after any step they stay, and another optimizer may step with some of them
         row.adopt, row.weight = 1.0, float(self._contributes_common or self._all_give)
         row.steps = row.weight
         push.clear_behind()

@@ -800,6 +800,74 @@ def test_a_nan_in_gradients_that_are_clipped_is_obeyed_and_named(nonfinite: str,
     assert told == ["rank 2: NaN or Inf in the gradient of 0.weight"]
 
 
+def overflowing(connect: Callable[[Any, Any], Any]) -> list[Tensor]:
+    """The scaled gradients of the first steps are infinite on every worker, until the scale has fallen."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = connect(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-3)
+    for x, y in batches:
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(model(x), y) * 1000).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaler.step(optimizer)
+        scaler.update()
+    return [*(p.detach() for p in model.parameters()), torch.tensor(scaler.get_scale())]
+
+
+def looked_at(connect: Callable[[Any, Any], Any]) -> list[Tensor]:
+    """A batch whose gradient is not finite on every worker is skipped by the script, which looks at the norm."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for number, (x, y) in enumerate(connect(model, optimizer)):
+        optimizer.zero_grad()
+        (F.cross_entropy(model(x), y) * (torch.nan if number == 1 else 1)).backward()
+        if nn.utils.clip_grad_norm_(model.parameters(), 0.1).isfinite():
+            optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("shares", [False, True], ids=["messages", "shared memory"])
+@pytest.mark.parametrize("program", [overflowing, looked_at])
+def test_clipping_what_is_not_finite_on_any_worker_ends_no_run(program: Any, shares: bool) -> None:
+    """As in one process: what is not finite matters if a step is taken with it. The loss's mean was divided by 0 samples."""
+    pairs = TensorDataset(*data(256))
+
+    def on_rank(e: Communicator) -> list[Tensor]:
+        def connect(model: Any, optimizer: Any) -> Any:
+            ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
+            return ps.shard(DataLoader(pairs, 16 // ps.workers))
+
+        return program(connect)  # type: ignore[no-any-return]
+
+    expected = program(lambda *_: DataLoader(pairs, 16))
+    for found in World(3, shares=shares).run(on_rank):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shares", [False, True], ids=["messages", "shared memory"])
+def test_a_nan_in_a_closure_is_named_by_its_first_evaluation(shares: bool) -> None:
+    """Later evaluations of the same step are NaN on every worker."""
+
+    def program(e: Communicator) -> None:
+        model = mlp().double()
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run")
+        x, y = data(8, torch.float64)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x + ps.worker), y)
+            (loss * float("nan") if ps.worker == 1 else loss).backward()
+            return loss
+
+        optimizer.step(closure)
+
+    with pytest.raises(NonFiniteError, match=r"rank 2 has a NaN or Inf in the gradient of 0\.weight"):
+        World(4, shares=shares).run(program)
+
+
 @pytest.mark.parametrize("said", [False, True])
 def test_samples_that_are_said_after_clipping_must_be_those_of_the_average(said: bool) -> None:
     """Two workers with 1 and 3 samples: the clipped gradient is their weighted mean, or the step is refused."""

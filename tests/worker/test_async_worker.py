@@ -109,6 +109,7 @@ def test_a_ticket_asked_for_between_local_steps_leaves_them(seed: int) -> None:
             client.next_ticket()
             world.sleep(e.rank, 1.0 + (e.rank == 1) * step)
             own = float(client.replica.flat.weights[0])
+            model.zero_grad()
             (-model.weight).sum().backward()  # type: ignore[operator,union-attr]
             client.step(0.0, 1)
             if step % 3 < 2:

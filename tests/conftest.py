@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.deadlines import patient
+
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTABLE = [ROOT / "tests" / "helpers" / "launched", ROOT]  # by processes that tests start
 RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
@@ -68,7 +70,8 @@ def launch_environment() -> dict[str, str]:
 def run(
     command: list[str], cwd: Path, timeout: float, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process group of its own; nothing of it is left behind, however it ends."""
+    """Run a command in a process group of its own; nothing of it is left behind, however it ends. See `patient`."""
+    timeout = patient(timeout)
     variables = launch_environment() | {"MPIEXEC_TIMEOUT": str(int(timeout))} | (environment or {})
     child = subprocess.Popen(
         command, cwd=cwd, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -77,7 +80,7 @@ def run(
         out, err = child.communicate(timeout=timeout + 15)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGTERM)  # mpiexec ends its ranks on SIGTERM, and leaves them on SIGKILL
-        out, err = child.communicate(timeout=15)
+        out, err = child.communicate(timeout=patient(15))
         pytest.fail(f"{command} did not end within {timeout} s\n{out}\n{err}")
     return subprocess.CompletedProcess(command, child.returncode, out, err)
 
@@ -180,6 +183,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if {"mpirun", "mpich"} & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("slurm"):
             item.add_marker(pytest.mark.mpi_skip(reason="starts its own MPI"))
     items[:] = collective + ([] if RANK or config.getoption("--only-mpi") else rest)
+
+
+@pytest.hookimpl(tryfirst=True, hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Give a test more time where the machine does other work; before pytest-timeout looks."""
+    marker = item.get_closest_marker("timeout")
+    seconds = float(marker.args[0] if marker else item.config.getini("timeout"))
+    item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
+    yield
 
 
 def _place(item: pytest.Item) -> int:

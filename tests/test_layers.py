@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import mpips
+from tests.helpers.deadlines import patient
 
 PACKAGE = Path(mpips.__file__).parent
 LEVELS = [
@@ -84,10 +85,10 @@ def test_few_ask_for_the_servers_rank() -> None:
 
 def test_importing_mpips_starts_nothing() -> None:
     program = "import sys, mpips, mpips.cli.main; print([m for m in ('mpi4py', 'torch', 'h5py') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=patient(60))
     assert out.stdout.strip() == "[]"
     program = "import sys, mpips.run.connect; print('mpi4py' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=patient(60))
     assert out.stdout.strip() == "False"
 
 

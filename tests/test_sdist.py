@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.deadlines import patient
+
 ROOT = Path(__file__).resolve().parent.parent
 OF_THE_REPOSITORY = {".ci/run", ".gitignore"}  # nothing that a release needs
 
@@ -18,7 +20,9 @@ def tracked() -> list[str]:
     """The files that git holds, and that are there."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("no git repository here to compare the sdist with")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=patient(60)
+    ).stdout
     return [name for name in listed.split("\0") if name and (ROOT / name).is_file()]
 
 
@@ -32,7 +36,7 @@ def test_the_sdist_holds_what_git_holds(tmp_path: Path) -> None:
     (tree / "examples" / "__pycache__").mkdir()
     (tree / "examples" / "__pycache__" / "digits.cpython-311.pyc").write_bytes(b"")
     command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(tree)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=patient(120))
     assert done.returncode == 0, done.stdout + done.stderr
     (archive,) = (tmp_path / "dist").iterdir()
     with tarfile.open(archive) as held:

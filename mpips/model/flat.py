@@ -372,8 +372,9 @@ class Flat:
         if grad is None:
             view.zero_()
             return False
-        if not _same_memory(grad, view):
-            dense = grad if grad.layout is torch.strided else grad.to_dense()
+        strided = grad.layout is torch.strided
+        if not strided or grad.data_ptr() != view.data_ptr():
+            dense = grad if strided else grad.to_dense()
             view.copy_(dense.detach() if dense.requires_grad else dense)  # as with create_graph
         p.grad = view
         return True
@@ -383,8 +384,9 @@ class Flat:
 
         The whole model is examined only at the first step and after a module or parameter has been registered.
         """
-        for thawed in (name for name, p in self.frozen.items() if p.requires_grad):
-            raise LayoutError(f"after connect {thawed} was unfrozen; freeze and unfreeze parameters before connect")
+        for name, p in self.frozen.items() if self.frozen else ():
+            if p.requires_grad:
+                raise LayoutError(f"after connect {name} was unfrozen; freeze and unfreeze parameters before connect")
         if self._checked == _registered[0]:
             return
         ours = set(self.parameters)  # of which some may be frozen for a while
@@ -518,13 +520,6 @@ def _digest(tensor: Tensor) -> int:
     words = words.clone() if words.storage_offset() % 8 else words  # an unaligned view
     whole = len(words) // 8 * 8
     return int(words[:whole].view(torch.int64).sum()) + int(words[whole:].sum())
-
-
-def _same_memory(tensor: Tensor, view: Tensor) -> bool:
-    """Return whether `tensor` begins where `view` does."""
-    if tensor.layout != torch.strided:
-        return False
-    return not view.numel() or tensor.data_ptr() == view.data_ptr()
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:

@@ -341,11 +341,11 @@ class Loop:
         return False
 
     def end_call(self) -> None:
-        """End a call. A checkpoint that came due in it is taken now, if a resumed run can go on behind the call."""
+        """End a call. A checkpoint that came due in it is taken now, so that a resumed run goes on behind the call."""
         if self._where is not Where.OUTSIDE:
             return
         self.replay.end_call()
-        if self.replay.resumable and not self.replay.pending and not self.worker.travels:
+        if not (self.replay.pending or self.worker.travels):
             self.worker.settle()
         if self.worker.control.preempting:
             self.worker.barrier(Call.PAUSE)
@@ -402,6 +402,8 @@ class Loop:
             inside = self.inside
         if self.rehearsing if inside else self.made():
             return
+        if not inside and self.replay.lost:
+            self._tell_lost()
         self._check_place(inside)
         if self._uneven and samples is None:
             self._look_at_samples(inside)
@@ -420,6 +422,16 @@ class Loop:
             self._obey(later=inside)
         if not inside:
             self.end_call()
+
+    def _tell_lost(self) -> None:
+        """Say once that a resumed run cannot find its place."""
+        if not self._told:
+            self._told = True
+            self._tell(
+                f"mpips: resume: the script steps outside of ps.epochs() and of loops over a shard, where a resumed run cannot "
+                f"find its place: round {self.worker.control.round:.0f} is followed by the first step of the script; count by "
+                f"ps.round, as in: for step in range(ps.round, steps)"
+            )
 
     def _means(self, loss: Tensor | float | None, metrics: Mapping[str, float]) -> Sequence[float]:
         """Return the metrics given with a step, in the order of the setting `metrics`; NaN if the script does not say any.

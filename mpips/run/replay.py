@@ -28,9 +28,9 @@ class Replay:
         self._epochs = False  # whether the script is in a loop of `ps.epochs`, or behind it
 
     @property
-    def resumable(self) -> bool:
-        """Whether a resumed run can find its place: without epochs and loops there is none."""
-        return self._epochs or self.loops > 0
+    def lost(self) -> bool:
+        """Whether the run is resumed and cannot find its place: without epochs and loops there is none."""
+        return self._streams is not None and not (self.pending or self._epochs or self.loops)
 
     @property
     def pending(self) -> bool:

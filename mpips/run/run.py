@@ -199,11 +199,11 @@ class Run:
         """
         if len(self.optimizers) > 1:
             raise RuntimeError("ps.step() in a run of several optimizers: call the step of the one that is meant")
-        self._steps.said = loss, samples, metrics
+        self._steps.said, self._worker.clears = (loss, samples, metrics), True
         try:
             self.optimizers[0].step()
         finally:
-            self._steps.said = UNSAID
+            self._steps.said, self._worker.clears = UNSAID, False
         self._worker.replica.flat.clear()
 
     @property

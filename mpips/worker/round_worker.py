@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
@@ -124,7 +124,7 @@ class Before:
     """
 
     gradients: dict[str, Tensor]
-    held: list[tuple[int, bool]]
+    held: Iterable[Sequence[int]]
     sums: list[int]
     buffers: dict[str, Tensor]
 
@@ -150,6 +150,7 @@ class Worker:
         used: the number of batches used since the last push.
         control: the server's latest control.
         missed_steps: whether other workers have taken steps that this worker has not.
+        clears: whether the gradients are removed after the step in progress, so that it does not matter what they are.
         common: the random streams that orders of data are drawn from, the same on all workers.
         kept: returns what the script keeps in the checkpoint.
     """
@@ -194,7 +195,7 @@ class Worker:
         # Whether each contributes what all have in common, as one alone may die. Their mean may differ from it in the last bit.
         self._all_give = self.config.min_workers > 0
         self.control = Control()
-        self.missed_steps = False
+        self.missed_steps = self.clears = False
         self._kept: Tensor | None = None  # the gradients, saved during an idle round
         self._background: Callable[[], None] | None = None  # waits for a round in the background
         self._checkpoint_due = False  # whether its part of a checkpoint is due
@@ -237,8 +238,7 @@ class Worker:
         self.replica.flat.note_frozen()
         if mine is not None:
             self.replica.flat.resume(mine.gradients)
-            self.replica.flat.hold(mine.own.get("held", ()))
-            self.remember()
+            self.remember(mine.own.get("held", ()))
             self.update.load_state_dict(mine.own)
             if tally := mine.own.get("tally"):  # the local steps that are not pushed
                 self.tally.samples, self.tally.loss = float(tally["samples"]), float(tally["loss"])
@@ -253,12 +253,16 @@ class Worker:
         if mine.streams:
             rng.restore(mine.streams)
 
-    def remember(self) -> None:
-        """Remember what the script may change by code that a resumed run executes again, for `put_back`."""
+    def remember(self, held: Iterable[Sequence[int]] | None = None) -> None:
+        """Remember what the script may change by code that a resumed run executes again, for `put_back`.
+
+        Args:
+            held: as `Flat.held` has returned it at the checkpoint; None to ask now.
+        """
         flat = self.replica.flat
         gradients = {name: tensor.clone() for name, tensor in flat.unpushed(flat.grad).items()}
         buffers = {name: buffer.clone() for name, buffer in self.replica.buffers.named.items()}
-        self._before = Before(gradients, flat.held(), self._sums_now(), buffers)
+        self._before = Before(gradients, flat.held() if held is None else held, self._sums_now(), buffers)
 
     def put_back(self, gradients: bool) -> None:
         """Put back what `remember` has found.
@@ -283,8 +287,8 @@ class Worker:
             flat.clear()
             flat.resume(before.gradients)
             flat.hold(before.held)
-        else:
-            flat.pushed()
+        else:  # what the script has was computed again, at later weights
+            flat.spend()
 
     def forget(self) -> None:
         """Forget what `remember` has found."""
@@ -557,23 +561,24 @@ class Worker:
             CallError: on all ranks, if the workers disagree.
         """
         self._receive(contributed=True)
-        if self._keeps_gradients:
-            if self._weight != 1 and not self.replica.push.shared and not self.replica.push.raw and self.replica.wire_is_grad:
-                self.replica.flat.grad.div_(self._weight)  # undoes the weighting
-            self.replica.flat.pushed()
-        else:
-            self.replica.flat.spend()
+        if not self.clears:
+            self._leave_gradients()
+        self.replica.flat.pushed()
         return self.control
 
-    @property
-    def _keeps_gradients(self) -> bool:
-        """Whether the gradients are still what backward has computed, apart from a known factor."""
-        push = self.replica.push
-        if self.update.apart or self.communicator.size == 1 or not self.replica.wire_is_grad:
-            return not self.update.apart
-        if not push.shared:
-            return not self.update.here and self.config.rule == "mean" and self._weight > 0
-        return push.raw and self.replica.keeps_push
+    def _leave_gradients(self) -> None:
+        """Leave the gradients as backward has computed them, or as spent where their memory holds something else."""
+        push, flat, update = self.replica.push, self.replica.flat, self.update
+        if update.apart or self.communicator.size == 1 or not self.replica.wire_is_grad:
+            there = not update.apart
+        elif push.shared:
+            there = push.raw and self.replica.keeps_push
+        else:
+            there = not update.here and self.config.rule == "mean" and self._weight > 0
+            if there and self._weight != 1 and not push.raw:
+                flat.grad.div_(self._weight)  # undoes the weighting
+        if not there:
+            flat.spend()
 
     def idle(self) -> Control:
         """Take part in a round without a new step. Local steps that are not pushed yet are pushed; gradients are kept.

@@ -21,6 +21,7 @@ from mpips import checkpoint
 from mpips.checkpoint import CheckpointError, Parts, Writer, background, joined, load, newest
 from mpips.comm import Communicator
 from mpips.comm.simulated import World
+from tests.helpers.deadlines import patient
 from tests.helpers.programs import data, mlp
 
 PATIENCE = 30.0  # seconds
@@ -183,7 +184,9 @@ def test_python_exits_when_it_is_written_and_writes_what_is_begun_at_its_exit(tm
         print("end", flush=True)
     """
     lines = "\n".join(line.removeprefix("        ") for line in script.splitlines())
-    done = subprocess.run([sys.executable, "-c", lines, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", lines, str(tmp_path)], capture_output=True, text=True, timeout=patient(60), check=False
+    )
     assert (done.stdout, done.stderr) == ("end\nlate\n", "")
     assert newest(tmp_path) == tmp_path / "round_00000002.h5"
     assert len(load(tmp_path / "round_00000001.h5")["w"]) == 4

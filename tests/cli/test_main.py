@@ -13,11 +13,12 @@ from mpips import checkpoint
 from mpips.cli import main as cli
 from mpips.cli.launch import command
 from mpips.process.environment import Mpiexec
+from tests.helpers.deadlines import patient
 
 
 def run(*words, cwd=None, **keywords):
     argv = [sys.executable, "-m", "mpips.cli.main", *words]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=60, cwd=cwd, **keywords)
+    return subprocess.run(argv, capture_output=True, text=True, timeout=patient(60), cwd=cwd, **keywords)
 
 
 def test_help_is_light_and_states_the_exit_statuses():
@@ -27,7 +28,7 @@ def test_help_is_light_and_states_the_exit_statuses():
         except SystemExit as end: assert end.code == 0
         print([name for name in ("torch", "h5py", "mpi4py", "numpy", "rich") if name in sys.modules])
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, timeout=patient(60))
     assert done.stdout.endswith("[]\n")
     for words in ("0   success", "1   the run", "2   bad usage", "75  preempted", "--mpips.resume auto"):
         assert words in done.stdout
@@ -295,7 +296,7 @@ def test_verify_takes_one_checkpoint_and_an_empty_folder(run_folder, tmp_path, c
 
 def test_verify_is_quiet_on_a_closed_pipe(run_folder):
     words = f"{sys.executable} -m mpips.cli.main verify {run_folder} | true; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=patient(60))
     assert (done.stdout, done.stderr) == ("141\n", "")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mpips.comm import handover
+from tests.helpers.deadlines import patient
 
 BLOB = np.random.default_rng(0).bytes(handover.LEAST + 12_345)
 
@@ -22,7 +23,7 @@ def given_to_another(program: str) -> str:
     assert memory >= 0
     try:
         code = f"import numpy as np, os\nfrom mpips.comm import handover\ntold = np.array({told.tolist()})\n{program}"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=patient(60))
         return done.stdout.strip()
     finally:
         os.close(memory)

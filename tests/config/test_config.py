@@ -37,6 +37,7 @@ from mpips.config import (
 )
 from mpips.model.message import COLUMNS
 from mpips.report.run_report import FIXED
+from tests.helpers.deadlines import patient
 from tests.helpers.programs import mlp
 
 FIELDS = fields()
@@ -492,7 +493,7 @@ print(resolve({}).clip, resolve({}).checkpoint.every)
 def test_a_strict_parser_never_sees_the_prefix() -> None:
     Path("ours.yaml").write_text("checkpoint: {every: 100}\n")
     argv = ["--mpips.clip", "1.5", "--config", "mine", "--mpips.config=ours.yaml", "data"]
-    done = subprocess.run([sys.executable, "-c", STRICT, *argv], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", STRICT, *argv], capture_output=True, text=True, timeout=patient(60))
     assert done.stdout.splitlines() == [
         "[]",
         "{'config': 'mine', 'file': 'data'} ['--config', 'mine', 'data']",

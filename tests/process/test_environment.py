@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mpips.process import environment
+from tests.helpers.deadlines import patient
 
 OPENMPI_5 = "mpiexec (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/"
 OPENMPI_4 = "mpirun (Open MPI) 4.1.4\n\nReport bugs to http://www.open-mpi.org/community/help/"
@@ -134,7 +135,7 @@ def test_a_variable_that_is_no_number_says_nothing():
 
 def git(folder: Path, *words: str) -> str:
     identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
-    return subprocess.check_output(["git", "-C", folder, *identity, *words], text=True, timeout=20).strip()
+    return subprocess.check_output(["git", "-C", folder, *identity, *words], text=True, timeout=patient(20)).strip()
 
 
 def test_reads_the_commit_as_git_does(tmp_path):
@@ -161,7 +162,7 @@ def test_environment_is_cheap(tmp_path):
         "import sys; from mpips.process.environment import environment; environment();"
         "print([name for name in ('torch', 'h5py', 'mpi4py', 'numpy', 'rich') if name in sys.modules])"
     )
-    output = subprocess.check_output([sys.executable, "-c", source], text=True, timeout=20, cwd=tmp_path)
+    output = subprocess.check_output([sys.executable, "-c", source], text=True, timeout=patient(20), cwd=tmp_path)
     assert output.strip() == "[]"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import IMPORTABLE, ROOT, launch_environment, mpiexec_of, run
+from tests.helpers.deadlines import patient
 from tests.promises.test_failure import LOOP, PREAMBLE, script, trouble
 from tests.test_under_mpi import MPICH
 
@@ -22,7 +23,12 @@ from tests.test_under_mpi import MPICH
 def python(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **variables}
     return subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, errors="surrogateescape", timeout=60
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        timeout=patient(60),
     )
 
 
@@ -37,7 +43,7 @@ def test_no_file_of_a_run_gets_the_number_of_a_stream(closed: tuple[int, ...], t
 
 def test_streams_that_are_none_can_be_written_to() -> None:
     inner = "import os, mpips, sys\nsys.stdout.write('lost')\nsys.stderr.write('lost')\nassert sys.stdin.read() == ''"
-    done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, inner], timeout=60)
+    done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, inner], timeout=patient(60))
     assert done.returncode == 0
 
 
@@ -320,6 +326,6 @@ def test_a_preemption_kills_none_of_the_processes_that_a_rank_has_started(tmp_pa
     while not (tmp_path / "up").exists() and time.monotonic() < until:
         time.sleep(0.05)
     started.send_signal(signal.SIGUSR1)
-    said, _ = started.communicate(timeout=60)
+    said, _ = started.communicate(timeout=patient(60))
     assert (started.returncode, "helper None" in said) == (75, True)
     assert list((tmp_path / "run" / "checkpoints").glob("*.h5"))

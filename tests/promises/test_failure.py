@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, launch_environment, mpiexec_of
+from tests.helpers.deadlines import patient
 
 PREAMBLE = """
 import os, sys, time
@@ -207,7 +208,7 @@ def test_jobs_of_one_rank_each_are_refused(name: str, tmp_path: Path) -> None:
     if name == "OMPI_COMM_WORLD_SIZE":  # Open MPI's own variable makes its MPI_Init wait for a launcher: give it one of size 1
         command = [*mpiexec_of(sys.executable), "-n", "1", "env", f"{name}=4", *command]
         environment.pop(name)
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=patient(60))
     assert done.returncode == 2
     assert "4 ranks were started, but each is alone" in done.stderr
     assert ("srun --mpi=pmix" in done.stderr) == (name == "SLURM_STEP_NUM_TASKS")
@@ -245,7 +246,9 @@ def test_usr1_in_one_process_checkpoints_and_says_75(tmp_path: Path) -> None:
     line = "if ps.round == 7: os.kill(os.getpid(), 10)"
     assert signal.SIGUSR1 == 10
     path = script(tmp_path, trouble(line))
-    done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=60, env={**os.environ})
+    done = subprocess.run(
+        [sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=patient(60), env={**os.environ}
+    )
     assert done.returncode == 75
     assert "start again with --mpips.resume auto" in done.stdout
     assert (tmp_path / "run" / "checkpoints" / "round_00000008.h5").exists()

@@ -508,6 +508,7 @@ def test_other_data_than_the_checkpoints_are_said(changed: str, capsys: pytest.C
         loader = ps.batches(loader, shard=False) if changed == "own contents" else ps.shard(loader)
         for _ in ps.epochs(2):
             for number, x in enumerate(loader):
+                optimizer.zero_grad()
                 net(x).sum().backward()
                 optimizer.step()
                 if resume == "no" and number == 2:
@@ -792,3 +793,34 @@ def test_a_worker_s_own_state_that_is_missing_is_named_there() -> None:
     path = changed("whole/checkpoints", ("ranks", "2", "own", "inner", "optimizer"))
     with pytest.raises(checkpoint.CheckpointError, match="the state of worker 1 in the checkpoint: has no /inner/optimizer"):
         World(3).run(lambda e: program(e, resume=str(path)))
+
+
+@pytest.mark.parametrize("zeroes", ["first", "last"])
+@pytest.mark.parametrize(("size", "shares"), [(1, False), (3, False), (3, True)])
+def test_steps_outside_of_loops_and_epochs_go_on_by_the_round(
+    size: int, shares: bool, zeroes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in reinforcement learning. A checkpoint was taken in the next step, behind the random numbers of its batch."""
+
+    def program(e: Any, folder: str, resume: str) -> list[torch.Tensor]:
+        net = dropout_mlp()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        every = {"every": 1, "keep": 9}
+        ps = mpips.connect(net, optimizer, communicator=e, run_dir=folder, resume=resume, checkpoint=every)
+        for _ in range(ps.round, 6):
+            if zeroes == "first":
+                optimizer.zero_grad()
+            net(torch.randn(4, 12)).square().sum().backward()
+            optimizer.step()
+            if zeroes == "last":
+                optimizer.zero_grad()
+        return [p.detach().clone() for p in net.parameters()]
+
+    whole = World(size, shares=shares).run(lambda e: program(e, "whole", "no"))
+    assert "cannot find its place" not in capsys.readouterr().out
+    for at in range(1, 6):
+        named = f"whole/checkpoints/round_{at:08d}.h5"
+        again = World(size, shares=shares).run(lambda e, at=at, named=named: program(e, f"from-{at}", named))
+        torch.testing.assert_close(again, whole, atol=0, rtol=0)
+        line = f"cannot find its place: round {at} is followed by the first step of the script; count by ps.round"
+        assert capsys.readouterr().out.count(line) == 1

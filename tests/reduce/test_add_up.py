@@ -18,6 +18,7 @@ from mpips.comm.peer_buffers import FEW, PeerBuffers, Rows
 from mpips.model.finite import ONE_THREAD, is_finite
 from mpips.reduce.combine import Terms, add_arrays, add_up
 from mpips.rules import Mean
+from tests.helpers.deadlines import patient
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 
@@ -102,7 +103,7 @@ for values in ((3e38, 3e38), (np.inf, -np.inf)):
 
 def test_a_sum_that_overflows_is_no_warning_beside() -> None:
     """It is named where it is judged."""
-    done = subprocess.run([sys.executable, "-c", OVERFLOW], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", OVERFLOW], capture_output=True, text=True, timeout=patient(60), check=True)
     assert done.stdout.split() == ["False", "False"]
     assert not done.stderr
 

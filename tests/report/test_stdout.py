@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mpips import checkpoint
+from tests.helpers.deadlines import patient
 
 PLAN = ["plan", "--nodes", "4", "--ranks-per-node", "2", "--model-mb", "10", "--gbit", "10"]
 COMMANDS = {
@@ -35,7 +36,7 @@ def shell(folder: Path, words: list[str], redirected: str) -> tuple[int, list[st
     """The command's status, and its lines on stderr."""
     line = f'"$@" {redirected}; exit "${{PIPESTATUS[0]}}"'
     done = subprocess.run(
-        ["bash", "-c", line, "bash", sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=60
+        ["bash", "-c", line, "bash", sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=patient(60)
     )
     return done.returncode, done.stderr.splitlines()
 

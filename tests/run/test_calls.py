@@ -22,6 +22,7 @@ from mpips.comm import Communicator
 from mpips.comm.simulated import World
 from mpips.model.message import CallError
 from mpips.server import agreement
+from tests.helpers.deadlines import patient
 from tests.helpers.programs import data, metrics, mlp
 
 PLACES = pytest.mark.parametrize("shares", [False, True], ids=["messages", "shared memory"])
@@ -232,7 +233,7 @@ for _ in ps.epochs(3):
     done = mpirun(3, script, timeout=60)
     assert done.returncode == 1
     assert done.stderr.count(f"worker 0 (rank 1) at ps.{call}()") == 1, done.stderr
-    assert time.monotonic() - begun < 40  # of which starting takes most, on a busy machine
+    assert time.monotonic() - begun < patient(40)  # of which starting takes most, on a busy machine
 
 
 def test_validate_measures_on_worker_0_in_eval_mode_and_tells_all() -> None:
@@ -425,6 +426,7 @@ def test_what_a_checkpoint_does_not_have_of_what_is_kept_is_said(capsys: pytest.
         ps.keep(**kept)  # once more is no other
         for _ in ps.epochs(epochs):
             for x, y in ps.batches(data(48), 8):
+                optimizer.zero_grad()
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
             for scheduler in schedulers:

@@ -22,6 +22,7 @@ from mpips.config import ConfigError, check_resume
 from mpips.optim.snapshot import SnapshotError
 from mpips.report import run_report as report
 from mpips.run import run_folder as folder
+from tests.helpers.deadlines import patient
 from tests.helpers.programs import data, mlp
 
 
@@ -105,7 +106,7 @@ def test_a_folder_is_held_by_one_process() -> None:
     folder.hold(Path("run").absolute())
     folder.hold(Path("run").absolute())  # of the same process
     code = "from pathlib import Path; from mpips.run import run_folder as folder; folder.hold(Path('run').absolute())"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=patient(60))
     assert other.returncode
     assert f"which process {os.getpid()} on {socket.gethostname()} writes to" in other.stderr
 
@@ -128,6 +129,7 @@ model = torch.nn.Linear(2, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 ps = mpips.connect(model, optimizer)
 for _ in range(3):
+    optimizer.zero_grad()
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
 """
@@ -139,7 +141,7 @@ def test_a_run_is_not_written_over() -> None:
 
     def start(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "train.py", *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=patient(120))
 
     Path("run/logs").mkdir(parents=True)
     Path("run/events.jsonl").touch()
@@ -343,7 +345,7 @@ def test_a_checkpoint_is_gone_on_with_by_the_run_of_the_script_that_it_is_of(ran
             done = mpirun(ranks, script, *words)
         else:
             command = [sys.executable, str(script), *words]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=patient(120))
         return done.returncode, [line for line in done.stdout.splitlines() if line.startswith("weights")], done.stderr
 
     _, whole, _ = start("--mpips.run_dir", "a")

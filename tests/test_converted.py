@@ -43,6 +43,8 @@ ROWS = {  # how a row begins, and the test of it; of frameworks' own launches do
     "`break`": "test_a_break_ends_this_workers_shard_only",
     "freezing": "test_unfreezing_after_connect_is_an_error_and_not_silence",
     "`load_state_dict`": "test_a_state_that_a_server_elsewhere_would_not_have_is_refused",
+    "momenta set to zero": "test_a_change_of_state_that_the_server_has_is_refused",
+    "steps outside": "test_steps_outside_of_loops_and_epochs_go_on_by_the_round",
     "EMA": "test_what_the_script_keeps_is_in_the_file_and_given_back",
     "`zip(a, b)`": "test_a_converted_line_is_that_of_one_process",
     "several steps": "test_several_steps_on_one_batch",

@@ -19,6 +19,7 @@ from mpips.optim.foreign import evaluates, needs_its_own_step, unhooked
 from mpips.run.keeping import Keeping
 from mpips.run.loop import Loop, Said, as_number
 from mpips.run.roles import Roles
+from mpips.run.state_elsewhere import give_state_back
 from mpips.worker.async_worker import Client
 
 UNSAID: Said = (None, None, {})
@@ -219,6 +220,7 @@ class Steps:
             )
         self._turn_to(which)
         self._keeping.own_state.add(which)
+        give_state_back(optimizer)
         loop.drain()
         flat, taken = self._flat, not loop.made()
         self._own_step = OwnStep(which, flat.weights, worker.status.more, taken)
@@ -285,6 +287,11 @@ class Steps:
             return None
         worker, server = self._worker, self._server
         return worker.inner or (server.optimizer if server and self._alone else None)
+
+    def elsewhere(self, which: int) -> bool:
+        """Return whether the state of the optimizer `which` is not its own: with the server, or with master weights."""
+        own = which in self._keeping.own_state or any(self._evaluates[which])
+        return not own and (self._steps_with(which) is None or not self._worker.replica.wire_is_grad)
 
     def check_loadable(self, which: int) -> None:
         """Raise RuntimeError if the state of the optimizer `which` is on another rank's server."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copyreg
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
@@ -19,6 +20,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from mpips.config import ConfigError
 from mpips.optim.foreign import SWAPS, kind
+from mpips.run.state_elsewhere import StateElsewhere, give_state_back, take_state_away
 from mpips.run.steps import Steps
 
 HALVES = ("first_step", "second_step")
@@ -31,6 +33,18 @@ class Wrapped:
     _mpips: Steps
     _which: int  # the number among the optimizers given to `connect`
     _step_supports_amp_scaling = True  # GradScaler then calls `step` whether it has found an Inf or not
+
+    @property
+    def state(self) -> Any:
+        """The state, as in plain PyTorch; see `StateElsewhere`."""
+        return vars(self)["state"]
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if isinstance(self.state, StateElsewhere):
+            self.state.clear()  # refuses
+        vars(self)["state"] = state
+        self._mpips.take_over_state(self._which)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Push the gradients that backward left, let the server step, and pull the new weights.
@@ -86,6 +100,8 @@ class Wrapped:
         this: Any = self
         self.given_class.load_state_dict(this, state_dict)
         self._mpips.take_over_state(self._which)
+        if self._mpips.elsewhere(self._which):
+            take_state_away(this)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy or pickle the optimizer as one of its own class, without mpips, and with the whole state."""
@@ -93,7 +109,8 @@ class Wrapped:
         parts, tree = own.__getstate__(), self._mpips.state_of(self._which)
         if tree is not None:
             parameters = [p for group in own.param_groups for p in group["params"]]
-            parts = parts | {"state": parts["state"] | {parameters[number]: state for number, state in tree.items()}}
+            state = defaultdict(dict, parts["state"])
+            parts = parts | {"state": state | {parameters[number]: entries for number, entries in tree.items()}}
         return copyreg._reconstructor, (self.given_class, object, None), parts  # type: ignore[attr-defined]
 
 
@@ -229,6 +246,8 @@ def wrap(optimizer: Optimizer, steps: Steps, which: int) -> None:
     given: Any = type(own)
     own.__class__ = _class_of(given)
     own._mpips, own._which = steps, which
+    if steps.elsewhere(which):
+        take_state_away(own)
 
 
 def unwrap(optimizer: Optimizer) -> None:
@@ -237,3 +256,4 @@ def unwrap(optimizer: Optimizer) -> None:
         own: Any = optimizer
         own.__class__ = kind(optimizer)
         del own._mpips, own._which
+        give_state_back(optimizer)

@@ -379,6 +379,17 @@ class Flat:
         p.grad = view
         return True
 
+    def bring(self, gradients: list[Tensor]) -> None:
+        """Copy those gradients that the script has assigned to `p.grad` into the flat buffer, and replace them by its views."""
+        grads = ((number, p.grad) for number, p in enumerate(self.parameters))
+        assigned = {id(grad): number for number, grad in grads if grad is not None and grad is not self._views[number]}
+        for place, gradient in enumerate(gradients):
+            number = assigned.get(id(gradient))
+            if number is not None and gradient.layout is torch.strided:
+                self._bring(number, self.parameters[number])
+                self._touched.add(number)
+                gradients[place] = self._views[number]
+
     def _check_still_ours(self) -> None:
         """Raise LayoutError unless the model still trains the parameters it had at `connect`.
 

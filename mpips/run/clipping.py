@@ -49,11 +49,12 @@ def _grouped(tensorlists: list[list[Tensor]], *args: Any, **kwargs: Any) -> Any:
     return _group(tensorlists, *args, **kwargs) if tensorlists[0] else {}  # torch would fail without any gradient
 
 
-def _averaged(given: Sequence[Tensor]) -> list[Tensor]:
+def _averaged(given: list[Tensor]) -> list[Tensor]:
     """Average watched gradients over the workers.
 
     Args:
-        given: the gradients that the script clips or measures.
+        given: the gradients that the script clips or measures. One that it has assigned to `p.grad` is replaced by what is
+            there instead.
 
     Returns:
         The gradients that belong to them and were None on this worker: only other workers had them.
@@ -64,6 +65,8 @@ def _averaged(given: Sequence[Tensor]) -> list[Tensor]:
     parameters, more = _parameters(), list[Tensor]()
     for flat, method in list(_runs.items()):
         average = method()
+        if average:
+            flat.bring(given)
         ours = any(map(flat.holds, given)) if given else any(map(flat.trains, parameters or ()))
         if average and ours:
             flat.check_spent(flat.numbers(given))

@@ -109,6 +109,27 @@ def own_step_first(connect: Connect, by: str) -> Any:
     return model
 
 
+def assigned(connect: Connect, by: str) -> Any:
+    """Gradients of `torch.autograd.grad`, which the script assigns: clipping clipped each worker's own."""
+    model = mlp().to(D)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.5, momentum=0.5)
+    for x, y in connect(model, optimizer)(TensorDataset(*data(64, D)), 16):
+        for p, gradient in zip(parameters, torch.autograd.grad(F.cross_entropy(model(x), y), parameters), strict=True):
+            p.grad = gradient
+        if by == "norm":
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        elif by == "value":
+            nn.utils.clip_grad_value_(parameters, 0.01)
+        elif by == "part":
+            nn.utils.clip_grad_norm_(parameters[:2], 0.05)
+        elif by == "halves":
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            nn.utils.clip_grads_with_norm_(parameters, 0.1, norm)
+        optimizer.step()
+    return model
+
+
 def frozen_at_first(connect: Connect, by: str) -> Any:
     """As CycleGAN: the discriminator is frozen while the generator steps, in the first step too."""
     torch.manual_seed(0)
@@ -135,6 +156,7 @@ IDIOMS = [
     *[(zeroed, by) for by in ("zeros", "hand", "none")],
     *[(thrown_away, by) for by in ("model", "hand", "optimizer", "two")],
     (hinge, ""),
+    *[(assigned, by) for by in ("", "norm", "value", "part", "halves")],
     (own_step_first, ""),
     (frozen_at_first, ""),
 ]

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from mpips.model.flat import LayoutError, clean, lay_out
 
+STATISTICS = (nn.modules.batchnorm._NormBase, parametrizations._SpectralNorm)  # whose buffers a mean over workers suits
 LIMBS = 4  # 16-bit pieces of an int64
 
 
@@ -86,6 +88,15 @@ class Buffers:
         if self.policy == "local":
             return self.named
         return {n: b for n, b, pull in zip(self.names, self.tensors, pulled, strict=True) if not torch.equal(b, pull)}
+
+    def averaged(self, pulled: list[Tensor]) -> str:
+        """Return the name of a buffer that is averaged, has changed since the last pull, and may be no statistics; else ""."""
+        changed = self.own(pulled)
+        for name in self._floats:
+            owner = self.model.get_submodule(self._paths[name].rpartition(".")[0])
+            if name in changed and not isinstance(owner, STATISTICS):
+                return name
+        return ""
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy buffers from `tensors`, by name, to the model. A buffer that has another shape by now stays."""

@@ -69,7 +69,7 @@ class Steps:
         self._evaluates = [self._evaluated(optimizer) for optimizer in self.optimizers]
         self._own_step: OwnStep | None = None  # the step in progress that an optimizer takes on this worker
         self._inside_step = False  # whether its code runs
-        self._told_of_gradients = False
+        self._told_of_gradients = self._told_of_buffers = False
         self.said = UNSAID
 
     def _evaluated(self, optimizer: Optimizer) -> tuple[bool, bool]:
@@ -96,6 +96,7 @@ class Steps:
             self._turn_to(which)
         if self._flat.examined and not (self._loop.rehearsing or self._loop.replay.pending):
             self._look_at_gradients(scaled=overflow is not None)
+            self._look_at_buffers()
         if overflow:
             self._worker.status.overflow = True
         self._loop.step(*(self.said if self.said is not UNSAID else (loss, None, {})))
@@ -128,6 +129,18 @@ class Steps:
             f"mpips: the script changes the gradient of {name} between backward and the step, or in a hook, on each worker its "
             f"own, before they are averaged. That is right for masks, noise and factors; for clipping, signs and norms call "
             f"ps.average() after backward, and change p.grad then"
+        )
+
+    def _look_at_buffers(self) -> None:
+        """Say once that a buffer is averaged over the workers that may be no statistics, such as a queue of features."""
+        replica = self._worker.replica
+        if self._worker.workers == 1 or self._told_of_buffers or not (name := replica.buffers.averaged(replica.pull.buffers)):
+            return
+        self._told_of_buffers = True
+        self._tell(
+            f"mpips: the buffer {name}, which each worker changes, is averaged over the workers in each round. That is right "
+            f"for running statistics; for a queue or a memory bank choose the setting buffers=local: each worker then has its "
+            f"own, and a checkpoint has them all"
         )
 
     def evaluate(self, which: int, closure: Callable[[], Any] | None, overflow: bool | None = None) -> Any:

@@ -901,3 +901,44 @@ def test_samples_that_are_said_after_clipping_must_be_those_of_the_average(said:
     optimizer.step()
     for weights in World(3).run(program):
         assert torch.allclose(weights, nn.utils.parameters_to_vector(plain.parameters()), rtol=0, atol=1e-12)
+
+
+class Bank(nn.Module):
+    """A model whose forward changes a bank of features, BatchNorm's statistics and a spectral norm's, and not `constant`."""
+
+    def __init__(self, fills: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(12, 5), nn.BatchNorm1d(5))
+        self.head = nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5))
+        self.register_buffer("constant", torch.ones(5))
+        self.register_buffer("bank", torch.zeros(8, 5))
+        self.fills = fills
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x) * self.constant
+        if self.fills:
+            self.bank[: len(x)] = features.detach()
+        return self.head(features)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("fills", "settings", "lines"), [(True, {}, 1), (True, {"buffers": "local"}, 0), (False, {}, 0)])
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_bank_of_features_that_would_be_averaged_is_said(
+    shares: bool, fills: bool, settings: dict[str, Any], lines: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was averaged, in silence."""
+
+    def program(e: Communicator) -> Tensor:
+        torch.manual_seed(0)
+        model = Bank(fills)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run", **settings)
+        for x, y in ps.shard(DataLoader(TensorDataset(*data(64)), 8)):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return model.get_buffer("bank").clone()
+
+    one, other = World(3, shares=shares).run(program)
+    assert torch.equal(one, other) == (not settings)
+    assert capsys.readouterr().out.count("the buffer bank, which each worker changes, is averaged") == lines

@@ -675,6 +675,37 @@ def test_usr1_reaches_the_ranks_once_they_can_end_with_75(tmp_path, fake_mpiexec
     assert "--mpips.resume auto" in output.splitlines()[-1]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_to_end_a_run_is_for_a_checkpoint(tmp_path, fake_mpiexec, number):
+    launcher = Launcher(tmp_path, PREEMPTIBLE + SLEEP, fake_mpiexec).up()
+    while not (tmp_path / "run" / "events.jsonl").exists():
+        time.sleep(0.02)
+    time.sleep(0.5)
+    launcher.process.send_signal(number)
+    status, output = launcher.end()
+    assert (status, launcher.all_gone()) == (75, True)
+    assert f"{number.name}: ending the run with a checkpoint, within 25 s; once more to end it now" in output
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_that_writes_no_checkpoint_is_ended(tmp_path, fake_mpiexec, again):
+    """After the grace, or by a second signal."""
+    before = "" if again else "from mpips.cli.launch import job; job.GRACE = 0.5\n"
+    deaf = PREEMPTIBLE.replace("lambda *_: sys.exit(75)", "signal.SIG_IGN")
+    launcher = Launcher(tmp_path, deaf + STUBBORN, fake_mpiexec, before=before).up()
+    time.sleep(0.5)
+    began = time.monotonic()
+    launcher.process.send_signal(signal.SIGTERM)
+    if again:
+        time.sleep(0.4)
+        assert launcher.process.poll() is None
+        launcher.process.send_signal(signal.SIGTERM)
+    status, output = launcher.end()
+    assert (status, launcher.all_gone()) == (1, True)
+    assert output.splitlines()[-1] == "mpips: the run was ended by SIGTERM"
+    assert time.monotonic() - began < patient(8)
+
+
 def test_usr1_before_the_launcher_has_started_anything_is_remembered(tmp_path, fake_mpiexec):
     before = "import os, signal, mpips; os.kill(os.getpid(), signal.SIGUSR1)\n"
     status, _ = Launcher(tmp_path, PREEMPTIBLE + SLEEP, fake_mpiexec, before=before).end()
@@ -748,6 +779,30 @@ def test_real_failure_ends_with_the_traceback(real, tmp_path):
 
 def test_real_preemption_status_passes_through(real, tmp_path):
     assert Launcher(tmp_path, "sys.exit(75)").end()[0] == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_real_run_ends_with_a_checkpoint_from_which_it_goes_on(real, tmp_path, number):
+    source = """
+import torch, mpips
+model = torch.nn.Linear(3, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+ps = mpips.connect(model, optimizer, run_dir="run")
+for (x,) in ps.shard(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(99, 3)), 1)):
+    optimizer.zero_grad()
+    model(x).sum().backward()
+    optimizer.step()
+    if ps.round == 5:
+        [open(f"up{number}", "w").close() for number in (0, 1)]
+        time.sleep(1)
+"""
+    launcher = Launcher(tmp_path, source).up()
+    launcher.process.send_signal(number)
+    status, output = launcher.end()
+    assert (status, launcher.all_gone()) == (75, True), output
+    assert len(list((tmp_path / "run" / "checkpoints").glob("round_*.h5"))) == 1
+    status, output = Launcher(tmp_path, source + "print('steps', ps.round)", flags=["--set", "resume=auto"]).end()
+    assert (status, "steps 99" in output) == (0, True), output
 
 
 def test_killing_the_launcher_of_real_ranks_leaves_none(real, tmp_path):

@@ -35,12 +35,9 @@ SIGNALS = range(129, 193)  # statuses that stand for signals, if mpiexec names n
 AFTER_FAILURE = 3.0  # seconds for the ranks to end after the failure of one, where mpiexec does not end them
 AFTER_ABORT = 1.0  # seconds from SIGTERM to SIGKILL then
 AFTER_EXIT = 1.0  # seconds to wait for the last output once mpiexec has ended
-GRACE = {
-    signal.SIGINT: 10.0,
-    signal.SIGTERM: 30.0,
-    signal.SIGHUP: 30.0,
-}  # seconds for a checkpoint before all processes are killed
-FORWARDED = (*GRACE, signal.SIGUSR1)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE = 25.0  # seconds for a checkpoint after one of these; SLURM kills all 30 s after SIGTERM
+FORWARDED = (*ENDING, signal.SIGUSR1)
 PREEMPTED = 75
 TIMEOUT = "by --timeout"
 AFTER_END = "after DONE"
@@ -97,6 +94,8 @@ class Job:
     asked: deque[int] = field(default_factory=deque)  # signals received and not yet forwarded
     preempted: bool = False  # whether a SIGUSR1 waits for the run to begin
     asked_to_end: bool = False  # whether a signal, or the time limit, has asked for the end of the run
+    asked_by: str = ""  # the signal after which a checkpoint is waited for; "" if there is none
+    wait_until: float = float("inf")  # until when it is waited for
     ended_by: str = ""  # why the launcher ended the run; "" if it has not
     ended_at: float = float("inf")  # wall clock, as in the ranks' failure reports
     kill_at: float = float("inf")
@@ -139,23 +138,25 @@ class Job:
         return not self.selector.get_map() or time.monotonic() > self.exited_at + AFTER_EXIT
 
     def forward(self, view: View, begun: bool) -> None:
-        """Forward signals to mpiexec, which forwards them to the ranks. A second request to stop kills the ranks.
+        """Forward signals to mpiexec, which forwards them to the ranks. A second request to end kills the ranks.
 
-        `begun` says whether all ranks are so far that SIGUSR1 ends them with a checkpoint instead of killing them.
+        `begun` says whether all ranks are so far that SIGUSR1 ends them with a checkpoint instead of killing them. The first
+        request to end is then for that, too.
         """
         while self.asked:
             number, self.asked_to_end = signal.Signals(self.asked.popleft()), True
-            if number not in GRACE:
+            if number not in ENDING:
                 self.preempted = True
                 if not begun:
                     view.tell(f"{number.name}: ending the run with a checkpoint, once it has begun")
-            elif self.ended_by:
-                self.kill_at = 0.0
+            elif self.ended_by or self.asked_by:
+                self._end(self.ended_by or f"by {number.name}", 0.0)
+            elif begun:
+                self.preempted, self.asked_by, self.wait_until = True, f"by {number.name}", time.monotonic() + GRACE
+                view.tell(f"{number.name}: ending the run with a checkpoint, within {GRACE:.0f} s; once more to end it now")
             else:
-                self._signal(number)
-                self.kill_at = time.monotonic() + GRACE[number]
-                self.ended_by, self.ended_at = f"by {number.name}", time.time()
-                view.tell(f"{number.name}: ending the ranks within {GRACE[number]:.0f} s; once more to end them now")
+                self._end(f"by {number.name}")
+                view.tell(f"{number.name}: ending the ranks within {AFTER_TERM:.0f} s; once more to end them now")
         if self.preempted and begun:
             self.preempted = False
             self._signal(signal.SIGUSR1)
@@ -171,6 +172,8 @@ class Job:
         self.failed_at = min(self.failed_at, now) if failure else float("inf")
         if not self.ended_by and now > self.failed_at + AFTER_FAILURE:
             self._end(f"after {failure}", AFTER_ABORT)
+        if not self.ended_by and now > self.wait_until:
+            self._end(self.asked_by)
         self.done_at = min(self.done_at, now) if done else float("inf")
         if not self.ended_by and now > self.done_at + AFTER_DONE:
             self._end(AFTER_END)

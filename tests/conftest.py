@@ -189,7 +189,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Give a test more time where the machine does other work; before pytest-timeout looks."""
     marker = item.get_closest_marker("timeout")
-    seconds = float(marker.args[0] if marker else item.config.getini("timeout"))
+    seconds = float(marker.args[0] if marker else item.config.getoption("timeout") or item.config.getini("timeout"))
     item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
     yield
 

@@ -246,12 +246,10 @@ class Flat:
     def spent(self) -> set[int]:
         """Return the indices of the parameters whose gradient is spent, and not zeroed since; see `spend`."""
         if self._spent:
-            self._spent = {number for number in self._spent if self._is_spent(number)}
+            held = [n for n in self._spent if self.parameters[n].grad is self._views[n] and self.parameters[n].numel()]
+            marked = self.grad[[self.slots[number].offset for number in held]].isnan().tolist()
+            self._spent = {number for number, nan in zip(held, marked, strict=True) if nan}
         return self._spent
-
-    def _is_spent(self, number: int) -> bool:
-        view = self._views[number]
-        return self.parameters[number].grad is view and bool(view.flatten()[:1].isnan().any())
 
     def check_spent(self, members: Collection[int] | None = None) -> None:
         """Raise RuntimeError for gradients that are to be used again, or were added to, and are spent.

@@ -379,11 +379,11 @@ class Flat:
 
     def bring(self, gradients: list[Tensor]) -> None:
         """Copy those gradients that the script has assigned to `p.grad` into the flat buffer, and replace them by its views."""
-        grads = ((number, p.grad) for number, p in enumerate(self.parameters))
-        assigned = {id(grad): number for number, grad in grads if grad is not None and grad is not self._views[number]}
+        own = self.grad.untyped_storage().data_ptr()  # in which the server's clipping has views of its own
+        grads = {id(p.grad): (number, p.grad) for number, p in enumerate(self.parameters) if p.grad is not None}
         for place, gradient in enumerate(gradients):
-            number = assigned.get(id(gradient))
-            if number is not None and gradient.layout is torch.strided:
+            number, grad = grads.get(id(gradient), (0, None))
+            if grad is not None and grad.layout is torch.strided and grad.untyped_storage().data_ptr() != own:
                 self._bring(number, self.parameters[number])
                 self._touched.add(number)
                 gradients[place] = self._views[number]

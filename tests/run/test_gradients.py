@@ -339,3 +339,28 @@ def test_a_loop_on_another_thread_than_the_steps_is_refused() -> None:
     with pytest.raises(RuntimeError, match="a step on another thread than the loop over the shard"):
         optimizer.step()
     thread.join()
+
+
+@PLACES
+def test_the_server_s_own_clipping_averages_nothing(size: int, shares: bool, trains: bool) -> None:
+    """Where rank 0 trains, too, the server steps the script's own parameters; seed 79 of the simulated faults."""
+    plain = mlp().to(D)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
+    for x, y in DataLoader(TensorDataset(*data(64, D)), 16):
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        optimizer.step()
+
+    def program(e: Communicator) -> list[Tensor]:
+        model = mlp().to(D)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        ps = mpips.connect(model, optimizer, communicator=e, run_dir="run", server_trains=trains, clip=0.1)
+        for x, y in ps.shard(DataLoader(TensorDataset(*data(64, D)), 16 // ps.workers)):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    for weights in World(size, shares=shares).run(program):
+        torch.testing.assert_close(weights, [p.detach() for p in plain.parameters()], atol=1e-13, rtol=0)

@@ -460,10 +460,18 @@ class Flat:
                 self._touched.add(number)
                 self.accumulated = True
 
-    def held(self) -> list[tuple[int, bool]]:
-        """Return the parameters that have a gradient which is not pending: their indices, and whether it is zero."""
-        grads = ((number, p.grad) for number, p in enumerate(self.parameters) if number not in self._touched)
-        return [(number, not (grad.to_dense() if grad.is_sparse else grad).any()) for number, grad in grads if grad is not None]
+    def held(self, values: Tensor) -> list[tuple[int, bool]]:
+        """Return the parameters that have a gradient which is not pending: their indices, and whether it is zero.
+
+        Args:
+            values: `(numel,)`, what the flat gradient holds, or is to hold again.
+        """
+        found = []
+        for number, (p, slot, view) in enumerate(zip(self.parameters, self.slots, self._views, strict=True)):
+            if p.grad is not None and number not in self._touched:
+                grad = slot.view(values) if p.grad is view else p.grad
+                found.append((number, not (grad.to_dense() if grad.is_sparse else grad).any()))
+        return found
 
     def hold(self, held: Iterable[Sequence[int]]) -> None:
         """Give the parameters that `held` returned a gradient again: zeros, with which a step may be taken, or a spent one."""

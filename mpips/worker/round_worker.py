@@ -262,7 +262,7 @@ class Worker:
         flat = self.replica.flat
         gradients = {name: tensor.clone() for name, tensor in flat.unpushed(flat.grad).items()}
         buffers = {name: buffer.clone() for name, buffer in self.replica.buffers.named.items()}
-        self._before = Before(gradients, flat.held() if held is None else held, self._sums_now(), buffers)
+        self._before = Before(gradients, flat.held(flat.grad) if held is None else held, self._sums_now(), buffers)
 
     def put_back(self, gradients: bool) -> None:
         """Put back what `remember` has found.
@@ -864,7 +864,7 @@ class Worker:
         first, own = self.is_chief, self.update.state_dict()
         if self.tally.samples:
             own |= {"tally": vars(self.tally)}
-        if held := flat.held():
+        if held := flat.held(waiting):
             own |= {"held": torch.tensor(held)}
         return RankState(
             self.index,

@@ -137,11 +137,11 @@ class Job:
             self.ended_by, self.asked_to_end = self.ended_by or TIMEOUT, True
         return not self.selector.get_map() or time.monotonic() > self.exited_at + AFTER_EXIT
 
-    def forward(self, view: View, begun: bool) -> None:
+    def forward(self, view: View, begun: bool, done: bool) -> None:
         """Forward signals to mpiexec, which forwards them to the ranks. A second request to end kills the ranks.
 
         `begun` says whether all ranks are so far that SIGUSR1 ends them with a checkpoint instead of killing them. The first
-        request to end is then for that, too.
+        request to end is then for that, too, unless the run is complete (`done`).
         """
         while self.asked:
             number, self.asked_to_end = signal.Signals(self.asked.popleft()), True
@@ -151,7 +151,7 @@ class Job:
                     view.tell(f"{number.name}: ending the run with a checkpoint, once it has begun")
             elif self.ended_by or self.asked_by:
                 self._end(self.ended_by or f"by {number.name}", 0.0)
-            elif begun:
+            elif begun and not done:
                 self.preempted, self.asked_by, self.wait_until = True, f"by {number.name}", time.monotonic() + GRACE
                 view.tell(f"{number.name}: ending the run with a checkpoint, within {GRACE:.0f} s; once more to end it now")
             else:
@@ -299,7 +299,7 @@ def follow(job: Job, watch: Watch, view: View, progress: Progress, stderr: Stder
                 if not job.ended_by:  # output of ranks that are being ended is no failure
                     (stderr.feed if stream == 2 else stderr.hear)(data)
             take(watch, view, progress)
-            job.forward(view, begun="start" in progress.latest)
+            job.forward(view, begun="start" in progress.latest, done=watch.done())
             view.show(progress)
             job.mind(watch.done() and watch.left() >= watch.ranks, failed(job, watch, begun="start" in progress.latest))
         take(watch, view, progress)

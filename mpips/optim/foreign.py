@@ -14,6 +14,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from numbers import Number
+from operator import attrgetter
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -26,6 +27,7 @@ from mpips.checkpoint.snapshot import Snapshot
 from mpips.config import ConfigError
 from mpips.process import rng
 
+_is_cpu = attrgetter("is_cpu")
 SWAPS = ("train", "eval")  # the methods by which a schedule-free optimizer swaps the weights
 
 
@@ -84,12 +86,25 @@ def _step(optimizer: Optimizer) -> None:
     if bare is None or profiled or optimizer.defaults.get("differentiable"):
         _step_alone(optimizer)
         return
-    graded = torch.is_grad_enabled()
+    graded, groups = torch.is_grad_enabled(), _on_host(optimizer)
     torch._C._set_grad_enabled(False)  # what no_grad calls, at a tenth of its time
+    for group in groups:
+        group["foreach"] = False  # what torch would decide, at a tenth of a small step's time
     try:
         bare(optimizer)
     finally:
         torch._C._set_grad_enabled(graded)
+        for group in groups:
+            group["foreach"] = None
+
+
+def _on_host(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the groups whose parameters are all in host memory, for which torch decides between its implementations."""
+    return [
+        group
+        for group in optimizer.param_groups
+        if group.get("foreach", False) is None and not group.get("fused") and all(map(_is_cpu, group["params"]))
+    ]
 
 
 def _step_alone(optimizer: Optimizer) -> None:

@@ -146,8 +146,10 @@ class Server(Service):
         version = self.control.version
         updates = self.collect_updates()
         self.update_weights(updates)
-        self.note(updates)
+        counts = self.note(updates)
         self.send_updates()
+        if counts:  # here, as no rank waits for what is written
+            self.report_round(updates)
         if self.fault:
             self.complain()
         self.replica.check_finite(self.control)
@@ -266,11 +268,9 @@ class Server(Service):
         elif bad:
             self.handle_nonfinite(bad)
 
-    def note(self, updates: Updates) -> None:
-        """Update the control and the report after a round."""
+    def note(self, updates: Updates) -> bool:
+        """Update the control after a round; return whether the round counts: workers that all wait in a call give nothing."""
         totals, control = updates.totals, self.control
-        samples = totals[SAMPLES]
-        means = [totals[column] / samples if samples else math.nan for column in self._averaged]
         counts = bool(totals[WEIGHT] or totals[BAD]) or not updates.all_wait
         control.round += counts
         control.active = len(updates.rows) - totals[DONE]
@@ -283,16 +283,20 @@ class Server(Service):
         if self.lost:
             control.chief = self.chief - self.first
         if counts:
-            control.loss = means[0]
+            control.loss = totals[LOSS] / totals[SAMPLES] if totals[SAMPLES] else math.nan
         if totals[SIGNAL] or totals[STOP] or self.signalled or self.stop_asked or control.preempting:
             self.obey_ranks(updates.results)
         control.checkpoint = bool(self.folder) and (control.stop == Stop.PREEMPTED or (counts and self.is_save_due()))
         control.fault = bool(self.fault)
-        if not counts:
-            return
+        if counts and self._job_end < math.inf:
+            self.look_at_time(self.communicator.clock() - self._last)
+        return counts
+
+    def report_round(self, updates: Updates) -> None:
+        """Report the round that `note` has counted."""
+        control, samples = self.control, updates.totals[SAMPLES]
+        means = [updates.totals[column] / samples if samples else math.nan for column in self._averaged]
         now = self.communicator.clock()
-        if self._job_end < math.inf:
-            self.look_at_time(now - self._last)
         speed, self._last = samples / max(now - self._last, 1e-9), now
         row = (control.round, self.place.epoch, control.version, samples, means[0], control.lr, *means[1:])
         self.report.round(row, speed, lambda: rank_states(updates.results, self.trains))

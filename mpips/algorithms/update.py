@@ -41,7 +41,7 @@ class Gradient:
     apart: ClassVar[bool] = False  # whether the model's weights differ from the server's between rounds
     members: frozenset[int] | None = None  # the parameters that the round steps; None for all
     lead: bool | None = None  # if all workers have the same contribution: whether this worker's counts; else None
-    examines: bool = False  # whether a contribution is examined even if its reduction will tell
+    averages: bool = False  # whether the contribution is for an average without a step
     raw: ClassVar[bool] = True  # whether a push is one contribution, whose weight the reduction may apply
 
     def __init__(
@@ -99,17 +99,21 @@ class Gradient:
         """Mark the row if the contribution is not finite; return the metrics, zeroed along with the row's loss in that case.
 
         In shared memory the reduction finds out at no cost, so the contribution is examined here only if the rule is not the
-        mean, or if a contribution that is not finite is to be dropped.
+        mean, or if a contribution that is not finite is to be dropped. Nobody examines an average without a step: in the mean
+        the contribution counts as it is, since the next step may be about other parameters than those that are not finite.
         """
         if row.overflow:  # no rank steps
             return metrics
-        found_by_sum = self.replica.push.shared and self.config.rule == "mean" and not self.examines
+        found_by_sum = self.replica.push.shared and self.config.rule == "mean" and not self.averages
         if found_by_sum and self.config.nonfinite != "drop":
             return metrics
         bad = self.replica.flat.first_nonfinite(self.replica.push.gradients)
         if bad is None:
             return metrics
-        row.bad, row.samples, row.loss = 1 + bad, 0, 0
+        row.bad = 1 + bad
+        if self.averages and self.config.rule == "mean" and self.config.nonfinite != "drop":
+            return metrics
+        row.samples, row.loss = 0, 0
         return [0.0] * len(metrics)
 
     def write_nothing(self, row: WorkerStatus, metrics: int) -> None:

@@ -749,16 +749,16 @@ class Worker:
         loss, samples = self._averaging
         row, metrics = self._row(samples=samples, loss=loss), [0.0] * len(self.config.metrics)
         members, self.update.members = self.update.members, None  # whichever of several optimizers has stepped last
-        self.update.examines = True  # nobody examines the average
+        self.update.averages = True
         self.update.write(row, metrics)
-        self.update.examines, self.update.members = False, members
+        self.update.averages, self.update.members = False, members
         self.server.average()
         rows = push.table()
         if self.config.reduction == "sum":
             push.gradients.mul_(sum(row[WEIGHT] for row in rows))
         self._averaging = (sum(row[LOSS] for row in rows), sum(row[SAMPLES] for row in rows))
-        for bad in [int(row[BAD]) for row in rows if row[BAD]] if self.config.nonfinite != "drop" else []:
-            replica.flat.slots[bad - 1].view(push.gradients).fill_(math.nan)  # that worker's are left out, for a step to come
+        if self.config.nonfinite != "drop" and any(row[BAD] and not row[WEIGHT] for row in rows):
+            push.gradients.fill_(math.nan)  # a rule has gone without that worker's, finite or not: no step may
         replica.flat.take_average(push.gradients, push.present())
         if self.config.buffers == "mean":
             replica.buffers.combine(push.floats, push.limbs, [b.data for b in replica.buffers.tensors])

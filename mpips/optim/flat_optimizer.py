@@ -205,7 +205,14 @@ class FlatOptimizer:
 
     def load_state_dict(self, tree: dict[str, Any]) -> None:
         """Restore what `state_dict` returned. The model's weights must have been restored before."""
+        parts = self.torch.parts if isinstance(self.torch, Joint) else [self.torch]
+        states = [part.state for part in parts]
         snapshot.put_optimizer(tree["optimizer"], self.torch, kind(self.torch).__name__, self.names)
+        for part, state in zip(parts, states, strict=True):  # torch makes new dicts, but the script's optimizer has these
+            restored = dict(part.state)
+            state.clear()
+            state.update(restored)
+            part.state = state
         self.saved = tree["masters"]
         if self.replica.wire_is_grad:
             return

@@ -35,15 +35,31 @@ def restart(optimizer: Any) -> None:
 CHANGES: list[Callable[[Any], object]] = [zero_momenta, replace, restart, lambda optimizer: optimizer.state.clear()]
 
 
-def stepped(e: Communicator, change: Callable[[Any], object], dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
-    """Return the weights after two steps, a change of the optimizer's state, and another step; and the optimizer."""
+def stepped(
+    e: Communicator,
+    change: Callable[[Any], object],
+    dtype: torch.dtype = torch.float64,
+    stop: int = -1,
+    several: bool = False,
+    **settings: Any,
+) -> Any:
+    """Return the weights after two steps, a change of the optimizer's state, and another step; and the optimizer.
+
+    The run is preempted after the round `stop`.
+    """
     torch.manual_seed(1)
     model = nn.Linear(3, 1, dtype=dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    ps = mpips.connect(model, optimizer, communicator=e, run_dir="run", **settings)
-    for number in range(3):
+    given: Any = (model, optimizer)
+    if several:
+        other = nn.Linear(1, 1, dtype=dtype)
+        given = [model, other], [optimizer, torch.optim.Adam(other.parameters())]
+    ps = mpips.connect(*given, communicator=e, run_dir="run", **settings)
+    for number in range(ps.round, 3):
         optimizer.zero_grad()
         model(torch.ones(2, 3, dtype=dtype)).sum().backward()
+        if ps.round == stop - 1:
+            ps.preempt()
         optimizer.step()
         if number == 1:
             change(optimizer)
@@ -77,6 +93,16 @@ def test_a_change_of_state_that_the_server_has_is_refused(size: int, trains: boo
 def test_a_change_of_state_counts_where_the_optimizer_has_it(change: Callable[[Any], object], mode: str) -> None:
     """A new `optimizer.state` was not taken notice of."""
     ((weights, _),) = World(1).run(lambda e: stepped(e, change, mode=mode))
+    torch.testing.assert_close(weights, plain(change), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_state_counts_in_a_resumed_run(change: Callable[[Any], object], several: bool) -> None:
+    """After a resume the script's optimizer had a state of its own: changes were lost, in silence, and it was empty."""
+    with pytest.raises(SystemExit, match="75"):
+        World(1).run(lambda e: stepped(e, change, stop=1, several=several))
+    ((weights, _),) = World(1).run(lambda e: stepped(e, change, resume="auto", several=several))
     torch.testing.assert_close(weights, plain(change), atol=0, rtol=0)
 
 
